@@ -1,0 +1,42 @@
+# make train    a trained model on real data
+# make test     linters and all tests
+# make bench    time per step against hand-written PyTorch loops
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test test-long lint bench venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+venv: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: venv
+	$(BIN)/accelerate launch runtime/train.py configs/digits.yaml
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long"
+
+test-long: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+bench: venv
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup_time.py
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,62 @@
+"""The ``accelerate launch`` line for one machine.
+
+On CPUs the obvious lines are wrong, silently: ``--cpu --num_processes 2`` starts one process, and ``--multi_gpu`` starts two
+that know nothing of each other unless ``ACCELERATE_USE_CPU`` is set. So every value is said, none is left to defaults or to
+the user's ``accelerate config``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from importlib.resources import files
+
+from launch.job import JobSpec
+
+
+def command(job: JobSpec, *, python: str, port: int, num_cores: int) -> list[str]:
+    """Return the command that starts a job on this machine.
+
+    Args:
+        python: the interpreter.
+        port: a free port on this machine, where the processes meet.
+        num_cores: shared out over the processes' threads.
+    """
+    several = job.processes > 1
+    return [
+        python, "-m", "accelerate.commands.launch",
+        "--config_file", str(files("launch") / "templates" / "accelerate.yaml"),
+        *(["--multi_gpu"] if several else [] if job.use_gpus else ["--cpu"]),
+        "--num_processes", str(job.processes),
+        "--num_machines", "1",
+        "--machine_rank", "0",
+        *(["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)] if several else []),
+        "--mixed_precision", "no",
+        "--dynamo_backend", "no",
+        "--num_cpu_threads_per_process", str(max(1, num_cores // job.processes)),
+        str(job.script), str(job.config), *job.overrides,
+    ]  # fmt: skip
+
+
+def environment(job: JobSpec, *, launch: str, num_cores: int) -> dict[str, str]:
+    """Return the variables to add to the job's environment.
+
+    Args:
+        launch: token of this launch, which comes back in the run's outcome.
+    """
+    added = {
+        "LOCKSTEP_WORLD_SIZE": str(job.processes),  # the runtime refuses any other
+        "LOCKSTEP_LAUNCH": launch,
+        "OMP_NUM_THREADS": str(
+            max(1, num_cores // job.processes)
+        ),  # more threads than cores make a step several times slower
+    }
+    if not job.use_gpus:
+        added["ACCELERATE_USE_CPU"] = "true"
+    return added
+
+
+def shown(command: Sequence[str], environment: dict[str, str]) -> str:
+    """Return a command as one line for a shell."""
+    visible = {key: value for key, value in environment.items() if key != "LOCKSTEP_LAUNCH"}
+    return shlex.join([*(f"{key}={value}" for key, value in visible.items()), *command])

@@ -1,0 +1,256 @@
+"""From sections of the configuration to checked and built parts; every mistake comes back with file, line and key."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from runtime import component
+from runtime.batches import Samples, check_samples
+from runtime.component import ComponentError
+from runtime.config import ComponentSection, Split
+from runtime.config_file import LoadedConfiguration
+from runtime.errors import ConfigurationError, MissingDependencyError, ObjectiveError, Problem
+from runtime.objective import Objective, torch_loss
+from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
+from runtime.order import IndexOrder, Order, SamplerOrder
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+_MODELS = ("runtime.model_zoo",)
+_DATA = ("runtime.data_sources",)
+_OBJECTIVES = ("runtime.objective", "torch.nn")
+_OPTIMIZERS = ("torch.optim",)
+_SCHEDULERS = ("torch.optim.lr_scheduler",)
+_METRICS = ("torchmetrics",)
+_SAMPLERS = ("torch.utils.data",)
+
+
+def check_components(loaded: LoadedConfiguration) -> None:
+    """Look up every target and compare all arguments with signatures; nothing is called, no device is touched.
+
+    Raises:
+        ConfigurationError: all mistakes together.
+    """
+    values = loaded.values
+    component.add_code_folder(loaded.code)
+    mistakes: list[tuple[tuple[str, ...], ComponentError]] = []
+
+    def check(
+        key: tuple[str, ...], section: ComponentSection | None, namespaces: Sequence[str] = (), **options: Any
+    ) -> None:
+        if section is not None:
+            found = component.check(section.target, section.args, namespaces=namespaces, code=loaded.code, **options)
+            mistakes.extend((key, mistake) for mistake in found)
+
+    check(("model",), values.model, _MODELS)
+    for name in ("train", "validation", "test"):
+        split: Split | None = getattr(values.data, name)
+        check(("data", name), split, _DATA)
+        if split is not None and split.transform is not None and split.transform.args:
+            check(("data", name, "transform"), split.transform)
+    if values.data.collate is not None and values.data.collate.args:
+        check(("data", "collate"), values.data.collate)
+    check(("objective",), values.objective, _OBJECTIVES)
+    check(("optimizer",), values.optimizer, _OPTIMIZERS, positional=1)
+    for number, group in enumerate(values.optimizer.groups):
+        key = ("optimizer", "groups", str(number))
+        mistakes += [
+            (key, mistake)
+            for mistake in component.check(
+                values.optimizer.target,
+                {**values.optimizer.args, **group.args},
+                namespaces=_OPTIMIZERS,
+                code=loaded.code,
+                positional=1,
+            )
+            if mistake.path[-1] in group.args
+        ]
+    if values.schedule is not None:
+        check(("schedule",), values.schedule, _SCHEDULERS, positional=1, filled_in=_length_arguments(loaded))
+    for name, metric in values.evaluation.metrics.items():
+        check(("evaluation", "metrics", name), metric, _METRICS)
+    if values.reporting.wandb is not None and find_spec("wandb") is None:
+        raise MissingDependencyError("wandb", "reporting.wandb", "wandb")
+    if mistakes:
+        raise ConfigurationError([loaded.problem(key + mistake.path, mistake.what) for key, mistake in mistakes])
+
+
+def build_model(loaded: LoadedConfiguration) -> nn.Module:
+    """Build the model, on the CPU and under the caller's random state."""
+    model = _build(loaded, ("model",), loaded.values.model, namespaces=_MODELS)
+    if not isinstance(model, nn.Module):
+        raise _wrong(loaded, ("model", "target"), f"is a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def build_objective(loaded: LoadedConfiguration) -> Objective:
+    """Build the objective from an Objective class or one of torch's losses."""
+    section = loaded.values.objective
+    try:
+        found = component.locate(section.target, namespaces=_OBJECTIVES, code=loaded.code)
+        if inspect.isclass(found) and issubclass(found, nn.Module) and not issubclass(found, Objective):
+            built: Any = component.call(torch_loss, section.target, found, section.args)
+        else:
+            built = component.build(section.target, section.args, namespaces=_OBJECTIVES, code=loaded.code)
+    except ComponentError as mistake:
+        raise _wrong(loaded, ("objective", *mistake.path), mistake.what) from mistake
+    except ObjectiveError as error:
+        raise _wrong(loaded, ("objective",), str(error)) from error
+    if not isinstance(built, Objective):
+        raise _wrong(loaded, ("objective", "target"), f"is a {type(built).__name__}, not a runtime.objective.Objective")
+    return built
+
+
+def build_samples(loaded: LoadedConfiguration, name: str) -> Samples | None:
+    """Build one split's data set, or None where the configuration has none."""
+    split: Split | None = getattr(loaded.values.data, name)
+    if split is None:
+        return None
+    source = _build(loaded, ("data", name), split, namespaces=_DATA)
+    check_samples(source, f"data.{name}")
+    collate = loaded.values.data.collate
+    return Samples(
+        source,
+        seed=loaded.values.seed,
+        transform=_function(loaded, ("data", name, "transform"), split.transform) if split.transform else None,
+        collate=_function(loaded, ("data", "collate"), collate) if collate else None,
+    )
+
+
+def build_order(loaded: LoadedConfiguration, samples: Samples) -> Order:
+    """Build the order of the training samples."""
+    values, data = loaded.values, loaded.values.data
+    size = values.batch.global_size
+    section = data.sampler or data.batch_sampler
+    if section is None:
+        return IndexOrder(
+            len(samples), batch_size=size, seed=values.seed, shuffle=data.shuffle, drop_last=data.drop_last
+        )
+    key = ("data", "sampler" if data.sampler else "batch_sampler")
+    given = () if _names_first_parameter(loaded, section) else (samples.source,)
+    sampler = _build(loaded, key, section, *given, namespaces=_SAMPLERS)
+    return SamplerOrder(
+        sampler,
+        num_samples=len(samples),
+        batch_size=size if data.sampler else None,
+        seed=values.seed,
+        drop_last=data.drop_last,
+    )
+
+
+def build_optimizer(loaded: LoadedConfiguration, module: nn.Module) -> Optimizer:
+    """Build the optimizer over a TrainingModule's trainable parameters, fused where torch can."""
+    section = loaded.values.optimizer
+    groups, unused = parameter_groups(module, [(group.match, group.args) for group in section.groups])
+    if unused:
+        patterns = ", ".join(repr(pattern) for pattern in unused)
+        raise _wrong(
+            loaded,
+            ("optimizer", "groups"),
+            f"no trainable parameter matches {patterns}; `lockstep show` lists the names",
+        )
+    if not groups:
+        raise _wrong(loaded, ("model",), "has no trainable parameters")
+    found = component.locate(section.target, namespaces=_OPTIMIZERS, code=loaded.code)
+    fused = fused_arguments(found, section.args, [p for p in module.parameters() if p.requires_grad])
+    optimizer = _build(loaded, ("optimizer",), section, groups, namespaces=_OPTIMIZERS, extra=fused)
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
+
+
+def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: int) -> Schedule:
+    """Build the schedule on the bare optimizer.
+
+    Args:
+        length: what the scheduler counts in the whole run, after the warm-up; see :func:`follows_limit`.
+    """
+    section = loaded.values.schedule
+    if section is None:
+        return Schedule(optimizer)
+    extra = dict.fromkeys(_length_arguments(loaded), length)
+    scheduler = _build(loaded, ("schedule",), section, optimizer, namespaces=_SCHEDULERS, extra=extra)
+    return Schedule(
+        optimizer,
+        scheduler,
+        interval=section.interval,
+        warmup_steps=section.warmup_steps,
+        monitor=section.monitor,
+    )
+
+
+def follows_limit(loaded: LoadedConfiguration) -> bool:
+    """Tell whether the schedule's length was left to follow from the run's limit, which then cannot be changed."""
+    return bool(_length_arguments(loaded))
+
+
+def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
+    """Build the metrics; each call makes new ones."""
+    if not loaded.values.evaluation.metrics:
+        return {}  # importing torchmetrics takes seconds
+    from torchmetrics import Metric
+
+    metrics = {}
+    for name, section in loaded.values.evaluation.metrics.items():
+        key = ("evaluation", "metrics", name)
+        metrics[name] = _build(loaded, key, section, namespaces=_METRICS)
+        if not isinstance(metrics[name], Metric):
+            raise _wrong(loaded, (*key, "target"), "is not a torchmetrics.Metric")
+    return metrics
+
+
+def _build(
+    loaded: LoadedConfiguration,
+    key: tuple[str, ...],
+    section: ComponentSection,
+    *given: Any,
+    namespaces: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> Any:
+    arguments = {**section.args, **(extra or {})}
+    try:
+        return component.build(section.target, arguments, *given, namespaces=namespaces, code=loaded.code)
+    except ComponentError as mistake:
+        raise _wrong(loaded, key + mistake.path, mistake.what) from mistake
+
+
+def _function(loaded: LoadedConfiguration, key: tuple[str, ...], section: ComponentSection) -> Callable[..., Any]:
+    """A class is instantiated; a function without arguments is taken as it is, with arguments it makes the function."""
+    try:
+        found = component.locate(section.target, code=loaded.code)
+    except ComponentError as mistake:
+        raise _wrong(loaded, key + mistake.path, mistake.what) from mistake
+    made = _build(loaded, key, section) if inspect.isclass(found) or section.args else found
+    if not callable(made):
+        raise _wrong(loaded, (*key, "target"), f"is a {type(made).__name__}, which cannot be called")
+    function: Callable[..., Any] = made
+    return function
+
+
+def _names_first_parameter(loaded: LoadedConfiguration, section: ComponentSection) -> bool:
+    found = component.locate(section.target, namespaces=_SAMPLERS, code=loaded.code)
+    first = next(iter(inspect.signature(found).parameters), None)
+    return first in section.args
+
+
+def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
+    section = loaded.values.schedule
+    if section is None:
+        return []
+    try:
+        found = component.locate(section.target, namespaces=_SCHEDULERS, code=loaded.code)
+    except ComponentError:
+        return []  # told by check_components
+    name = length_argument(found, section.args)
+    return [name] if name else []
+
+
+def _wrong(loaded: LoadedConfiguration, key: tuple[str, ...], what: str) -> ConfigurationError:
+    problem: Problem = loaded.problem(key, what)
+    return ConfigurationError([problem])

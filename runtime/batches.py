@@ -1,0 +1,376 @@
+"""This rank's share of each step: slots cut from the global batch, fillers, the loader, and the data cursor.
+
+A step's ids are cut into K slots, evenly and in order; slot k is the same samples on whichever rank runs it. The
+loader's index is ``(epoch, ids)``, so that its workers live as long as the run and never hear of epochs.
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import tee
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from runtime.errors import DataError, LockstepError
+from runtime.order import Ids, Order
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next global batch to be consumed."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass takes.
+
+    Args:
+        slot: its number in the step.
+        samples: how many samples it has; 0 for a filler.
+        batch: what the collate function made of them.
+    """
+
+    slot: int
+    samples: int
+    batch: Any
+
+    @property
+    def filler(self) -> bool:
+        """Tell whether it counts for nothing."""
+        return self.samples == 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """One step's microbatches on this rank.
+
+    Args:
+        cursor: which global batch it is part of.
+        microbatches: as many on every rank.
+        samples: in the whole global batch, over all ranks.
+        real_slots: slots with samples, over all ranks.
+        epoch_ends: whether it is the last global batch of its epoch.
+        weight: what the step's loss sum is divided by, over all ranks.
+    """
+
+    cursor: Cursor
+    microbatches: tuple[Microbatch, ...]
+    samples: int
+    real_slots: int
+    epoch_ends: bool
+    weight: float = 0.0
+
+    @property
+    def next_cursor(self) -> Cursor:
+        """The cursor after this step."""
+        if self.epoch_ends:
+            return Cursor(self.cursor.epoch + 1, 0)
+        return Cursor(self.cursor.epoch, self.cursor.batch + 1)
+
+
+class SlotIndex(NamedTuple):
+    """What the loader's workers are asked for."""
+
+    epoch: int
+    ids: Ids
+
+
+class SampleFailure(NamedTuple):
+    """What a worker hands back in place of a batch when the user's data set raised."""
+
+    message: str
+
+
+def default_slots(global_size: int, micro_size: int, world_size: int) -> int:
+    """Return K: the smallest multiple of the world size whose slots respect ``micro_size``."""
+    needed = -(-global_size // micro_size)
+    return -(-needed // world_size) * world_size
+
+
+def slots_of_rank(slots: int, world_size: int, rank: int) -> range:
+    """Return the consecutive slots that a rank runs; ranks differ by at most one."""
+    return range(slots * rank // world_size, slots * (rank + 1) // world_size)
+
+
+def cut(ids: Ids, slots: int, slot: int) -> Ids:
+    """Return the ids of one slot; slots differ by at most one sample, and some are empty if there are fewer ids."""
+    return ids[len(ids) * slot // slots : len(ids) * (slot + 1) // slots]
+
+
+class Samples(Dataset[Any]):
+    """A map-style data set as the loader sees it: indexed by :class:`SlotIndex`, giving one collated batch.
+
+    A deterministic data set (``deterministic = True``, or a TensorDataset) is read a whole slot at a time through
+    ``__getitems__``, which may return a list of samples or a finished batch. Any other is read sample by sample, with
+    python, NumPy and torch seeded by (seed, epoch, id) before each, so that random transforms depend on nothing else.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        seed: int,
+        transform: Callable[[Any], Any] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self.source = source
+        self._seed = seed
+        self._transform = transform
+        self._collate = collate or default_collate
+        deterministic = isinstance(source, TensorDataset) or bool(getattr(source, "deterministic", False))
+        self._whole_slots = deterministic and transform is None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: SlotIndex) -> Any:
+        return self.__getitems__(index)
+
+    def __getitems__(self, index: SlotIndex) -> Any:
+        """Return one batch, or the failure that kept it from being read."""
+        try:
+            if self._whole_slots:
+                return self._fetch_whole(index.ids)
+            return self._fetch_each(index)
+        except LockstepError as error:
+            return SampleFailure(str(error))
+        except Exception as error:
+            return SampleFailure(f"reading samples {_listed(index.ids)} raised {_described(error)}")
+
+    def _fetch_whole(self, ids: Ids) -> Any:
+        if isinstance(self.source, TensorDataset):
+            rows = torch.from_numpy(ids)
+            return tuple(tensor[rows] for tensor in self.source.tensors)
+        if not hasattr(self.source, "__getitems__"):
+            return self._collate([self.source[int(i)] for i in ids])
+        found = self.source.__getitems__(ids.tolist())
+        return self._collate(found) if isinstance(found, list) else found
+
+    def _fetch_each(self, index: SlotIndex) -> Any:
+        samples = []
+        with preserved_random_state(_CPU):
+            for i in index.ids.tolist():
+                seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, i), _CPU)
+                try:
+                    sample = self.source[i]
+                    samples.append(sample if self._transform is None else self._transform(sample))
+                except Exception as error:
+                    return SampleFailure(f"reading sample {i} of epoch {index.epoch} raised {_described(error)}")
+            return self._collate(samples)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the steps of a run are cut up and shared out.
+
+    Args:
+        slots: K, microbatches of a step over all ranks.
+        world_size: number of processes.
+        rank: this process.
+    """
+
+    slots: int
+    world_size: int
+    rank: int
+
+
+class Windows:
+    """This rank's windows from a cursor on, read ahead as the loader does; iterate once.
+
+    Args:
+        stop: told the cursor and the number of steps yielded so far, whether the run's limit is reached.
+        make_loader: see :func:`loader_factory`.
+
+    Attributes:
+        filler: with several ranks the batch of the first step's first slot, which fillers reuse: a rank may have to run
+            one before it has seen a batch of its own. It is read by the loader, so that nothing of the data set is
+            opened in this process before workers are forked from it.
+
+    Raises:
+        DataError: the data set raised, or a worker died.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        *,
+        start: Cursor,
+        stop: Callable[[Cursor, int], bool],
+        sharing: Sharing,
+        make_loader: Callable[..., DataLoader[Any]],
+    ) -> None:
+        self._slots = sharing.slots
+        # The loader runs ahead of the training loop; both walk one plan, so that no batch is drawn twice.
+        ahead, self._plan = tee(_plan(order, start, stop, sharing))
+        self._needs_filler = sharing.world_size > 1
+        self._fetched = read(samples, self._indices(ahead), make_loader)
+        self.filler = next(self._fetched) if self._needs_filler else None
+
+    def __iter__(self) -> Iterator[Window]:
+        for window, _ in self._plan:
+            microbatches = tuple(
+                replace(microbatch, batch=self.filler if microbatch.filler else next(self._fetched))
+                for microbatch in window.microbatches
+            )
+            yield replace(window, microbatches=microbatches)
+
+    def _indices(self, plan: Iterator[tuple[Window, Ids]]) -> Iterator[SlotIndex]:
+        for number, (window, ids) in enumerate(plan):
+            if number == 0 and self._needs_filler:
+                yield SlotIndex(window.cursor.epoch, cut(ids, min(self._slots, len(ids)), 0))
+            for microbatch in window.microbatches:
+                if not microbatch.filler:
+                    yield SlotIndex(window.cursor.epoch, cut(ids, self._slots, microbatch.slot))
+
+
+def loader_factory(
+    *,
+    num_workers: int,
+    prefetch_factor: int,
+    pin_memory: bool,
+    timeout_seconds: int,
+    start_method: str | None,
+) -> Callable[..., DataLoader[Any]]:
+    """Return a maker of torch DataLoaders with these options; a worker is told nothing, so it has no state of its own."""
+    return partial(
+        DataLoader,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        pin_memory=pin_memory,
+        timeout=timeout_seconds if num_workers else 0,
+        multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # otherwise the loader draws its base seed from the default generator
+    )
+
+
+def read(samples: Samples, indices: Iterator[SlotIndex], make_loader: Callable[..., DataLoader[Any]]) -> Iterator[Any]:
+    """Yield the batches of the given indices, in order.
+
+    Raises:
+        DataError: the data set raised, or a worker died.
+    """
+    batches = iter(make_loader(samples, batch_sampler=indices))
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise DataError(
+                f"a loader worker was lost ({error}); a killed worker is mostly out of memory or shared memory: "
+                "lower data.loader.num_workers or prefetch_factor"
+            ) from error
+        if isinstance(batch, SampleFailure):
+            raise DataError(batch.message)
+        yield batch
+
+
+def with_weights(
+    windows: Iterator[Window],
+    *,
+    weigh: Callable[[Any], float] | None,
+    slots: int,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    ahead: int = 8,
+) -> Iterator[Window]:
+    """Fill in each window's global weight before its first forward pass.
+
+    Collective: every rank must iterate, at the same pace, unless ``weigh`` is None.
+
+    Args:
+        weigh: weight of one batch; None if the weight is the number of samples, which the order tells.
+        sum_over_ranks: sums a float64 tensor over the ranks.
+        ahead: steps whose weights travel in one reduction; as many windows are held in memory.
+    """
+    if weigh is None:
+        for window in windows:
+            yield replace(window, weight=float(window.samples))
+        return
+    while block := [window for _, window in zip(range(ahead), windows, strict=False)]:
+        # One row a step, one column a slot: summed in slot order, the weight is the same number for any sharing-out.
+        weights = torch.zeros(len(block), slots, dtype=torch.float64)
+        for row, window in enumerate(block):
+            for microbatch in window.microbatches:
+                if not microbatch.filler:
+                    weights[row, microbatch.slot] = weigh(microbatch.batch)
+        for window, total in zip(block, sum_over_ranks(weights).sum(dim=1).tolist(), strict=True):
+            yield replace(window, weight=total)
+
+
+def _plan(
+    order: Order, start: Cursor, stop: Callable[[Cursor, int], bool], sharing: Sharing
+) -> Iterator[tuple[Window, Ids]]:
+    cursor, steps = start, 0
+    own = slots_of_rank(sharing.slots, sharing.world_size, sharing.rank)
+    shares = [slots_of_rank(sharing.slots, sharing.world_size, rank) for rank in range(sharing.world_size)]
+    while not stop(cursor, steps):
+        ids = order.batch(cursor.epoch, cursor.batch)
+        sizes = [len(ids) * (k + 1) // sharing.slots - len(ids) * k // sharing.slots for k in range(sharing.slots)]
+        rounds = max(sum(sizes[k] > 0 for k in share) for share in shares)
+        real = [Microbatch(k, sizes[k], None) for k in own if sizes[k]]
+        fillers = [Microbatch(-1, 0, None)] * (rounds - len(real))
+        window = Window(
+            cursor,
+            (*real, *fillers),
+            samples=len(ids),
+            real_slots=sum(size > 0 for size in sizes),
+            epoch_ends=cursor.batch + 1 >= order.num_batches(cursor.epoch),
+        )
+        yield window, ids
+        cursor, steps = window.next_cursor, steps + 1
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _described(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} (at {frame.filename}:{frame.lineno})"
+
+
+def _listed(ids: Sequence[int] | Ids) -> str:
+    shown = ", ".join(str(int(i)) for i in ids[:5])
+    return f"[{shown}, …]" if len(ids) > 5 else f"[{shown}]"
+
+
+def fingerprint(source: Any) -> dict[str, Any]:
+    """Return what identifies a data set on resumption: its length and its own ``fingerprint``, if it has one."""
+    return {"samples": len(source), "id": getattr(source, "fingerprint", None)}
+
+
+def check_samples(source: Any, key: str) -> None:
+    """Refuse what is no map-style data set, or an empty one.
+
+    Raises:
+        DataError: naming the configuration's key.
+    """
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise DataError(
+            f"{key}: {type(source).__name__} has no __getitem__ and __len__; a map-style data set is needed"
+        )
+    if len(source) == 0:
+        raise DataError(f"{key}: the data set is empty")

@@ -1,0 +1,95 @@
+"""The ``lockstep`` command. Nothing slow is imported before it is needed: ``--help`` and a YAML's mistakes come at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.errors import LockstepError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except LockstepError as error:
+        print(f"lockstep: {error}", file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lockstep", description="Train what one YAML file describes, on any number of processes."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train on this machine")
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    show = commands.add_parser("show", help="say what a run will be, without running it")
+    _add_config(show)
+    show.set_defaults(run=_show)
+
+    schema = commands.add_parser("schema", help="write the JSON Schema of the YAML, for editors")
+    schema.set_defaults(run=_schema)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the run")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="change single keys")
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=_count,
+        default=None,
+        help="processes on this machine (default: one per GPU, or 1)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from runtime.config_file import load
+
+    loaded = load(options.config, options.overrides)
+
+    from runtime.assembly import check_components
+    from runtime.launching import num_gpus, train_locally
+
+    check_components(loaded)
+    gpus = num_gpus()
+    processes = options.processes or loaded.values.strategy.world_size or max(1, gpus)
+    return train_locally(loaded, options.config, options.overrides, processes=processes, use_gpus=gpus >= processes)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from runtime.config_file import load
+
+    loaded = load(options.config, options.overrides)
+
+    from runtime.show import show
+
+    show(loaded, options.processes or loaded.values.strategy.world_size or 1)
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from runtime.config_file import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,446 @@
+"""The configuration of a run: one class per section; defaults live here and nowhere else.
+
+A key whose change between two starts of one run would change its result is ``exact``: resuming refuses it, naming the old
+and the new value. The others are marked ``free``. Reading a file into these classes is ``config_file.py``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+def free(default: Any) -> Any:
+    """A default for a key that may change when a run is resumed."""
+    return Field(default, json_schema_extra={"resume": "free"})
+
+
+class Section(BaseModel):
+    """A section of the YAML: frozen, typed strictly, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something happens, counted in steps or in epochs."""
+
+    count: int
+    unit: Literal["step", "epoch"]
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.unit}{'s' * (self.count != 1)}"
+
+    def due(self, *, step: int, epoch: int, epoch_ends: bool) -> bool:
+        """Tell whether it is due after ``step`` steps, the last of which belongs to ``epoch`` (both counts from 1)."""
+        if self.unit == "step":
+            return step % self.count == 0
+        return epoch_ends and epoch % self.count == 0
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """Read ``"200 steps"`` or ``"1 epoch"``."""
+        if isinstance(value, cls):
+            return value
+        match = re.fullmatch(r"([1-9]\d*) (step|epoch)s?", value) if isinstance(value, str) else None
+        if match is None:
+            raise PydanticCustomError("interval", "write a count and a unit, such as '200 steps' or '1 epoch'")
+        return cls(int(match[1]), "step" if match[2] == "step" else "epoch")
+
+
+Every = Annotated[
+    Interval,
+    BeforeValidator(Interval.parse),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^[1-9]\d* (step|epoch)s?$", "examples": ["1 epoch", "200 steps"]}),
+]
+
+
+def _as_component(value: Any) -> Any:
+    return {"target": value} if isinstance(value, str) else value
+
+
+class ComponentSection(Section):
+    """A class or function and the arguments it is called with."""
+
+    target: str = Field(min_length=1)
+    """``package.module:Name``, or a short name of torch, torchmetrics or Lockstep."""
+    args: dict[str, Any] = {}
+    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
+
+
+Component = Annotated[ComponentSection, BeforeValidator(_as_component)]
+
+
+class Split(ComponentSection):
+    """One part of the data: what makes the data set, and what happens to its samples."""
+
+    transform: Component | None = None
+    """Called on each sample under the sample's own seed; where randomness belongs if the data set is deterministic."""
+    sharded_by: Literal["runtime"] | None = None
+    """Streams (IterableDataset) only, and required there: ``runtime`` reads the stream on every rank and keeps its share."""
+
+
+class Loader(Section):
+    """torch's DataLoader. Nothing here changes the result, only the speed."""
+
+    num_workers: int = Field(0, ge=0, json_schema_extra={"resume": "free"})
+    """Worker processes per rank; 0 loads in the training process."""
+    prefetch_factor: int = Field(2, ge=1, json_schema_extra={"resume": "free"})
+    """Microbatches each worker keeps ready."""
+    pin_memory: bool | None = free(None)
+    """Page-locked host memory, for faster copies to a GPU. Default: on where there is a GPU."""
+    timeout_seconds: int = Field(0, ge=0, json_schema_extra={"resume": "free"})
+    """Longest wait for a worker; 0 waits for ever."""
+    start_method: Literal["fork", "spawn", "forkserver"] | None = free(None)
+    """How workers are started. Default: Python's."""
+
+
+class Data(Section):
+    """Which data is trained on and evaluated on."""
+
+    train: Annotated[Split, BeforeValidator(_as_component)]
+    """What is trained on."""
+    validation: Annotated[Split, BeforeValidator(_as_component)] | None = None
+    """What is evaluated at intervals."""
+    test: Annotated[Split, BeforeValidator(_as_component)] | None = None
+    """What is evaluated once, at the end of the run."""
+    shuffle: bool = True
+    """A new keyed permutation of the training samples for each epoch; off: their own order."""
+    sampler: Component | None = None
+    """A torch Sampler over training indices, called with the data set, drawn once per epoch under the epoch's seed."""
+    batch_sampler: Component | None = None
+    """A torch batch sampler, called with the data set; each of its batches is one global batch."""
+    drop_last: bool = False
+    """Leave out each epoch's last, smaller global batch."""
+    collate: Component | None = None
+    """Makes a batch from a list of samples. Default: torch's ``default_collate``."""
+    loader: Loader = Loader()
+    """How samples are read."""
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Self:
+        if self.sampler and self.batch_sampler:
+            raise PydanticCustomError("combination", "give 'sampler' or 'batch_sampler', not both", {"key": "sampler"})
+        if (self.sampler or self.batch_sampler) and "shuffle" in self.model_fields_set:
+            raise PydanticCustomError(
+                "combination", "the sampler decides the order; leave 'shuffle' out", {"key": "shuffle"}
+            )
+        if self.batch_sampler and self.drop_last:
+            raise PydanticCustomError(
+                "combination", "the batch sampler makes the batches; leave 'drop_last' out", {"key": "drop_last"}
+            )
+        return self
+
+
+class Batch(Section):
+    """How many samples one update sees, and how they are cut up."""
+
+    global_size: int = Field(ge=1)
+    """Samples of one step, over all ranks. More processes never change it."""
+    micro_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Most samples in one forward pass; what fits in memory. Default: ``global_size``."""
+    slots: int | None = Field(None, ge=1)
+    """Microbatches K of a step over all ranks. Default: the smallest multiple of the first start's world size that
+    respects ``micro_size``; kept on resumption."""
+
+    @model_validator(mode="after")
+    def _slots_fit(self) -> Self:
+        micro = self.micro_size or self.global_size
+        if micro > self.global_size:
+            raise PydanticCustomError(
+                "combination", f"{micro} is above batch.global_size {self.global_size}", {"key": "micro_size"}
+            )
+        if self.slots and -(-self.global_size // self.slots) > micro:
+            need = -(-self.global_size // micro)
+            raise PydanticCustomError(
+                "combination",
+                f"{self.slots} slots of at most {micro} samples hold fewer than global_size {self.global_size}; "
+                f"at least {need} are needed",
+                {"key": "slots"},
+            )
+        return self
+
+
+class Group(Section):
+    """Optimizer arguments for some of the parameters."""
+
+    match: list[str] = Field(min_length=1)
+    """Patterns of parameter names, as in a shell: ``*.bias``. The first group that matches a name takes it."""
+    args: dict[str, Any] = {}
+    """What differs from the optimizer's own arguments, such as ``weight_decay: 0``."""
+
+
+class Optimizer(ComponentSection):
+    """A torch optimizer by name, or the user's own by target."""
+
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Scale the gradient down to this 2-norm where it is longer. Default: no clipping."""
+    groups: list[Group] = []
+    """Parameters with other arguments; what no group matches gets ``args``."""
+
+
+class Schedule(ComponentSection):
+    """A torch learning-rate scheduler by name. ``T_max``, ``total_steps`` and ``total_iters``, where required and left
+    out, become the length of the run; then the limit can no longer change.
+    """
+
+    interval: Literal["step", "epoch"] = "step"
+    """What the scheduler counts: applied updates, or epochs."""
+    warmup_steps: int = Field(0, ge=0)
+    """Applied updates over which the rate rises linearly to the schedule's start; the schedule begins after them."""
+    monitor: str | None = None
+    """ReduceLROnPlateau only: the validation result it watches, such as ``loss``; stepped after each evaluation."""
+
+
+class Averaging(Section):
+    """A running average of the weights, kept beside them."""
+
+    kind: Literal["ema"] = "ema"
+    """``ema``: exponential moving average of parameters, advanced with each applied update."""
+    decay: float = Field(0.999, gt=0, lt=1)
+    """How much of the average is kept at each update."""
+    evaluate: bool = True
+    """Evaluate the averaged weights rather than the raw ones."""
+
+
+class Limit(Section):
+    """When the run is finished; exactly one of the two."""
+
+    epochs: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Passes over the training data."""
+    steps: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Global batches."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise PydanticCustomError("combination", "give either 'epochs' or 'steps'", {"key": ""})
+        return self
+
+
+class Compile(Section):
+    """torch.compile of the model. Off unless this section is there; ``compile: true`` takes the defaults."""
+
+    backend: str = "inductor"
+    """Compiler backend."""
+    mode: str | None = None
+    """Preset of the backend, such as ``max-autotune``."""
+    dynamic: bool | None = None
+    """Compile for varying shapes. Default: torch decides."""
+    fullgraph: bool = False
+    """Refuse graph breaks."""
+
+
+def _as_compile(value: Any) -> Any:
+    return {} if value is True else None if value is False else value
+
+
+class DistributedDataParallel(Section):
+    """Options of torch's DistributedDataParallel."""
+
+    bucket_mb: float = Field(25.0, gt=0)
+    """Size of the gradient buckets, in MiB."""
+    static_graph: bool = free(False)
+    """The graph is the same at every step; lets DDP reorder and allows re-entrant checkpointing."""
+    find_unused_parameters: bool = free(False)
+    """Search each forward pass for parameters without a gradient."""
+    gradient_as_bucket_view: bool = free(True)
+    """Gradients live inside the buckets: less memory, one copy fewer."""
+    communication_hook: Literal["fp16", "bf16"] | None = None
+    """Send gradients in half precision. Inexact: the sum is rounded."""
+
+    @model_validator(mode="after")
+    def _static_or_searched(self) -> Self:
+        if self.static_graph and self.find_unused_parameters:
+            raise PydanticCustomError(
+                "combination",
+                "a static graph needs no search; leave one of the two out",
+                {"key": "find_unused_parameters"},
+            )
+        return self
+
+
+class Strategy(Section):
+    """How the processes share the work."""
+
+    kind: Literal["ddp"] = free("ddp")
+    """``ddp``: every process holds the whole model (also with one process)."""
+    world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Processes that must be running; any other number is refused. Default: what the launcher asked for."""
+    ddp: DistributedDataParallel = DistributedDataParallel()
+    """Options of DistributedDataParallel."""
+
+
+class Evaluation(Section):
+    """When and how the validation data is evaluated."""
+
+    every: Every = free(Interval(1, "epoch"))
+    """How often."""
+    micro_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Samples in one forward pass. Default: the largest slot of training."""
+    metrics: dict[str, Component] = free({})
+    """Name in the results to torchmetrics class."""
+    metrics_on_train: bool = free(False)
+    """Also compute the metrics on the training batches, at every report (in training mode, before each update)."""
+
+
+class Best(Section):
+    """Which checkpoints are the best."""
+
+    metric: str
+    """Name of a validation result, such as ``loss`` or ``accuracy``."""
+    mode: Literal["min", "max"]
+    """Whether lower or higher is better."""
+    keep: int = Field(1, ge=1)
+    """How many are kept."""
+
+
+class Checkpoint(Section):
+    """When the state is saved, and what is kept."""
+
+    every: Every = free(Interval(1, "epoch"))
+    """How often. A run also saves when it ends or is asked to stop."""
+    keep: int = Field(2, ge=1, json_schema_extra={"resume": "free"})
+    """Newest checkpoints kept, besides the best."""
+    best: list[Best] = free([])
+    """Judged at each save that follows an evaluation of the same step."""
+
+
+class WeightsAndBiases(Section):
+    """Weights & Biases, written by rank 0 alone."""
+
+    mode: Literal["online", "offline", "disabled"] | None = free(None)
+    """Default: online where an API key is found, otherwise offline."""
+    project: str = free("lockstep")
+    """Project the run belongs to."""
+    entity: str | None = free(None)
+    """User or team. Default: that of the API key."""
+    tags: list[str] = free([])
+    """Labels of the run."""
+
+
+def _as_wandb(value: Any) -> Any:
+    return {} if value is True else None if value is False else value
+
+
+class Reporting(Section):
+    """What is told while the run goes on."""
+
+    every: Every = free(Interval(50, "step"))
+    """How often the training loss is read from the device and reported."""
+    progress: bool = free(True)
+    """A progress bar where the output is a terminal, plain lines elsewhere."""
+    wandb: Annotated[WeightsAndBiases | None, BeforeValidator(_as_wandb)] = free(None)
+    """Weights & Biases; ``true`` takes the defaults. Default: off."""
+
+
+class Resume(Section):
+    """Whether a run folder's state is continued."""
+
+    mode: Literal["auto", "never", "must"] = free("auto")
+    """``auto``: continue if there is a checkpoint; ``never``: refuse a folder that holds one; ``must``: refuse one without."""
+    allow_changes: list[str] = free([])
+    """Exact keys that may differ from the interrupted run's, such as ``optimizer.args.lr``."""
+
+
+def _as_resume(value: Any) -> Any:
+    return {"mode": value} if isinstance(value, str) else value
+
+
+class RunConfiguration(Section):
+    """One training run."""
+
+    name: str | None = Field(None, pattern=r"^[^/\\\n]+$", json_schema_extra={"resume": "free"})
+    """Name of the run. Default: the file's."""
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    """Where all randomness comes from."""
+    output: str = free("runs/{name}")
+    """Run folder; ``{name}`` is the run's name. Relative to the working folder."""
+    code: str | None = free(None)
+    """Folder of the user's own modules, relative to the YAML file. Default: the YAML file's folder."""
+    model: Component
+    """A torch module."""
+    data: Data
+    """What is trained on and evaluated on."""
+    batch: Batch
+    """How many samples one update sees."""
+    objective: Component
+    """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target."""
+    optimizer: Optimizer
+    """How parameters are updated."""
+    schedule: Schedule | None = None
+    """How the learning rate changes. Default: it does not."""
+    averaging: Averaging | None = None
+    """A running average of the weights. Default: none."""
+    limit: Limit
+    """When the run is finished."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the forward and backward pass (autocast; fp16 with a loss scale). Weights keep their own type."""
+    determinism: Literal["strict", "fast"] | None = free(None)
+    """``strict``: deterministic algorithms only, so that a resumed run is equal bit for bit. Default: strict on a CPU,
+    fast on a GPU."""
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    """Precision of float32 matrix products on devices that offer less (TF32, bfloat16)."""
+    batch_norm: Literal["local", "sync"] = "local"
+    """``local``: statistics of each slot, as on one process. ``sync``: over all ranks' simultaneous slots (GPU only);
+    the result then depends on the world size."""
+    compile: Annotated[Compile | None, BeforeValidator(_as_compile)] = None
+    """torch.compile. Default: off."""
+    strategy: Strategy = Strategy()
+    """How the processes share the work."""
+    evaluation: Evaluation = Evaluation()
+    """When and how the validation data is evaluated."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved."""
+    reporting: Reporting = Reporting()
+    """What is told while the run goes on."""
+    resume: Annotated[Resume, BeforeValidator(_as_resume)] = Resume()
+    """Whether a run folder's state is continued; ``auto``, ``never`` and ``must`` may be written directly."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        known = {"loss", *self.evaluation.metrics}
+        if "loss" in self.evaluation.metrics:
+            raise PydanticCustomError(
+                "combination", "'loss' is the objective's own name; choose another", {"key": "evaluation.metrics.loss"}
+            )
+        for index, best in enumerate(self.checkpoint.best):
+            if best.metric not in known:
+                raise PydanticCustomError(
+                    "combination",
+                    f"no result is called {best.metric!r}; known: {', '.join(sorted(known))}",
+                    {"key": f"checkpoint.best.{index}.metric"},
+                )
+        if self.checkpoint.best and self.data.validation is None:
+            raise PydanticCustomError(
+                "combination", "the best checkpoint needs data.validation", {"key": "checkpoint.best"}
+            )
+        plateau = self.schedule is not None and self.schedule.target.endswith("ReduceLROnPlateau")
+        if self.schedule is not None and plateau != (self.schedule.monitor is not None):
+            raise PydanticCustomError(
+                "combination", "'monitor' goes with ReduceLROnPlateau, and it needs one", {"key": "schedule.monitor"}
+            )
+        if plateau and self.data.validation is None:
+            raise PydanticCustomError(
+                "combination", "ReduceLROnPlateau needs data.validation", {"key": "schedule.target"}
+            )
+        if self.schedule is not None and self.schedule.monitor not in (None, *known):
+            raise PydanticCustomError(
+                "combination",
+                f"no result is called {self.schedule.monitor!r}; known: {', '.join(sorted(known))}",
+                {"key": "schedule.monitor"},
+            )
+        return self

@@ -1,0 +1,318 @@
+"""From a YAML file and overrides to a checked configuration, with every mistake told by file, line and key.
+
+The order is defaults, YAML, then ``key.path=value``. Nothing here imports torch, so that a login node can check a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from runtime.component import did_you_mean
+from runtime.config import RunConfiguration
+from runtime.errors import ConfigurationError, Problem
+
+SECRET_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+
+
+@dataclass(frozen=True)
+class LoadedConfiguration:
+    """A checked configuration, and where each of its keys was written."""
+
+    values: RunConfiguration
+    source: Path | None
+    lines: Mapping[tuple[str, ...], str]
+
+    @property
+    def name(self) -> str:
+        """The run's name: as written, else the file's."""
+        return self.values.name or (self.source.stem if self.source else "run")
+
+    @property
+    def output(self) -> Path:
+        """The run folder."""
+        return Path(self.values.output.replace("{name}", self.name))
+
+    @property
+    def code(self) -> Path:
+        """The folder of the user's own modules."""
+        base = self.source.resolve().parent if self.source else Path.cwd()
+        return (base / self.values.code).resolve() if self.values.code else base
+
+    def problem(self, key: Sequence[str], what: str) -> Problem:
+        """Make a problem out of a key that is wrong, with the line it was written in."""
+        return Problem(_where(self.lines, tuple(key)), ".".join(key), what)
+
+    def resolved(self) -> dict[str, Any]:
+        """All keys with their values, defaults included, secrets left out; what is written to the run folder."""
+        values: dict[str, Any] = without_secrets(self.values.model_dump(mode="json"))
+        return {**values, "name": self.name}
+
+
+def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfiguration:
+    """Read a configuration from a YAML file (or a mapping), apply ``key.path=value`` overrides and check the structure.
+
+    Raises:
+        ConfigurationError: every mistake found, each with file, line and key.
+    """
+    lines: dict[tuple[str, ...], str] = {}
+    path: Path | None = None
+    if isinstance(source, Mapping):
+        raw: Any = _deep_copy(source)
+        lines[()] = "configuration"
+    else:
+        path = Path(source)
+        raw = _read_yaml(path, lines)
+    problems = _apply_overrides(raw, overrides, lines)
+    try:
+        values = RunConfiguration.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(detail, lines) for detail in error.errors()]
+    if problems:
+        raise ConfigurationError(problems)
+    return LoadedConfiguration(values, path, lines)
+
+
+def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten resolved values to the keys on which the run's result depends."""
+    free_keys = set(_free_paths(RunConfiguration))
+    return {
+        key: value for key, value in flatten(values).items() if not any(_under(key, prefix) for prefix in free_keys)
+    }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys; lists and empty mappings are values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def without_secrets(value: Any) -> Any:
+    """Copy nested values, hiding those whose key ends like a secret's."""
+    if isinstance(value, Mapping):
+        return {
+            key: "(hidden)"
+            if isinstance(inner, str) and str(key).upper().endswith(SECRET_ENDINGS)
+            else without_secrets(inner)
+            for key, inner in value.items()
+        }
+    return [without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML, for editors."""
+    schema = RunConfiguration.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML 1.2's scalars: ``3e-4`` is a number, ``no`` is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path, lines: dict[tuple[str, ...], str]) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError:
+        raise ConfigurationError([Problem(str(path), "", "is not UTF-8 text")]) from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        problems = list(_index_lines(node, str(path), (), lines))
+        raw = loader.construct_document(node) if node is not None else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigurationError([Problem(where, "", f"not YAML: {getattr(error, 'problem', error)}")]) from None
+    finally:
+        loader.dispose()
+    lines.setdefault((), f"{path}:1")
+    if not isinstance(raw, dict):
+        problems.append(Problem(f"{path}:1", "", "must be a mapping of keys to values"))
+    if problems:
+        raise ConfigurationError(problems)
+    return raw
+
+
+def _index_lines(
+    node: yaml.Node | None, file: str, path: tuple[str, ...], lines: dict[tuple[str, ...], str]
+) -> Iterator[Problem]:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                yield Problem(f"{file}:{line}", ".".join((*path, key)), f"written twice; first in line {seen[key]}")
+            seen.setdefault(key, line)
+            lines[(*path, key)] = f"{file}:{line}"
+            yield from _index_lines(value_node, file, (*path, key), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*path, str(index))] = f"{file}:{item.start_mark.line + 1}"
+            yield from _index_lines(item, file, (*path, str(index)), lines)
+
+
+def _apply_overrides(raw: Any, overrides: Sequence[str], lines: dict[tuple[str, ...], str]) -> list[Problem]:
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = tuple(key.split("."))
+        if not equals or not all(path):
+            problems.append(Problem("command line", "", f"{override!r} is not of the form key.path=value"))
+            continue
+        try:
+            loader = _Loader(text)
+            value = loader.get_single_data()
+        except yaml.YAMLError:
+            problems.append(Problem("command line", key, f"{text!r} is not a YAML value"))
+            continue
+        if not _set(raw, path, value):
+            problems.append(Problem("command line", key, "leads into a value that has no keys"))
+            continue
+        for known in [known for known in lines if known[: len(path)] == path]:
+            del lines[known]
+        lines[path] = "command line"
+    return problems
+
+
+def _set(raw: Any, path: tuple[str, ...], value: Any) -> bool:
+    for key in path[:-1]:
+        if isinstance(raw, list) and key.isdigit() and int(key) < len(raw):
+            raw = raw[int(key)]
+        elif isinstance(raw, dict):
+            if raw.get(key) is None:
+                raw[key] = {}
+            raw = raw[key]
+        else:
+            return False
+    if isinstance(raw, list) and path[-1].isdigit() and int(path[-1]) < len(raw):
+        raw[int(path[-1])] = value
+    elif isinstance(raw, dict):
+        raw[path[-1]] = value
+    else:
+        return False
+    return True
+
+
+def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Problem:
+    path = tuple(str(part) for part in detail["loc"])
+    kind, given = detail["type"], detail.get("input")
+    if kind == "combination":
+        extra = (detail.get("ctx") or {}).get("key", "")
+        path = (*path, *extra.split(".")) if extra else path
+        what = detail["msg"]
+    elif kind == "extra_forbidden":
+        what = f"unknown key{_suggest(path)}"
+    elif kind == "missing":
+        what = "is required"
+    elif kind == "bool_type":
+        what = f"must be true or false, not {_shown(given)}"
+        if isinstance(given, str) and given.lower() in ("yes", "no", "on", "off"):
+            what += f" (YAML 1.2: {given} is text)"
+    elif kind == "interval":
+        what = f"{detail['msg']}, not {_shown(given)}"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        what = f"must be a section with keys of its own, not {_shown(given)}"
+    else:
+        message = detail["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+        what = f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
+    return Problem(_where(lines, path), ".".join(path), what)
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _where(lines: Mapping[tuple[str, ...], str], path: tuple[str, ...]) -> str:
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, "configuration")
+
+
+def _suggest(path: tuple[str, ...]) -> str:
+    section: type[BaseModel] | None = RunConfiguration
+    for part in path[:-1]:
+        section = _section_of(section, part) if section else None
+    siblings = list(section.model_fields) if section else []
+    near = did_you_mean(path[-1], siblings)
+    if near:
+        return near
+    elsewhere = [key for key in _all_paths(RunConfiguration) if key.split(".")[-1] == path[-1]]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    field = section.model_fields.get(key)
+    return _section_in(field.annotation) if field else None
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        yield prefix + key
+        inner = _section_in(field.annotation)
+        if inner is not None:
+            yield from _all_paths(inner, f"{prefix}{key}.")
+
+
+def _free_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("resume") == "free":
+            yield prefix + key
+            continue
+        inner = _section_in(field.annotation)
+        if inner is not None:
+            yield from _free_paths(inner, f"{prefix}{key}.")
+
+
+def _under(key: str, prefix: str) -> bool:
+    return key == prefix or key.startswith(prefix + ".")
+
+
+def _deep_copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _deep_copy(inner) for key, inner in value.items()}
+    return [_deep_copy(inner) for inner in value] if isinstance(value, list | tuple) else value

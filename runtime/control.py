@@ -1,0 +1,112 @@
+"""Decisions that all ranks take together.
+
+What is decided between steps rides on one small all-reduce, started before a step's forward passes and read at its end,
+when it is long complete, so that all ranks leave after the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SECONDS_BETWEEN = 0.25  # a wish waits this long at most; the all-reduce then costs nothing to speak of
+_MOST_STEPS_BETWEEN = 64
+
+
+class Agreement:
+    """The stop wish of any rank, made known to all at the same step.
+
+    Collective: every rank must call ``begin`` and ``end`` around every step. The message is 16 bytes, every n steps; n
+    follows from the slowest rank's step time, which travels in the same message, so it is equal on all ranks.
+
+    Args:
+        world_size: number of processes; with one there is nothing to agree on and nothing is sent.
+        device: where the message lives; the process group's kind of device.
+    """
+
+    def __init__(self, *, world_size: int, device: torch.device) -> None:
+        self._world_size = world_size
+        self._message = torch.zeros(2, dtype=torch.float64, device=device)
+        self._steps = 0
+        self._due = 0
+        self._since = (time.monotonic(), 0)
+        self._wish = False
+        self._pending: Any = None
+
+    def begin(self, wish: bool) -> None:
+        """Start to make a wish known, if a message is due before this step."""
+        self._wish = wish
+        if self._world_size == 1 or self._steps < self._due:
+            return
+        now, (then, steps_then) = time.monotonic(), self._since
+        seconds_per_step = (now - then) / max(1, self._steps - steps_then)
+        self._since = (now, self._steps)
+        self._message.copy_(torch.tensor([float(wish), seconds_per_step], dtype=torch.float64))
+        self._pending = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, async_op=True)
+
+    def end(self) -> bool:
+        """Tell whether any rank wished to stop; the same answer on every rank."""
+        self._steps += 1
+        if self._world_size == 1:
+            return self._wish
+        if self._pending is None:
+            return False
+        self._pending.wait()
+        self._pending = None
+        wish, seconds_per_step = self._message.tolist()  # waits for the device, for a message begun a step ago
+        between = int(_SECONDS_BETWEEN / max(seconds_per_step, 1e-6))
+        self._due = self._steps + max(1, min(_MOST_STEPS_BETWEEN, between)) - 1
+        return bool(wish)
+
+
+def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sum a CPU tensor over all ranks and return it on the CPU. Collective: every rank must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    moved = tensor.to(device)
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def from_rank_0(value: Any, device: torch.device) -> Any:
+    """Return rank 0's value of something that JSON can hold. Collective: every rank must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    text = json.dumps(value).encode() if dist.get_rank() == 0 else b""
+    length = torch.tensor([len(text)], device=device)
+    dist.broadcast(length, 0)
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if dist.get_rank() == 0:
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(buffer, 0)
+    return json.loads(bytes(buffer.cpu().tolist()))
+
+
+def gather_bytes(payload: bytes, device: torch.device) -> list[bytes]:
+    """Return every rank's bytes, in rank order, on every rank. Collective: every rank must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [payload]
+    world_size = dist.get_world_size()
+    length = torch.tensor([len(payload)], device=device)
+    lengths = [torch.zeros_like(length) for _ in range(world_size)]
+    dist.all_gather(lengths, length)
+    longest = max(int(n) for n in lengths)
+    own = torch.zeros(longest, dtype=torch.uint8, device=device)
+    own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+    buffers = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(buffers, own)
+    return [buffer[: int(n)].cpu().numpy().tobytes() for buffer, n in zip(buffers, lengths, strict=True)]
+
+
+def sum_by_name(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum named numbers over all ranks, in rank order; a rank may lack names. Collective: every rank must call this."""
+    total: dict[str, float] = {}
+    for payload in gather_bytes(json.dumps(values).encode(), device):
+        for name, value in json.loads(payload).items():
+            total[name] = total.get(name, 0.0) + value
+    return total

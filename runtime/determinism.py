@@ -1,0 +1,45 @@
+"""How much of torch's speed is given up so that the same step gives the same bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+
+@contextmanager
+def determinism(mode: Literal["strict", "fast"], matmul: Literal["highest", "high", "medium"]) -> Iterator[None]:
+    """Set torch's switches for the length of a run and put them back.
+
+    ``strict``: deterministic algorithms or an error naming the operation, no cuDNN benchmarking, a fixed cuBLAS workspace,
+    one NCCL algorithm, and eager's random numbers in compiled code. Enter before the first use of a GPU.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark,
+        torch.get_float32_matmul_precision(),
+    )
+    torch.set_float32_matmul_precision(matmul)
+    if mode == "strict":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
+        # Filling every new tensor would cost a pass over it; nothing here reads memory it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = before[2]
+        torch.set_float32_matmul_precision(before[3])
+
+
+def default_determinism() -> Literal["strict", "fast"]:
+    """Strict costs next to nothing on a CPU, and much on a GPU."""
+    return "fast" if torch.cuda.is_available() else "strict"

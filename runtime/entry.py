@@ -1,0 +1,46 @@
+"""What the entry points share: arguments in, one message and an exit code out, never a traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from runtime import environment
+from runtime.errors import (
+    CheckpointError,
+    ConfigurationError,
+    LockstepError,
+    MissingDependencyError,
+    NonFiniteError,
+    RunFolderError,
+)
+
+_EQUAL_ON_ALL_RANKS = (ConfigurationError, MissingDependencyError, RunFolderError, CheckpointError, NonFiniteError)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as one of the launched processes; return the exit code: 0 finished or stopped, 2 configuration, 1 failure."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: accelerate launch runtime/train.py CONFIG [key.path=value …]", file=sys.stderr)
+        return 0 if arguments else 2
+    from runtime.session import train
+
+    try:
+        train(arguments[0], *arguments[1:])
+    except LockstepError as error:
+        return _tell(error)
+    return 0
+
+
+def _tell(error: LockstepError) -> int:
+    rank = environment.rank()
+    if isinstance(error, _EQUAL_ON_ALL_RANKS) and rank != 0:
+        # Rank 0 tells it for all. The launcher ends everyone once the first rank has left, so let rank 0 be that one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.sigtimedwait({signal.SIGTERM}, 10)
+    else:
+        prefix = f"rank {rank}: " if "RANK" in os.environ and not isinstance(error, _EQUAL_ON_ALL_RANKS) else ""
+        print(f"lockstep: {prefix}{error}", file=sys.stderr, flush=True)
+    return error.exit_code

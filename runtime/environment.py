@@ -1,0 +1,72 @@
+"""The environment variables that Lockstep reads, all of them here.
+
+LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
+LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
+WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR    set by ``accelerate launch`` and torchrun
+"""
+
+from __future__ import annotations
+
+import os
+
+from runtime.errors import WorldSizeError
+
+_HOW = "start it with: lockstep train CONFIG --processes N"
+
+
+def rank() -> int:
+    """This process's rank, before there is a process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launch_token() -> str | None:
+    """The token of the launch that started this process."""
+    return os.environ.get("LOCKSTEP_LAUNCH")
+
+
+def requested_world_size(configured: int | None) -> int:
+    """Return how many processes were asked for.
+
+    Args:
+        configured: ``strategy.world_size``.
+
+    Raises:
+        WorldSizeError: the launcher meant several processes and started single ones, each unaware of the others.
+    """
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is None and "MASTER_ADDR" in os.environ:
+        raise WorldSizeError(
+            "the launcher was asked for several processes but started them without WORLD_SIZE, so each would train alone. "
+            "`accelerate launch` does this with --num_processes above 1 on a machine without GPUs, and with --cpu "
+            f"--num_machines 2. {_HOW}"
+        )
+    asked = os.environ.get("LOCKSTEP_WORLD_SIZE")
+    for name, value in (("LOCKSTEP_WORLD_SIZE", asked), ("WORLD_SIZE", launched)):
+        if value is not None and not value.isdigit():
+            raise WorldSizeError(f"{name} is {value!r}, not a number")
+    if asked is not None:
+        return int(asked)
+    if configured is not None:
+        return configured
+    return int(launched) if launched is not None else 1
+
+
+def check_world_size(requested: int, actual: int) -> None:
+    """Refuse a process group of another size than was asked for.
+
+    Raises:
+        WorldSizeError: naming both sizes.
+    """
+    if actual == requested:
+        return
+    message = (
+        f"{requested} process{'es were' if requested != 1 else ' was'} asked for, but the process group has {actual}. "
+    )
+    if actual == 1:
+        message += (
+            "Each process would train alone. On a machine without GPUs `accelerate launch --multi_gpu` needs "
+            f"ACCELERATE_USE_CPU=true. {_HOW}"
+        )
+    else:
+        message += f"Change strategy.world_size, or {_HOW}"
+    raise WorldSizeError(message)

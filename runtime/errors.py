@@ -1,0 +1,104 @@
+"""Everything that can go wrong for a user, as one tree.
+
+LockstepError                     one clear message, never a traceback; ``exit_code`` says how a process ends
+ ├── ConfigurationError           mistakes in the YAML or on the command line, all at once (exit code 2)
+ ├── MissingDependencyError       an optional package is asked for and not installed (exit code 2)
+ ├── WorldSizeError               the processes that run are not the ones that were asked for (exit code 2)
+ ├── RunFolderError               the run folder belongs to another run, or cannot be written
+ ├── CheckpointError              a checkpoint is damaged, of another format or of another run
+ ├── DataError                    a data set is empty, inconsistent, or raised while it was read
+ ├── ObjectiveError               the loss or its weight is not what the contract says
+ ├── NonFiniteError               the gradient of a step is NaN or infinite
+ ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
+ └── PeerError                    another rank left; its own message tells why
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class LockstepError(Exception):
+    """Base of every error that is told to a user as one message."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a configuration.
+
+    Args:
+        where: ``file:line`` of the mistake, or ``command line``.
+        key: dotted path of the key, empty for the file as a whole.
+        what: what is wrong and what to do.
+    """
+
+    where: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.key}: {self.what}" if self.key else f"{self.where}: {self.what}"
+
+
+class ConfigurationError(LockstepError, ValueError):
+    """One or more mistakes in a configuration, listed together."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class MissingDependencyError(LockstepError):
+    """An optional package is needed and not installed.
+
+    Args:
+        package: the package's name on PyPI.
+        needed_for: what asked for it, as a noun phrase.
+        extra: the extra of ``lockstep-train`` that brings it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, package: str, needed_for: str, extra: str) -> None:
+        super().__init__(
+            f"{needed_for} needs the package {package!r}, which is not installed: "
+            f"pip install 'lockstep-train[{extra}]' (or pip install {package})"
+        )
+
+
+class WorldSizeError(LockstepError):
+    """The world size is not the one that was asked for."""
+
+    exit_code = 2
+
+
+class RunFolderError(LockstepError):
+    """The run folder cannot be used by this run."""
+
+
+class CheckpointError(LockstepError):
+    """A checkpoint cannot be written or read."""
+
+
+class DataError(LockstepError):
+    """A data set cannot be used, or raised while it was read."""
+
+
+class ObjectiveError(LockstepError):
+    """An objective broke the loss contract."""
+
+
+class NonFiniteError(LockstepError):
+    """A step's gradient is NaN or infinite; parameters are as they were before the step."""
+
+
+class EvaluationError(LockstepError):
+    """An evaluation is not exact, or a metric refused its input."""
+
+
+class PeerError(LockstepError):
+    """Contact with another rank was lost."""

@@ -1,0 +1,115 @@
+"""Exact evaluation: every sample once, whatever the number of ranks; sums, never means of means.
+
+The data is cut into microbatches by its size alone, and each rank runs a consecutive share of them, as many rounds on every
+rank. What stays in memory is the state of the metrics, never the model's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.batches import Samples, SlotIndex, read, slots_of_rank
+from runtime.control import sum_by_name
+from runtime.errors import EvaluationError
+from runtime.metrics import MetricSet, Result
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.strategies import Strategy
+
+
+class Evaluator:
+    """Evaluates one split.
+
+    Args:
+        split: its name, for messages.
+        samples: the data.
+        micro_size: samples in one forward pass.
+        metrics: what to compute besides the loss.
+        seed: of the run; a model that draws random numbers draws the same in every evaluation.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        samples: Samples,
+        *,
+        micro_size: int,
+        strategy: Strategy,
+        metrics: MetricSet,
+        make_loader: Callable[..., Any],
+        seed: int,
+    ) -> None:
+        self._split = split
+        self._samples = samples
+        self._micro_size = micro_size
+        self._strategy = strategy
+        self._metrics = metrics
+        self._make_loader = make_loader
+        self._seed = seed
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Result]:
+        """Return ``samples``, ``loss``, the objective's parts and the metrics, equal on every rank.
+
+        Collective: every rank must call this.
+
+        Raises:
+            EvaluationError: not every sample was seen once, or a metric refused its input.
+        """
+        module = self._strategy.unwrapped
+        was_training = module.training
+        module.eval()
+        self._metrics.reset()
+        try:
+            with preserved_random_state(self._strategy.device):
+                totals = self._run_share()
+        finally:
+            module.train(was_training)
+        return self._reduced(totals)
+
+    def _run_share(self) -> dict[str, Any]:
+        strategy, device = self._strategy, self._strategy.device
+        objective = strategy.unwrapped.objective
+        size = len(self._samples)
+        rounds = -(-size // self._micro_size)
+        own = slots_of_rank(rounds, strategy.world_size, strategy.rank)
+        shares = (self._share(number, size) for number in own)
+        totals: dict[str, Any] = {
+            "samples": 0.0,
+            "weight": 0.0,
+            "loss": torch.zeros((), dtype=torch.float64, device=device),
+        }
+        for number, batch in zip(own, read(self._samples, shares, self._make_loader), strict=True):
+            count = len(self._share(number, size).ids)
+            totals["samples"] += count
+            totals["weight"] += count if objective.counts_samples else float(objective.weight(batch))
+            seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
+            batch = strategy.to_device(batch)
+            with strategy.autocast():
+                loss = strategy.unwrapped(batch)
+            totals["loss"] += loss.sum
+            for name, part in loss.parts.items():
+                totals[name] = totals.get(name, 0) + part.double()
+            if self._metrics:
+                self._metrics.update(*objective.metric_inputs(loss.output, batch))
+        return totals
+
+    def _share(self, number: int, size: int) -> SlotIndex:
+        start = number * self._micro_size
+        return SlotIndex(0, np.arange(start, min(start + self._micro_size, size), dtype=np.int64))
+
+    def _reduced(self, totals: dict[str, Any]) -> dict[str, Result]:
+        # Waits for the device: an evaluation is over when its sums are read.
+        summed = sum_by_name({name: float(total) for name, total in totals.items()}, self._strategy.device)
+        samples, weight = int(summed.pop("samples")), summed.pop("weight")
+        if samples != len(self._samples):
+            raise EvaluationError(
+                f"{self._split}: {samples} samples were evaluated, the data set has {len(self._samples)}"
+            )
+        if weight <= 0:
+            raise EvaluationError(f"{self._split}: no sample carries weight, so there is no mean loss")
+        means: dict[str, Result] = {name: total / weight for name, total in summed.items()}
+        return {"samples": float(samples), **means, **self._metrics.compute()}

@@ -1,0 +1,78 @@
+"""Starting a run's processes on this machine, passing signals on, and turning its outcome into an exit code."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import runtime
+from launch.job import JobSpec
+from launch.local import command, environment, shown
+from runtime.config_file import LoadedConfiguration
+from runtime.session import read_outcome
+
+
+def num_gpus() -> int:
+    """Return the number of GPUs torch can use, none if the user chose the CPU."""
+    import torch
+
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return 0
+    return torch.cuda.device_count()
+
+
+def train_locally(
+    loaded: LoadedConfiguration, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool
+) -> int:
+    """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure."""
+    script = Path(runtime.__path__[0]) / "train.py"
+    job = JobSpec(script, config, overrides, processes, use_gpus)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    token = secrets.token_hex(8)
+    added = environment(job, launch=token, num_cores=cores)
+    line = command(job, python=sys.executable, port=_free_port(), num_cores=cores)
+    print(shown(line, added), file=sys.stderr, flush=True)
+    code = _run(line, {**os.environ, **added})
+    outcome = read_outcome(loaded.output, token)
+    return int(outcome["exit_code"]) if outcome else (1 if code else 0)
+
+
+def _run(line: Sequence[str], variables: dict[str, str]) -> int:
+    """Run the launcher in a process group of its own; a signal to us goes to all of it, once, and we wait for the end."""
+    process = subprocess.Popen(line, env=variables, start_new_session=True)
+
+    def pass_on(number: int, frame: object) -> None:
+        _signal_group(process.pid, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+        # A launcher of one process dies of the signal that its child saves after.
+        while _signal_group(process.pid, 0):
+            time.sleep(0.1)
+        return code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

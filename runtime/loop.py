@@ -1,0 +1,102 @@
+"""The training loop and nothing else: one visible call for each thing that happens, in an order that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime.averaging import ExponentialMovingAverage
+from runtime.batches import Window
+from runtime.buffers import BufferRule
+from runtime.control import Agreement
+from runtime.errors import NonFiniteError
+from runtime.meters import TrainingMeter
+from runtime.metrics import Result
+from runtime.optimization import Schedule
+from runtime.progress import Progress
+from runtime.randomness import Purpose, derive, seed_everything
+from runtime.strategies import Strategy, Update
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop drives. The callables are told the progress and are called on every rank.
+
+    Args:
+        stop_wished: whether this process was asked to stop.
+        report: tells the meter's figures, if they are due.
+        evaluate: evaluates, if it is due, and returns the results.
+        save: saves, if it is due or the run is being left.
+    """
+
+    seed: int
+    max_grad_norm: float | None
+    strategy: Strategy
+    schedule: Schedule
+    buffers: BufferRule
+    averaging: ExponentialMovingAverage | None
+    progress: Progress
+    agreement: Agreement
+    meter: TrainingMeter
+    stop_wished: Callable[[], bool]
+    report: Callable[[Window], None]
+    evaluate: Callable[[Window], dict[str, Result] | None]
+    save: Callable[[Window, bool], None]
+
+
+def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopped"]:
+    """Consume windows until the limit, or until the ranks agree to stop. Collective: every rank must call this.
+
+    Raises:
+        NonFiniteError: a gradient is NaN or infinite; parameters are as they were before its step.
+    """
+    strategy, buffers, progress, meter = parts.strategy, parts.buffers, parts.progress, parts.meter
+    for window in windows:
+        parts.agreement.begin(parts.stop_wished())
+        buffers.begin_step()
+        for number, microbatch in enumerate(window.microbatches, start=1):
+            seed_everything(derive(parts.seed, Purpose.SLOT, progress.step, microbatch.slot), strategy.device)
+            batch = strategy.to_device(microbatch.batch)
+            with strategy.microbatch(last=number == len(window.microbatches)):
+                loss = strategy.forward(batch, filler=microbatch.filler)
+                strategy.backward(loss.sum / (window.weight or 1.0))
+            buffers.end_slot(filler=microbatch.filler)
+            if not microbatch.filler:
+                meter.add(loss, batch)
+
+        update = _apply(window, parts)
+        buffers.end_step(real_slots=window.real_slots, applied=update.applied)
+        meter.end_step(window, update)
+        progress.advance(window, applied=update.applied)
+        if update.applied:
+            parts.schedule.after_update()
+            if parts.averaging is not None:
+                parts.averaging.update()
+        if window.epoch_ends:
+            parts.schedule.after_epoch()
+
+        leaving = parts.agreement.end()
+        parts.report(window)
+        results = parts.evaluate(window)
+        if results is not None:
+            parts.schedule.after_evaluation(results)
+        parts.save(window, leaving)
+        if leaving:
+            return "stopped"
+    return "finished"
+
+
+def _apply(window: Window, parts: Parts) -> Update:
+    if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
+        parts.strategy.discard()
+        return Update(applied=False, grad_norm=None)
+    update = parts.strategy.step(parts.max_grad_norm)
+    if not update.applied and not parts.strategy.skips_overflow:
+        cursor = window.cursor
+        raise NonFiniteError(
+            f"step {parts.progress.step + 1} (epoch {cursor.epoch + 1}, batch {cursor.batch + 1}): the gradient is NaN or "
+            "infinite, so it was not applied and the run stops; resuming repeats this step from the last checkpoint. "
+            "Lower the learning rate, clip (optimizer.max_grad_norm), warm up (schedule.warmup_steps), or look at the data"
+        )
+    return update

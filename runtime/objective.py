@@ -1,0 +1,277 @@
+"""What is minimised: a loss sum and the weight it is divided by, kept apart so that a global batch stays one batch.
+
+An objective returns the *sum* of its losses over a microbatch. The runtime divides by the weight of the whole global
+batch, which it knows before the first forward pass. Torch's losses are taken by name; their weights are those of torch's
+own ``reduction="mean"`` on the whole batch:
+
+==========================================  ============================================================
+loss                                        weight
+==========================================  ============================================================
+CrossEntropyLoss, NLLLoss                   targets that are not ``ignore_index``, or their class weights
+NextTokenLoss                               tokens whose target is not ``ignore_index``
+the other losses of torch                   elements of the target
+==========================================  ============================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import ObjectiveError
+
+
+class Loss(NamedTuple):
+    """What one forward pass returns.
+
+    Args:
+        sum: sum of the losses over the microbatch, a scalar with a gradient.
+        parts: named addends, as sums like ``sum``, without a gradient; reported divided by the weight.
+        output: what the model returned, for metrics.
+    """
+
+    sum: Tensor
+    parts: Mapping[str, Tensor] = {}
+    output: Any = None
+
+
+class Objective(nn.Module):
+    """Base of objectives. Parameters of its own are trained, saved and reduced with the model's.
+
+    A subclass implements ``forward``, and ``weight`` where that is not the number of samples. It may call any method of
+    the model any number of times.
+
+    Attributes:
+        unit: what the weight counts, in the plural, for reports.
+        couples_samples: the loss of a sample depends on the others of its microbatch, so the result depends on K.
+    """
+
+    unit = "samples"
+    couples_samples = False
+
+    def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
+        """Return the loss of a microbatch, or its sum alone."""
+        raise TypeError(f"{type(self).__name__} has no forward(model, batch)")
+
+    def weight(self, batch: Any) -> float | Tensor:
+        """Return the weight of a microbatch, on the CPU and before any forward pass. Default: its samples."""
+        raise TypeError("the number of samples is known without asking")
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
+        """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
+        return output, _split(batch)[1]
+
+    @property
+    def counts_samples(self) -> bool:
+        """Tell whether the weight is the number of samples, which the order tells without reading data."""
+        return type(self).weight is Objective.weight
+
+
+class TrainingModule(nn.Module):
+    """Model and objective as the one module that a strategy prepares."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Any, filler: bool = False) -> Loss:
+        """Return the loss of a microbatch; for a filler a zero that reaches every trainable parameter.
+
+        Raises:
+            ObjectiveError: the objective returned something else than a scalar sum.
+        """
+        loss = self.objective(self.model, batch)
+        if filler:
+            trainable = [p for p in self.parameters() if p.requires_grad]
+            return Loss(_Zero.apply(*trainable))  # type: ignore[no-untyped-call]
+        if isinstance(loss, Tensor):
+            loss = Loss(loss)
+        if not isinstance(loss, Loss) or loss.sum.ndim != 0:
+            got = f"a tensor of shape {tuple(loss.sum.shape)}" if isinstance(loss, Loss) else type(loss).__name__
+            raise ObjectiveError(
+                f"{type(self.objective).__name__} must return the sum of its losses, a scalar or runtime.objective.Loss, "
+                f"not {got}; with torch's losses use reduction='sum'"
+            )
+        return loss
+
+
+class _Zero(torch.autograd.Function):
+    """A zero with a zero gradient for every parameter, whatever the parameters or a loss hold: 0 * inf would be NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+class SupervisedObjective(Objective):
+    """A loss of the model's output and a target.
+
+    The batch is ``(inputs, target)``, or a mapping with these two keys; mapped or listed inputs become the model's
+    arguments.
+    """
+
+    unit = "elements"
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, model: nn.Module, batch: Any) -> Loss:
+        """Call the model on the inputs and the loss on its output and the target."""
+        inputs, target = _split(batch)
+        if isinstance(inputs, Mapping):
+            output = model(**inputs)
+        elif isinstance(inputs, list | tuple):
+            output = model(*inputs)
+        else:
+            output = model(inputs)
+        return Loss(self._loss_sum(output, target), output=output)
+
+    def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
+        if output.shape != target.shape:
+            raise ObjectiveError(
+                f"{type(self.loss).__name__} needs an output of the target's shape {tuple(target.shape)}, "
+                f"not {tuple(output.shape)}; torch would broadcast and sum over pairs that do not belong together"
+            )
+        loss_sum: Tensor = self.loss(output, target)
+        return loss_sum
+
+    def weight(self, batch: Any) -> float:
+        """Return the number of elements of the target."""
+        return float(_split(batch)[1].numel())
+
+
+class BinaryObjective(SupervisedObjective):
+    """Binary cross entropy; metrics see probabilities."""
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return probabilities and integer targets.
+
+        torchmetrics takes scores within [0, 1] for probabilities and applies a sigmoid otherwise, batch by batch: on
+        logits its result would depend on how the data is cut.
+        """
+        probabilities = output.sigmoid() if isinstance(self.loss, nn.BCEWithLogitsLoss) else output
+        return probabilities, _split(batch)[1].long()
+
+
+class ClassificationObjective(SupervisedObjective):
+    """CrossEntropyLoss or NLLLoss: class indices or, for cross entropy, class probabilities as target.
+
+    Output: (batch, classes, …); target: (batch, …) int64, or of the output's shape in floating point.
+    """
+
+    unit = "targets"
+    _class_dim = 1
+
+    def __init__(self, loss: nn.CrossEntropyLoss | nn.NLLLoss) -> None:
+        super().__init__(loss)
+        self._ignore_index = loss.ignore_index
+        # The weight is wanted on the CPU, before the batch is moved; the loss's own copy moves with the module.
+        self._class_weights = None if loss.weight is None else loss.weight.detach().clone()
+
+    def weight(self, batch: Any) -> float:
+        """Return the targets that count, or the sum of their class weights."""
+        target = _split(batch)[1]
+        if target.is_floating_point():
+            return float(target.numel() // target.shape[self._class_dim])
+        counted = target != self._ignore_index
+        if self._class_weights is None:
+            return float(counted.sum())
+        return float(self._class_weights.double()[target[counted]].sum())
+
+    def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
+        loss_sum: Tensor = self.loss(output, target)
+        return loss_sum
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return probabilities (targets, classes) and class indices (targets,), ignored targets left out.
+
+        Probabilities rather than logits, for the reason given in :meth:`BinaryObjective.metric_inputs`.
+        """
+        target = _split(batch)[1]
+        scores = output.movedim(self._class_dim, -1).flatten(0, -2)
+        if target.is_floating_point():
+            target = target.movedim(self._class_dim, -1).argmax(-1)
+        target = target.flatten()
+        counted = target != self._ignore_index
+        scores = scores[counted].float() if scores.dtype in (torch.float16, torch.bfloat16) else scores[counted]
+        return (scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)), target[counted]
+
+
+class NextTokenLoss(ClassificationObjective):
+    """Cross entropy of the next token. Output: (batch, time, vocabulary); target: (batch, time) int64.
+
+    Args:
+        ignore_index: target of positions that do not count.
+        label_smoothing: share of the target spread evenly over the vocabulary.
+    """
+
+    unit = "tokens"
+    _class_dim = -1
+
+    def __init__(self, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        super().__init__(
+            nn.CrossEntropyLoss(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum")
+        )
+
+    def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
+        loss_sum: Tensor = self.loss(output.flatten(0, -2), target.flatten())
+        return loss_sum
+
+
+_OTHER_INPUTS = (  # their input is not (output, target) of one shape
+    nn.CosineEmbeddingLoss,
+    nn.MarginRankingLoss,
+    nn.GaussianNLLLoss,
+    nn.TripletMarginLoss,
+    nn.TripletMarginWithDistanceLoss,
+    nn.MultiMarginLoss,
+    nn.MultiLabelMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.CTCLoss,
+)
+
+
+def torch_loss(loss_class: type[nn.Module], args: Mapping[str, Any]) -> Objective:
+    """Make an objective of one of torch's losses; ``reduction`` is ours, and lists of class weights become tensors.
+
+    Raises:
+        ObjectiveError: the class is no loss, or one whose batch is not (inputs, target).
+    """
+    if not (inspect.isclass(loss_class) and "reduction" in inspect.signature(loss_class).parameters):
+        raise ObjectiveError(f"{loss_class.__name__} is not a loss of torch")
+    if loss_class in _OTHER_INPUTS or "reduction" in args:
+        what = "sets reduction, which is the runtime's" if "reduction" in args else "takes more than output and target"
+        raise ObjectiveError(f"{loss_class.__name__} {what}; write an Objective (README, 'Your own objective')")
+    tensors = {key: torch.tensor(value) if isinstance(value, list) else value for key, value in args.items()}
+    loss = loss_class(**tensors, reduction="sum")
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+        return ClassificationObjective(loss)
+    if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
+        return BinaryObjective(loss)
+    return SupervisedObjective(loss)
+
+
+def _split(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping) and {"inputs", "target"} <= set(batch):
+        return batch["inputs"], batch["target"]
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    shape = (
+        sorted(batch)
+        if isinstance(batch, Mapping)
+        else f"{type(batch).__name__} of {len(batch)}"
+        if hasattr(batch, "__len__")
+        else type(batch).__name__
+    )
+    raise ObjectiveError(f"the batch must be (inputs, target) or have the keys 'inputs' and 'target', not {shape}")

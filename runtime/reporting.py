@@ -1,0 +1,122 @@
+"""Where a run's figures go: the console, ``metrics.jsonl`` in the run folder, Weights & Biases. Rank 0 alone writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.metrics import Result
+from runtime.serialization import replace_file
+
+
+class Tracker(Protocol):
+    """Somewhere that figures go."""
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Take note of what this start of the run is."""
+        ...
+
+    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
+        """Take a report of training; ``step`` and ``epoch`` count from 1."""
+        ...
+
+    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
+        """Take the results of an evaluation."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Take one line for people."""
+        ...
+
+    def close(self, outcome: str) -> None:
+        """Finish; ``outcome`` is finished, stopped or failed."""
+        ...
+
+
+class Reporter:
+    """Passes everything on to several trackers; on ranks other than 0 there are none."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`."""
+        for tracker in self._trackers:
+            tracker.start(facts)
+
+    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
+        """See :class:`Tracker`."""
+        for tracker in self._trackers:
+            tracker.train(step, epoch, values)
+
+    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
+        """See :class:`Tracker`."""
+        for tracker in self._trackers:
+            tracker.evaluation(split, step, epoch, results)
+
+    def message(self, text: str) -> None:
+        """See :class:`Tracker`."""
+        for tracker in self._trackers:
+            tracker.message(text)
+
+    def close(self, outcome: str) -> None:
+        """See :class:`Tracker`."""
+        for tracker in self._trackers:
+            tracker.close(outcome)
+
+
+class JsonLines:
+    """``metrics.jsonl``: one record a line, flushed as it is written; the durable record of a run.
+
+    A resumed run drops the records of steps after its checkpoint, which it is about to repeat, and a last line that a kill
+    cut short.
+
+    Args:
+        path: the file.
+        resumed_step: steps that the run has behind it.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            replace_file(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Write what this start of the run is: world size, K, device, versions."""
+        self._write({"event": "start", **facts})
+
+    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
+        """Write a report of training."""
+        self._write({"event": "train", "step": step, "epoch": epoch, **values})
+
+    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
+        """Write the results of an evaluation."""
+        self._write({"event": "evaluation", "split": split, "step": step, "epoch": epoch, **results})
+
+    def message(self, text: str) -> None:
+        """Write one line for people."""
+        self._write({"event": "message", "text": text})
+
+    def close(self, outcome: str) -> None:
+        """Write how it ended."""
+        if not self._file.closed:
+            self._write({"event": "end", "outcome": outcome})
+            self._file.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # a full disk must not end the run; saving will tell
+            self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            self._file.flush()
+
+
+def _step_of(line: str) -> float:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return float("inf")
+    return float(record.get("step", 0))

@@ -1,0 +1,135 @@
+"""What a run's state consists of, and whether a checkpoint may be continued under the present configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from runtime.averaging import ExponentialMovingAverage
+from runtime.config_file import LoadedConfiguration, exact_keys
+from runtime.errors import CheckpointError, RunFolderError
+from runtime.objective import TrainingModule
+from runtime.optimization import Schedule
+from runtime.progress import Progress
+from runtime.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts whose state is the run's: all that a checkpoint holds, and nothing that differs between ranks."""
+
+    module: TrainingModule
+    optimizer: Optimizer
+    schedule: Schedule
+    averaging: ExponentialMovingAverage | None
+    strategy: Strategy
+    progress: Progress
+
+    def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the model's state dict and everything else, as tensors and plain data."""
+        training = {
+            "objective": self.module.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "averaging": None if self.averaging is None else self.averaging.state_dict(),
+            "strategy": dict(self.strategy.state()),
+            "progress": self.progress.state_dict(),
+        }
+        return self.module.model.state_dict(), training
+
+    def restore(self, model: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """Go on from a state. The schedule comes after the optimizer, whose rates it knows without its warm-up factor.
+
+        Raises:
+            CheckpointError: the state does not fit the model or the optimizer.
+        """
+        try:
+            self.module.model.load_state_dict(model)
+            self.module.objective.load_state_dict(training["objective"])
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.schedule.load_state_dict(training["schedule"])
+            if self.averaging is not None and training["averaging"] is not None:
+                self.averaging.load_state_dict(training["averaging"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
+        self.strategy.load_state(training["strategy"])
+        self.progress.load_state_dict(training["progress"])
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same, or knowingly changed, when a run is resumed.
+
+    Args:
+        configuration: resolved values.
+        slots: K.
+        data: the training data's fingerprint.
+        schedule_length: what the schedule was told the run's length is, if that followed from the limit.
+        tracker_id: W&B's run id.
+    """
+
+    configuration: Mapping[str, Any]
+    slots: int
+    data: Mapping[str, Any]
+    schedule_length: int | None
+    tracker_id: str
+
+
+def check_identity(
+    stored: Identity, loaded: LoadedConfiguration, *, data: Mapping[str, Any], schedule_length: int | None
+) -> None:
+    """Compare what a checkpoint was made with and what is asked for now.
+
+    Raises:
+        RunFolderError: an exact key changed, with its old and new value; or the data did.
+    """
+    allowed = loaded.values.resume.allow_changes
+    old, new = exact_keys(stored.configuration), exact_keys(loaded.resolved())
+    for keys in (old, new):
+        keys.pop("batch.slots")  # by default it follows from the first start: judged by slots_on_resumption
+    changes = [
+        f"{key}: was {old.get(key, 'not set')!r}, is {new.get(key, 'not set')!r}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key) and not _allowed(key, allowed)
+    ]
+    if stored.schedule_length != schedule_length and not _allowed("limit", allowed):
+        changes.append(
+            f"limit: the schedule's length followed from it: was {stored.schedule_length}, is {schedule_length} "
+            "(give schedule.args a length of its own to be free to change the limit)"
+        )
+    if dict(stored.data) != dict(data) and not _allowed("data", allowed):
+        changes.append(f"data.train: was {dict(stored.data)}, is {dict(data)}")
+    if changes:
+        listed = "\n  ".join(changes)
+        raise RunFolderError(
+            f"{loaded.output} holds a run of another configuration:\n  {listed}\n"
+            "Choose another folder (output=…), or insist with resume.allow_changes=[KEY, …]"
+        )
+
+
+def slots_on_resumption(stored: int, loaded: LoadedConfiguration) -> int:
+    """Return K for a resumed run: the stored one, unless a change is allowed.
+
+    Raises:
+        RunFolderError: K would have to change.
+    """
+    batch = loaded.values.batch
+    allowed = _allowed("batch.slots", loaded.values.resume.allow_changes)
+    wanted = batch.slots
+    micro_size = batch.micro_size or batch.global_size
+    if wanted is None:
+        wanted = stored if -(-batch.global_size // stored) <= micro_size else -(-batch.global_size // micro_size)
+    if wanted != stored and not allowed:
+        raise RunFolderError(
+            f"{loaded.output} holds a run with {stored} slots, and {wanted} are needed now (batch.slots, batch.micro_size). "
+            "With another number only models without randomness or batch statistics in the forward pass keep the answer: "
+            f"insist with resume.allow_changes=[batch.slots]"
+        )
+    return wanted
+
+
+def _allowed(key: str, allowed: Sequence[str]) -> bool:
+    return any(key == a or key.startswith(a + ".") for a in allowed)

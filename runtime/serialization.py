@@ -1,0 +1,147 @@
+"""Nested state as named tensors and JSON, and safetensors files with a checksum taken while they are written.
+
+Nothing is ever pickled or unpickled. JSON alone would turn integer keys into text (MultiStepLR would never drop its rate)
+and has no tuples or infinities, so those are marked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.errors import CheckpointError
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+
+
+def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Split nested state into what JSON can hold and a flat mapping of tensors on the CPU.
+
+    Tensors that are views of one and the same memory (tied weights) are stored once.
+
+    Raises:
+        CheckpointError: something is neither a tensor nor plain data, with the path that leads to it.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: dict[Any, str] = {}
+
+    def split(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
+            if identity not in seen:
+                seen[identity] = path
+                tensors[path] = value.detach().cpu().contiguous()
+            return {"$tensor": seen[identity]}
+        if isinstance(value, Mapping):
+            if all(isinstance(key, str) and not key.startswith("$") for key in value):
+                return {key: split(inner, f"{path}/{key}" if path else key) for key, inner in value.items()}
+            return {"$items": [[split(k, f"{path}/key"), split(v, f"{path}/{k}")] for k, v in value.items()]}
+        if isinstance(value, tuple):
+            return {"$tuple": [split(inner, f"{path}/{i}") for i, inner in enumerate(value)]}
+        if isinstance(value, list):
+            return [split(inner, f"{path}/{i}") for i, inner in enumerate(value)]
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"$float": repr(value)}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise CheckpointError(
+            f"the state at {path!r} is a {type(value).__name__}; only tensors and plain data can be saved (no pickle)"
+        )
+
+    return split(state, ""), tensors
+
+
+def join_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo :func:`split_state`."""
+    if isinstance(tree, list):
+        return [join_state(inner, tensors) for inner in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if set(tree) == {"$tensor"}:
+        return tensors[tree["$tensor"]]
+    if set(tree) == {"$tuple"}:
+        return tuple(join_state(inner, tensors) for inner in tree["$tuple"])
+    if set(tree) == {"$items"}:
+        return {join_state(key, tensors): join_state(value, tensors) for key, value in tree["$items"]}
+    if set(tree) == {"$float"}:
+        return float(tree["$float"])
+    return {key: join_state(inner, tensors) for key, inner in tree.items()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write a safetensors file, durably; return its size in bytes and its sha256.
+
+    Written by hand so that the checksum is taken in the same pass and the same descriptor is synced.
+    """
+    assert sys.byteorder == "little"
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"tensor {name!r} has type {tensor.dtype}, which safetensors cannot hold")
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[Any] = [len(text).to_bytes(8, "little"), text]
+    parts += [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors.values() if tensor.numel()]
+    return write_durably(path, *parts)
+
+
+def write_durably(path: Path, *parts: Any) -> tuple[int, str]:
+    """Write buffers to a file and sync it; return its size in bytes and its sha256."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files within a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or as it was before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_durably(partial, text.encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> str:
+    """Return a file's sha256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

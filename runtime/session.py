@@ -1,0 +1,97 @@
+"""From Python to a run: the world checked, signals taken over, processes joined, and all of it undone at the end.
+
+from runtime.session import train
+result = train("configs/digits.yaml", "limit.epochs=3")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import environment
+from runtime.config_file import LoadedConfiguration, load
+from runtime.errors import LockstepError, PeerError
+from runtime.stopping import StopWish
+
+if TYPE_CHECKING:
+    from runtime.run import RunResult
+
+OUTCOME = "outcome.json"
+
+
+def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
+    """Train what a YAML file (or a mapping) describes, in this process or as one of several.
+
+    Args:
+        source: path of the YAML file, or its content as a mapping.
+        overrides: ``key.path=value``.
+
+    Raises:
+        LockstepError: whatever is wrong, as one message.
+    """
+    loaded = load(source, overrides)
+    requested = environment.requested_world_size(loaded.values.strategy.world_size)
+    stop_wish = StopWish()
+    with ExitStack() as stack:
+        stop_wish.install()  # before torch is imported, which takes seconds
+        stack.callback(stop_wish.uninstall)
+        return _train(loaded, requested, stop_wish, stack)
+
+
+def _train(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack) -> RunResult:
+    from runtime.assembly import check_components
+    from runtime.determinism import default_determinism, determinism
+
+    check_components(loaded)
+    values = loaded.values
+    stack.enter_context(determinism(values.determinism or default_determinism(), values.matmul))
+
+    from runtime.run import Run
+    from runtime.strategies.accelerated import AcceleratedStrategy
+
+    strategy = AcceleratedStrategy(precision=values.precision, options=values.strategy.ddp)
+    stack.callback(strategy.close)
+    environment.check_world_size(requested, strategy.world_size)
+    try:
+        result = Run(loaded, strategy, stop_wish).train()
+    except LockstepError as error:
+        _write_outcome(
+            loaded, strategy.rank, {"outcome": "failed", "exit_code": error.exit_code, "message": str(error)}
+        )
+        raise
+    except RuntimeError as error:
+        _write_outcome(loaded, strategy.rank, {"outcome": "failed", "exit_code": 1, "message": str(error)})
+        if strategy.world_size > 1 and _lost_contact(error):
+            raise PeerError("lost contact with another rank, whose own message tells why") from error
+        raise
+    exit_code = 0 if result.outcome == "finished" else 75
+    _write_outcome(loaded, strategy.rank, {"outcome": result.outcome, "exit_code": exit_code, "step": result.step})
+    return result
+
+
+def read_outcome(folder: Path, launch: str) -> dict[str, Any] | None:
+    """Return what became of one launch, or None if it left no word."""
+    try:
+        outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
+    except (OSError, ValueError):
+        return None
+    return outcome if outcome.get("launch") == launch else None
+
+
+def _write_outcome(loaded: LoadedConfiguration, rank: int, outcome: dict[str, Any]) -> None:
+    """Leave word for the launcher: exit codes do not survive ``accelerate launch``."""
+    if rank != 0 or not loaded.output.is_dir():
+        return
+    from runtime.serialization import replace_file
+
+    with suppress(OSError):  # the disk is full or gone, which the run's own message tells
+        replace_file(loaded.output / OUTCOME, json.dumps({**outcome, "launch": environment.launch_token()}))
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "connection closed", "connection reset", "nccl", "broken pipe"))

@@ -1,0 +1,189 @@
+"""What a run will be, without running it: data and model are built on the CPU, nothing is trained or written."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from runtime import assembly
+from runtime.batches import cut, default_slots
+from runtime.config_file import LoadedConfiguration
+from runtime.determinism import default_determinism
+from runtime.metrics import MetricSet
+from runtime.objective import TrainingModule
+from runtime.order import Order
+from runtime.randomness import Purpose, derive, seed_everything
+from runtime.run import inexact_choices
+
+_CPU = torch.device("cpu")
+_SIMULATED_STEPS = 100_000
+_RATES = 8
+
+
+def show(loaded: LoadedConfiguration, processes: int) -> None:
+    """Print what a configuration means for a number of processes.
+
+    Raises:
+        LockstepError: the configuration or the data is wrong.
+    """
+    assembly.check_components(loaded)
+    console = Console(highlight=False, soft_wrap=True)
+    values = loaded.values
+    samples = assembly.build_samples(loaded, "train")
+    assert samples is not None
+    order = assembly.build_order(loaded, samples)
+    seed_everything(derive(values.seed, Purpose.INITIALIZATION), _CPU)
+    module = TrainingModule(assembly.build_model(loaded), assembly.build_objective(loaded))
+    optimizer = assembly.build_optimizer(loaded, module)
+
+    console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
+    console.print(yaml.safe_dump(loaded.resolved(), sort_keys=False).rstrip(), markup=False)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for label, text in (
+        *_steps(loaded, order, len(samples)),
+        *_slots(loaded, order, processes),
+        *_memory(loaded, module, optimizer),
+        ("learning rate", "\n".join(_rates(loaded, optimizer, order))),
+        ("parameters", "\n".join(_parameters(module))),
+        ("exactness", "\n".join(_promises(loaded, module))),
+    ):
+        table.add_row(f"[bold]{label}[/]", text)
+    console.print(table)
+
+
+def _steps(loaded: LoadedConfiguration, order: Order, num_samples: int) -> Iterator[tuple[str, str]]:
+    limit, size = loaded.values.limit, loaded.values.batch.global_size
+    per_epoch = order.num_batches(0)
+    total = _total_steps(loaded, order)
+    yield "data", f"{num_samples:,} training samples"
+    yield (
+        "steps",
+        f"{per_epoch:,} per epoch, {total:,} in all" + (f" ({total / per_epoch:.1f} epochs)" if limit.steps else ""),
+    )
+    last = len(order.batch(0, per_epoch - 1)) if per_epoch else 0
+    if loaded.values.data.drop_last:
+        yield "left out", f"{num_samples % size} samples of each epoch (data.drop_last)"
+    elif last != size:
+        yield "last batch", f"{last} samples, divided by their own weight"
+
+
+def _total_steps(loaded: LoadedConfiguration, order: Order) -> int:
+    limit = loaded.values.limit
+    return limit.steps or (limit.epochs or 0) * order.num_batches(0)
+
+
+def _slots(loaded: LoadedConfiguration, order: Order, processes: int) -> Iterator[tuple[str, str]]:
+    batch = loaded.values.batch
+    slots = batch.slots or default_slots(batch.global_size, batch.micro_size or batch.global_size, processes)
+    origin = "batch.slots" if batch.slots else f"for a first start with {processes} process{'es' * (processes > 1)}"
+    sizes = [len(cut(order.batch(0, 0), slots, slot)) for slot in range(slots)]
+    yield (
+        "slots",
+        f"K = {slots} ({origin}), {min(sizes)} to {max(sizes)} samples each"
+        if min(sizes) != max(sizes)
+        else (f"K = {slots} ({origin}), {max(sizes)} samples each"),
+    )
+    dividing = [n for n in range(1, slots + 1) if slots % n == 0]
+    yield "world sizes", f"{', '.join(map(str, dividing))} divide K"
+    idle = {n: 1 - slots / (n * math.ceil(slots / n)) for n in range(2, min(slots + 2, 9)) if slots % n}
+    if idle:
+        yield "idle share", ", ".join(f"{share:.0%} on {n}" for n, share in idle.items())
+    rounds = math.ceil(slots / processes)
+    yield "microbatches", f"{rounds} per step on each of {processes} process{'es' * (processes > 1)}"
+
+
+def _memory(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str]]:
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    parameter_bytes = sum(p.nbytes for p in module.parameters())
+    gradient_bytes = sum(p.nbytes for p in trainable)
+    buffer_bytes = sum(b.nbytes for b in module.buffers())
+    yield (
+        "state",
+        (
+            f"{_bytes(parameter_bytes)} parameters, {_bytes(gradient_bytes)} gradients, {_bytes(buffer_bytes)} buffers, "
+            f"{_optimizer_bytes(optimizer)} optimizer, on each process"
+        ),
+    )
+    metrics = MetricSet(assembly.build_metrics(loaded), _CPU)
+    if metrics:
+        growing = f"; grows with the data: {', '.join(metrics.growing)}" if metrics.growing else ""
+        yield "metric state", f"{_bytes(metrics.state_bytes)}{growing}"
+
+
+def _optimizer_bytes(optimizer: Optimizer) -> str:
+    """Measure the state after one step of zero gradients; the model is not used afterwards."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception:  # an optimizer of the user's may want a closure
+        return "unknown"
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    optimizer.zero_grad(set_to_none=True)
+    return _bytes(sum(t.nbytes for t in tensors))
+
+
+def _rates(loaded: LoadedConfiguration, optimizer: Optimizer, order: Order) -> Iterator[str]:
+    schedule, limit = loaded.values.schedule, loaded.values.limit
+    per_epoch, total = order.num_batches(0), _total_steps(loaded, order)
+    length = max(1, total - (schedule.warmup_steps if schedule else 0))
+    if schedule is not None and schedule.interval == "epoch":
+        length = limit.epochs or math.ceil(total / per_epoch)
+    simulated = assembly.build_schedule(loaded, optimizer, length)
+    if schedule is None or schedule.monitor:
+        yield f"{simulated.learning_rates[0]:.3g}" + (f", until {schedule.monitor} stops improving" if schedule else "")
+        return
+    steps = min(total, _SIMULATED_STEPS)
+    wanted = {round(i * (steps - 1) / (_RATES - 1)) for i in range(_RATES)} | {min(schedule.warmup_steps, steps - 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch misses the optimizer's steps
+        for step in range(steps):
+            if step in wanted:
+                yield f"step {step + 1:>8,}  {simulated.learning_rates[0]:.3e}"
+            simulated.after_update()
+            if (step + 1) % per_epoch == 0:
+                simulated.after_epoch()
+    if steps < total:
+        yield f"(the first {steps:,} of {total:,} steps)"
+    if assembly.follows_limit(loaded):
+        yield "its length follows from the limit, which then cannot be raised later"
+
+
+def _parameters(module: TrainingModule) -> Iterator[str]:
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in module.parameters()) - trainable
+    yield f"{trainable:,} trainable, {frozen:,} frozen"
+    for name, parameter in module.named_parameters():
+        shape = " x ".join(map(str, parameter.shape)) or "scalar"
+        yield f"  {name.removeprefix('model.')}  {shape}" + ("" if parameter.requires_grad else "  (frozen)")
+
+
+def _promises(loaded: LoadedConfiguration, module: TrainingModule) -> Iterator[str]:
+    found = inexact_choices(loaded, module.objective)
+    yield from found
+    names = {type(part).__name__ for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+    if names:
+        yield f"{', '.join(sorted(names))}: statistics are those of a slot, so the result depends on K"
+    if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules()):
+        yield "dropout: masks are drawn per slot, so the result depends on K and on the kind of device"
+    if (loaded.values.determinism or default_determinism()) == "fast":
+        yield "determinism fast (this machine's default or the YAML): a resumed run is equal to rounding, not bit for bit"
+    if not found and not names:
+        yield "nothing else depends on K, the world size or the kind of device, beyond rounding"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

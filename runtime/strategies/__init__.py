@@ -1,0 +1,102 @@
+"""What differs between ways of sharing a model's work over processes, behind one protocol.
+
+The contract: gradients are *summed* over microbatches and over ranks, so a loss divided by the global batch's weight gives
+the global batch's gradient whoever ran which slot. A strategy owns the process group, the wrapped module, autocast and the
+loss scale; the loop knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from runtime.objective import Loss, TrainingModule
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a step's gradient; equal on all ranks.
+
+    Args:
+        applied: whether parameters were changed.
+        grad_norm: 2-norm of the whole gradient before clipping, on the device; None if there was no gradient.
+    """
+
+    applied: bool
+    grad_norm: Tensor | None
+
+
+class Strategy(Protocol):
+    """One way of sharing the work. Every method is called on every rank, in the same order."""
+
+    device: torch.device
+    world_size: int
+    rank: int
+
+    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
+        """Wrap module and optimizer, which is already on the device. Collective."""
+        ...
+
+    def warm_up(self, filler: Any) -> None:
+        """Run one filler through forward and backward, leaving no trace, so that later steps add in one order. Collective."""
+        ...
+
+    def to_device(self, batch: Any) -> Any:
+        """Move a batch's tensors to this rank's device."""
+        ...
+
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
+        ...
+
+    def forward(self, batch: Any, *, filler: bool) -> Loss:
+        """Call the wrapped module."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this loss to the sum over slots and ranks."""
+        ...
+
+    def step(self, max_grad_norm: float | None) -> Update:
+        """Judge, clip and apply the gradient, and clear it."""
+        ...
+
+    def discard(self) -> None:
+        """Clear the gradient unused."""
+        ...
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Tell whether a non-finite gradient belongs to the search for a loss scale rather than being a failure."""
+        ...
+
+    @property
+    def unwrapped(self) -> TrainingModule:
+        """The module as the user made it."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Surround a forward pass outside training."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """Return what this strategy keeps besides module and optimizer (the loss scale)."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
+        ...

@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import pytest
+import torch
+
+from tests.process_pool import ProcessPool
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ProcessPool]:
+    """Four gloo processes."""
+    made = ProcessPool()
+    yield made
+    made.close()
