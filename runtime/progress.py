@@ -26,7 +26,7 @@ class Progress:
     updates: int = 0
     samples: int = 0
     skipped_steps: list[int] = field(default_factory=list)
-    cursor: Cursor = Cursor()
+    cursor: Cursor = field(default_factory=Cursor)
     attempt: int = 0
 
     def advance(self, window: Window, *, applied: bool) -> None:

@@ -8,10 +8,13 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 _SIZE = 4
 _TIMEOUT_SECONDS = 120
+_PATIENCE_SECONDS = 5
+_SILENT = "did not answer"
 
 
 class RemoteError(AssertionError):
@@ -22,8 +25,11 @@ class ProcessPool:
     """Runs a function in processes of one world; a new process group for each call."""
 
     def __init__(self) -> None:
+        self._workers: list[tuple[Any, Any]] = []
+        self._start()
+
+    def _start(self) -> None:
         context = mp.get_context("spawn")
-        self._workers = []
         for _ in range(_SIZE):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
@@ -37,15 +43,34 @@ class ProcessPool:
         workers = self._workers[:world_size]
         for rank, (_, pipe) in enumerate(workers):
             pipe.send((function, args, kwargs, rank, world_size, port))
-        replies = []
-        for rank, (_, pipe) in enumerate(workers):
-            if not pipe.poll(_TIMEOUT_SECONDS):
-                raise RemoteError(f"rank {rank} of {world_size} did not answer within {_TIMEOUT_SECONDS} s")
-            replies.append(pipe.recv())
+        replies = self._replies([pipe for _, pipe in workers])
         failures = [f"rank {rank}:\n{reply}" for rank, (ok, reply) in enumerate(replies) if not ok]
         if failures:
+            if any(reply is _SILENT for _, reply in replies):
+                self._replace()
             raise RemoteError("\n".join(failures))
         return [reply for _, reply in replies]
+
+    def _replies(self, pipes: list[Any]) -> list[tuple[bool, Any]]:
+        """Wait for all; once one has failed, the others (which may wait for it for ever) get little time."""
+        replies: dict[int, tuple[bool, Any]] = {}
+        patience: float = _TIMEOUT_SECONDS
+        while len(replies) < len(pipes):
+            ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in replies], patience)
+            if not ready:
+                break
+            for pipe in ready:
+                replies[pipes.index(pipe)] = pipe.recv()
+            if any(not ok for ok, _ in replies.values()):
+                patience = _PATIENCE_SECONDS
+        return [replies.get(rank, (False, _SILENT)) for rank in range(len(pipes))]
+
+    def _replace(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+        self.close()
+        self._workers = []
+        self._start()
 
     def close(self) -> None:
         """End the processes."""

@@ -8,6 +8,7 @@ microbatches, and cost 0.1 to 0.2 ms a step.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -16,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -45,7 +46,8 @@ class AcceleratedStrategy:
 
     def __init__(self, *, precision: Precision, options: DistributedDataParallel) -> None:
         hooks = {None: "no", "fp16": "fp16", "bf16": "bf16"}
-        owns_group = not dist.is_initialized()
+        self._owns_state = not PartialState._shared_state
+        self._owns_group = not dist.is_initialized()
         self._accelerator = Accelerator(
             mixed_precision="no",  # said aloud: Accelerate would take it from the environment
             dynamo_backend="no",
@@ -62,7 +64,6 @@ class AcceleratedStrategy:
                 InitProcessGroupKwargs(timeout=_TIMEOUT),
             ],
         )
-        self._owns_group = owns_group and dist.is_initialized()
         self.device: torch.device = self._accelerator.device
         self.world_size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
@@ -83,7 +84,10 @@ class AcceleratedStrategy:
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
         """Wrap module and optimizer. Collective."""
         self._module = module
-        wrapped, prepared = self._accelerator.prepare(module, optimizer)
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped, prepared = self._accelerator.prepare(module, optimizer)
         self._wrapped, self._optimizer = wrapped, prepared.optimizer
 
     def warm_up(self, filler: Any) -> None:
@@ -201,6 +205,7 @@ class AcceleratedStrategy:
         gc.collect()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+        if self._owns_state:  # the next run in this process may want another world or device
             AcceleratorState._reset_state(reset_partial_state=True)
 
     def _refuse_lost_scale(self) -> None:

@@ -1,0 +1,86 @@
+"""Runs a configuration and returns what happened, as plain data that travels between processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.evaluation import Evaluator
+from runtime.run import Run
+from runtime.session import train
+
+PROJECT = str(Path(__file__).parent / "project")
+
+
+def configuration(folder: Path | str, **changes: Any) -> dict[str, Any]:
+    """A small exact run; ``changes`` replace whole sections."""
+    base: dict[str, Any] = {
+        "name": "run",
+        "output": str(folder),
+        "code": PROJECT,
+        "model": {"target": "tiny:Mlp", "args": {}},
+        "data": {"train": {"target": "tiny:points", "args": {}}},
+        "batch": {"global_size": 16, "slots": 4},
+        "objective": "CrossEntropyLoss",
+        "optimizer": {"target": "SGD", "args": {"lr": 0.1, "momentum": 0.9}},
+        "limit": {"steps": 5},
+        "checkpoint": {"every": "1000000 steps"},
+        "evaluation": {"every": "1000000 steps"},
+        "reporting": {"every": "1 step", "progress": False},
+    }
+    return copy.deepcopy({**base, **changes})
+
+
+def observe(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
+    """Train, and return losses, final weights, and the buffers at each evaluation and save of this rank."""
+    buffers: list[bytes] = []
+    evaluate, save = Evaluator.evaluate, Run._save
+
+    def noting_evaluate(self: Any) -> Any:
+        buffers.append(_bytes_of(self._strategy.unwrapped))
+        return evaluate(self)
+
+    def noting_save(self: Any, window: Any, leaving: bool) -> None:
+        buffers.append(_bytes_of(self._strategy.unwrapped))
+        save(self, window, leaving)
+
+    Evaluator.evaluate, Run._save = noting_evaluate, noting_save  # type: ignore[method-assign]
+    try:
+        result = train(config, *overrides)
+    finally:
+        Evaluator.evaluate, Run._save = evaluate, save  # type: ignore[method-assign]
+    records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "outcome": result.outcome,
+        "step": result.step,
+        "results": dict(result.results),
+        "losses": {r["step"]: r.get("loss") for r in records if r["event"] == "train"},
+        "norms": {r["step"]: r.get("grad_norm") for r in records if r["event"] == "train"},
+        "weights": {name: tensor.clone().numpy() for name, tensor in result.model.state_dict().items()},
+        "buffers": buffers,
+    }
+
+
+def _bytes_of(module: torch.nn.Module) -> bytes:
+    return b"".join(buffer.numpy().tobytes() for buffer in module.buffers())
+
+
+def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Largest relative difference between two runs' final weights and buffers."""
+    assert first["weights"].keys() == second["weights"].keys()
+    worst = 0.0
+    for name, value in first["weights"].items():
+        scale = max(abs(value).max(), 1e-12)
+        worst = max(worst, float(abs(value - second["weights"][name]).max() / scale))
+    return worst
+
+
+def assert_bitwise_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Compare two runs' final weights and buffers bit for bit."""
+    assert first["weights"].keys() == second["weights"].keys()
+    for name, value in first["weights"].items():
+        assert value.tobytes() == second["weights"][name].tobytes(), name

@@ -1,0 +1,163 @@
+"""A run that was stopped at any step goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
+from tests.process_pool import ProcessPool
+
+STEPS = 9  # of 5 per epoch: stopping after 3 or 7 is in the middle of an epoch
+
+
+def deep(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Dropout, shuffling, AdamW, warm-up and cosine, and a model of at least three DDP buckets, in float32."""
+    return configuration(
+        folder,
+        **{
+            "model": {"target": "tiny:Deep", "args": {}},
+            "data": {"train": {"target": "tiny:points", "args": {"size": 75, "dtype": "float32"}}},
+            "batch": {"global_size": 16, "slots": 6},
+            "optimizer": {"target": "AdamW", "args": {"lr": 0.01}, "max_grad_norm": 1.0},
+            "schedule": {"target": "CosineAnnealingLR", "args": {"T_max": STEPS}, "warmup_steps": 2},
+            "averaging": {"decay": 0.9},
+            "limit": {"steps": STEPS},
+            "strategy": {"ddp": {"bucket_mb": 0.01}},
+            **changes,
+        },
+    )
+
+
+def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any]:
+    """Train, asked to stop after a step (each rank's own wish is what the ranks agree on)."""
+    from runtime import control
+    from runtime.progress import Progress
+    from runtime.stopping import StopWish
+
+    if after is None:
+        return observe(config)
+    seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0  # agree before every step
+    advance, noted = Progress.advance, []
+
+    def noting(self: Any, window: Any, *, applied: bool) -> None:
+        advance(self, window, applied=applied)
+        noted.append(self.step)
+
+    Progress.advance = noting  # type: ignore[method-assign]
+    bool_of = StopWish.__bool__
+    # The wish is read before a step and acted on after it.
+    StopWish.__bool__ = lambda self: bool(noted) and noted[-1] + 1 >= after or after == 1  # type: ignore[method-assign]
+    try:
+        return observe(config)
+    finally:
+        Progress.advance, StopWish.__bool__ = advance, bool_of  # type: ignore[method-assign]
+        control._SECONDS_BETWEEN = seconds_between
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_run_resumed_twice_is_bitwise_equal_to_the_uninterrupted_run(
+    pool: ProcessPool, tmp_path: Path, world_size: int
+) -> None:
+    whole = pool.run(observe, world_size, deep(tmp_path / "whole"))[0]
+    config = deep(tmp_path / "resumed")
+    for after in (3, 7):
+        stopped = pool.run(observe_stopping, world_size, config, after)[0]
+        assert (stopped["outcome"], stopped["step"]) == ("stopped", after)
+    resumed = pool.run(observe, world_size, config)[0]
+    assert resumed["outcome"] == "finished"
+    assert_bitwise_equal(whole, resumed)
+    assert resumed["losses"] == whole["losses"]
+    assert averages(tmp_path / "whole") == averages(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("after", [1, 2, 4, 5, 6, 8])
+def test_stopping_after_any_step_changes_nothing(pool: ProcessPool, tmp_path: Path, after: int) -> None:
+    whole = pool.run(observe, 1, deep(tmp_path / "whole"))[0]
+    config = deep(tmp_path / "resumed")
+    assert pool.run(observe_stopping, 1, config, after)[0]["step"] == after
+    assert_bitwise_equal(whole, pool.run(observe, 1, config)[0])
+
+
+def test_a_run_may_go_on_with_any_number_of_processes(pool: ProcessPool, tmp_path: Path) -> None:
+    changes = {
+        "model": {"target": "tiny:Mlp", "args": {}},  # dropout and BatchNorm
+        "data": {"train": {"target": "tiny:points", "args": {"size": 76}}},  # BatchNorm needs 2 samples in each slot
+    }
+    whole = pool.run(observe, 2, deep(tmp_path / "whole", **changes))[0]
+    config = deep(tmp_path / "resumed", **changes)
+    for world_size, after in ((2, 3), (1, 6), (3, None)):
+        resumed = pool.run(observe_stopping, world_size, config, after)[0]
+    assert resumed["step"] == STEPS
+    assert largest_difference(whole, resumed) < 1e-10
+    assert list(resumed["losses"]) == list(whole["losses"])
+    for step, loss in whole["losses"].items():  # the same samples at the same steps, under the same seeds
+        assert resumed["losses"][step] == pytest.approx(loss, rel=1e-10)
+
+
+def test_slots_follow_from_the_first_start_and_are_kept(pool: ProcessPool, tmp_path: Path) -> None:
+    config = deep(tmp_path, batch={"global_size": 16})
+    pool.run(observe_stopping, 3, config, 2)
+    pool.run(observe, 1, config)
+    assert saved(tmp_path, STEPS)["identity"]["slots"] == 3
+
+
+def test_a_finished_run_says_so_and_goes_on_when_its_limit_is_raised(pool: ProcessPool, tmp_path: Path) -> None:
+    config = deep(tmp_path / "short", limit={"epochs": 1})
+    first = pool.run(observe, 1, config)[0]
+    again = pool.run(observe, 1, config)[0]
+    assert (again["outcome"], again["step"]) == ("finished", 5)
+    assert_bitwise_equal(first, again)
+    raised = pool.run(observe, 1, deep(tmp_path / "short", limit={"epochs": 2}))[0]
+    whole = pool.run(observe, 1, deep(tmp_path / "long", limit={"epochs": 2}))[0]
+    assert_bitwise_equal(whole, raised)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "RMSprop", "NAdam", "Adafactor"])
+@pytest.mark.parametrize(
+    ("scheduler", "args", "interval"),
+    [
+        ("MultiStepLR", {"milestones": [2, 4]}, "step"),
+        ("OneCycleLR", {"max_lr": 0.1}, "step"),
+        ("StepLR", {"step_size": 1}, "epoch"),
+    ],
+)
+def test_optimizers_and_schedules_resume_bitwise(
+    pool: ProcessPool, tmp_path: Path, optimizer: str, scheduler: str, args: dict[str, Any], interval: str
+) -> None:
+    if scheduler == "OneCycleLR" and optimizer in ("Adagrad", "Adafactor"):
+        args = {**args, "cycle_momentum": False}
+    changes = {
+        "optimizer": {
+            "target": optimizer,
+            "args": {"lr": 0.01, **({"momentum": 0.9} if optimizer in ("SGD", "RMSprop") else {})},
+        },
+        "schedule": {"target": scheduler, "args": args, "interval": interval, "warmup_steps": 1},
+        "limit": {"steps": 7},
+    }
+    whole = pool.run(observe, 1, deep(tmp_path / "whole", **changes))[0]
+    config = deep(tmp_path / "resumed", **changes)
+    pool.run(observe_stopping, 1, config, 3)
+    assert_bitwise_equal(whole, pool.run(observe, 1, config)[0])
+
+
+def test_records_of_repeated_steps_are_dropped(pool: ProcessPool, tmp_path: Path) -> None:
+    config = deep(tmp_path)
+    pool.run(observe_stopping, 1, config, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # a killed run got further than its checkpoint
+        file.write('{"event": "train", "step": 4, "loss": 99.0}\n{"event": "train", "st')
+    resumed = pool.run(observe, 1, config)[0]
+    assert sorted(resumed["losses"]) == list(range(1, STEPS + 1))
+    assert resumed["losses"][4] != 99.0
+
+
+def averages(folder: Path) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in saved(folder, STEPS)["averaging"].items()}
+
+
+def saved(folder: Path, step: int) -> dict[str, Any]:
+    from runtime.checkpoint import Checkpoint, load_state
+
+    return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[1]
