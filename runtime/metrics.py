@@ -37,7 +37,8 @@ class MetricSet:
         self._device = device
         self._metrics = dict(metrics)
         for metric in self._metrics.values():
-            metric.sync_on_compute = False
+            # What is merged here must not be merged again in compute(); sync_on_compute is read in __init__ only.
+            metric.distributed_available_fn = _never
             metric.to(device)
             metric.set_dtype(torch.float64)
 
@@ -135,6 +136,10 @@ class MetricSet:
         }
         tensors["/counts"] = torch.tensor([metric._update_count for metric in self._metrics.values()])
         return safetensors_save(tensors, metadata={"names": "\n".join(self._metrics)})
+
+
+def _never() -> bool:
+    return False
 
 
 def _decoded(payload: bytes) -> tuple[dict[str, int], dict[str, Tensor]]:

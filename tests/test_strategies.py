@@ -1,0 +1,249 @@
+"""Data parallelism through Accelerate: what is sent, half precision, DDP's options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runtime.errors import ConfigurationError, NonFiniteError
+from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
+from tests.process_pool import ProcessPool
+
+
+def deep(folder: Path, **changes: Any) -> dict[str, Any]:
+    return configuration(
+        folder,
+        **{
+            "model": {"target": "tiny:Deep", "args": {"dropout": 0.0}},
+            "data": {"train": {"target": "tiny:points", "args": {"dtype": "float32"}}},
+            "strategy": {"ddp": {"bucket_mb": 0.01}},
+            **changes,
+        },
+    )
+
+
+def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
+    """Train one reporting-free run; count gradient buckets through a communication hook, and other collectives."""
+    from runtime import control
+    from runtime.strategies.accelerated import AcceleratedStrategy
+
+    buckets: list[int] = []
+    others: list[int] = []
+    prepare, warm_up, all_reduce = AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce
+    seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0  # a stop message at every step
+
+    def hook(state: Any, bucket: Any) -> Any:
+        buckets.append(bucket.buffer().nbytes)
+        tensor = bucket.buffer() / dist.get_world_size()
+        return dist.all_reduce(tensor, async_op=True).get_future().then(lambda done: done.value()[0])
+
+    hook.__annotations__.clear()  # DDP wants the classes, not their names
+
+    def hooked(self: Any, module: Any, optimizer: Any) -> None:
+        prepare(self, module, optimizer)
+        self._wrapped.register_comm_hook(None, hook)
+
+    def warmed(self: Any, filler: Any) -> None:
+        warm_up(self, filler)
+        buckets.clear()
+        others.clear()
+
+    def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        others.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce = hooked, warmed, counted
+    try:
+        observe(config)
+    finally:
+        AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce = prepare, warm_up, all_reduce
+        control._SECONDS_BETWEEN = seconds_between
+    gradients = list(buckets)
+    for size in gradients:  # the hook's own all-reduces
+        others.remove(size)
+    return {"gradients": gradients, "others": others}
+
+
+def test_accumulation_sends_gradients_once_per_step_and_one_small_message_beside_them(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    sent = {}
+    for accumulation in (1, 4):
+        config = deep(
+            tmp_path / str(accumulation), batch={"global_size": 16, "slots": 2 * accumulation}, limit={"steps": 3}
+        )
+        config["reporting"]["every"] = "100 steps"
+        sent[accumulation] = pool.run(count_traffic, 2, config)[0]
+    assert sent[4]["gradients"] == sent[1]["gradients"]
+    assert len(sent[1]["gradients"]) >= 3 * 3  # three steps of at least three buckets
+    parameters = 8 * 40 + 40 + 5 * (40 * 40 + 40) + 40 * 3 + 3
+    assert sum(sent[4]["gradients"]) == 3 * 4 * parameters
+    small = [size for size in sent[4]["others"] if size <= 32]
+    assert len(small) == 3
+    # The weights of eight steps travel in one message.
+    assert [size for size in sent[4]["others"] if size > 32] == [3 * 8 * 8]
+
+
+def test_one_process_sends_nothing(pool: ProcessPool, tmp_path: Path) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a collective was called")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "broadcast", "barrier"):
+            patch.setattr(dist, name, refuse)
+        observe(deep(tmp_path, limit={"steps": 2}))
+
+
+def force_overflow(config: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Train with an initial loss scale under which the first gradients overflow float16."""
+    from torch.amp import GradScaler
+
+    initial = GradScaler.__init__
+
+    def start_high(self: Any, device: str = "cuda", **kwargs: Any) -> None:
+        initial(self, device, init_scale=scale, growth_interval=3)
+
+    GradScaler.__init__ = start_high  # type: ignore[method-assign]
+    try:
+        return observe(config)
+    finally:
+        GradScaler.__init__ = initial  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fp16_skips_overflows_without_a_trace_and_resumes_bitwise(
+    pool: ProcessPool, tmp_path: Path, world_size: int
+) -> None:
+    changes = {
+        "precision": "fp16",
+        "optimizer": {"target": "AdamW", "args": {"lr": 0.01}, "max_grad_norm": 1.0},
+        "schedule": {"target": "ExponentialLR", "args": {"gamma": 0.5}},
+        "limit": {"steps": 8},
+    }
+    whole = pool.run(force_overflow, world_size, deep(tmp_path / "whole", **changes), 2.0**20)[0]
+    state = saved(tmp_path / "whole", 8)
+    skipped = state["progress"]["skipped_steps"]
+    assert skipped[0] == 1
+    assert 2 <= len(skipped) < 8
+    assert state["progress"]["updates"] == 8 - len(skipped)
+    assert state["schedule"]["updates"] == 8 - len(skipped)
+    assert state["strategy"]["scaler"]["scale"] < 2.0**20
+
+    config = deep(tmp_path / "resumed", **changes)
+    pool.run(force_overflow, world_size, {**config, "limit": {"steps": 2}}, 2.0**20)  # stopped amid the overflows
+    pool.run(force_overflow, world_size, {**config, "limit": {"steps": 6}}, 7.0)
+    resumed = pool.run(force_overflow, world_size, config, 7.0)[0]  # the stored scale counts, not the initial one
+    assert_bitwise_equal(whole, resumed)
+    assert saved(tmp_path / "resumed", 8)["strategy"] == state["strategy"]
+
+
+def test_skipped_steps_leave_weights_and_averages_and_buffers_as_they_are(pool: ProcessPool, tmp_path: Path) -> None:
+    changes = {
+        "model": {"target": "tiny:Mlp", "args": {"dtype": "float32"}},
+        "precision": "fp16",
+        "averaging": {"decay": 0.5},
+        "limit": {"steps": 1},
+    }
+    pool.run(force_overflow, 1, deep(tmp_path / "one", **changes), 2.0**80)
+    changes["limit"] = {"steps": 3}
+    pool.run(force_overflow, 1, deep(tmp_path / "three", **changes), 2.0**80)
+    one, three = saved(tmp_path / "one", 1), saved(tmp_path / "three", 3)
+    assert three["progress"]["skipped_steps"] == [1, 2, 3]
+    for name, value in one["averaging"].items():
+        assert torch.equal(value, three["averaging"][name])
+    for name, value in saved_model(tmp_path / "one", 1).items():
+        assert torch.equal(value, saved_model(tmp_path / "three", 3)[name]), name
+
+
+def test_a_loss_that_is_never_finite_ends_the_search_for_a_scale(tmp_path: Path) -> None:
+    config = deep(tmp_path, precision="fp16", objective="tiny_losses:Infinite", limit={"steps": 200})
+    with pytest.raises(NonFiniteError, match="loss scale"):
+        observe(config)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
+    full = pool.run(observe, world_size, deep(tmp_path / "fp32"))[0]
+    half = pool.run(observe, world_size, deep(tmp_path / "bf16", precision="bf16"))[0]
+    assert half["losses"] != full["losses"]
+    for step, loss in full["losses"].items():
+        assert half["losses"][step] == pytest.approx(loss, rel=0.03)
+    assert all(value.dtype == "float32" for value in half["weights"].values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": False},
+        {"bucket_mb": 0.02},
+    ],
+)
+def test_ddp_options_change_no_result(pool: ProcessPool, tmp_path: Path, options: dict[str, Any]) -> None:
+    changes = {"model": {"target": "tiny:Deep", "args": {"dtype": "float64"}}, "data": {"train": {"target": "tiny:points"}}}
+    alone = pool.run(observe, 1, deep(tmp_path / "alone", **changes))[0]
+    config = deep(tmp_path / "shared", **changes, strategy={"ddp": options})
+    assert largest_difference(alone, pool.run(observe, 2, config)[0]) < 1e-10
+
+
+def test_the_fp16_communication_hook_is_really_used(pool: ProcessPool, tmp_path: Path) -> None:
+    exact = pool.run(observe, 2, deep(tmp_path / "exact"))[0]
+    config = deep(tmp_path / "hooked", strategy={"ddp": {"communication_hook": "fp16"}})
+    hooked = pool.run(observe, 2, config)[0]
+    assert 1e-7 < largest_difference(exact, hooked) < 1e-2
+
+
+def test_the_bf16_communication_hook_is_refused_where_gloo_cannot_reduce_it(pool: ProcessPool, tmp_path: Path) -> None:
+    config = deep(tmp_path, strategy={"ddp": {"communication_hook": "bf16"}})
+    assert pool.run(refused, 2, config) == ["ConfigurationError"] * 2
+
+
+def refused(config: dict[str, Any]) -> str:
+    try:
+        observe(config)
+    except ConfigurationError as error:
+        assert "gloo" in str(error)
+        return type(error).__name__
+    return "trained"
+
+
+def test_a_non_finite_gradient_stops_every_rank_before_the_update(pool: ProcessPool, tmp_path: Path) -> None:
+    config = deep(tmp_path, objective="tiny_losses:InfiniteInThirdStep", limit={"steps": 9})
+    config["checkpoint"]["every"] = "1 step"
+    replies = pool.run(not_finite, 2, config)
+    assert all("step 3 (epoch 1, batch 3)" in reply for reply in replies)
+    expected = observe(deep(tmp_path / "two", objective="tiny_losses:InfiniteInThirdStep", limit={"steps": 2}))
+    newest = saved_model(tmp_path, 2)
+    assert not (tmp_path / "checkpoints" / "step-00000003").exists()
+    assert all(abs(newest[name].numpy() - value).max() < 1e-6 for name, value in expected["weights"].items())
+
+
+def not_finite(config: dict[str, Any]) -> str:
+    try:
+        observe(config)
+    except NonFiniteError as error:
+        return str(error)
+    return "trained"
+
+
+def test_compiled_models_give_the_same_losses(tmp_path: Path) -> None:
+    eager = observe(deep(tmp_path / "eager"))
+    compiled = observe(deep(tmp_path / "compiled", compile={"backend": "aot_eager"}))
+    assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-5)
+
+
+def saved(folder: Path, step: int) -> dict[str, Any]:
+    from runtime.checkpoint import Checkpoint, load_state
+
+    return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[1]
+
+
+def saved_model(folder: Path, step: int) -> dict[str, Any]:
+    from runtime.checkpoint import Checkpoint, load_state
+
+    return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[0]
