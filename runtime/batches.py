@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import tee
 from typing import Any, NamedTuple
@@ -20,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from runtime.errors import DataError, LockstepError
 from runtime.order import Ids, Order
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+
+MakeLoader = Callable[..., Iterable[Any]]
+"""Makes what yields batches, of a data set and a ``batch_sampler`` of :class:`SlotIndex`."""
 
 _CPU = torch.device("cpu")
 
@@ -32,8 +35,7 @@ class Cursor:
     batch: int = 0
 
 
-@dataclass(frozen=True)
-class Microbatch:
+class Microbatch(NamedTuple):
     """What one forward pass takes.
 
     Args:
@@ -52,8 +54,7 @@ class Microbatch:
         return self.samples == 0
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """One step's microbatches on this rank.
 
     Args:
@@ -210,7 +211,7 @@ class Windows:
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
         sharing: Sharing,
-        make_loader: Callable[..., DataLoader[Any]],
+        make_loader: MakeLoader,
     ) -> None:
         self._slots = sharing.slots
         # The loader runs ahead of the training loop; both walk one plan, so that no batch is drawn twice.
@@ -222,10 +223,10 @@ class Windows:
     def __iter__(self) -> Iterator[Window]:
         for window, _ in self._plan:
             microbatches = tuple(
-                replace(microbatch, batch=self.filler if microbatch.filler else next(self._fetched))
+                microbatch._replace(batch=self.filler if microbatch.filler else next(self._fetched))
                 for microbatch in window.microbatches
             )
-            yield replace(window, microbatches=microbatches)
+            yield window._replace(microbatches=microbatches)
 
     def _indices(self, plan: Iterator[tuple[Window, Ids]]) -> Iterator[SlotIndex]:
         for number, (window, ids) in enumerate(plan):
@@ -243,8 +244,13 @@ def loader_factory(
     pin_memory: bool,
     timeout_seconds: int,
     start_method: str | None,
-) -> Callable[..., DataLoader[Any]]:
-    """Return a maker of torch DataLoaders with these options; a worker is told nothing, so it has no state of its own."""
+) -> MakeLoader:
+    """Return a maker of loaders with these options; a worker is told nothing, so it has no state of its own.
+
+    Without workers and pinned memory there is nothing for a DataLoader to do, and it would cost 50 µs a batch.
+    """
+    if num_workers == 0 and not pin_memory:
+        return _read_here
     return partial(
         DataLoader,
         collate_fn=_as_it_is,
@@ -258,7 +264,7 @@ def loader_factory(
     )
 
 
-def read(samples: Samples, indices: Iterator[SlotIndex], make_loader: Callable[..., DataLoader[Any]]) -> Iterator[Any]:
+def read(samples: Samples, indices: Iterator[SlotIndex], make_loader: MakeLoader) -> Iterator[Any]:
     """Yield the batches of the given indices, in order.
 
     Raises:
@@ -301,7 +307,7 @@ def with_weights(
     """
     if weigh is None:
         for window in windows:
-            yield replace(window, weight=float(window.samples))
+            yield window._replace(weight=float(window.samples))
         return
     while block := [window for _, window in zip(range(ahead), windows, strict=False)]:
         # One row a step, one column a slot: summed in slot order, the weight is the same number for any sharing-out.
@@ -311,7 +317,7 @@ def with_weights(
                 if not microbatch.filler:
                     weights[row, microbatch.slot] = weigh(microbatch.batch)
         for window, total in zip(block, sum_over_ranks(weights).sum(dim=1).tolist(), strict=True):
-            yield replace(window, weight=total)
+            yield window._replace(weight=total)
 
 
 def _plan(
@@ -335,6 +341,10 @@ def _plan(
         )
         yield window, ids
         cursor, steps = window.next_cursor, steps + 1
+
+
+def _read_here(samples: Samples, *, batch_sampler: Iterator[SlotIndex]) -> Iterator[Any]:
+    return map(samples.__getitems__, batch_sampler)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -13,7 +13,12 @@ from runtime.errors import LockstepError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:  # argparse gives up on positional arguments that follow an option
+        if argument.startswith("-") or "=" not in argument or not hasattr(options, "overrides"):
+            parser.error(f"unrecognized argument: {argument}")
+        options.overrides.append(argument)
     try:
         code: int = options.run(options)
     except LockstepError as error:

@@ -60,7 +60,7 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
             batch = strategy.to_device(microbatch.batch)
             with strategy.microbatch(last=number == len(window.microbatches)):
                 loss = strategy.forward(batch, filler=microbatch.filler)
-                strategy.backward(loss.sum / (window.weight or 1.0))
+                strategy.backward(loss.sum, weight=window.weight or 1.0)
             buffers.end_slot(filler=microbatch.filler)
             if not microbatch.filler:
                 meter.add(loss, batch)

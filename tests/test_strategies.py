@@ -185,7 +185,10 @@ def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(pool: ProcessPool, tmp
     ],
 )
 def test_ddp_options_change_no_result(pool: ProcessPool, tmp_path: Path, options: dict[str, Any]) -> None:
-    changes = {"model": {"target": "tiny:Deep", "args": {"dtype": "float64"}}, "data": {"train": {"target": "tiny:points"}}}
+    changes = {
+        "model": {"target": "tiny:Deep", "args": {"dtype": "float64"}},
+        "data": {"train": {"target": "tiny:points"}},
+    }
     alone = pool.run(observe, 1, deep(tmp_path / "alone", **changes))[0]
     config = deep(tmp_path / "shared", **changes, strategy={"ddp": options})
     assert largest_difference(alone, pool.run(observe, 2, config)[0]) < 1e-10

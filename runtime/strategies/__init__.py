@@ -59,8 +59,8 @@ class Strategy(Protocol):
         """Call the wrapped module."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this loss to the sum over slots and ranks."""
+    def backward(self, loss: Tensor, *, weight: float) -> None:
+        """Add the gradient of ``loss / weight`` to the sum over slots and ranks."""
         ...
 
     def step(self, max_grad_norm: float | None) -> Update:

@@ -8,6 +8,7 @@ microbatches, and cost 0.1 to 0.2 ms a step.
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -70,6 +71,8 @@ class AcceleratedStrategy:
         self._autocast_dtype = _AUTOCAST.get(precision)
         self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
         self._module: TrainingModule | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._uniform = False
         self._wrapped: nn.Module | None = None
         self._optimizer: Optimizer | None = None
         if options.communication_hook == "bf16" and self.device.type == "cpu" and self.world_size > 1:
@@ -84,6 +87,8 @@ class AcceleratedStrategy:
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
         """Wrap module and optimizer. Collective."""
         self._module = module
+        self._parameters = [p for p in module.parameters() if p.requires_grad]  # walking the module costs 50 µs a step
+        self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -100,7 +105,7 @@ class AcceleratedStrategy:
             return
         buffers = {name: buffer.detach().clone() for name, buffer in self.unwrapped.named_buffers()}
         with preserved_random_state(self.device), self.microbatch(last=True):
-            self.backward(self.forward(self.to_device(filler), filler=True).sum)
+            self.backward(self.forward(self.to_device(filler), filler=True).sum, weight=1.0)
         self.discard()
         with torch.no_grad():
             for name, buffer in self.unwrapped.named_buffers():
@@ -126,13 +131,15 @@ class AcceleratedStrategy:
             loss: Loss = self._wrapped(batch, filler)
         return loss
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this loss; DDP averages over ranks, so the world size is multiplied back in."""
-        if self.world_size > 1:
-            loss = loss * self.world_size
+    def backward(self, loss: Tensor, *, weight: float) -> None:
+        """Add the gradient of ``loss / weight``; DDP averages over ranks, so the world size is multiplied back in.
+
+        The factor is where the backward pass starts, which costs less than operations of its own.
+        """
+        factor = loss.new_full((), self.world_size / weight)
         if self._scaler is not None:
-            loss = self._scaler.scale(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+            factor = self._scaler.scale(factor)
+        loss.backward(factor)  # type: ignore[no-untyped-call]
 
     def step(self, max_grad_norm: float | None) -> Update:
         """Judge, clip and apply the gradient, and clear it.
@@ -140,12 +147,12 @@ class AcceleratedStrategy:
         The norm is computed from reduced gradients, so every rank judges alike. Waits for the device: the host reads one
         flag, because whether the update counts decides what the schedule does next.
         """
-        assert self._optimizer is not None and self._module is not None
+        assert self._optimizer is not None
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        parameters = [p for p in self._module.parameters() if p.grad is not None]
-        grad_norm = get_total_norm([cast(Tensor, p.grad) for p in parameters])
-        finite = bool(torch.isfinite(grad_norm))
+        parameters = [p for p in self._parameters if p.grad is not None]
+        grad_norm = self._norm([cast(Tensor, p.grad) for p in parameters])
+        finite = math.isfinite(grad_norm.item())
         if finite:
             if max_grad_norm is not None:
                 clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
@@ -166,8 +173,8 @@ class AcceleratedStrategy:
 
     def discard(self) -> None:
         """Clear the gradient."""
-        assert self._optimizer is not None
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @property
     def unwrapped(self) -> TrainingModule:
@@ -207,6 +214,13 @@ class AcceleratedStrategy:
             dist.destroy_process_group()
         if self._owns_state:  # the next run in this process may want another world or device
             AcceleratorState._reset_state(reset_partial_state=True)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not self._uniform:
+            return get_total_norm(gradients)
+        # What get_total_norm does, without grouping by device and type: half of its cost on small models.
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm
 
     def _refuse_lost_scale(self) -> None:
         assert self._scaler is not None

@@ -1,0 +1,145 @@
+"""What is on disk is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime import serialization
+from runtime.checkpoint import CheckpointFolder, load_state
+from runtime.config import Best
+from runtime.errors import CheckpointError
+
+pytestmark = pytest.mark.single
+
+
+def folder(
+    path: Path, *, keep: int = 10, best: list[Best] | None = None, warnings: list[str] | None = None
+) -> CheckpointFolder:
+    return CheckpointFolder(path, keep=keep, best=best or [], warn=(warnings if warnings is not None else []).append)
+
+
+def save(checkpoints: CheckpointFolder, step: int, **results: float) -> Path:
+    return checkpoints.save(
+        step, model={"weight": torch.full((3,), float(step))}, training={"progress": {"step": step}}, results=results
+    )
+
+
+def steps(checkpoints: CheckpointFolder) -> list[int]:
+    return sorted(int(p.name[5:]) for p in checkpoints.folder.iterdir() if "." not in p.name)
+
+
+def test_the_newest_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    checkpoints = folder(tmp_path)
+    for step in (1, 2, 10):
+        save(checkpoints, step, loss=0.5)
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert (newest.step, newest.results) == (10, {"loss": 0.5})
+    model, training = load_state(newest)
+    assert torch.equal(model["weight"], torch.full((3,), 10.0))
+    assert training == {"progress": {"step": 10}}
+
+
+def test_the_newest_and_the_best_of_each_metric_are_kept(tmp_path: Path) -> None:
+    best = [Best(metric="loss", mode="min"), Best(metric="accuracy", mode="max", keep=2)]
+    checkpoints = folder(tmp_path, keep=2, best=best)
+    for step, loss, accuracy in [
+        (1, 0.9, 0.1),
+        (2, 0.2, 0.8),
+        (3, 0.5, 0.9),
+        (4, 0.4, 0.3),
+        (5, 0.6, 0.2),
+        (6, float("nan"), 0.1),
+    ]:
+        save(checkpoints, step, loss=loss, accuracy=accuracy)
+    assert steps(checkpoints) == [2, 3, 5, 6]
+    found = checkpoints.best("loss", "min")
+    assert found is not None
+    assert found.step == 2
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path: Path, file: str, damage: str) -> None:
+    warnings: list[str] = []
+    checkpoints = folder(tmp_path, warnings=warnings)
+    save(checkpoints, 1)
+    target = save(checkpoints, 2) / file
+    content = bytearray(target.read_bytes())
+    if damage == "gone":
+        target.unlink()
+    else:
+        content[len(content) // 2] ^= 255
+        target.write_bytes(content if damage == "flipped" else content[:-1])
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 1
+    assert "step-00000002" in warnings[0]
+    assert steps(checkpoints) == [1]
+    assert save(checkpoints, 2).is_dir()
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    checkpoints = folder(tmp_path)
+    manifest = save(checkpoints, 1) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoints.newest()
+    assert steps(checkpoints) == [1]
+
+
+@pytest.mark.parametrize("fail_at", range(1, 6))
+def test_a_failing_disk_leaves_earlier_checkpoints_and_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
+    checkpoints = folder(tmp_path)
+    save(checkpoints, 1)
+    calls = []
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == fail_at:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(serialization.os, "fsync", failing)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(checkpoints, 2)
+    monkeypatch.undo()
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path: Path) -> None:
+    checkpoints = folder(tmp_path)
+    save(checkpoints, 1)
+    (tmp_path / "step-00000002.partial-abcd").mkdir()
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 1
+    checkpoints.clear_partial()
+    assert steps(checkpoints) == [1]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_nothing_that_is_read_is_ever_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = folder(tmp_path)
+    save(checkpoints, 1)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("unpickling")
+
+    for name in ("pickle.load", "pickle.loads", "torch.load", "pickle.Unpickler"):
+        monkeypatch.setattr(name, refuse)
+    newest = checkpoints.newest()
+    assert newest is not None
+    load_state(newest)

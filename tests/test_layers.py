@@ -1,0 +1,127 @@
+"""The layers of the design hold, and no module of ours shadows another's."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.single
+
+ROOT = Path(__file__).parent.parent
+# A module imports only from layers below its own; within a layer, only from those before it in the line.
+LAYERS = [
+    ["errors"],
+    ["component", "config", "config_file", "environment"],
+    ["randomness", "determinism", "stopping", "serialization"],
+    ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "progress"],
+    ["strategies", "strategies.accelerated", "metrics", "checkpoint", "meters"],
+    ["reporting", "console", "wandb_tracker", "evaluation", "loop"],
+    ["assembly", "resumption", "run", "session", "show", "launching"],
+    ["entry", "train", "cli"],
+]
+APART = ("model_zoo", "data_sources")  # used by name from a YAML; they may import errors alone
+POSITION = {name: (number, place) for number, layer in enumerate(LAYERS) for place, name in enumerate(layer)}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "runtime").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def own_imports(path: Path, package: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            module = ".".join(node.module.split(".")[1:])
+            for alias in node.names:
+                is_module = (ROOT / package / Path(*module.split("."), f"{alias.name}.py")).is_file()
+                found.add(".".join(filter(None, [module, alias.name])) if is_module else module)
+        elif isinstance(node, ast.Import):
+            found |= {n.name.partition(".")[2] for n in node.names if n.name.split(".")[0] == package}
+    return found - {""}
+
+
+RUNTIME = sorted(p for p in (ROOT / "runtime").rglob("*.py") if module_name(p))
+
+
+@pytest.mark.parametrize("path", RUNTIME, ids=module_name)
+def test_a_module_imports_only_from_lower_layers(path: Path) -> None:
+    name = module_name(path)
+    if name.startswith(APART):
+        allowed = (*APART, "errors")
+        assert all(imported.startswith(allowed) for imported in own_imports(path, "runtime"))
+        return
+    assert name in POSITION, f"give {name} its place in LAYERS"
+    for imported in own_imports(path, "runtime"):
+        assert imported in POSITION, f"{name} imports {imported}, which has no layer"
+        assert POSITION[imported] < POSITION[name], f"{name} imports {imported}, which is not below it"
+
+
+def test_launch_imports_nothing_but_configuration_and_errors() -> None:
+    for path in (ROOT / "launch").rglob("*.py"):
+        assert own_imports(path, "runtime") <= {"config", "config_file", "errors"}
+        assert not {"torch", "accelerate", "numpy"} & imported_packages(path)
+
+
+def imported_packages(path: Path) -> set[str]:
+    tree = ast.walk(ast.parse(path.read_text()))
+    names = [
+        n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name
+        for n in tree
+        if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    return {name.split(".")[0] for name in names}
+
+
+def test_no_module_bears_a_name_of_the_standard_library() -> None:
+    ours = {path.stem for folder in ("runtime", "launch") for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    ours |= {path.name for path in (ROOT / "runtime").iterdir() if path.is_dir()}
+    assert not ours & set(sys.stdlib_module_names)
+
+
+def test_train_takes_its_own_folder_off_the_path_before_it_imports_anything(tmp_path: Path) -> None:
+    """Modules of ours that bear a dependency's name would otherwise be imported in its place."""
+    probe = (
+        "import runpy, sys; sys.argv = ['train.py']\n"
+        f"sys.path.insert(0, {str(ROOT / 'runtime')!r})\n"
+        "try: runpy.run_path(sys.path[0] + '/train.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        f"assert {str(ROOT / 'runtime')!r} not in sys.path, sys.path\n"
+        "import runtime; print(runtime.__doc__)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Lockstep")
+
+
+def test_another_package_called_runtime_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").write_text('"""Somebody else."""')
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "runtime" / "train.py"), "x.yaml"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["runtime.config_file", "runtime.component", "runtime.cli", "runtime.stopping", "launch.local"]
+)
+def test_what_a_login_node_needs_imports_no_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_training_without_metrics_imports_no_torchmetrics() -> None:
+    code = "import runtime.run, sys; sys.exit('torchmetrics' in sys.modules or 'wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
