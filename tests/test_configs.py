@@ -1,0 +1,47 @@
+"""The shipped configurations load, name the schema, and reach what their headers say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.assembly import check_components
+from runtime.config_file import json_schema, load
+from runtime.session import train
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_shipped_configuration_is_correct_and_names_the_schema(path: Path) -> None:
+    check_components(load(path))
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+    assert json.loads((path.parent / "schema.json").read_text()) == json_schema()
+
+
+@pytest.mark.single
+def test_diabetes_beats_least_squares(tmp_path: Path) -> None:
+    (path,) = [p for p in CONFIGS if p.stem == "diabetes"]
+    result = train(path, f"output={tmp_path}/run", "reporting.progress=false")
+    assert result.results["rmse"] < 0.747
+    assert result.results["samples"] == 89
+
+
+@pytest.mark.single
+def test_digits_are_recognised_after_a_few_epochs(tmp_path: Path) -> None:
+    (path,) = [p for p in CONFIGS if p.stem == "digits"]
+    result = train(path, f"output={tmp_path}/run", "limit.epochs=4")
+    assert result.results["accuracy"] >= 0.95
+    assert result.results["samples"] == 360
+
+
+@pytest.mark.long
+def test_the_language_model_learns_the_standard_library(tmp_path: Path) -> None:
+    (path,) = [p for p in CONFIGS if p.stem == "gpt_stdlib"]
+    result = train(path, f"output={tmp_path}/run")
+    assert result.results["loss"] < 1.8
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["tokens_per_second"] > 0 for r in records if r["event"] == "train")

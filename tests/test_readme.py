@@ -1,0 +1,102 @@
+"""The README's commands and code run as written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.config_file import load
+from tests.test_launch import clean_environment
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str, first_line: str) -> str:
+    (found,) = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.S) if b.startswith(first_line)]
+    return found
+
+
+def commands() -> list[str]:
+    lines = [line for b in re.findall(r"```console\n(.*?)```", README, re.S) for line in b.splitlines()]
+    return [line for line in lines if not line.startswith("make ")]
+
+
+def environment() -> dict[str, str]:
+    return clean_environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.single
+def test_the_yaml_page_is_a_valid_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "page.yaml"
+    path.write_text(block("yaml", "# yaml-language-server"))
+    loaded = load(path)
+    assert loaded.values.batch.global_size == 64
+
+
+@pytest.mark.single
+def test_the_yaml_page_names_every_top_level_key() -> None:
+    from runtime.config import RunConfiguration
+
+    page = block("yaml", "# yaml-language-server")
+    for key in RunConfiguration.model_fields:
+        assert re.search(rf"^{key}:", page, re.M), key
+
+
+def test_a_users_own_project_trains_from_its_own_folder(tmp_path: Path) -> None:
+    for language, name in (("python", "spiral.py"), ("yaml", "spiral.yaml"), ("python", "train_spiral.py")):
+        (tmp_path / name).write_text(block(language, f"# {name}"))
+    code_lines = [line for line in block("python", "# spiral.py").splitlines()[1:] if line.strip()]
+    assert len(code_lines) <= 25
+    options = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "check": False}
+    first = subprocess.run(["lockstep", "train", "spiral.yaml", "--processes", "2"], **options)
+    assert first.returncode == 0, first.stderr
+    second = subprocess.run([sys.executable, "train_spiral.py"], **options)
+    assert second.returncode == 0, second.stderr
+    outcome, step, loss = second.stdout.splitlines()[-1].split()
+    assert (outcome, step) == ("finished", "240")
+    assert float(loss) < 0.3
+    records = [json.loads(line) for line in (tmp_path / "runs" / "spiral" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["world_size"] for r in records if r["event"] == "start"] == [2, 1]
+
+
+def test_the_files_that_the_readme_lists_are_the_files_there_are() -> None:
+    tree = README[README.index("## Files") :]
+    listed = set(re.findall(r"[a-z_]+\.py", tree))
+    there = {p.name for p in (ROOT / "runtime").glob("*.py")} - {"__init__.py"}
+    assert there <= listed
+    assert {name for name in listed if not (ROOT / "tests" / name).exists()} <= there
+
+
+@pytest.mark.single
+def test_lockstep_show_runs_as_written(tmp_path: Path) -> None:
+    (line,) = [line for line in commands() if line.startswith("lockstep show")]
+    done = subprocess.run(line, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for expected in ("K = 4", "1, 2, 4 divide K", "23 per epoch, 460 in all", "94,186 trainable", "dropout", "Adam"):
+        assert expected in done.stdout, expected
+
+
+@pytest.mark.long
+def test_every_command_runs_as_written(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+    assert len(commands()) >= 5
+    for line in commands():
+        done = subprocess.run(
+            line, shell=True, cwd=checkout, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    accuracies = [
+        record["accuracy"]
+        for record in map(json.loads, (checkout / "runs" / "digits" / "metrics.jsonl").read_text().splitlines())
+        if record["event"] == "evaluation"
+    ]
+    assert accuracies[-1] >= 0.97
