@@ -66,10 +66,28 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     train = str(ROOT / "runtime" / "train.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    two = [sys.executable, "-m", "accelerate.commands.launch", *two, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    two = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *two,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         configs = {}

@@ -15,7 +15,7 @@ from itertools import tee
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from runtime.errors import DataError, LockstepError
 from runtime.order import Ids, Order
@@ -378,6 +378,10 @@ def check_samples(source: Any, key: str) -> None:
     Raises:
         DataError: naming the configuration's key.
     """
+    if isinstance(source, IterableDataset):
+        raise DataError(
+            f"{key}: {type(source).__name__} is a stream (IterableDataset); only map-style data sets can be read yet"
+        )
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise DataError(
             f"{key}: {type(source).__name__} has no __getitem__ and __len__; a map-style data set is needed"

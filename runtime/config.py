@@ -89,8 +89,6 @@ class Split(ComponentSection):
 
     transform: Component | None = None
     """Called on each sample under the sample's own seed; where randomness belongs if the data set is deterministic."""
-    sharded_by: Literal["runtime"] | None = None
-    """Streams (IterableDataset) only, and required there: ``runtime`` reads the stream on every rank and keeps its share."""
 
 
 class Loader(Section):

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 
 import runtime.launching
 from runtime import cli, entry
+from runtime.checkpoint import CheckpointFolder
 from runtime.config_file import load
-from runtime.errors import LockstepError
+from runtime.errors import CheckpointError, LockstepError
 from runtime.run import RunResult
 from runtime.session import train
 from tests.process_pool import ProcessPool
@@ -127,6 +128,8 @@ class Returns(Objective):
         }[self.kind]
 '''
 PARTS_NAME = "bad_input_parts"
+
+single = pytest.mark.single  # the others need the pool
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -238,11 +241,8 @@ def was_started(*args: Any, **kwargs: Any) -> int:
 
 # Mistakes that are found before anything is started
 
-pytest_single = pytest.mark.single
-NET, POINTS = f"{PARTS_NAME}:Net", f"{PARTS_NAME}:Points"
 
-
-@pytest_single
+@single
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -276,7 +276,7 @@ def test_a_mistake_in_the_configuration_starts_nothing_and_leaves_nothing(
     assert not (config.parent / "run").exists()
 
 
-@pytest_single
+@single
 def test_an_argument_that_a_sampler_lacks_is_told_before_anything_is_started(
     config: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +288,7 @@ def test_an_argument_that_a_sampler_lacks_is_told_before_anything_is_started(
     assert "did you mean 'num_samples'?" in message
 
 
-@pytest_single
+@single
 def test_keys_that_are_unknown_written_twice_or_of_the_wrong_type_are_told_with_their_lines(
     config: Path, told: Told
 ) -> None:
@@ -302,14 +302,14 @@ def test_keys_that_are_unknown_written_twice_or_of_the_wrong_type_are_told_with_
     assert f"config.yaml:{lines + 3} sede: written twice; first in line {lines + 1}" in message
 
 
-@pytest_single
+@single
 def test_a_missing_file_is_named(tmp_path: Path, told: Told) -> None:
     for command in (cli.main, entry.main):
         message = told(command, tmp_path / "missing.yaml", code=2)
         assert message == f"{tmp_path / 'missing.yaml'}: cannot be read: No such file or directory"
 
 
-@pytest_single
+@single
 def test_wandb_that_is_not_installed_is_told_with_how_to_install_it(
     config: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +323,7 @@ def test_wandb_that_is_not_installed_is_told_with_how_to_install_it(
     assert entry.main([str(config), "reporting.wandb=false", "limit.steps=1"]) == 0
 
 
-@pytest_single
+@single
 def test_exponent_notation_is_a_number_and_text_in_its_place_is_told(config: Path, told: Told) -> None:
     assert entry.main([str(config), "optimizer.args.lr=3e-4", "limit.steps=1"]) == 0
     assert records(config.parent / "run", "train")[0]["learning_rate"] == 0.0003
@@ -335,7 +335,7 @@ def test_exponent_notation_is_a_number_and_text_in_its_place_is_told(config: Pat
 # Mistakes that show once the run's parts are built, or in the middle of it
 
 
-@pytest_single
+@single
 @pytest.mark.parametrize(
     ("overrides", "exit_code", "words"),
     [
@@ -376,7 +376,7 @@ def test_what_goes_wrong_in_a_run_is_one_message_and_costs_no_checkpoint(  # noq
     assert [record["step"] for record in records(run, "train")] == [1, 2]
 
 
-@pytest_single
+@single
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -392,14 +392,14 @@ def test_a_model_whose_output_does_not_fit_the_loss_is_one_message(
         assert word in message
 
 
-@pytest_single
+@single
 def test_an_empty_test_set_is_told_before_the_first_step(config: Path, told: Told) -> None:
     message = told(entry.main, config, "data.test=" + yaml_of(section("Points", size=0)), code=1)
     assert "data.test" in message
     assert not (config.parent / "run" / "checkpoints").exists()
 
 
-@pytest_single
+@single
 def test_a_loss_that_is_not_a_number_changes_neither_parameters_nor_checkpoints(
     config: Path, told: Told, two_steps: Path
 ) -> None:
@@ -431,7 +431,7 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest_single
+@single
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones_whole(
     config: Path, told: Told, two_steps: Path
 ) -> None:
@@ -448,7 +448,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones_whol
     assert entry.main([str(config)]) == 0
 
 
-@pytest_single
+@single
 @pytest.mark.parametrize("failing", range(1, 8))
 def test_a_disk_that_is_full_when_a_file_is_synced_costs_no_earlier_checkpoint(
     config: Path, told: Told, two_steps: Path, monkeypatch: pytest.MonkeyPatch, failing: int
@@ -477,7 +477,7 @@ def test_a_disk_that_is_full_when_a_file_is_synced_costs_no_earlier_checkpoint(
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest_single
+@single
 def test_a_disk_that_is_full_for_figures_alone_does_not_end_the_run(config: Path) -> None:
     run = config.parent / "run"
     with no_file_above(16_000):
@@ -486,7 +486,7 @@ def test_a_disk_that_is_full_for_figures_alone_does_not_end_the_run(config: Path
     assert (result.outcome, result.step) == ("finished", 80)
 
 
-@pytest_single
+@single
 def test_a_run_folder_that_cannot_be_made_is_told(config: Path, told: Told) -> None:
     (config.parent / "file").touch()
     for output in ("file", "file/run"):
@@ -495,7 +495,7 @@ def test_a_run_folder_that_cannot_be_made_is_told(config: Path, told: Told) -> N
         assert "cannot be made" in message
 
 
-@pytest_single
+@single
 def test_a_run_folder_of_another_configuration_is_refused_with_old_and_new_values(
     config: Path, told: Told, two_steps: Path
 ) -> None:
@@ -516,7 +516,7 @@ def test_a_run_folder_of_another_configuration_is_refused_with_old_and_new_value
     assert train(config, "optimizer.args.lr=0.2", "resume.allow_changes=[optimizer.args.lr]").step == 4
 
 
-@pytest_single
+@single
 def test_an_allowed_change_that_the_checkpoint_cannot_follow_is_told(config: Path, told: Told, two_steps: Path) -> None:
     run = config.parent / "run"
     for change in ("model.args.outputs=4", "optimizer={target: AdamW, args: {lr: 0.1}}"):
@@ -527,7 +527,7 @@ def test_an_allowed_change_that_the_checkpoint_cannot_follow_is_told(config: Pat
         assert contents(run / "checkpoints") == contents(two_steps / "checkpoints")
 
 
-@pytest_single
+@single
 def test_a_run_must_or_must_not_find_a_checkpoint_if_it_is_told_so(config: Path, told: Told, two_steps: Path) -> None:
     run = config.parent / "run"
     message = told(entry.main, config, "resume=must", code=1)
@@ -542,7 +542,7 @@ def test_a_run_must_or_must_not_find_a_checkpoint_if_it_is_told_so(config: Path,
     assert train(config, "resume=must").step == 4
 
 
-@pytest_single
+@single
 @pytest.mark.parametrize("damaged", ["model.safetensors", "training.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
     config: Path, two_steps: Path, four_steps: dict[str, list[Any]], capfd: pytest.CaptureFixture[str], damaged: str
@@ -564,12 +564,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
     assert kept[1].startswith("step-00000002.damaged-")
 
 
-@pytest_single
-def test_no_single_flipped_bit_in_a_manifest_ends_a_run(config: Path, two_steps: Path, tmp_path: Path) -> None:
+@single
+def test_no_flipped_bit_in_a_manifest_ends_a_run(two_steps: Path, tmp_path: Path) -> None:
     """Whatever is flipped, the checkpoint before is taken, unless the format's own number seems newer."""
-    from runtime.checkpoint import CheckpointFolder
-    from runtime.errors import CheckpointError
-
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_steps / "checkpoints", folder)
     newest = folder / "step-00000002"
@@ -593,15 +590,11 @@ def test_no_single_flipped_bit_in_a_manifest_ends_a_run(config: Path, two_steps:
     assert found <= {"step-00000001", "step-00000002", "newer"}
 
 
-@pytest_single
+@single
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", "3", '{"version": "x", "files": {}}', '{"version": 1, "files": []}']
 )
-def test_a_manifest_that_holds_something_else_counts_as_damaged(
-    config: Path, two_steps: Path, tmp_path: Path, text: str
-) -> None:
-    from runtime.checkpoint import CheckpointFolder
-
+def test_a_manifest_that_holds_something_else_counts_as_damaged(two_steps: Path, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_steps / "checkpoints", folder)
     (folder / "step-00000002" / "manifest.json").write_text(text)
@@ -612,7 +605,7 @@ def test_a_manifest_that_holds_something_else_counts_as_damaged(
     assert "step-00000002 is damaged" in warnings[0]
 
 
-@pytest_single
+@single
 def test_a_checkpoint_of_a_newer_format_is_refused_and_kept(config: Path, told: Told, two_steps: Path) -> None:
     run = config.parent / "run"
     shutil.copytree(two_steps, run)
@@ -625,7 +618,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_kept(config: Path, told: 
     assert contents(run / "checkpoints") == before
 
 
-@pytest_single
+@single
 def test_the_configuration_in_the_run_folder_loads_to_the_same_values(config: Path) -> None:
     label = json.dumps(["1e5", "3e-4", "no", "010", "0o10", "1:30", "2024-01-01", "", "=", "~", "true", "é"])
     loaded = load(config, [f"data.train.args.label={label}", "limit.steps=1"])
@@ -633,6 +626,13 @@ def test_the_configuration_in_the_run_folder_loads_to_the_same_values(config: Pa
     written = load(config.parent / "run" / "config.yaml")
     assert written.values.data == loaded.values.data
     assert written.resolved() == loaded.resolved()
+
+
+@single
+def test_values_that_equal_nothing_not_even_themselves_do_not_keep_a_run_from_resuming(config: Path) -> None:
+    label = "data.train.args.label=[.nan, .inf, {0: zero}]"
+    assert train(config, label, "limit.steps=1").step == 1
+    assert train(config, label, "limit.steps=2").step == 2
 
 
 # Several processes
@@ -710,7 +710,7 @@ def launched(code: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
-@pytest_single
+@single
 def test_control_c_exits_75_and_the_same_command_reaches_the_same_end(launched: dict[str, Launched]) -> None:
     stopped = launched["interrupted"]
     assert stopped.exit_code == 75
@@ -726,12 +726,12 @@ def test_control_c_exits_75_and_the_same_command_reaches_the_same_end(launched: 
     assert len(losses[0]) == 20
 
 
-@pytest_single
+@single
 def test_control_c_shows_no_traceback(launched: dict[str, Launched]) -> None:
     assert launched["interrupted"].err == ""
 
 
-@pytest_single
+@single
 def test_a_run_that_fails_is_one_message_of_the_command(launched: dict[str, Launched]) -> None:
     failed = launched["failed"]
     assert failed.exit_code == 1
