@@ -1,4 +1,4 @@
-"""Seconds from starting a process to the end of the first step: with and without ``accelerate launch``, with and without metrics.
+"""Seconds from starting a process to its first step, with and without ``accelerate launch``, with and without metrics.
 
     python benchmarks/startup_time.py [--runs 5]
 

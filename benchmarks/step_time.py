@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def data(kind: str) -> TensorDataset:
+    """Random samples, the same for every way."""
     generator = torch.Generator().manual_seed(0)
     count = SIZES[kind]["samples"]
     if kind == "mlp":
@@ -52,13 +52,15 @@ def data(kind: str) -> TensorDataset:
 
 
 def model(kind: str) -> nn.Module:
+    """The model, initialised alike for every way."""
     torch.manual_seed(0)
     if kind == "mlp":
         return MLP(64, [256, 256], 10)
     return GPT(257, 128, num_layers=4, num_heads=4, width=128)
 
 
-def loss_of(kind: str, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy over samples or tokens."""
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
@@ -91,7 +93,7 @@ def bare(kind: str, *, careful: bool, world_size: int) -> float:
         if step == size["warm"]:
             started = time.perf_counter()
         inputs, target = next(batches)
-        loss_of(kind, wrapped(inputs), target).backward()
+        loss_of(wrapped(inputs), target).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return (time.perf_counter() - started) / size["steps"]
@@ -128,7 +130,7 @@ def lockstep(kind: str, *, world_size: int) -> float:
             "checkpoint": {"every": "100000 steps"},
             "reporting": {"every": "50 steps", "progress": False},
         }
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             stdout, sys.stdout = sys.stdout, nowhere
             try:
                 train(config)

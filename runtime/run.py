@@ -254,7 +254,7 @@ class Run:
                 [
                     self._loaded.problem(
                         ("batch", "global_size"),
-                        f"{batch.global_size} samples cannot keep {world_size} processes busy; raise it, or use fewer processes",
+                        f"{batch.global_size} samples cannot keep {world_size} processes busy; use fewer processes",
                     )
                 ]
             )
@@ -397,11 +397,12 @@ class Run:
         frozen = sum(p.numel() for p in module.parameters()) - trainable
         largest = -(-values.batch.global_size // sharing.slots)
         processes = f"{strategy.world_size} process{'es' * (strategy.world_size > 1)}"
+        slots = f"{sharing.slots} slot{'s' * (sharing.slots > 1)}"
         return {
             "name": self._loaded.name,
             "where": f"{processes} on {strategy.device.type}, {values.precision}",
             "data": f"{len(samples):,} training samples, {self._order.num_batches(0):,} steps per epoch",
-            "batch": f"{values.batch.global_size} samples in {sharing.slots} slot{'s' * (sharing.slots > 1)} of at most {largest}",
+            "batch": f"{values.batch.global_size} samples in {slots} of at most {largest}",
             "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
             "folder": str(self._folder),
             "resumed": f"after step {self._progress.step}" if self._progress.step else "",
@@ -424,6 +425,11 @@ class Run:
                 f"Stopped by {self._stop_wish.reason or 'another rank'} after step {self._progress.step}, saved; "
                 "the same command goes on from here."
             )
+        if self._strategy.rank == 0:
+            for best in self._values.checkpoint.best:
+                found = self._checkpoints.best(best.metric, best.mode)
+                if found is not None:
+                    self._reporter.message(f"best {best.metric} {found.results[best.metric]:.4f}: {found.path}")
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
         return RunResult(outcome, self._progress.step, self._results, self._folder, self._state.module.model)

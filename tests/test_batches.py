@@ -30,6 +30,9 @@ from tests.project.tiny import Failing, Ids, Noisy, add_noise, points
 pytestmark = pytest.mark.single
 
 
+START = Cursor()
+
+
 def make_loader(num_workers: int = 0) -> Any:
     return loader_factory(
         num_workers=num_workers, prefetch_factor=2, pin_memory=False, timeout_seconds=0, start_method=None
@@ -43,7 +46,7 @@ def windows_of(
     world_size: int,
     rank: int,
     batch_size: int,
-    start: Cursor = Cursor(),
+    start: Cursor = START,
     epochs: int = 1,
     num_workers: int = 0,
     seed: int = 0,

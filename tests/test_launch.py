@@ -52,8 +52,19 @@ def records(folder: Path) -> list[dict[str, Any]]:
         (["--num_processes", "2", "--num_machines", "1"], {}),
         (["--cpu", "--num_processes", "2", "--num_machines", "1"], {}),
         (
-            "--cpu --num_machines 2 --num_processes 2 --machine_rank 0 "
-            "--main_process_ip 127.0.0.1 --main_process_port 29507".split(),
+            [
+                "--cpu",
+                "--num_machines",
+                "2",
+                "--num_processes",
+                "2",
+                "--machine_rank",
+                "0",
+                "--main_process_ip",
+                "127.0.0.1",
+                "--main_process_port",
+                "29507",
+            ],
             {},
         ),
         (["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"], {}),

@@ -49,7 +49,7 @@ def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any
     Progress.advance = noting  # type: ignore[method-assign]
     bool_of = StopWish.__bool__
     # The wish is read before a step and acted on after it.
-    StopWish.__bool__ = lambda self: bool(noted) and noted[-1] + 1 >= after or after == 1  # type: ignore[method-assign]
+    StopWish.__bool__ = lambda self: (bool(noted) and noted[-1] + 1 >= after) or after == 1  # type: ignore[method-assign]
     try:
         return observe(config)
     finally:

@@ -52,7 +52,7 @@ OPTIMIZERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "args"), OPTIMIZERS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "args"), OPTIMIZERS, ids=str)
 def test_optimizers_go_on_bitwise_after_a_round_trip(tmp_path: Path, name: str, args: dict[str, Any]) -> None:
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)

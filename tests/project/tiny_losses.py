@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from tiny import points
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runtime.objective import Objective
 from runtime.order import IndexOrder
-from tiny import points
 
 
 class Infinite(Objective):
