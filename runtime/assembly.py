@@ -72,8 +72,8 @@ def check_components(loaded: LoadedConfiguration) -> None:
             )
             if mistake.path[-1] in group.args
         ]
-    if values.schedule is not None:
-        check(("schedule",), values.schedule, _SCHEDULERS, positional=1, filled_in=_length_arguments(loaded))
+    scheduler = _scheduler(loaded)
+    check(("schedule",), scheduler, _SCHEDULERS, positional=1, filled_in=_length_arguments(loaded))
     for name, metric in values.evaluation.metrics.items():
         check(("evaluation", "metrics", name), metric, _METRICS)
     if values.reporting.wandb is not None and find_spec("wandb") is None:
@@ -169,13 +169,15 @@ def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: in
     """Build the schedule on the bare optimizer.
 
     Args:
-        length: what the scheduler counts in the whole run, after the warm-up; see :func:`follows_limit`.
+        length: see :func:`schedule_length`.
     """
-    section = loaded.values.schedule
+    section, target = loaded.values.schedule, _scheduler(loaded)
     if section is None:
         return Schedule(optimizer)
-    extra = dict.fromkeys(_length_arguments(loaded), length)
-    scheduler = _build(loaded, ("schedule",), section, optimizer, namespaces=_SCHEDULERS, extra=extra)
+    scheduler = None
+    if target is not None:
+        extra = dict.fromkeys(_length_arguments(loaded), length)
+        scheduler = _build(loaded, ("schedule",), target, optimizer, namespaces=_SCHEDULERS, extra=extra)
     return Schedule(
         optimizer,
         scheduler,
@@ -183,6 +185,15 @@ def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: in
         warmup_steps=section.warmup_steps,
         monitor=section.monitor,
     )
+
+
+def schedule_length(loaded: LoadedConfiguration, steps_per_epoch: int) -> int:
+    """Return how many epochs, or steps after the warm-up, the scheduler counts in the whole run."""
+    limit, section = loaded.values.limit, loaded.values.schedule
+    if section is not None and section.interval == "epoch":
+        return limit.epochs or -(-(limit.steps or 0) // steps_per_epoch)
+    steps = limit.steps or (limit.epochs or 0) * steps_per_epoch
+    return max(1, steps - (section.warmup_steps if section else 0))
 
 
 def follows_limit(loaded: LoadedConfiguration) -> bool:
@@ -239,8 +250,15 @@ def _names_first_parameter(loaded: LoadedConfiguration, section: ComponentSectio
     return first in section.args
 
 
-def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
+def _scheduler(loaded: LoadedConfiguration) -> ComponentSection | None:
     section = loaded.values.schedule
+    if section is None or section.target is None:
+        return None
+    return ComponentSection(target=section.target, args=section.args)
+
+
+def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
+    section = _scheduler(loaded)
     if section is None:
         return []
     try:

@@ -39,36 +39,35 @@ class BufferRule:
         self._start: list[Tensor] = []
         self._change = torch.zeros(())
 
-    @torch.no_grad()
     def begin_step(self) -> None:
         """Remember the buffers as they are."""
-        if self._places:
-            self._start = [buffer.detach().clone() for buffer in self._buffers()]
-            size = sum(start.numel() for start in self._start)
-            self._change = torch.zeros(size, dtype=self._dtype, device=self._start[0].device)
+        if not self._places:
+            return
+        self._start = [buffer.detach().clone() for buffer in self._buffers()]
+        size = sum(start.numel() for start in self._start)
+        self._change = torch.zeros(size, dtype=self._dtype, device=self._start[0].device)
 
-    @torch.no_grad()
     def end_slot(self, *, filler: bool) -> None:
         """Note what a slot changed, and put the buffers back."""
         if not self._places:
             return
-        buffers = self._buffers()
-        if not filler:
-            changes = zip(buffers, self._start, strict=True)
-            self._change += torch.cat([(now - start).flatten().to(self._dtype) for now, start in changes])
-        for buffer, start in zip(buffers, self._start, strict=True):
-            buffer.copy_(start)
+        with torch.no_grad():
+            if not filler:
+                changes = zip(self._buffers(), self._start, strict=True)
+                self._change += torch.cat([(now - start).flatten().to(self._dtype) for now, start in changes])
+            for buffer, start in zip(self._buffers(), self._start, strict=True):
+                buffer.copy_(start)
 
-    @torch.no_grad()
     def end_step(self, *, real_slots: int, applied: bool) -> None:
         """Advance by the mean change, or not at all where the update was not applied. Collective if applied."""
         if not self._places or not applied:
             return
         self._sum_over_ranks(self._change)
         means = torch.split(self._change / real_slots, [start.numel() for start in self._start])
-        for buffer, start, mean in zip(self._buffers(), self._start, means, strict=True):
-            mean = mean.view_as(start)
-            buffer.copy_(start + (mean if start.is_floating_point() else mean.round()).to(start.dtype))
+        with torch.no_grad():
+            for buffer, start, mean in zip(self._buffers(), self._start, means, strict=True):
+                mean = mean.view_as(start)
+                buffer.copy_(start + (mean if start.is_floating_point() else mean.round()).to(start.dtype))
 
     def _buffers(self) -> list[Tensor]:
         return [cast(Tensor, owner._buffers[name]) for owner, name in self._places]

@@ -190,17 +190,29 @@ class Optimizer(ComponentSection):
     """Parameters with other arguments; what no group matches gets ``args``."""
 
 
-class Schedule(ComponentSection):
-    """A torch learning-rate scheduler by name. ``T_max``, ``total_steps`` and ``total_iters``, where required and left
-    out, become the length of the run; then the limit can no longer change.
+class Schedule(Section):
+    """How the learning rate changes: a linear warm-up, then a torch scheduler by name.
+
+    ``T_max``, ``total_steps`` and ``total_iters``, where required and left out, become the length of the run; then the limit
+    can no longer change.
     """
 
+    target: str | None = Field(None, min_length=1)
+    """A class of torch.optim.lr_scheduler, or ``package.module:Name``. Default: constant after the warm-up."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the scheduler."""
     interval: Literal["step", "epoch"] = "step"
     """What the scheduler counts: applied updates, or epochs."""
     warmup_steps: int = Field(0, ge=0)
     """Applied updates over which the rate rises linearly to the schedule's start; the schedule begins after them."""
     monitor: str | None = None
     """ReduceLROnPlateau only: the validation result it watches, such as ``loss``; stepped after each evaluation."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.target is None and (self.args or not self.warmup_steps):
+            raise PydanticCustomError("combination", "needs a target, or warmup_steps alone", {"key": "target"})
+        return self
 
 
 class Averaging(Section):
@@ -379,7 +391,7 @@ class RunConfiguration(Section):
     """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target."""
     optimizer: Optimizer
     """How parameters are updated."""
-    schedule: Schedule | None = None
+    schedule: Annotated[Schedule, BeforeValidator(_as_component)] | None = None
     """How the learning rate changes. Default: it does not."""
     averaging: Averaging | None = None
     """A running average of the weights. Default: none."""
@@ -426,7 +438,7 @@ class RunConfiguration(Section):
             raise PydanticCustomError(
                 "combination", "the best checkpoint needs data.validation", {"key": "checkpoint.best"}
             )
-        plateau = self.schedule is not None and self.schedule.target.endswith("ReduceLROnPlateau")
+        plateau = self.schedule is not None and (self.schedule.target or "").endswith("ReduceLROnPlateau")
         if self.schedule is not None and plateau != (self.schedule.monitor is not None):
             raise PydanticCustomError(
                 "combination", "'monitor' goes with ReduceLROnPlateau, and it needs one", {"key": "schedule.monitor"}

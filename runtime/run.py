@@ -239,6 +239,10 @@ class Run:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         compile_section = self._values.compile
         if compile_section is not None:
+            if torch.are_deterministic_algorithms_enabled():
+                from torch._inductor import config as inductor
+
+                inductor.fallback_random = True  # compiled code then draws eager's random numbers
             model.compile(
                 backend=compile_section.backend,
                 mode=compile_section.mode,
@@ -285,12 +289,7 @@ class Run:
             raise ConfigurationError([self._loaded.problem(("batch_norm",), what)])
 
     def _schedule_length(self) -> int:
-        limit, schedule = self._values.limit, self._values.schedule
-        per_epoch = self._order.num_batches(0)
-        if schedule is not None and schedule.interval == "epoch":
-            return limit.epochs or -(-(limit.steps or 0) // per_epoch)
-        steps = limit.steps or (limit.epochs or 0) * per_epoch
-        return max(1, steps - (schedule.warmup_steps if schedule else 0))
+        return assembly.schedule_length(self._loaded, self._order.num_batches(0))
 
     def _evaluator(self, name: Literal["validation", "test"]) -> Evaluator | None:
         samples = assembly.build_samples(self._loaded, name)

@@ -133,12 +133,9 @@ def _optimizer_bytes(optimizer: Optimizer) -> str:
 
 
 def _rates(loaded: LoadedConfiguration, optimizer: Optimizer, order: Order) -> Iterator[str]:
-    schedule, limit = loaded.values.schedule, loaded.values.limit
+    schedule = loaded.values.schedule
     per_epoch, total = order.num_batches(0), _total_steps(loaded, order)
-    length = max(1, total - (schedule.warmup_steps if schedule else 0))
-    if schedule is not None and schedule.interval == "epoch":
-        length = limit.epochs or math.ceil(total / per_epoch)
-    simulated = assembly.build_schedule(loaded, optimizer, length)
+    simulated = assembly.build_schedule(loaded, optimizer, assembly.schedule_length(loaded, per_epoch))
     if schedule is None or schedule.monitor:
         yield f"{simulated.learning_rates[0]:.3g}" + (f", until {schedule.monitor} stops improving" if schedule else "")
         return

@@ -71,7 +71,7 @@ def test_fewer_samples_than_ranks_work_with_every_kind_of_state(pool: ProcessPoo
             "average_precision": {"target": "AveragePrecision", "args": {**CLASSES, "thresholds": 5}},
             "auroc": {"target": "AUROC", "args": CLASSES},  # concatenated lists
             "kappa": {"target": "CohenKappa", "args": CLASSES},
-            "mean": {"target": "tiny_metrics:MeanOfMaximum", "args": {}},  # means and maxima
+            "mean": {"target": "tiny_metrics:MeanOfMaximum", "args": {}},  # means over ranks
         },
         code=str(Path(__file__).parent / "project"),
     )

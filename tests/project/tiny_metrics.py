@@ -9,13 +9,13 @@ from torchmetrics import Metric
 
 
 class MeanOfMaximum(Metric):
-    """States reduced by mean and by maximum."""
+    """A state that is averaged over ranks: those without data must not count."""
 
     full_state_update = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("largest", torch.tensor(0.0), dist_reduce_fx="max")
+        self.add_state("largest", torch.tensor(0.0), dist_reduce_fx="mean")
         self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, target: Tensor) -> None:
