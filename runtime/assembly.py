@@ -131,7 +131,7 @@ def build_order(loaded: LoadedConfiguration, samples: Samples) -> Order:
     section = data.sampler or data.batch_sampler
     if section is None:
         return IndexOrder(
-            len(samples), batch_size=size, seed=values.seed, shuffle=data.shuffle, drop_last=data.drop_last
+            len(samples), batch_size=size, seed=values.seed, shuffle=data.shuffle is not False, drop_last=data.drop_last
         )
     key = ("data", "sampler" if data.sampler else "batch_sampler")
     given = () if _names_first_parameter(loaded, section) else (samples.source,)

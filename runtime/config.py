@@ -7,6 +7,7 @@ and the new value. The others are marked ``free``. Reading a file into these cla
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -15,11 +16,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 def free(default: Any) -> Any:
@@ -68,8 +71,24 @@ Every = Annotated[
 ]
 
 
-def _as_component(value: Any) -> Any:
-    return {"target": value} if isinstance(value, str) else value
+@dataclass(frozen=True, eq=False)  # hashed by identity: typing puts annotations into sets
+class Shorthand:
+    """A second way to write a section, for the loader (``expand``) and for editors (``schema``)."""
+
+    expand: Callable[[Any], Any]
+    schema: dict[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Expand before the section is validated."""
+        return core_schema.no_info_before_validator_function(self.expand, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Allow both ways."""
+        return {"anyOf": [handler(schema), self.schema]}
+
+
+_TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
+_ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
 
 
 class ComponentSection(Section):
@@ -81,7 +100,7 @@ class ComponentSection(Section):
     """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
 
 
-Component = Annotated[ComponentSection, BeforeValidator(_as_component)]
+Component = Annotated[ComponentSection, _TARGET_ALONE]
 
 
 class Split(ComponentSection):
@@ -109,14 +128,14 @@ class Loader(Section):
 class Data(Section):
     """Which data is trained on and evaluated on."""
 
-    train: Annotated[Split, BeforeValidator(_as_component)]
+    train: Annotated[Split, _TARGET_ALONE]
     """What is trained on."""
-    validation: Annotated[Split, BeforeValidator(_as_component)] | None = None
+    validation: Annotated[Split, _TARGET_ALONE] | None = None
     """What is evaluated at intervals."""
-    test: Annotated[Split, BeforeValidator(_as_component)] | None = None
+    test: Annotated[Split, _TARGET_ALONE] | None = None
     """What is evaluated once, at the end of the run."""
-    shuffle: bool = True
-    """A new keyed permutation of the training samples for each epoch; off: their own order."""
+    shuffle: bool | None = None
+    """A new keyed permutation of the training samples for each epoch (the default); off: their own order."""
     sampler: Component | None = None
     """A torch Sampler over training indices, called with the data set, drawn once per epoch under the epoch's seed."""
     batch_sampler: Component | None = None
@@ -132,7 +151,7 @@ class Data(Section):
     def _one_order(self) -> Self:
         if self.sampler and self.batch_sampler:
             raise PydanticCustomError("combination", "give 'sampler' or 'batch_sampler', not both", {"key": "sampler"})
-        if (self.sampler or self.batch_sampler) and "shuffle" in self.model_fields_set:
+        if (self.sampler or self.batch_sampler) and self.shuffle is not None:
             raise PydanticCustomError(
                 "combination", "the sampler decides the order; leave 'shuffle' out", {"key": "shuffle"}
             )
@@ -254,10 +273,6 @@ class Compile(Section):
     """Refuse graph breaks."""
 
 
-def _as_compile(value: Any) -> Any:
-    return {} if value is True else None if value is False else value
-
-
 class DistributedDataParallel(Section):
     """Options of torch's DistributedDataParallel."""
 
@@ -342,10 +357,6 @@ class WeightsAndBiases(Section):
     """Labels of the run."""
 
 
-def _as_wandb(value: Any) -> Any:
-    return {} if value is True else None if value is False else value
-
-
 class Reporting(Section):
     """What is told while the run goes on."""
 
@@ -353,7 +364,7 @@ class Reporting(Section):
     """How often the training loss is read from the device and reported."""
     progress: bool = free(True)
     """A progress bar where the output is a terminal, plain lines elsewhere."""
-    wandb: Annotated[WeightsAndBiases | None, BeforeValidator(_as_wandb)] = free(None)
+    wandb: Annotated[WeightsAndBiases | None, _ON_OR_OFF] = free(None)
     """Weights & Biases; ``true`` takes the defaults. Default: off."""
 
 
@@ -366,8 +377,9 @@ class Resume(Section):
     """Exact keys that may differ from the interrupted run's, such as ``optimizer.args.lr``."""
 
 
-def _as_resume(value: Any) -> Any:
-    return {"mode": value} if isinstance(value, str) else value
+_MODE_ALONE = Shorthand(
+    lambda value: {"mode": value} if isinstance(value, str) else value, {"enum": ["auto", "never", "must"]}
+)
 
 
 class RunConfiguration(Section):
@@ -391,7 +403,7 @@ class RunConfiguration(Section):
     """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target."""
     optimizer: Optimizer
     """How parameters are updated."""
-    schedule: Annotated[Schedule, BeforeValidator(_as_component)] | None = None
+    schedule: Annotated[Schedule, _TARGET_ALONE] | None = None
     """How the learning rate changes. Default: it does not."""
     averaging: Averaging | None = None
     """A running average of the weights. Default: none."""
@@ -407,7 +419,7 @@ class RunConfiguration(Section):
     batch_norm: Literal["local", "sync"] = "local"
     """``local``: statistics of each slot, as on one process. ``sync``: over all ranks' simultaneous slots (GPU only);
     the result then depends on the world size."""
-    compile: Annotated[Compile | None, BeforeValidator(_as_compile)] = None
+    compile: Annotated[Compile | None, _ON_OR_OFF] = None
     """torch.compile. Default: off."""
     strategy: Strategy = Strategy()
     """How the processes share the work."""
@@ -417,7 +429,7 @@ class RunConfiguration(Section):
     """When the state is saved."""
     reporting: Reporting = Reporting()
     """What is told while the run goes on."""
-    resume: Annotated[Resume, BeforeValidator(_as_resume)] = Resume()
+    resume: Annotated[Resume, _MODE_ALONE] = Resume()
     """Whether a run folder's state is continued; ``auto``, ``never`` and ``must`` may be written directly."""
 
     @model_validator(mode="after")

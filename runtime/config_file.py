@@ -5,19 +5,19 @@ The order is defaults, YAML, then ``key.path=value``. Nothing here imports torch
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from runtime.component import did_you_mean
 from runtime.config import RunConfiguration
 from runtime.errors import ConfigurationError, Problem
+from runtime.yaml_file import read_file, read_value
 
+_YES_AND_NO = ("yes", "no", "on", "off")
 SECRET_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
@@ -51,7 +51,7 @@ class LoadedConfiguration:
 
     def resolved(self) -> dict[str, Any]:
         """All keys with their values, defaults included, secrets left out; what is written to the run folder."""
-        values: dict[str, Any] = without_secrets(self.values.model_dump(mode="json"))
+        values: dict[str, Any] = without_secrets(self.values.model_dump())
         return {**values, "name": self.name}
 
 
@@ -64,12 +64,13 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     lines: dict[tuple[str, ...], str] = {}
     path: Path | None = None
     if isinstance(source, Mapping):
-        raw: Any = _deep_copy(source)
+        raw: Any = _plain_copy(source)
         lines[()] = "configuration"
+        problems = list(_refuse_objects(raw, (), lines))
     else:
         path = Path(source)
-        raw = _read_yaml(path, lines)
-    problems = _apply_overrides(raw, overrides, lines)
+        raw, problems = read_file(path, lines)
+    problems += _apply_overrides(raw, overrides, lines)
     try:
         values = RunConfiguration.model_validate(raw)
     except ValidationError as error:
@@ -116,72 +117,6 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML 1.2's scalars: ``3e-4`` is a number, ``no`` is text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^([-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(path: Path, lines: dict[tuple[str, ...], str]) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError([Problem(str(path), "", f"cannot be read: {error.strerror}")]) from None
-    except UnicodeDecodeError:
-        raise ConfigurationError([Problem(str(path), "", "is not UTF-8 text")]) from None
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        problems = list(_index_lines(node, str(path), (), lines))
-        raw = loader.construct_document(node) if node is not None else {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigurationError([Problem(where, "", f"not YAML: {getattr(error, 'problem', error)}")]) from None
-    finally:
-        loader.dispose()
-    lines.setdefault((), f"{path}:1")
-    if not isinstance(raw, dict):
-        problems.append(Problem(f"{path}:1", "", "must be a mapping of keys to values"))
-    if problems:
-        raise ConfigurationError(problems)
-    return raw
-
-
-def _index_lines(
-    node: yaml.Node | None, file: str, path: tuple[str, ...], lines: dict[tuple[str, ...], str]
-) -> Iterator[Problem]:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in seen:
-                yield Problem(f"{file}:{line}", ".".join((*path, key)), f"written twice; first in line {seen[key]}")
-            seen.setdefault(key, line)
-            lines[(*path, key)] = f"{file}:{line}"
-            yield from _index_lines(value_node, file, (*path, key), lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*path, str(index))] = f"{file}:{item.start_mark.line + 1}"
-            yield from _index_lines(item, file, (*path, str(index)), lines)
-
-
 def _apply_overrides(raw: Any, overrides: Sequence[str], lines: dict[tuple[str, ...], str]) -> list[Problem]:
     problems = []
     for override in overrides:
@@ -190,28 +125,27 @@ def _apply_overrides(raw: Any, overrides: Sequence[str], lines: dict[tuple[str, 
         if not equals or not all(path):
             problems.append(Problem("command line", "", f"{override!r} is not of the form key.path=value"))
             continue
-        try:
-            loader = _Loader(text)
-            value = loader.get_single_data()
-        except yaml.YAMLError:
-            problems.append(Problem("command line", key, f"{text!r} is not a YAML value"))
-            continue
-        if not _set(raw, path, value):
-            problems.append(Problem("command line", key, "leads into a value that has no keys"))
-            continue
         for known in [known for known in lines if known[: len(path)] == path]:
             del lines[known]
-        lines[path] = "command line"
+        try:
+            value, found = read_value(text, lines, path)
+        except ConfigurationError as error:
+            problems += error.problems
+            continue
+        problems += found
+        if not _set(raw, path, value, lines):
+            problems.append(Problem("command line", key, "leads into a value that has no such key"))
     return problems
 
 
-def _set(raw: Any, path: tuple[str, ...], value: Any) -> bool:
-    for key in path[:-1]:
+def _set(raw: Any, path: tuple[str, ...], value: Any, lines: dict[tuple[str, ...], str]) -> bool:
+    for depth, key in enumerate(path[:-1], start=1):
         if isinstance(raw, list) and key.isdigit() and int(key) < len(raw):
             raw = raw[int(key)]
         elif isinstance(raw, dict):
             if raw.get(key) is None:
                 raw[key] = {}
+                lines[path[:depth]] = "command line"
             raw = raw[key]
         else:
             return False
@@ -222,6 +156,19 @@ def _set(raw: Any, path: tuple[str, ...], value: Any) -> bool:
     else:
         return False
     return True
+
+
+def _refuse_objects(value: Any, path: tuple[str, ...], lines: Mapping[tuple[str, ...], str]) -> Iterator[Problem]:
+    """A mapping from Python may hold what no YAML can; the run folder could not say what the run was."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _refuse_objects(inner, (*path, str(key)), lines)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _refuse_objects(inner, (*path, str(index)), lines)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        what = f"is a {type(value).__name__}; give it as a target, 'package.module:Name'"
+        yield Problem(_where(lines, path), ".".join(path), what)
 
 
 def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Problem:
@@ -237,12 +184,14 @@ def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Problem:
         what = "is required"
     elif kind == "bool_type":
         what = f"must be true or false, not {_shown(given)}"
-        if isinstance(given, str) and given.lower() in ("yes", "no", "on", "off"):
+        if isinstance(given, str) and given.lower() in _YES_AND_NO:
             what += f" (YAML 1.2: {given} is text)"
     elif kind == "interval":
         what = f"{detail['msg']}, not {_shown(given)}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         what = f"must be a section with keys of its own, not {_shown(given)}"
+        if isinstance(given, str) and given.lower() in _YES_AND_NO:
+            what += f" (true or false also stand for a section; YAML 1.2: {given} is text)"
     else:
         message = detail["msg"].replace("Input should be", "must be").replace("Value error, ", "")
         what = f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
@@ -262,8 +211,12 @@ def _where(lines: Mapping[tuple[str, ...], str], path: tuple[str, ...]) -> str:
 
 def _suggest(path: tuple[str, ...]) -> str:
     section: type[BaseModel] | None = RunConfiguration
-    for part in path[:-1]:
-        section = _section_of(section, part) if section else None
+    parts = list(path[:-1])
+    while parts and section is not None:
+        field = section.model_fields.get(parts.pop(0))
+        section = _section_in(field.annotation) if field else None
+        if field is not None and _holds_many(field.annotation) and parts:
+            parts.pop(0)  # the index or the name of one of them
     siblings = list(section.model_fields) if section else []
     near = did_you_mean(path[-1], siblings)
     if near:
@@ -274,9 +227,8 @@ def _suggest(path: tuple[str, ...]) -> str:
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 
-def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
-    field = section.model_fields.get(key)
-    return _section_in(field.annotation) if field else None
+def _holds_many(annotation: Any) -> bool:
+    return get_origin(annotation) in (list, dict)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
@@ -312,7 +264,7 @@ def _under(key: str, prefix: str) -> bool:
     return key == prefix or key.startswith(prefix + ".")
 
 
-def _deep_copy(value: Any) -> Any:
+def _plain_copy(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _deep_copy(inner) for key, inner in value.items()}
-    return [_deep_copy(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _plain_copy(inner) for key, inner in value.items()}
+    return [_plain_copy(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 
-from runtime import assembly
+from runtime import assembly, yaml_file
 from runtime.averaging import ExponentialMovingAverage
 from runtime.batches import (
     Cursor,
@@ -368,7 +367,7 @@ class Run:
             return
         resolved = self._loaded.resolved()
         try:
-            replace_file(self._folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+            replace_file(self._folder / "config.yaml", yaml_file.dump(resolved))
             records = JsonLines(self._folder / "metrics.jsonl", resumed_step=self._progress.step)
         except OSError as error:
             raise RunFolderError(f"the run folder {self._folder} cannot be written: {error.strerror}") from error

@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from runtime import assembly
+from runtime import assembly, yaml_file
 from runtime.batches import cut, default_slots
 from runtime.config_file import LoadedConfiguration
 from runtime.determinism import default_determinism
@@ -45,7 +44,7 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
     optimizer = assembly.build_optimizer(loaded, module)
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
-    console.print(yaml.safe_dump(loaded.resolved(), sort_keys=False).rstrip(), markup=False)
+    console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
         *_steps(loaded, order, len(samples)),

@@ -119,6 +119,11 @@ def test_a_key_written_twice_is_refused_with_both_lines(
     assert f"line {first}" in found[2]
 
 
+def test_a_key_written_three_times_is_refused_twice_each_time_with_the_first_line(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, GOOD + "seed: 1\nseed: 2\nseed: 3\n")
+    assert [(where, "line 7" in what) for where, _, what in found] == [("run.yaml:8", True), ("run.yaml:9", True)]
+
+
 def test_a_key_written_twice_within_an_override_is_refused(tmp_path: Path) -> None:
     where, key, what = only_mistake(tmp_path, GOOD, "averaging={decay: 0.9, decay: 0.8}")
     assert (where, key) == ("command line", "averaging.decay")
@@ -220,6 +225,9 @@ checkpoint:
     mode: min
   - metric: loss
     mode: lowest
+  -
+    metric: loss
+  - mode: min
 reporting: {progress: no}
 """
     assert {(where, key) for where, key, _ in mistakes(tmp_path, text, "seed=x", "limit.epoch=2", "batch")} == {
@@ -228,7 +236,9 @@ reporting: {progress: no}
         ("run.yaml:9", "batch.micro_size"),
         ("run.yaml:13", "optimizer.max_grad_norm"),
         ("run.yaml:22", "checkpoint.best.1.mode"),
-        ("run.yaml:23", "reporting.progress"),
+        ("run.yaml:24", "checkpoint.best.2.mode"),
+        ("run.yaml:25", "checkpoint.best.3.metric"),
+        ("run.yaml:26", "reporting.progress"),
         ("command line", "seed"),
         ("command line", "limit.epoch"),
         ("command line", ""),
@@ -322,6 +332,7 @@ def test_settings_at_the_edge_of_what_fits_are_taken(tmp_path: Path, section: st
 
 def test_overrides_replace_values_however_deep_and_the_last_one_counts(tmp_path: Path) -> None:
     text = without("data") + "data: {train: a:b, validation: a:c}\ncheckpoint: {best: [{metric: loss, mode: min}]}\n"
+    text += "strategy:\n"
     values = loaded(
         tmp_path,
         text,
@@ -329,6 +340,7 @@ def test_overrides_replace_values_however_deep_and_the_last_one_counts(tmp_path:
         "checkpoint.best.0.keep=3",
         "optimizer.args.lr=3e-4",  # creates args
         "averaging.decay=0.5",  # creates a section
+        "strategy.ddp.bucket_mb=1",  # fills one that is written without content
         "limit.steps=null",
         "limit.epochs=1",
         "limit.epochs=2",
@@ -341,6 +353,7 @@ def test_overrides_replace_values_however_deep_and_the_last_one_counts(tmp_path:
     assert values.optimizer.args == {"lr": 0.0003}
     assert values.averaging is not None
     assert values.averaging.decay == 0.5
+    assert values.strategy.ddp.bucket_mb == 1
     assert (values.limit.steps, values.limit.epochs) == (None, 2)
     assert values.model.args == {"width": [1, 5]}
     assert values.name == "a=b"
@@ -374,9 +387,10 @@ def test_a_mistake_in_an_override_is_located_on_the_command_line(tmp_path: Path,
     assert (where, found) == ("command line", key)
 
 
-def test_an_override_beyond_the_end_of_a_list_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("override", ["checkpoint.best.1.keep=3", "checkpoint.best.1={metric: loss, mode: max}"])
+def test_an_override_beyond_the_end_of_a_list_is_refused(tmp_path: Path, override: str) -> None:
     text = without("data") + "data: {train: a:b, validation: a:c}\ncheckpoint: {best: [{metric: loss, mode: min}]}\n"
-    assert only_mistake(tmp_path, text, "checkpoint.best.1.keep=3")[:2] == ("command line", "checkpoint.best.1.keep")
+    assert only_mistake(tmp_path, text, override)[:2] == ("command line", override.partition("=")[0])
 
 
 def test_a_mistake_beside_an_override_is_still_located_in_the_file(tmp_path: Path) -> None:

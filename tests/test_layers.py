@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from layers below its own; within a layer, only from those before it in the line.
 LAYERS = [
     ["errors"],
-    ["component", "config", "config_file", "environment"],
+    ["component", "config", "yaml_file", "config_file", "environment"],
     ["randomness", "determinism", "stopping", "serialization"],
     ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "progress"],
     ["strategies", "strategies.accelerated", "metrics", "checkpoint", "meters"],
