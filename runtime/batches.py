@@ -7,7 +7,6 @@ loader's index is ``(epoch, ids)``, so that its workers live as long as the run 
 from __future__ import annotations
 
 import signal
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from runtime.component import described
 from runtime.errors import DataError, LockstepError
 from runtime.order import Ids, Order
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -148,7 +148,7 @@ class Samples(Dataset[Any]):
         except LockstepError as error:
             return SampleFailure(str(error))
         except Exception as error:
-            return SampleFailure(f"reading samples {_listed(index.ids)} raised {_described(error)}")
+            return SampleFailure(f"reading samples {_listed(index.ids)} raised {described(error)}")
 
     def _fetch_whole(self, ids: Ids) -> Any:
         if isinstance(self.source, TensorDataset):
@@ -168,7 +168,7 @@ class Samples(Dataset[Any]):
                     sample = self.source[i]
                     samples.append(sample if self._transform is None else self._transform(sample))
                 except Exception as error:
-                    return SampleFailure(f"reading sample {i} of epoch {index.epoch} raised {_described(error)}")
+                    return SampleFailure(f"reading sample {i} of epoch {index.epoch} raised {described(error)}")
             return self._collate(samples)
 
 
@@ -355,11 +355,6 @@ def _ignore_signals(worker: int) -> None:
     """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _described(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} (at {frame.filename}:{frame.lineno})"
 
 
 def _listed(ids: Sequence[int] | Ids) -> str:

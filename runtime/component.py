@@ -14,10 +14,13 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_INSTALLED = tuple({path for path in sysconfig.get_paths().values() if path != sysconfig.get_path("data")})
 
 
 class ComponentError(Exception):
@@ -57,14 +60,17 @@ def locate(target: str, *, namespaces: Sequence[str] = (), code: Path | None = N
     module_name, _, qualified_name = target.partition(":")
     if not module_name or not qualified_name:
         raise ComponentError(f"{target!r} is not of the form 'package.module:Name'")
-    if code is not None:
+    if code is not None and module_name != "__main__":
         _refuse_ambiguous(module_name.partition(".")[0], code)
     found = _import(module_name, target)
     for name in qualified_name.split("."):
-        if not hasattr(found, name):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
             hint = did_you_mean(name, (n for n in dir(found) if not n.startswith("_")))
-            raise ComponentError(f"module {module_name!r} has no {qualified_name!r}{hint}")
-        found = getattr(found, name)
+            raise ComponentError(f"module {module_name!r} has no {qualified_name!r}{hint}") from None
+        except Exception as error:  # a package may import what it names only when it is asked for
+            raise ComponentError(f"looking up {target!r} raised {described(error)}") from error
     return found
 
 
@@ -131,9 +137,12 @@ def check(
             mistakes += [ComponentError(inner.what, path + inner.path) for inner in found]
             continue
         try:
-            locate(nested["target"], code=code)
+            found_alone = locate(nested["target"], code=code)
         except ComponentError as mistake:
             mistakes.append(ComponentError(mistake.what, path + mistake.path))
+            continue
+        if inspect.isclass(found_alone):
+            mistakes += [ComponentError(m.what, path + m.path) for m in check_arguments(found_alone, {})]
     return mistakes
 
 
@@ -150,7 +159,7 @@ def build(
         ComponentError: it cannot be located, or it raised; the message names the line that raised.
     """
     component = locate(target, namespaces=namespaces, code=code)
-    arguments = {key: _resolve(value, code) for key, value in args.items()}
+    arguments = {key: _resolve(value, code, ("args", key)) for key, value in args.items()}
     return call(component, target, *given, **arguments)
 
 
@@ -163,22 +172,33 @@ def call(component: Callable[..., Any], name: str, *given: Any, **arguments: Any
     except LockstepError:
         raise
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ComponentError(
-            f"{name} raised {type(error).__name__}: {error} (at {frame.filename}:{frame.lineno})", ("args",)
-        ) from error
+        raise ComponentError(f"{name} raised {described(error)}", ("args",)) from error
 
 
-def _resolve(value: Any, code: Path | None) -> Any:
+def described(error: BaseException) -> str:
+    """Describe an error with the innermost line that is the user's own, or if there is none with the innermost of all."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} (at {error.filename}:{error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = (*_INSTALLED, str(Path(__file__).parent), "<")
+    own = [frame for frame in frames if not frame.filename.startswith(foreign)]
+    frame = (own or frames)[-1]
+    return f"{type(error).__name__}: {error} (at {frame.filename}:{frame.lineno})"
+
+
+def _resolve(value: Any, code: Path | None, path: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping) and is_component(value):
-        if "args" in value:
-            return build(value["target"], value["args"] or {}, code=code)
-        found = locate(value["target"], code=code)
-        return found() if inspect.isclass(found) else found
+        try:
+            if "args" in value:
+                return build(value["target"], value["args"] or {}, code=code)
+            found = locate(value["target"], code=code)
+            return call(found, value["target"]) if inspect.isclass(found) else found
+        except ComponentError as mistake:
+            raise ComponentError(mistake.what, path + mistake.path) from mistake.__cause__
     if isinstance(value, Mapping):
-        return {key: _resolve(inner, code) for key, inner in value.items()}
+        return {key: _resolve(inner, code, (*path, str(key))) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_resolve(inner, code) for inner in value]
+        return [_resolve(inner, code, (*path, str(number))) for number, inner in enumerate(value)]
     return value
 
 
@@ -224,14 +244,8 @@ def _import(module_name: str, target: str) -> Any:
                 "folder (key 'code', by default the folder of the YAML file)"
             ) from error
         raise ComponentError(f"{target!r} needs the package {error.name!r}, which is not installed") from error
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = (
-            f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{frame.filename}:{frame.lineno}"
-        )
-        raise ComponentError(
-            f"importing {module_name!r} raised {type(error).__name__}: {error} (at {where})"
-        ) from error
+    except (Exception, SystemExit) as error:  # a script that was meant to be run ends the process
+        raise ComponentError(f"importing {module_name!r} raised {described(error)}") from error
 
 
 def _refuse_ambiguous(package: str, code: Path) -> None:

@@ -130,9 +130,7 @@ def _index(
     above: tuple[int, ...],
 ) -> Iterator[Problem]:
     if node is not None and id(node) in above:
-        yield Problem(
-            where(node.start_mark.line + 1), ".".join(path), "contains itself (an alias within its own anchor)"
-        )
+        yield Problem(lines[path], ".".join(path), "contains itself (an alias within its own anchor)")
     elif isinstance(node, yaml.MappingNode):
         yield from _index_mapping(node, where, path, lines, (*above, id(node)))
     elif isinstance(node, yaml.SequenceNode):
