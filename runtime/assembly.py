@@ -49,14 +49,36 @@ def check_components(loaded: LoadedConfiguration) -> None:
             found = component.check(section.target, section.args, namespaces=namespaces, code=loaded.code, **options)
             mistakes.extend((key, mistake) for mistake in found)
 
+    def check_function(key: tuple[str, ...], section: ComponentSection | None) -> None:
+        """A function without arguments is handed on as it is, so its signature says nothing."""
+        if section is None:
+            return
+        try:
+            found = component.locate(section.target, code=loaded.code)
+        except ComponentError as mistake:
+            mistakes.append((key, mistake))
+            return
+        if section.args or inspect.isclass(found):
+            check(key, section)
+
+    def check_sampler(key: tuple[str, ...], section: ComponentSection | None) -> None:
+        if section is None:
+            return
+        try:
+            given = 0 if _names_first_parameter(loaded, section) else 1
+        except ComponentError as mistake:
+            mistakes.append((key, mistake))
+            return
+        check(key, section, _SAMPLERS, positional=given)
+
     check(("model",), values.model, _MODELS)
     for name in ("train", "validation", "test"):
         split: Split | None = getattr(values.data, name)
         check(("data", name), split, _DATA)
-        if split is not None and split.transform is not None and split.transform.args:
-            check(("data", name, "transform"), split.transform)
-    if values.data.collate is not None and values.data.collate.args:
-        check(("data", "collate"), values.data.collate)
+        check_function(("data", name, "transform"), split.transform if split is not None else None)
+    check_function(("data", "collate"), values.data.collate)
+    for name in ("sampler", "batch_sampler"):
+        check_sampler(("data", name), getattr(values.data, name))
     check(("objective",), values.objective, _OBJECTIVES)
     check(("optimizer",), values.optimizer, _OPTIMIZERS, positional=1)
     for number, group in enumerate(values.optimizer.groups):

@@ -31,6 +31,7 @@ from runtime.errors import CheckpointError
 from runtime.serialization import checksum, join_state, split_state, sync_folder, write_durably, write_tensors
 
 FORMAT_VERSION = 1
+_FILES = ("model.safetensors", "training.safetensors", "state.json")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -184,18 +185,24 @@ def _opened(path: Path) -> Checkpoint:
 def _damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        version, files = manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError):
+        version = int(manifest["version"])
+        files = {
+            name: (int(expected["bytes"]), str(expected["sha256"])) for name, expected in manifest["files"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "manifest.json is missing or unreadable"
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
         )
-    for name, expected in files.items():
+    for name in _FILES:
+        if name not in files:
+            return f"{name} is not in manifest.json"
+    for name, (size, digest) in files.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+        if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or cut short"
-        if checksum(file) != expected["sha256"]:
+        if checksum(file) != digest:
             return f"{name} does not match its checksum"
     return None
 

@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import runtime
@@ -17,6 +18,8 @@ from launch.job import JobSpec
 from launch.local import command, environment, shown
 from runtime.config_file import LoadedConfiguration
 from runtime.session import read_outcome
+
+_LAUNCHER = str(Path("accelerate", "commands", "launch.py"))
 
 
 def num_gpus() -> int:
@@ -46,21 +49,55 @@ def train_locally(
 
 def _run(line: Sequence[str], variables: dict[str, str]) -> int:
     """Run the launcher in a process group of its own; a signal to us goes to all of it, once, and we wait for the end."""
-    process = subprocess.Popen(line, env=variables, start_new_session=True)
+    process = subprocess.Popen(
+        line, env=variables, start_new_session=True, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stderr is not None
+    pump = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
+    pump.start()
 
-    def pass_on(number: int, frame: object) -> None:
+    def signal_all(number: int, frame: object) -> None:
         _signal_group(process.pid, number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, signal_all) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         code = process.wait()
         # A launcher of one process dies of the signal that its child saves after.
         while _signal_group(process.pid, 0):
             time.sleep(0.1)
+        pump.join(timeout=2.0)  # a process that left the group may hold the pipe open
         return code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _pass_on(stream: Iterable[str]) -> None:
+    """Copy what the processes say to stderr, without the launcher's own traceback.
+
+    ``accelerate launch`` ends with a traceback of itself whenever a process fails or is interrupted. It tells nothing, and
+    hides the one message that does. A traceback of the user's code passes.
+    """
+    block: list[str] = []
+    rules = 0  # lines of "====" still to come in torchrun's own summary
+    for line in stream:
+        if rules:
+            rules -= line.startswith("====")
+            continue
+        if line.startswith("Traceback (most recent call last):"):
+            block = [line]
+            continue
+        if not block:
+            sys.stderr.write(line)
+            continue
+        block.append(line)
+        if line.strip() and not line[0].isspace():
+            if not any(_LAUNCHER in entry for entry in block):
+                sys.stderr.writelines(block)
+            elif "ChildFailedError" in line:
+                rules = 2
+            block = []
+    sys.stderr.writelines(block)
 
 
 def _signal_group(group: int, number: int) -> bool:

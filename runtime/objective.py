@@ -91,11 +91,16 @@ class TrainingModule(nn.Module):
             return Loss(_Zero.apply(*trainable))  # type: ignore[no-untyped-call]
         if isinstance(loss, Tensor):
             loss = Loss(loss)
-        if not isinstance(loss, Loss) or loss.sum.ndim != 0:
-            got = f"a tensor of shape {tuple(loss.sum.shape)}" if isinstance(loss, Loss) else type(loss).__name__
+        found = loss.sum if isinstance(loss, Loss) else loss
+        if not isinstance(loss, Loss) or not isinstance(found, Tensor) or found.ndim != 0:
+            got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ObjectiveError(
                 f"{type(self.objective).__name__} must return the sum of its losses, a scalar or runtime.objective.Loss, "
                 f"not {got}; with torch's losses use reduction='sum'"
+            )
+        if torch.is_grad_enabled() and not found.requires_grad:
+            raise ObjectiveError(
+                f"{type(self.objective).__name__} returned a sum without a gradient: no trainable parameter leads to it"
             )
         return loss
 
@@ -135,7 +140,14 @@ class SupervisedObjective(Objective):
             output = model(*inputs)
         else:
             output = model(inputs)
-        return Loss(self._loss_sum(output, target), output=output)
+        try:
+            loss_sum = self._loss_sum(output, target)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            shapes = ", ".join(_shown(value) for value in (output, target))
+            raise ObjectiveError(
+                f"{type(self.loss).__name__} refused the model's output and the target ({shapes}): {error}"
+            ) from error
+        return Loss(loss_sum, output=output)
 
     def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
         if output.shape != target.shape:
@@ -187,6 +199,11 @@ class ClassificationObjective(SupervisedObjective):
         counted = target != self._ignore_index
         if self._class_weights is None:
             return float(counted.sum())
+        classes, largest = len(self._class_weights), int(target[counted].max()) if counted.any() else 0
+        if largest >= classes:
+            raise ObjectiveError(
+                f"{type(self.loss).__name__} has weights for {classes} classes, but a target is {largest}"
+            )
         return float(self._class_weights.double()[target[counted]].sum())
 
     def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
@@ -260,6 +277,10 @@ def torch_loss(loss_class: type[nn.Module], args: Mapping[str, Any]) -> Objectiv
     if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
         return BinaryObjective(loss)
     return SupervisedObjective(loss)
+
+
+def _shown(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _split(batch: Any) -> tuple[Any, Any]:

@@ -38,15 +38,25 @@ class Tracker(Protocol):
 
 
 class Reporter:
-    """Passes everything on to several trackers; on ranks other than 0 there are none."""
+    """Passes everything on to several trackers; on ranks other than 0 there are none.
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    Messages that come before there are trackers follow once they have started.
+    """
+
+    def __init__(self) -> None:
+        self._trackers: Sequence[Tracker] = ()
+        self._early: list[str] = []
+
+    def open(self, trackers: Sequence[Tracker]) -> None:
+        """Begin to pass things on."""
         self._trackers = trackers
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """See :class:`Tracker`."""
         for tracker in self._trackers:
             tracker.start(facts)
+            for text in self._early:
+                tracker.message(text)
 
     def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
         """See :class:`Tracker`."""
@@ -60,6 +70,8 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """See :class:`Tracker`."""
+        if not self._trackers:
+            self._early.append(text)
         for tracker in self._trackers:
             tracker.message(text)
 
@@ -106,7 +118,8 @@ class JsonLines:
         """Write how it ended."""
         if not self._file.closed:
             self._write({"event": "end", "outcome": outcome})
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
         with suppress(OSError):  # a full disk must not end the run; saving will tell

@@ -46,6 +46,12 @@ class RunState:
         Raises:
             CheckpointError: the state does not fit the model or the optimizer.
         """
+        wanted, there = (_group_keys(state) for state in (self.optimizer.state_dict(), training["optimizer"]))
+        if wanted != there:
+            raise CheckpointError(
+                f"the checkpoint does not fit {type(self.optimizer).__name__}: it was made with another optimizer, whose "
+                f"groups have {sorted(there)}"
+            )
         try:
             self.module.model.load_state_dict(model)
             self.module.objective.load_state_dict(training["objective"])
@@ -93,7 +99,7 @@ def check_identity(
     changes = [
         f"{key}: was {old.get(key, 'not set')!r}, is {new.get(key, 'not set')!r}"
         for key in sorted(set(old) | set(new))
-        if old.get(key) != new.get(key) and not _allowed(key, allowed)
+        if not _same(old.get(key), new.get(key)) and not _allowed(key, allowed)
     ]
     if stored.schedule_length != schedule_length and not _allowed("limit", allowed):
         changes.append(
@@ -129,6 +135,14 @@ def slots_on_resumption(stored: int, loaded: LoadedConfiguration) -> int:
             f"insist with resume.allow_changes=[batch.slots]"
         )
     return wanted
+
+
+def _same(old: Any, new: Any) -> bool:
+    return bool(old == new) or repr(old) == repr(new)  # NaN equals nothing, not even itself
+
+
+def _group_keys(optimizer: Mapping[str, Any]) -> set[str]:
+    return {key for group in optimizer["param_groups"] for key in group}
 
 
 def _allowed(key: str, allowed: Sequence[str]) -> bool:

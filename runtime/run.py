@@ -85,7 +85,7 @@ class Run:
         self._strategy = strategy
         self._stop_wish = stop_wish
         self._folder = loaded.output
-        self._reporter = Reporter([])
+        self._reporter = Reporter()
         self._results: dict[str, Result] = {}
         self._evaluated_step = self._saved_step = -1
         self._prepare_folder()
@@ -148,7 +148,7 @@ class Run:
             slots=self._sharing.slots,
             sum_over_ranks=lambda weights: sum_over_ranks(weights, self._strategy.device),
         )
-        self._validation = self._evaluator("validation")
+        self._validation, self._test = self._evaluator("validation"), self._evaluator("test")
         train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
         self._meter = TrainingMeter(self._strategy.device, objective, MetricSet(train_metrics, self._strategy.device))
         module.train()
@@ -321,11 +321,10 @@ class Run:
         return averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
 
     def _evaluate_test(self) -> None:
-        evaluator = self._evaluator("test")
-        if evaluator is None:
+        if self._test is None:
             return
         with self._evaluated_weights():
-            results = evaluator.evaluate()
+            results = self._test.evaluate()
         self._reporter.evaluation("test", self._progress.step, max(1, self._progress.cursor.epoch), results)
         self._results = {**self._results, **{f"test/{name}": value for name, value in results.items()}}
 
@@ -385,7 +384,7 @@ class Run:
                     warn=self._warn,
                 )
             )
-        self._reporter = Reporter(trackers)
+        self._reporter.open(trackers)
         stack.push(lambda kind, error, trace: self._reporter.close("failed") if kind else None)
         self._reporter.start(self._facts(module, samples))
 
@@ -414,8 +413,7 @@ class Run:
         }
 
     def _warn(self, text: str) -> None:
-        if self._strategy.rank == 0:
-            self._reporter.message(f"warning: {text}")
+        self._reporter.message(f"warning: {text}")
 
     def _close(self, outcome: Literal["finished", "stopped"]) -> RunResult:
         if outcome == "stopped":

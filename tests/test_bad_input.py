@@ -362,7 +362,7 @@ def test_exponent_notation_is_a_number_and_text_in_its_place_is_told(config: Pat
         (["optimizer={target: Adam, args: {lr: -1}}"], 2, ["optimizer", "Invalid learning rate: -1"]),
     ],
 )  # fmt: skip
-def test_what_goes_wrong_in_a_run_is_one_message_and_costs_no_checkpoint(  # noqa: PLR0917
+def test_what_goes_wrong_in_a_run_is_one_message_and_costs_no_checkpoint(
     config: Path, told: Told, two_steps: Path, overrides: list[str], exit_code: int, words: list[str]
 ) -> None:
     run = config.parent / "run"

@@ -136,8 +136,12 @@ def test_metrics_see_probabilities_whatever_the_size_of_the_logits() -> None:
 
 def test_mapped_inputs_become_arguments() -> None:
     class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
         def forward(self, left: Tensor, right: Tensor) -> Tensor:
-            return left + right
+            return self.scale * (left + right)
 
     batch = {"inputs": {"left": torch.ones(2), "right": torch.ones(2)}, "target": torch.zeros(2)}
     loss = TrainingModule(Sum(), torch_loss(nn.MSELoss, {}))(batch)
