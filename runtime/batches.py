@@ -130,6 +130,7 @@ class Samples(Dataset[Any]):
         self._seed = seed
         self._transform = transform
         self._collate = collate or default_collate
+        self._own_collate = collate is not None
         deterministic = isinstance(source, TensorDataset) or bool(getattr(source, "deterministic", False))
         self._whole_slots = deterministic and transform is None
 
@@ -151,13 +152,17 @@ class Samples(Dataset[Any]):
             return SampleFailure(f"reading samples {_listed(index.ids)} raised {described(error)}")
 
     def _fetch_whole(self, ids: Ids) -> Any:
-        if isinstance(self.source, TensorDataset):
+        if isinstance(self.source, TensorDataset) and not self._own_collate:
             rows = torch.from_numpy(ids)
             return tuple(tensor[rows] for tensor in self.source.tensors)
         if not hasattr(self.source, "__getitems__"):
             return self._collate([self.source[int(i)] for i in ids])
         found = self.source.__getitems__(ids.tolist())
-        return self._collate(found) if isinstance(found, list) else found
+        if isinstance(found, list):
+            return self._collate(found)
+        if self._own_collate:
+            raise DataError(f"{type(self.source).__name__}.__getitems__ gives finished batches; leave data.collate out")
+        return found
 
     def _fetch_each(self, index: SlotIndex) -> Any:
         samples = []

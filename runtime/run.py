@@ -87,7 +87,7 @@ class Run:
         self._folder = loaded.output
         self._reporter = Reporter()
         self._results: dict[str, Result] = {}
-        self._evaluated_step = self._saved_step = -1
+        self._evaluated_step = -1
         self._prepare_folder()
         self._checkpoints = CheckpointFolder(
             self._folder / "checkpoints",
@@ -120,18 +120,20 @@ class Run:
         self._first_step = self._progress.step
         if checkpoint is not None:
             self._results = dict(checkpoint.results)
-            self._saved_step = self._evaluated_step = self._progress.step
+            self._evaluated_step = self._progress.step
         with ExitStack() as stack:
             self._open_reporter(stack, module, samples)
             return self._train(module, samples)
 
     def _train(self, module: TrainingModule, samples: Samples) -> RunResult:
+        self._strategy.prepare(module, self._state.optimizer)
+        self._validation, self._test = self._evaluator("validation"), self._evaluator("test")
         if self._reached(self._progress.cursor, 0):
             self._reporter.message(
                 f"This run is finished: {self._progress.step} steps. To go on, raise limit.epochs or limit.steps."
             )
+            self._evaluate_test()  # not in the checkpoint; the start that trained may not have come this far
             return self._close("finished")
-        self._strategy.prepare(module, self._state.optimizer)
         windows = Windows(
             samples,
             self._order,
@@ -148,7 +150,6 @@ class Run:
             slots=self._sharing.slots,
             sum_over_ranks=lambda weights: sum_over_ranks(weights, self._strategy.device),
         )
-        self._validation, self._test = self._evaluator("validation"), self._evaluator("test")
         train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
         self._meter = TrainingMeter(self._strategy.device, objective, MetricSet(train_metrics, self._strategy.device))
         module.train()
@@ -209,7 +210,6 @@ class Run:
         problem = from_rank_0(problem, self._strategy.device)
         if problem is not None:
             raise CheckpointError(problem)
-        self._saved_step = self._progress.step
         self._meter.resume()
 
     def _is_due(self, every: Any, window: Window) -> bool:

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ProcessPool]:
-    """Four gloo processes."""
+    """Gloo processes, as many as a test needs."""
     made = ProcessPool()
     yield made
     made.close()

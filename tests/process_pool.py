@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-_SIZE = 4
 _TIMEOUT_SECONDS = 120
 _PATIENCE_SECONDS = 5
 _SILENT = "did not answer"
@@ -26,11 +26,11 @@ class ProcessPool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Any]] = []
-        self._start()
 
-    def _start(self) -> None:
+    def _grow(self, size: int) -> None:
+        """Start what is missing; a run of single-process tests needs one process only."""
         context = mp.get_context("spawn")
-        for _ in range(_SIZE):
+        while len(self._workers) < size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()
@@ -39,6 +39,7 @@ class ProcessPool:
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function in every process of a world and return what each rank returned."""
+        self._grow(world_size)
         port = _free_port()
         workers = self._workers[:world_size]
         for rank, (_, pipe) in enumerate(workers):
@@ -70,7 +71,6 @@ class ProcessPool:
             process.kill()
         self.close()
         self._workers = []
-        self._start()
 
     def close(self) -> None:
         """End the processes."""
@@ -107,6 +107,7 @@ def _serve(pipe: Any) -> None:
         except BaseException:
             reply = (False, traceback.format_exc())
         pipe.send(reply)
+        gc.freeze()  # what has been imported need not be searched for garbage after every run
 
 
 def _free_port() -> int:

@@ -15,7 +15,10 @@ from tests.process_pool import ProcessPool
 
 TOLERANCE = 1e-10
 # (world size, slots): whole, 1x4, 2x2, 4x1, and ways that do not divide evenly
-SHARINGS = [(1, 1), (1, 4), (2, 4), (4, 4), (2, 5), (3, 4), (3, 7), (4, 3)]
+ALONE = pytest.mark.single
+SHARINGS = [
+    pytest.param(1, 1, marks=ALONE), pytest.param(1, 4, marks=ALONE), (2, 4), (4, 4), (2, 5), (3, 4), (3, 7), (4, 3),
+]  # fmt: skip
 
 
 def plain_update(model: torch.nn.Module, batches: list[Any], loss_of: Any, lr: float) -> dict[str, np.ndarray]:
@@ -118,6 +121,7 @@ def test_tokens_of_very_uneven_sentences_count_equally(
     assert first["losses"][1] == pytest.approx(token_loss(model, batches[0]).item(), rel=1e-12)
 
 
+@pytest.mark.single
 def test_a_mean_of_means_would_be_caught(tmp_path: Path) -> None:
     config = tagging(tmp_path, batch={"global_size": 16, "slots": 4}, limit={"steps": 1})
     model = initial(config, tmp_path)
@@ -134,7 +138,7 @@ def test_a_mean_of_means_would_be_caught(tmp_path: Path) -> None:
     assert relative_difference(wrong, start, expected) > 0.01
 
 
-@pytest.mark.parametrize(("world_size", "slots"), [(1, 2), (2, 2), (3, 4)])
+@pytest.mark.parametrize(("world_size", "slots"), [pytest.param(1, 2, marks=ALONE), (2, 2), (3, 4)])
 def test_a_window_without_any_target_updates_nothing(
     pool: ProcessPool, tmp_path: Path, world_size: int, slots: int
 ) -> None:

@@ -41,7 +41,7 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from runtime.objective import Loss, Objective
 
@@ -107,6 +107,23 @@ def from_file(path="nowhere.csv"):
 
 def noise(sample):
     return sample
+
+
+def tensors():
+    points = Points()
+    return TensorDataset(points.inputs, points.target)
+
+
+def never(samples):
+    raise ValueError("never called")
+
+
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, sample):
+        return sample[0] * self.factor, sample[1]
 
 
 class Returns(Objective):
@@ -262,6 +279,10 @@ def was_started(*args: Any, **kwargs: Any) -> int:
         (["data.test=nowhere:Points"], ["data.test.target:", "cannot import 'nowhere'"]),
         ([f"data.train.transform={PARTS_NAME}:nois"], ["data.train.transform.target:", "did you mean 'noise'?"]),
         ([f"data.collate={PARTS_NAME}:nois"], ["data.collate.target:", "did you mean 'noise'?"]),
+        ([f"data.train.transform={{target: {PARTS_NAME}:Scaled, args: {{facter: 2}}}}"],
+         ["data.train.transform.args.facter:", "did you mean 'factor'?"]),
+        ([f"data.train.transform={PARTS_NAME}:Scaled"], ["data.train.transform", "'factor'"]),
+        ([f"data.collate={{target: {PARTS_NAME}:Scaled, args: {{facter: 2}}}}"], ["data.collate.args.facter:"]),
         (["data.shuffle=true", "data.sampler=RandomSampler"], ["data.shuffle:", "leave 'shuffle' out"]),
     ],
 )  # fmt: skip
@@ -397,6 +418,25 @@ def test_an_empty_test_set_is_told_before_the_first_step(config: Path, told: Tol
     message = told(entry.main, config, "data.test=" + yaml_of(section("Points", size=0)), code=1)
     assert "data.test" in message
     assert not (config.parent / "run" / "checkpoints").exists()
+
+
+@single
+def test_a_test_set_that_failed_after_training_is_evaluated_when_the_run_is_started_again(
+    config: Path, told: Told
+) -> None:
+    failing = "data.test=" + yaml_of(section("Raising"))
+    assert "sample 37" in told(entry.main, config, failing, code=1)
+    mended = "data.test=" + yaml_of(section("Points"))
+    results = train(config, mended, "resume.allow_changes=[data.test]").results
+    assert results["test/samples"] == 64
+
+
+@single
+def test_a_collate_function_is_called_or_refused_but_never_ignored(config: Path, told: Told) -> None:
+    """A TensorDataset is read a whole slot at a time, without samples to collate."""
+    options = [f"data.collate={PARTS_NAME}:never", "data.validation=null"]
+    assert "never called" in told(entry.main, config, *options, code=1)
+    assert entry.main([str(config), *options, f"data.train={PARTS_NAME}:tensors"]) != 0
 
 
 @single
@@ -710,7 +750,6 @@ def launched(code: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
-@single
 def test_control_c_exits_75_and_the_same_command_reaches_the_same_end(launched: dict[str, Launched]) -> None:
     stopped = launched["interrupted"]
     assert stopped.exit_code == 75
@@ -726,12 +765,10 @@ def test_control_c_exits_75_and_the_same_command_reaches_the_same_end(launched: 
     assert len(losses[0]) == 20
 
 
-@single
 def test_control_c_shows_no_traceback(launched: dict[str, Launched]) -> None:
     assert launched["interrupted"].err == ""
 
 
-@single
 def test_a_run_that_fails_is_one_message_of_the_command(launched: dict[str, Launched]) -> None:
     failed = launched["failed"]
     assert failed.exit_code == 1

@@ -31,7 +31,7 @@ def evaluated(folder: Path, size: int, metrics: dict[str, Any], **changes: Any) 
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2, 3])
 def test_1003_samples_give_scikit_learns_values(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     config = evaluated(
         tmp_path,
@@ -171,6 +171,7 @@ def test_metrics_on_training_batches_see_each_real_sample_once(pool: ProcessPool
     assert [r["seen"] for r in records if r["event"] == "train"] == [64.0]
 
 
+@pytest.mark.single
 def test_averaged_weights_are_evaluated_and_raw_ones_trained(pool: ProcessPool, tmp_path: Path) -> None:
     config = evaluated(tmp_path / "raw", 50, {}, averaging={"decay": 0.9, "evaluate": False})
     raw = pool.run(observe, 1, config)[0]

@@ -122,7 +122,6 @@ def test_lockstep_train_prints_a_line_that_works_and_names_the_outcome(tmp_path:
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["step"] == 4
 
 
-@pytest.mark.single
 def test_lockstep_train_tells_a_failure_by_its_exit_code(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "runtime.cli", "train", str(written(tmp_path, objective="tiny_losses:Infinite"))]
     done = run(line)

@@ -75,7 +75,6 @@ def test_the_files_that_the_readme_lists_are_the_files_there_are() -> None:
     assert {name for name in listed if not (ROOT / "tests" / name).exists()} <= there
 
 
-@pytest.mark.single
 def test_lockstep_show_runs_as_written(tmp_path: Path) -> None:
     (line,) = [line for line in commands() if line.startswith("lockstep show")]
     done = subprocess.run(line, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)

@@ -58,7 +58,6 @@ def test_the_resolved_configuration_in_the_run_folder_repeats_the_run(tmp_path: 
     assert second["losses"] == first["losses"]
 
 
-@pytest.mark.single
 def test_a_terminal_sees_a_bar_and_a_pipe_sees_plain_lines(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     config = reported(tmp_path / "run")
@@ -94,7 +93,6 @@ def test_a_terminal_sees_a_bar_and_a_pipe_sees_plain_lines(tmp_path: Path) -> No
     assert b"4/4" in shown
 
 
-@pytest.mark.single
 def test_wandb_gets_one_run_for_a_run_that_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)

@@ -88,6 +88,7 @@ def test_accumulation_sends_gradients_once_per_step_and_one_small_message_beside
     assert [size for size in sent[4]["others"] if size > 32] == [3 * 8 * 8]
 
 
+@pytest.mark.single
 def test_one_process_sends_nothing(pool: ProcessPool, tmp_path: Path) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a collective was called")
@@ -114,7 +115,7 @@ def force_overflow(config: dict[str, Any], scale: float) -> dict[str, Any]:
         GradScaler.__init__ = initial  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
 def test_fp16_skips_overflows_without_a_trace_and_resumes_bitwise(
     pool: ProcessPool, tmp_path: Path, world_size: int
 ) -> None:
@@ -141,6 +142,7 @@ def test_fp16_skips_overflows_without_a_trace_and_resumes_bitwise(
     assert saved(tmp_path / "resumed", 8)["strategy"] == state["strategy"]
 
 
+@pytest.mark.single
 def test_skipped_steps_leave_weights_and_averages_and_buffers_as_they_are(pool: ProcessPool, tmp_path: Path) -> None:
     changes = {
         "model": {"target": "tiny:Mlp", "args": {"dtype": "float32"}},
@@ -159,13 +161,14 @@ def test_skipped_steps_leave_weights_and_averages_and_buffers_as_they_are(pool: 
         assert torch.equal(value, saved_model(tmp_path / "three", 3)[name]), name
 
 
+@pytest.mark.single
 def test_a_loss_that_is_never_finite_ends_the_search_for_a_scale(tmp_path: Path) -> None:
     config = deep(tmp_path, precision="fp16", objective="tiny_losses:Infinite", limit={"steps": 200})
     with pytest.raises(NonFiniteError, match="loss scale"):
         observe(config)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
 def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     full = pool.run(observe, world_size, deep(tmp_path / "fp32"))[0]
     half = pool.run(observe, world_size, deep(tmp_path / "bf16", precision="bf16"))[0]
@@ -234,6 +237,7 @@ def not_finite(config: dict[str, Any]) -> str:
     return "trained"
 
 
+@pytest.mark.single
 def test_compiled_models_give_the_same_losses(tmp_path: Path) -> None:
     eager = observe(deep(tmp_path / "eager"))
     compiled = observe(deep(tmp_path / "compiled", compile={"backend": "aot_eager"}))

@@ -7,7 +7,6 @@ microbatches, and cost 0.1 to 0.2 ms a step.
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -208,9 +207,8 @@ class AcceleratedStrategy:
         and a finished run would report failure.
         """
         self._wrapped = self._optimizer = None
-        self._accelerator.free_memory()
-        gc.collect()
         if self._owns_group and dist.is_initialized():
+            self._accelerator.free_memory()  # collects garbage, the reducer included
             dist.destroy_process_group()
         if self._owns_state:  # the next run in this process may want another world or device
             AcceleratorState._reset_state(reset_partial_state=True)
