@@ -27,8 +27,7 @@ MakeLoader = Callable[..., Iterable[Any]]
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """The next global batch to be consumed."""
 
     epoch: int = 0
@@ -329,23 +328,26 @@ def _plan(
     order: Order, start: Cursor, stop: Callable[[Cursor, int], bool], sharing: Sharing
 ) -> Iterator[tuple[Window, Ids]]:
     cursor, steps = start, 0
-    own = slots_of_rank(sharing.slots, sharing.world_size, sharing.rank)
-    shares = [slots_of_rank(sharing.slots, sharing.world_size, rank) for rank in range(sharing.world_size)]
+    shares: dict[int, tuple[tuple[Microbatch, ...], int]] = {}  # by samples in the batch, which hardly ever change
     while not stop(cursor, steps):
         ids = order.batch(cursor.epoch, cursor.batch)
-        sizes = [len(ids) * (k + 1) // sharing.slots - len(ids) * k // sharing.slots for k in range(sharing.slots)]
-        rounds = max(sum(sizes[k] > 0 for k in share) for share in shares)
-        real = [Microbatch(k, sizes[k], None) for k in own if sizes[k]]
-        fillers = [Microbatch(-1, 0, None)] * (rounds - len(real))
-        window = Window(
-            cursor,
-            (*real, *fillers),
-            samples=len(ids),
-            real_slots=sum(size > 0 for size in sizes),
-            epoch_ends=cursor.batch + 1 >= order.num_batches(cursor.epoch),
-        )
+        if len(ids) not in shares:
+            shares[len(ids)] = _share(len(ids), sharing)
+        microbatches, real_slots = shares[len(ids)]
+        epoch_ends = cursor.batch + 1 >= order.num_batches(cursor.epoch)
+        window = Window(cursor, microbatches, len(ids), real_slots, epoch_ends)
         yield window, ids
         cursor, steps = window.next_cursor, steps + 1
+
+
+def _share(samples: int, sharing: Sharing) -> tuple[tuple[Microbatch, ...], int]:
+    """Return this rank's microbatches of a batch, without data, and how many slots of the batch have samples."""
+    slots, world_size = sharing.slots, sharing.world_size
+    sizes = [samples * (k + 1) // slots - samples * k // slots for k in range(slots)]
+    rounds = max(sum(sizes[k] > 0 for k in slots_of_rank(slots, world_size, rank)) for rank in range(world_size))
+    real = [Microbatch(k, sizes[k], None) for k in slots_of_rank(slots, world_size, sharing.rank) if sizes[k]]
+    fillers = [Microbatch(-1, 0, None)] * (rounds - len(real))
+    return (*real, *fillers), sum(size > 0 for size in sizes)
 
 
 def _read_here(samples: Samples, *, batch_sampler: Iterator[SlotIndex]) -> Iterator[Any]:
@@ -386,5 +388,9 @@ def check_samples(source: Any, key: str) -> None:
         raise DataError(
             f"{key}: {type(source).__name__} has no __getitem__ and __len__; a map-style data set is needed"
         )
-    if len(source) == 0:
+    try:
+        size = len(source)
+    except Exception as error:
+        raise DataError(f"{key}: the length of {type(source).__name__} raised {described(error)}") from error
+    if size == 0:
         raise DataError(f"{key}: the data set is empty")

@@ -223,6 +223,9 @@ def _nested(value: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...]
 
 
 def _locate_short(name: str, namespaces: Sequence[str]) -> Any:
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        raise ComponentError(f"{name!r} is not of the form 'package.module:Name'; did you mean '{module}:{attribute}'?")
     known: list[str] = []
     for namespace in namespaces:
         module = _import(namespace, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,17 @@ class Section(BaseModel):
     """A section of the YAML: frozen, typed strictly, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def _refuse(section: _S, *rules: tuple[Any, str, str]) -> _S:
+    """Return the section, or refuse it with all rules that are broken: (broken, key, what is wrong)."""
+    found = [(key, what) for broken, key, what in rules if broken]
+    if found:
+        raise PydanticCustomError("combinations", "{found}", {"found": found})
+    return section
 
 
 @dataclass(frozen=True)
@@ -149,17 +160,17 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_order(self) -> Self:
-        if self.sampler and self.batch_sampler:
-            raise PydanticCustomError("combination", "give 'sampler' or 'batch_sampler', not both", {"key": "sampler"})
-        if (self.sampler or self.batch_sampler) and self.shuffle is not None:
-            raise PydanticCustomError(
-                "combination", "the sampler decides the order; leave 'shuffle' out", {"key": "shuffle"}
-            )
-        if self.batch_sampler and self.drop_last:
-            raise PydanticCustomError(
-                "combination", "the batch sampler makes the batches; leave 'drop_last' out", {"key": "drop_last"}
-            )
-        return self
+        own_order = self.sampler or self.batch_sampler
+        return _refuse(
+            self,
+            (self.sampler and self.batch_sampler, "sampler", "give 'sampler' or 'batch_sampler', not both"),
+            (own_order and self.shuffle is not None, "shuffle", "the sampler decides the order; leave 'shuffle' out"),
+            (
+                self.batch_sampler and self.drop_last,
+                "drop_last",
+                "the batch sampler makes the batches; leave 'drop_last' out",
+            ),
+        )
 
 
 class Batch(Section):
@@ -176,19 +187,17 @@ class Batch(Section):
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:
         micro = self.micro_size or self.global_size
-        if micro > self.global_size:
-            raise PydanticCustomError(
-                "combination", f"{micro} is above batch.global_size {self.global_size}", {"key": "micro_size"}
-            )
-        if self.slots and -(-self.global_size // self.slots) > micro:
-            need = -(-self.global_size // micro)
-            raise PydanticCustomError(
-                "combination",
+        needed = -(-self.global_size // micro)
+        return _refuse(
+            self,
+            (micro > self.global_size, "micro_size", f"{micro} is above batch.global_size {self.global_size}"),
+            (
+                self.slots and self.slots < needed,
+                "slots",
                 f"{self.slots} slots of at most {micro} samples hold fewer than global_size {self.global_size}; "
-                f"at least {need} are needed",
-                {"key": "slots"},
-            )
-        return self
+                f"at least {needed} are needed",
+            ),
+        )
 
 
 class Group(Section):
@@ -229,9 +238,8 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
-        if self.target is None and (self.args or not self.warmup_steps):
-            raise PydanticCustomError("combination", "needs a target, or warmup_steps alone", {"key": "target"})
-        return self
+        nothing = self.target is None and (self.args or not self.warmup_steps)
+        return _refuse(self, (nothing, "target", "needs a target, or warmup_steps alone"))
 
 
 class Averaging(Section):
@@ -255,9 +263,7 @@ class Limit(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.epochs is None) == (self.steps is None):
-            raise PydanticCustomError("combination", "give either 'epochs' or 'steps'", {"key": ""})
-        return self
+        return _refuse(self, ((self.epochs is None) == (self.steps is None), "", "give either 'epochs' or 'steps'"))
 
 
 class Compile(Section):
@@ -289,13 +295,10 @@ class DistributedDataParallel(Section):
 
     @model_validator(mode="after")
     def _static_or_searched(self) -> Self:
-        if self.static_graph and self.find_unused_parameters:
-            raise PydanticCustomError(
-                "combination",
-                "a static graph needs no search; leave one of the two out",
-                {"key": "find_unused_parameters"},
-            )
-        return self
+        both = self.static_graph and self.find_unused_parameters
+        return _refuse(
+            self, (both, "find_unused_parameters", "a static graph needs no search; leave one of the two out")
+        )
 
 
 class Strategy(Section):
@@ -435,34 +438,38 @@ class RunConfiguration(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         known = {"loss", *self.evaluation.metrics}
-        if "loss" in self.evaluation.metrics:
-            raise PydanticCustomError(
-                "combination", "'loss' is the objective's own name; choose another", {"key": "evaluation.metrics.loss"}
-            )
-        for index, best in enumerate(self.checkpoint.best):
-            if best.metric not in known:
-                raise PydanticCustomError(
-                    "combination",
-                    f"no result is called {best.metric!r}; known: {', '.join(sorted(known))}",
-                    {"key": f"checkpoint.best.{index}.metric"},
+        unknown = f"known results: {', '.join(sorted(known))}"
+        schedule, validation = self.schedule or Schedule(warmup_steps=1), self.data.validation
+        plateau = (schedule.target or "").endswith("ReduceLROnPlateau")
+        return _refuse(
+            self,
+            (
+                "loss" in self.evaluation.metrics,
+                "evaluation.metrics.loss",
+                "'loss' is the objective's own name; choose another",
+            ),
+            *(
+                (
+                    best.metric not in known,
+                    f"checkpoint.best.{number}.metric",
+                    f"no result is called {best.metric!r}; {unknown}",
                 )
-        if self.checkpoint.best and self.data.validation is None:
-            raise PydanticCustomError(
-                "combination", "the best checkpoint needs data.validation", {"key": "checkpoint.best"}
-            )
-        plateau = self.schedule is not None and (self.schedule.target or "").endswith("ReduceLROnPlateau")
-        if self.schedule is not None and plateau != (self.schedule.monitor is not None):
-            raise PydanticCustomError(
-                "combination", "'monitor' goes with ReduceLROnPlateau, and it needs one", {"key": "schedule.monitor"}
-            )
-        if plateau and self.data.validation is None:
-            raise PydanticCustomError(
-                "combination", "ReduceLROnPlateau needs data.validation", {"key": "schedule.target"}
-            )
-        if self.schedule is not None and self.schedule.monitor not in (None, *known):
-            raise PydanticCustomError(
-                "combination",
-                f"no result is called {self.schedule.monitor!r}; known: {', '.join(sorted(known))}",
-                {"key": "schedule.monitor"},
-            )
-        return self
+                for number, best in enumerate(self.checkpoint.best)
+            ),
+            (
+                self.checkpoint.best and validation is None,
+                "checkpoint.best",
+                "the best checkpoint needs data.validation",
+            ),
+            (
+                plateau != (schedule.monitor is not None),
+                "schedule.monitor",
+                "'monitor' goes with ReduceLROnPlateau, and it needs one",
+            ),
+            (plateau and validation is None, "schedule.target", "ReduceLROnPlateau needs data.validation"),
+            (
+                schedule.monitor not in (None, *known),
+                "schedule.monitor",
+                f"no result is called {schedule.monitor!r}; {unknown}",
+            ),
+        )

@@ -74,7 +74,7 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     try:
         values = RunConfiguration.model_validate(raw)
     except ValidationError as error:
-        problems += [_explain(detail, lines) for detail in error.errors()]
+        problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
     if problems:
         raise ConfigurationError(problems)
     return LoadedConfiguration(values, path, lines)
@@ -83,6 +83,8 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
 def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten resolved values to the keys on which the run's result depends."""
     free_keys = set(_free_paths(RunConfiguration))
+    if (values.get("schedule") or {}).get("monitor"):
+        free_keys -= {"evaluation.every"}  # a plateau scheduler counts evaluations
     return {
         key: value for key, value in flatten(values).items() if not any(_under(key, prefix) for prefix in free_keys)
     }
@@ -171,14 +173,15 @@ def _refuse_objects(value: Any, path: tuple[str, ...], lines: Mapping[tuple[str,
         yield Problem(_where(lines, path), ".".join(path), what)
 
 
-def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Problem:
+def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Iterator[Problem]:
     path = tuple(str(part) for part in detail["loc"])
     kind, given = detail["type"], detail.get("input")
-    if kind == "combination":
-        extra = (detail.get("ctx") or {}).get("key", "")
-        path = (*path, *extra.split(".")) if extra else path
-        what = detail["msg"]
-    elif kind == "extra_forbidden":
+    if kind == "combinations":
+        for key, what in detail["ctx"]["found"]:
+            full = (*path, *key.split(".")) if key else path
+            yield Problem(_where(lines, full), ".".join(full), what)
+        return
+    if kind == "extra_forbidden":
         what = f"unknown key{_suggest(path)}"
     elif kind == "missing":
         what = "is required"
@@ -195,7 +198,7 @@ def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Problem:
     else:
         message = detail["msg"].replace("Input should be", "must be").replace("Value error, ", "")
         what = f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
-    return Problem(_where(lines, path), ".".join(path), what)
+    yield Problem(_where(lines, path), ".".join(path), what)
 
 
 def _shown(value: Any) -> str:

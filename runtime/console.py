@@ -72,7 +72,8 @@ class ConsoleTracker:
                 figures=f"loss {self._train_loss or 0:.4g}  {rate}",
             )
         else:
-            self._console.print(f"epoch {epoch}  step {step}  {figures}  {rate}", soft_wrap=True)
+            # Not through rich, which takes a millisecond a line: this may be asked for at every step.
+            print(f"epoch {epoch}  step {step}  {figures}  {rate}", flush=True)
 
     def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
         """Print the results and keep them for the table."""

@@ -85,7 +85,7 @@ class Evaluator:
         for number, batch in zip(own, read(self._samples, shares, self._make_loader), strict=True):
             count = len(self._share(number, size).ids)
             totals["samples"] += count
-            totals["weight"] += count if objective.counts_samples else float(objective.weight(batch))
+            totals["weight"] += count if objective.counts_samples else objective.checked_weight(batch)
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
             batch = strategy.to_device(batch)
             with strategy.autocast():

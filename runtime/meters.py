@@ -47,8 +47,10 @@ class TrainingMeter:
         """Take in the step, if its update was applied."""
         if update.applied:
             for name, value in self._step.items():
-                value = value.double()
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                if name in self._sums:
+                    self._sums[name] += value  # a float64 sum takes in any type
+                else:
+                    self._sums[name] = value.double()
             self._weight += window.weight
             self._grad_norm = update.grad_norm
         self._step = {}

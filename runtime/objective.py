@@ -16,12 +16,14 @@ the other losses of torch                   elements of the target
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from runtime.component import described
 from runtime.errors import ObjectiveError
 
 
@@ -55,11 +57,27 @@ class Objective(nn.Module):
 
     def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
         """Return the loss of a microbatch, or its sum alone."""
-        raise TypeError(f"{type(self).__name__} has no forward(model, batch)")
+        raise ObjectiveError(f"{type(self).__name__} has no forward(model, batch)")
 
     def weight(self, batch: Any) -> float | Tensor:
         """Return the weight of a microbatch, on the CPU and before any forward pass. Default: its samples."""
         raise TypeError("the number of samples is known without asking")
+
+    def checked_weight(self, batch: Any) -> float:
+        """Return the weight as a number.
+
+        Raises:
+            ObjectiveError: it is negative or not finite, or ``weight`` raised.
+        """
+        try:
+            weight = float(self.weight(batch))
+        except ObjectiveError:
+            raise
+        except Exception as error:
+            raise ObjectiveError(f"{type(self).__name__}.weight raised {described(error)}") from error
+        if not 0 <= weight < math.inf:
+            raise ObjectiveError(f"{type(self).__name__}.weight is {weight}; it must be finite and not negative")
+        return weight
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
@@ -98,6 +116,11 @@ class TrainingModule(nn.Module):
                 f"{type(self.objective).__name__} must return the sum of its losses, a scalar or runtime.objective.Loss, "
                 f"not {got}; with torch's losses use reduction='sum'"
             )
+        for name, part in loss.parts.items():
+            if not isinstance(part, Tensor) or part.ndim != 0:
+                raise ObjectiveError(
+                    f"{type(self.objective).__name__}: part {name!r} must be a scalar tensor, a sum like the loss"
+                )
         if torch.is_grad_enabled() and not found.requires_grad:
             raise ObjectiveError(
                 f"{type(self.objective).__name__} returned a sum without a gradient: no trainable parameter leads to it"
@@ -198,7 +221,7 @@ class ClassificationObjective(SupervisedObjective):
             return float(target.numel() // target.shape[self._class_dim])
         counted = target != self._ignore_index
         if self._class_weights is None:
-            return float(counted.sum())
+            return float(torch.count_nonzero(counted))
         classes, largest = len(self._class_weights), int(target[counted].max()) if counted.any() else 0
         if largest >= classes:
             raise ObjectiveError(

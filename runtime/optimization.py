@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from runtime.errors import NonFiniteError
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LENGTHS = ("T_max", "total_steps", "total_iters")
@@ -116,6 +119,9 @@ class Schedule:
 
     def after_update(self) -> None:
         """Count one applied update."""
+        if self._scheduler is None and self._updates >= self._warmup_steps:
+            self._updates += 1
+            return
         self._hide_factor()
         if self._interval == "step" and self._updates >= self._warmup_steps:
             self._advance()
@@ -160,6 +166,8 @@ class Schedule:
 
     def _show_scheduled(self) -> None:
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        if not all(math.isfinite(rate) for rate in self._rates):
+            raise NonFiniteError(f"the learning rate is {self._rates}: look at optimizer.args.lr and the schedule")
         if self._updates < self._warmup_steps:
             factor = (self._updates + 1) / self._warmup_steps
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):

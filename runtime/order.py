@@ -163,7 +163,10 @@ class SamplerOrder:
         return batches[:-1] if self._drop_last and batches and len(batches[-1]) < self._batch_size else batches
 
     def _checked(self, batch: Any) -> Ids:
-        ids = np.asarray(batch, dtype=np.int64)
+        try:
+            ids = np.asarray(batch, dtype=np.int64)
+        except (ValueError, TypeError):
+            ids = np.zeros((0, 0), dtype=np.int64)
         if ids.ndim != 1 or (ids.size and not (ids.min() >= 0 and ids.max() < self._num_samples)):
             raise DataError(
                 f"the sampler drew something that is no list of indices below {self._num_samples}: {batch!r:.80}"

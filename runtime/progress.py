@@ -46,4 +46,4 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         for name, value in state.items():
-            setattr(self, name, Cursor(**value) if name == "cursor" else value)
+            setattr(self, name, Cursor(*value) if name == "cursor" else value)

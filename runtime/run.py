@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import platform
 import secrets
 import subprocess
@@ -31,6 +33,7 @@ from runtime.batches import (
 )
 from runtime.buffers import BufferRule
 from runtime.checkpoint import Checkpoint, CheckpointFolder, load_state
+from runtime.config import Interval
 from runtime.config_file import LoadedConfiguration
 from runtime.console import ConsoleTracker
 from runtime.control import Agreement, from_rank_0, sum_over_ranks
@@ -146,14 +149,18 @@ class Run:
         objective = module.objective
         weighted = with_weights(
             iter(windows),
-            weigh=None if objective.counts_samples else lambda batch: float(objective.weight(batch)),
+            weigh=None if objective.counts_samples else objective.checked_weight,
             slots=self._sharing.slots,
             sum_over_ranks=lambda weights: sum_over_ranks(weights, self._strategy.device),
         )
         train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
         self._meter = TrainingMeter(self._strategy.device, objective, MetricSet(train_metrics, self._strategy.device))
         module.train()
-        outcome = train(weighted, self._parts(module))
+        gc.freeze()  # what is there by now stays: a full collection in mid-training would search it for 0.1 s
+        try:
+            outcome = train(weighted, self._parts(module))
+        finally:
+            gc.unfreeze()
         if outcome == "finished":
             self._evaluate_test()
         return self._close(outcome)
@@ -212,11 +219,11 @@ class Run:
             raise CheckpointError(problem)
         self._meter.resume()
 
-    def _is_due(self, every: Any, window: Window) -> bool:
-        epoch = window.cursor.epoch + 1
-        if every.due(step=self._progress.step, epoch=epoch, epoch_ends=window.epoch_ends):
+    def _is_due(self, every: Interval, window: Window) -> bool:
+        step, epoch_ends = self._progress.step, window.epoch_ends
+        if every.due(step=step, epoch=window.cursor.epoch + 1, epoch_ends=epoch_ends):
             return True
-        return self._reached(self._progress.cursor, self._progress.step - self._first_step)
+        return self._reached(self._progress.cursor, step - self._first_step)
 
     def _reached(self, cursor: Cursor, steps: int) -> bool:
         limit = self._values.limit
@@ -458,6 +465,7 @@ def _versions() -> dict[str, Any]:
     return {"lockstep": own, "torch": torch.__version__, "python": platform.python_version(), "commit": _git_commit()}
 
 
+@functools.cache
 def _git_commit() -> str | None:
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import os
 import resource
@@ -147,15 +146,6 @@ class Returns(Objective):
 PARTS_NAME = "bad_input_parts"
 
 single = pytest.mark.single  # the others need the pool
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen() -> Iterator[None]:
-    """A run ends with two garbage collections, which walk all that was ever imported: 0.4 s, a hundred times."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

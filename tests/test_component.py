@@ -164,9 +164,13 @@ def test_a_module_that_needs_a_missing_package_names_that_package(write: Write) 
     )
 
 
-@pytest.mark.parametrize("target", [":Name", "math:", ":", "Name", "math.sqrt"])
+@pytest.mark.parametrize("target", [":Name", "math:", ":", "Name"])
 def test_a_target_of_another_form_is_refused_with_the_form(target: str) -> None:
     assert refusal(target) == f"{target!r} is not of the form 'package.module:Name'"
+
+
+def test_a_dotted_target_is_told_with_its_colon() -> None:
+    assert "did you mean 'math:sqrt'?" in refusal("math.sqrt")
 
 
 @pytest.mark.parametrize("target", [".relative:Name", "..:Name", "a b:Name", "math:sqrt()", "os:system('x')", "math:."])

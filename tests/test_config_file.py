@@ -283,10 +283,26 @@ def test_settings_that_contradict_each_other_are_refused(
     tmp_path: Path, section: str, key: str, words: list[str]
 ) -> None:
     text = without(section.partition(":")[0])
-    where, found, what = only_mistake(tmp_path, text + section + "\n")
-    assert (where, found) == (f"run.yaml:{text.count(chr(10)) + 1}", key)
+    found = mistakes(tmp_path, text + section + "\n")
+    line = f"run.yaml:{text.count(chr(10)) + 1}"
+    (what,) = [what for where, at, what in found if (where, at) == (line, key)]
     for word in words:
         assert word in what
+
+
+def test_all_contradictions_between_sections_are_told_at_once(tmp_path: Path) -> None:
+    addition = "schedule: {target: ReduceLROnPlateau}\ncheckpoint: {best: [{metric: f1, mode: max}]}\n"
+    found = mistakes(tmp_path, GOOD + addition)
+    assert [key for _, key, _ in found] == [
+        "checkpoint.best.0.metric", "checkpoint.best", "schedule.monitor", "schedule.target",
+    ]  # fmt: skip
+
+
+def test_the_interval_of_evaluations_is_exact_where_a_plateau_scheduler_counts_them(tmp_path: Path) -> None:
+    text = without("data") + "data: {train: a:b, validation: a:c}\n"
+    plateau = text + "schedule: {target: ReduceLROnPlateau, monitor: loss}\n"
+    assert "evaluation.every" not in exact_keys(loaded(tmp_path, text).resolved())
+    assert "evaluation.every" in exact_keys(loaded(tmp_path, plateau).resolved())
 
 
 @pytest.mark.parametrize(

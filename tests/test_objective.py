@@ -147,3 +147,26 @@ def test_mapped_inputs_become_arguments() -> None:
     loss = TrainingModule(Sum(), torch_loss(nn.MSELoss, {}))(batch)
     assert isinstance(loss, Loss)
     assert loss.sum.item() == 8
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [(-1.0, "-1.0"), (float("nan"), "nan"), (float("inf"), "inf"), ("x", "ValueError"), (None, "TypeError")],
+)
+def test_a_weight_that_nothing_can_be_divided_by_is_refused(weight: Any, words: str) -> None:
+    class Weighing(Objective):
+        def weight(self, batch: Any) -> Any:
+            return weight
+
+    with pytest.raises(ObjectiveError, match=words):
+        Weighing().checked_weight(None)
+
+
+@pytest.mark.parametrize("part", [1.0, torch.zeros(2)])
+def test_a_part_that_is_no_sum_is_refused(part: Any) -> None:
+    class Parted(Objective):
+        def forward(self, model: nn.Module, batch: Any) -> Loss:
+            return Loss(model(batch).sum(), {"extra": part})
+
+    with pytest.raises(ObjectiveError, match="'extra'"):
+        TrainingModule(Given(torch.zeros(3, 2)), Parted())(torch.arange(3))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
+from runtime.errors import NonFiniteError
 from runtime.objective import Objective, TrainingModule
 from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
 from runtime.serialization import join_state, split_state
@@ -126,3 +127,9 @@ def test_fused_is_chosen_where_torch_has_it_and_the_user_did_not_choose() -> Non
     assert fused_arguments(AdamW, {"fused": False}, parameters) == {}
     assert fused_arguments(torch.optim.RMSprop, {}, parameters) == {}
     assert fused_arguments(AdamW, {}, [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]) == {}
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_a_learning_rate_that_is_no_number_is_refused_before_a_step(rate: float) -> None:
+    with pytest.raises(NonFiniteError, match="learning rate"):
+        Schedule(optimizer(rate))
