@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -19,10 +20,12 @@ from runtime.errors import ConfigurationError, MissingDependencyError, Objective
 from runtime.objective import Objective, torch_loss
 from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+_CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
 _OBJECTIVES = ("runtime.objective", "torch.nn")
@@ -105,15 +108,23 @@ def check_components(loaded: LoadedConfiguration) -> None:
 
 
 def build_model(loaded: LoadedConfiguration) -> nn.Module:
-    """Build the model, on the CPU and under the caller's random state."""
-    model = _build(loaded, ("model",), loaded.values.model, namespaces=_MODELS)
+    """Build the model, on the CPU and under the run's seed, so that every rank builds the same."""
+    with preserved_random_state(_CPU):
+        seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION), _CPU)
+        model = _build(loaded, ("model",), loaded.values.model, namespaces=_MODELS)
     if not isinstance(model, nn.Module):
         raise _wrong(loaded, ("model", "target"), f"is a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def build_objective(loaded: LoadedConfiguration) -> Objective:
-    """Build the objective from an Objective class or one of torch's losses."""
+    """Build the objective from an Objective class or one of torch's losses, under the run's seed."""
+    with preserved_random_state(_CPU):
+        seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 2), _CPU)
+        return _objective(loaded)
+
+
+def _objective(loaded: LoadedConfiguration) -> Objective:
     section = loaded.values.objective
     try:
         found = component.locate(section.target, namespaces=_OBJECTIVES, code=loaded.code)
@@ -135,7 +146,10 @@ def build_samples(loaded: LoadedConfiguration, name: str) -> Samples | None:
     split: Split | None = getattr(loaded.values.data, name)
     if split is None:
         return None
-    source = _build(loaded, ("data", name), split, namespaces=_DATA)
+    with preserved_random_state(_CPU):
+        # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
+        seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 1), _CPU)
+        source = _build(loaded, ("data", name), split, namespaces=_DATA)
     check_samples(source, f"data.{name}")
     collate = loaded.values.data.collate
     return Samples(

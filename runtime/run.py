@@ -44,14 +44,11 @@ from runtime.meters import TrainingMeter
 from runtime.metrics import MetricSet, Result
 from runtime.objective import Objective, TrainingModule
 from runtime.progress import Progress
-from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.reporting import JsonLines, Reporter, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
 from runtime.serialization import replace_file
 from runtime.stopping import StopWish
 from runtime.strategies import Strategy
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -234,10 +231,7 @@ class Run:
     # Building
 
     def _build_module(self) -> TrainingModule:
-        with preserved_random_state(_CPU):
-            seed_everything(derive(self._values.seed, Purpose.INITIALIZATION), _CPU)
-            model = assembly.build_model(self._loaded)
-            objective = assembly.build_objective(self._loaded)
+        model, objective = assembly.build_model(self._loaded), assembly.build_objective(self._loaded)
         if self._values.batch_norm == "sync":
             if self._strategy.device.type != "cuda":
                 problem = self._loaded.problem(("batch_norm",), "sync needs GPUs; use local")

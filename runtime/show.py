@@ -19,7 +19,6 @@ from runtime.determinism import default_determinism
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
 from runtime.order import Order
-from runtime.randomness import Purpose, derive, seed_everything
 from runtime.run import inexact_choices
 
 _CPU = torch.device("cpu")
@@ -35,11 +34,9 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
     """
     assembly.check_components(loaded)
     console = Console(highlight=False, soft_wrap=True)
-    values = loaded.values
     samples = assembly.build_samples(loaded, "train")
     assert samples is not None
     order = assembly.build_order(loaded, samples)
-    seed_everything(derive(values.seed, Purpose.INITIALIZATION), _CPU)
     module = TrainingModule(assembly.build_model(loaded), assembly.build_objective(loaded))
     optimizer = assembly.build_optimizer(loaded, module)
 

@@ -45,11 +45,9 @@ def initial(config: dict[str, Any], tmp_path: Path) -> torch.nn.Module:
     """The model as a run would initialise it."""
     from runtime import assembly
     from runtime.config_file import load
-    from runtime.randomness import Purpose, derive, seed_everything
 
     loaded = load(config)
     assembly.check_components(loaded)
-    seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION), torch.device("cpu"))
     return assembly.build_model(loaded)
 
 
@@ -268,3 +266,11 @@ def test_clipping_uses_the_norm_of_the_whole_gradient(pool: ProcessPool, tmp_pat
         run = pool.run(observe, world_size, config)[0]
         assert relative_difference(run["weights"], start, expected) < TOLERANCE
         assert run["norms"][1] == pytest.approx(norm, rel=1e-12)
+
+
+def test_what_a_data_set_draws_while_it_is_built_is_equal_on_all_ranks(pool: ProcessPool, tmp_path: Path) -> None:
+    runs = []
+    for world_size in (1, 2):
+        config = configuration(tmp_path / str(world_size), data={"train": {"target": "tiny:drawn"}})
+        runs.append(pool.run(observe, world_size, config)[0])
+    assert largest_difference(*runs) < TOLERANCE

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, cast
 
@@ -116,12 +116,11 @@ class AcceleratedStrategy:
             return batch
         return _moved(batch, self.device)
 
-    @contextmanager
-    def microbatch(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
-        assert self._wrapped is not None
-        with nullcontext() if last or self.world_size == 1 else self._accelerator.no_sync(self._wrapped):
-            yield
+        if last or self.world_size == 1:
+            return nullcontext()
+        return cast(AbstractContextManager[None], self._accelerator.no_sync(self._wrapped))
 
     def forward(self, batch: Any, *, filler: bool) -> Loss:
         """Call the wrapped module under autocast."""

@@ -156,3 +156,9 @@ class Failing(Noisy):
 
 def add_noise(sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return sample[0] + torch.randn_like(sample[0]), sample[1]
+
+
+def drawn(size: int = 64) -> TensorDataset:
+    """A data set that draws itself anew in every process, as a random split without a generator does."""
+    inputs = torch.from_numpy(np.random.randn(size, 8)) + random.random()
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
