@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runtime import component
-from runtime.batches import Samples, check_samples
+from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_factory
 from runtime.component import ComponentError
 from runtime.config import ComponentSection, Split
 from runtime.config_file import LoadedConfiguration
@@ -158,6 +158,29 @@ def build_samples(loaded: LoadedConfiguration, name: str) -> Samples | None:
         transform=_function(loaded, ("data", name, "transform"), split.transform) if split.transform else None,
         collate=_function(loaded, ("data", "collate"), collate) if collate else None,
     )
+
+
+def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoader:
+    """Return the maker of loaders; memory is pinned by default where there is a GPU."""
+    section = loaded.values.data.loader
+    return loader_factory(
+        num_workers=section.num_workers,
+        prefetch_factor=section.prefetch_factor,
+        pin_memory=device.type == "cuda" if section.pin_memory is None else section.pin_memory,
+        timeout_seconds=section.timeout_seconds,
+        start_method=section.start_method,
+    )
+
+
+def check_batch_norm(loaded: LoadedConfiguration, sharing: Sharing, *, smallest_batch: int) -> None:
+    """Refuse synchronised BatchNorm where a rank would run a filler, whose samples would enter the others' statistics."""
+    if loaded.values.batch_norm == "sync" and (sharing.slots % sharing.world_size or smallest_batch < sharing.slots):
+        raise _wrong(
+            loaded,
+            ("batch_norm",),
+            "sync needs a real slot on every rank in every forward pass: let the world size divide batch.slots "
+            f"(now {sharing.slots}), and set data.drop_last if an epoch's last batch (now {smallest_batch} samples) is smaller",
+        )
 
 
 def build_order(loaded: LoadedConfiguration, samples: Samples) -> Order:

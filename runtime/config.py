@@ -6,97 +6,11 @@ and the new value. The others are marked ``free``. Reading a file into these cla
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import Field, model_validator
 
-
-def free(default: Any) -> Any:
-    """A default for a key that may change when a run is resumed."""
-    return Field(default, json_schema_extra={"resume": "free"})
-
-
-class Section(BaseModel):
-    """A section of the YAML: frozen, typed strictly, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-_S = TypeVar("_S", bound=Section)
-
-
-def _refuse(section: _S, *rules: tuple[Any, str, str]) -> _S:
-    """Return the section, or refuse it with all rules that are broken: (broken, key, what is wrong)."""
-    found = [(key, what) for broken, key, what in rules if broken]
-    if found:
-        raise PydanticCustomError("combinations", "{found}", {"found": found})
-    return section
-
-
-@dataclass(frozen=True)
-class Interval:
-    """How often something happens, counted in steps or in epochs."""
-
-    count: int
-    unit: Literal["step", "epoch"]
-
-    def __str__(self) -> str:
-        return f"{self.count} {self.unit}{'s' * (self.count != 1)}"
-
-    def due(self, *, step: int, epoch: int, epoch_ends: bool) -> bool:
-        """Tell whether it is due after ``step`` steps, the last of which belongs to ``epoch`` (both counts from 1)."""
-        if self.unit == "step":
-            return step % self.count == 0
-        return epoch_ends and epoch % self.count == 0
-
-    @classmethod
-    def parse(cls, value: Any) -> Any:
-        """Read ``"200 steps"`` or ``"1 epoch"``."""
-        if isinstance(value, cls):
-            return value
-        match = re.fullmatch(r"([1-9]\d*) (step|epoch)s?", value) if isinstance(value, str) else None
-        if match is None:
-            raise PydanticCustomError("interval", "write a count and a unit, such as '200 steps' or '1 epoch'")
-        return cls(int(match[1]), "step" if match[2] == "step" else "epoch")
-
-
-Every = Annotated[
-    Interval,
-    BeforeValidator(Interval.parse),
-    PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": r"^[1-9]\d* (step|epoch)s?$", "examples": ["1 epoch", "200 steps"]}),
-]
-
-
-@dataclass(frozen=True, eq=False)  # hashed by identity: typing puts annotations into sets
-class Shorthand:
-    """A second way to write a section, for the loader (``expand``) and for editors (``schema``)."""
-
-    expand: Callable[[Any], Any]
-    schema: dict[str, Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Expand before the section is validated."""
-        return core_schema.no_info_before_validator_function(self.expand, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Allow both ways."""
-        return {"anyOf": [handler(schema), self.schema]}
-
+from runtime.config_types import Every, Interval, Section, Shorthand, free, refuse
 
 _TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
 _ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
@@ -161,7 +75,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _one_order(self) -> Self:
         own_order = self.sampler or self.batch_sampler
-        return _refuse(
+        return refuse(
             self,
             (self.sampler and self.batch_sampler, "sampler", "give 'sampler' or 'batch_sampler', not both"),
             (own_order and self.shuffle is not None, "shuffle", "the sampler decides the order; leave 'shuffle' out"),
@@ -188,7 +102,7 @@ class Batch(Section):
     def _slots_fit(self) -> Self:
         micro = self.micro_size or self.global_size
         needed = -(-self.global_size // micro)
-        return _refuse(
+        return refuse(
             self,
             (micro > self.global_size, "micro_size", f"{micro} is above batch.global_size {self.global_size}"),
             (
@@ -239,7 +153,7 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         nothing = self.target is None and (self.args or not self.warmup_steps)
-        return _refuse(self, (nothing, "target", "needs a target, or warmup_steps alone"))
+        return refuse(self, (nothing, "target", "needs a target, or warmup_steps alone"))
 
 
 class Averaging(Section):
@@ -263,7 +177,7 @@ class Limit(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        return _refuse(self, ((self.epochs is None) == (self.steps is None), "", "give either 'epochs' or 'steps'"))
+        return refuse(self, ((self.epochs is None) == (self.steps is None), "", "give either 'epochs' or 'steps'"))
 
 
 class Compile(Section):
@@ -296,7 +210,7 @@ class DistributedDataParallel(Section):
     @model_validator(mode="after")
     def _static_or_searched(self) -> Self:
         both = self.static_graph and self.find_unused_parameters
-        return _refuse(
+        return refuse(
             self, (both, "find_unused_parameters", "a static graph needs no search; leave one of the two out")
         )
 
@@ -441,7 +355,7 @@ class RunConfiguration(Section):
         unknown = f"known results: {', '.join(sorted(known))}"
         schedule, validation = self.schedule or Schedule(warmup_steps=1), self.data.validation
         plateau = (schedule.target or "").endswith("ReduceLROnPlateau")
-        return _refuse(
+        return refuse(
             self,
             (
                 "loss" in self.evaluation.metrics,

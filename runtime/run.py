@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import platform
 import secrets
-import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,21 +24,21 @@ from runtime.batches import (
     Windows,
     default_slots,
     fingerprint,
-    loader_factory,
     with_weights,
 )
 from runtime.buffers import BufferRule
 from runtime.checkpoint import Checkpoint, CheckpointFolder, load_state
-from runtime.config import Interval
 from runtime.config_file import LoadedConfiguration
+from runtime.config_types import Interval
 from runtime.console import ConsoleTracker
 from runtime.control import Agreement, from_rank_0, sum_over_ranks
 from runtime.errors import CheckpointError, ConfigurationError, DataError, RunFolderError
 from runtime.evaluation import Evaluator
+from runtime.facts import start_facts, versions
 from runtime.loop import Parts, train
 from runtime.meters import TrainingMeter
 from runtime.metrics import MetricSet, Result
-from runtime.objective import Objective, TrainingModule
+from runtime.objective import TrainingModule
 from runtime.progress import Progress
 from runtime.reporting import JsonLines, Reporter, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
@@ -108,7 +104,8 @@ class Run:
             raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
         self._identity = self._identify(samples, stored[1] if stored else None)
         self._sharing = Sharing(self._identity.slots, self._strategy.world_size, self._strategy.rank)
-        self._check_batch_norm()
+        smallest = len(self._order.batch(0, self._order.num_batches(0) - 1))
+        assembly.check_batch_norm(self._loaded, self._sharing, smallest_batch=smallest)
         optimizer = assembly.build_optimizer(self._loaded, module)
         schedule = assembly.build_schedule(self._loaded, optimizer, self._schedule_length())
         section = self._values.averaging
@@ -140,7 +137,7 @@ class Run:
             start=self._progress.cursor,
             stop=self._reached,
             sharing=self._sharing,
-            make_loader=self._make_loader(),
+            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
         )
         self._strategy.warm_up(windows.filler)
         objective = module.objective
@@ -207,7 +204,7 @@ class Run:
             model, training = self._state.collect()
             results = self._results if self._evaluated_step == self._progress.step else {}
             try:
-                training |= {"identity": asdict(self._identity), "made_by": _versions()}
+                training |= {"identity": asdict(self._identity), "made_by": versions()}
                 self._checkpoints.save(self._progress.step, model=model, training=training, results=results)
             except CheckpointError as error:
                 problem = str(error)
@@ -277,17 +274,6 @@ class Run:
             )
         return Identity(self._loaded.resolved(), slots, data, length, identity.tracker_id)
 
-    def _check_batch_norm(self) -> None:
-        if self._values.batch_norm != "sync":
-            return
-        slots, tail = self._sharing.slots, len(self._order.batch(0, self._order.num_batches(0) - 1))
-        if slots % self._sharing.world_size or tail < slots:
-            what = (
-                "sync needs a real slot on every rank in every forward pass: let the world size divide batch.slots "
-                f"(now {slots}), and set data.drop_last if an epoch's last batch (now {tail} samples) is smaller than that"
-            )
-            raise ConfigurationError([self._loaded.problem(("batch_norm",), what)])
-
     def _schedule_length(self) -> int:
         return assembly.schedule_length(self._loaded, self._order.num_batches(0))
 
@@ -303,18 +289,8 @@ class Run:
             micro_size=self._values.evaluation.micro_size or slot_size,
             strategy=self._strategy,
             metrics=MetricSet(assembly.build_metrics(self._loaded), self._strategy.device),
-            make_loader=self._make_loader(),
+            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
             seed=self._values.seed,
-        )
-
-    def _make_loader(self) -> Any:
-        section = self._values.data.loader
-        return loader_factory(
-            num_workers=section.num_workers,
-            prefetch_factor=section.prefetch_factor,
-            pin_memory=self._strategy.device.type == "cuda" if section.pin_memory is None else section.pin_memory,
-            timeout_seconds=section.timeout_seconds,
-            start_method=section.start_method,
         )
 
     def _evaluated_weights(self) -> Any:
@@ -387,31 +363,19 @@ class Run:
             )
         self._reporter.open(trackers)
         stack.push(lambda kind, error, trace: self._reporter.close("failed") if kind else None)
-        self._reporter.start(self._facts(module, samples))
-
-    def _facts(self, module: TrainingModule, samples: Samples) -> dict[str, Any]:
-        strategy, sharing, values = self._strategy, self._sharing, self._values
-        trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in module.parameters()) - trainable
-        largest = -(-values.batch.global_size // sharing.slots)
-        processes = f"{strategy.world_size} process{'es' * (strategy.world_size > 1)}"
-        slots = f"{sharing.slots} slot{'s' * (sharing.slots > 1)}"
-        return {
-            "name": self._loaded.name,
-            "where": f"{processes} on {strategy.device.type}, {values.precision}",
-            "data": f"{len(samples):,} training samples, {self._order.num_batches(0):,} steps per epoch",
-            "batch": f"{values.batch.global_size} samples in {slots} of at most {largest}",
-            "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
-            "folder": str(self._folder),
-            "resumed": f"after step {self._progress.step}" if self._progress.step else "",
-            "step": self._progress.step,
-            "total_steps": values.limit.steps or (values.limit.epochs or 0) * self._order.num_batches(0),
-            "world_size": strategy.world_size,
-            "slots": sharing.slots,
-            "device": strategy.device.type,
-            "inexact": inexact_choices(self._loaded, module.objective),
-            **_versions(),
-        }
+        order, limit = self._order, self._values.limit
+        self._reporter.start(
+            start_facts(
+                self._loaded,
+                module,
+                sharing=self._sharing,
+                device=self._strategy.device.type,
+                num_samples=len(samples),
+                steps_per_epoch=order.num_batches(0),
+                step=self._progress.step,
+                total_steps=limit.steps or (limit.epochs or 0) * order.num_batches(0),
+            )
+        )
 
     def _warn(self, text: str) -> None:
         self._reporter.message(f"warning: {text}")
@@ -430,42 +394,6 @@ class Run:
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
         return RunResult(outcome, self._progress.step, self._results, self._folder, self._state.module.model)
-
-
-def inexact_choices(loaded: LoadedConfiguration, objective: Objective) -> list[str]:
-    """Name what in a configuration makes the result depend on K, on the world size, or on the kind of device."""
-    values = loaded.values
-    found = []
-    if values.strategy.ddp.communication_hook:
-        found.append(f"strategy.ddp.communication_hook: gradients are sent in {values.strategy.ddp.communication_hook}")
-    if values.batch_norm == "sync":
-        found.append("batch_norm: sync normalises over the slots that run at one time, which depends on the world size")
-    if objective.couples_samples:
-        found.append("objective: it couples the samples of a slot, so the result depends on K")
-    if values.precision != "fp32":
-        found.append(f"precision: {values.precision} rounds differently on each kind of device")
-    if values.matmul != "highest":
-        found.append(f"matmul: {values.matmul} rounds differently on each kind of device")
-    if values.determinism == "fast":
-        found.append("determinism: fast, so a resumed run is equal to rounding, not bit for bit")
-    return found
-
-
-def _versions() -> dict[str, Any]:
-    try:
-        own = version("lockstep-train")
-    except PackageNotFoundError:
-        own = "not installed"
-    return {"lockstep": own, "torch": torch.__version__, "python": platform.python_version(), "commit": _git_commit()}
-
-
-@functools.cache
-def _git_commit() -> str | None:
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:

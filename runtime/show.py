@@ -16,10 +16,10 @@ from runtime import assembly, yaml_file
 from runtime.batches import cut, default_slots
 from runtime.config_file import LoadedConfiguration
 from runtime.determinism import default_determinism
+from runtime.facts import inexact_choices
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
 from runtime.order import Order
-from runtime.run import inexact_choices
 
 _CPU = torch.device("cpu")
 _SIMULATED_STEPS = 100_000

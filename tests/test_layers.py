@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from layers below its own; within a layer, only from those before it in the line.
 LAYERS = [
     ["errors"],
-    ["component", "config", "yaml_file", "config_file", "environment"],
+    ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
     ["randomness", "determinism", "stopping", "serialization"],
     ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "progress"],
     ["strategies", "strategies.accelerated", "metrics", "checkpoint", "meters"],
     ["reporting", "console", "wandb_tracker", "evaluation", "loop"],
-    ["assembly", "resumption", "run", "session", "show", "launching"],
+    ["assembly", "resumption", "facts", "run", "session", "show", "launching"],
     ["entry", "train", "cli"],
 ]
 APART = ("model_zoo", "data_sources")  # used by name from a YAML; they may import errors alone

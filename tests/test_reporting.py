@@ -113,7 +113,7 @@ def test_wandb_gets_one_run_for_a_run_that_was_resumed(tmp_path: Path, monkeypat
     state = load_state(Checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004", 4, {}))[1]
     assert folders[0].endswith(state["identity"]["tracker_id"])
     found = subprocess.run(
-        ["wandb", "leet", "inspect", "--json", str(tmp_path / "run" / "wandb" / folders[1])],
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(tmp_path / "run" / "wandb" / folders[1])],
         capture_output=True, text=True, check=False, env=clean_environment(),
     )  # fmt: skip
     assert "train/loss" in found.stdout, found.stderr

@@ -1,0 +1,93 @@
+"""What the configuration's sections are made of: strict frozen models, intervals, shorthands, rules between keys. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+def free(default: Any) -> Any:
+    """A default for a key that may change when a run is resumed."""
+    return Field(default, json_schema_extra={"resume": "free"})
+
+
+class Section(BaseModel):
+    """A section of the YAML: frozen, typed strictly, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def refuse(section: _S, *rules: tuple[Any, str, str]) -> _S:
+    """Return the section, or refuse it with all rules that are broken: (broken, key, what is wrong)."""
+    found = [(key, what) for broken, key, what in rules if broken]
+    if found:
+        raise PydanticCustomError("combinations", "{found}", {"found": found})
+    return section
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something happens, counted in steps or in epochs."""
+
+    count: int
+    unit: Literal["step", "epoch"]
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.unit}{'s' * (self.count != 1)}"
+
+    def due(self, *, step: int, epoch: int, epoch_ends: bool) -> bool:
+        """Tell whether it is due after ``step`` steps, the last of which belongs to ``epoch`` (both counts from 1)."""
+        if self.unit == "step":
+            return step % self.count == 0
+        return epoch_ends and epoch % self.count == 0
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """Read ``"200 steps"`` or ``"1 epoch"``."""
+        if isinstance(value, cls):
+            return value
+        match = re.fullmatch(r"([1-9]\d*) (step|epoch)s?", value) if isinstance(value, str) else None
+        if match is None:
+            raise PydanticCustomError("interval", "write a count and a unit, such as '200 steps' or '1 epoch'")
+        return cls(int(match[1]), "step" if match[2] == "step" else "epoch")
+
+
+Every = Annotated[
+    Interval,
+    BeforeValidator(Interval.parse),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^[1-9]\d* (step|epoch)s?$", "examples": ["1 epoch", "200 steps"]}),
+]
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity: typing puts annotations into sets
+class Shorthand:
+    """A second way to write a section, for the loader (``expand``) and for editors (``schema``)."""
+
+    expand: Callable[[Any], Any]
+    schema: dict[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Expand before the section is validated."""
+        return core_schema.no_info_before_validator_function(self.expand, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Allow both ways."""
+        return {"anyOf": [handler(schema), self.schema]}
