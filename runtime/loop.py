@@ -25,6 +25,7 @@ class Parts:
 
     Args:
         stop_wished: whether this process was asked to stop.
+        will_report: tells, before a step is counted, whether figures will be due after it; equal on all ranks.
         report: tells the meter's figures, if they are due.
         evaluate: evaluates, if it is due, and returns the results.
         save: saves, if it is due or the run is being left.
@@ -40,6 +41,7 @@ class Parts:
     agreement: Agreement
     meter: TrainingMeter
     stop_wished: Callable[[], bool]
+    will_report: Callable[[Window], bool]
     report: Callable[[Window], None]
     evaluate: Callable[[Window], dict[str, Result] | None]
     save: Callable[[Window, bool], None]
@@ -91,7 +93,7 @@ def _apply(window: Window, parts: Parts) -> Update:
     if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
         parts.strategy.discard()
         return Update(applied=False, grad_norm=None)
-    update = parts.strategy.step(parts.max_grad_norm)
+    update = parts.strategy.step(parts.max_grad_norm, measure_norm=parts.will_report(window))
     if not update.applied and not parts.strategy.skips_overflow:
         cursor = window.cursor
         raise NonFiniteError(

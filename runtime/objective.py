@@ -103,7 +103,7 @@ class TrainingModule(nn.Module):
         Raises:
             ObjectiveError: the objective returned something else than a scalar sum.
         """
-        loss = self.objective(self.model, batch)
+        loss = self.objective.forward(self.model, batch)
         if filler:
             trainable = [p for p in self.parameters() if p.requires_grad]
             return Loss(_Zero.apply(*trainable))  # type: ignore[no-untyped-call]

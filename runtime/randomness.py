@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ class Purpose(IntEnum):
     EVALUATION = 5
 
 
+_PYTHON: Any = random._inst  # the generator behind random.random()
+_C_RANDOM: Any = random.Random.__base__
 _KEY = struct.Struct("<4q")
 
 
@@ -41,7 +44,8 @@ def seed_everything(key: int, device: torch.device) -> None:
     Seeds the generators directly: ``torch.manual_seed`` costs a hundred times as much, because it visits every
     device type.
     """
-    random.seed(key)
+    _C_RANDOM.seed(_PYTHON, key)  # what random.seed does with an integer, without a layer of Python
+    _PYTHON.gauss_next = None
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":

@@ -172,6 +172,7 @@ class Run:
             agreement=Agreement(world_size=strategy.world_size, device=strategy.device),
             meter=self._meter,
             stop_wished=lambda: bool(self._stop_wish),
+            will_report=lambda window: self._is_due(self._values.reporting.every, window, ahead=1),
             report=self._report,
             evaluate=self._evaluate,
             save=self._save,
@@ -213,11 +214,12 @@ class Run:
             raise CheckpointError(problem)
         self._meter.resume()
 
-    def _is_due(self, every: Interval, window: Window) -> bool:
-        step, epoch_ends = self._progress.step, window.epoch_ends
+    def _is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
+        """Tell whether something is due after this window's step, which is counted already unless it lies ahead."""
+        step, epoch_ends = self._progress.step + ahead, window.epoch_ends
         if every.due(step=step, epoch=window.cursor.epoch + 1, epoch_ends=epoch_ends):
             return True
-        return self._reached(self._progress.cursor, step - self._first_step)
+        return self._reached(window.next_cursor, step - self._first_step)
 
     def _reached(self, cursor: Cursor, steps: int) -> bool:
         limit = self._values.limit

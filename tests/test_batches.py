@@ -25,6 +25,7 @@ from runtime.batches import (
 )
 from runtime.errors import DataError
 from runtime.order import IndexOrder
+from runtime.randomness import seed_everything
 from tests.project.tiny import Failing, Ids, Noisy, add_noise, points
 
 pytestmark = pytest.mark.single
@@ -258,3 +259,15 @@ def test_the_weight_of_samples_is_known_without_a_reduction() -> None:
     refuse = lambda block: pytest.fail("no reduction is needed")  # noqa: E731
     weighted = with_weights(windows, weigh=None, slots=4, sum_over_ranks=refuse)
     assert [window.weight for window in weighted] == [12, 12, 12, 12, 2]
+
+
+def test_seeding_gives_the_numbers_that_users_know_from_each_library() -> None:
+    import random
+
+    random.gauss(0, 1)  # leaves its second number for the next call
+    seed_everything(12345, torch.device("cpu"))
+    drawn = [random.random(), random.gauss(0, 1), float(np.random.rand()), float(torch.rand(()))]
+    random.seed(12345)
+    np.random.seed(12345)
+    torch.manual_seed(12345)
+    assert drawn == [random.random(), random.gauss(0, 1), float(np.random.rand()), float(torch.rand(()))]

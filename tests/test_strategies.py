@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.errors import ConfigurationError, NonFiniteError
+from runtime.strategies.accelerated import _all_finite
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 
@@ -254,3 +255,27 @@ def saved_model(folder: Path, step: int) -> dict[str, Any]:
     from runtime.checkpoint import Checkpoint, load_state
 
     return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[0]
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("where", [0, 3, -1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_element_that_is_not_finite_is_found_and_finite_gradients_are_left_bit_for_bit(
+    where: int, value: float
+) -> None:
+    gradients = [torch.randn(5), torch.randn(2, 3) * 1e38, torch.full((4,), 1e-45)]
+    before = [gradient.clone() for gradient in gradients]
+    assert _all_finite(gradients)
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(gradients, before, strict=True))
+    gradients[1].view(-1)[where] = value
+    assert not _all_finite(gradients)
+
+
+@pytest.mark.single
+def test_the_norm_is_reported_though_it_is_measured_for_reports_alone(tmp_path: Path) -> None:
+    every = observe(deep(tmp_path / "every"))
+    config = deep(tmp_path / "some")
+    config["reporting"]["every"] = "2 steps"
+    some = observe(config)
+    assert some["norms"] == {step: norm for step, norm in every["norms"].items() if step in (2, 4, 5)}
+    assert_bitwise_equal(every, some)

@@ -25,7 +25,7 @@ class Update:
 
     Args:
         applied: whether parameters were changed.
-        grad_norm: 2-norm of the whole gradient before clipping, on the device; None if there was no gradient.
+        grad_norm: 2-norm of the whole gradient before clipping, on the device; None where it was not measured.
     """
 
     applied: bool
@@ -63,8 +63,13 @@ class Strategy(Protocol):
         """Add the gradient of ``loss / weight`` to the sum over slots and ranks."""
         ...
 
-    def step(self, max_grad_norm: float | None) -> Update:
-        """Judge, clip and apply the gradient, and clear it."""
+    def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:
+        """Judge, clip and apply the gradient, and clear it.
+
+        Args:
+            max_grad_norm: longest gradient that is applied as it is; None: any.
+            measure_norm: whether the norm is wanted though nothing is clipped; equal on all ranks.
+        """
         ...
 
     def discard(self) -> None:
