@@ -25,7 +25,7 @@ class BufferRule:
         sum_over_ranks: reduces a tensor on the module's device in place. Collective.
     """
 
-    def __init__(self, module: nn.Module, sum_over_ranks: Callable[[Tensor], None]) -> None:
+    def __init__(self, module: nn.Module, sum_over_ranks: Callable[[Tensor], object]) -> None:
         self._places = [
             (owner, name)
             for owner in module.modules()

@@ -90,11 +90,15 @@ class CheckpointFolder:
             os.rename(partial, final)
             sync_folder(self.folder)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"step {step} could not be saved to {self.folder}: {error.strerror or error}; earlier checkpoints are whole"
             ) from error
-        self._drop_old()
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing is left under this name once it has been renamed
+        try:
+            self._drop_old()
+        except OSError as error:
+            self._warn(f"an old checkpoint could not be removed: {error}")
         return final
 
     def newest(self) -> Checkpoint | None:

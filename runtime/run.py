@@ -166,7 +166,7 @@ class Run:
             max_grad_norm=self._values.optimizer.max_grad_norm,
             strategy=strategy,
             schedule=self._state.schedule,
-            buffers=BufferRule(module, _all_reduce if strategy.world_size > 1 else lambda change: None),
+            buffers=BufferRule(module, dist.all_reduce if strategy.world_size > 1 else lambda change: None),
             averaging=self._state.averaging,
             progress=self._progress,
             agreement=Agreement(world_size=strategy.world_size, device=strategy.device),
@@ -396,7 +396,3 @@ class Run:
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
         return RunResult(outcome, self._progress.step, self._results, self._folder, self._state.module.model)
-
-
-def _all_reduce(tensor: torch.Tensor) -> None:
-    dist.all_reduce(tensor)

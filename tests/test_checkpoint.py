@@ -143,3 +143,30 @@ def test_nothing_that_is_read_is_ever_unpickled(tmp_path: Path, monkeypatch: pyt
     newest = checkpoints.newest()
     assert newest is not None
     load_state(newest)
+
+
+def test_a_state_that_cannot_be_saved_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    checkpoints = folder(tmp_path)
+    save(checkpoints, 1)
+    with pytest.raises(CheckpointError, match="'callback' is a function"):
+        checkpoints.save(2, model={}, training={"callback": save}, results={})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    checkpoints = folder(tmp_path, keep=1, warnings=warnings)
+    save(checkpoints, 1)
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name == "step-00000001":
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    save(checkpoints, 2)
+    assert steps(checkpoints) == [1, 2]
+    assert "Permission denied" in warnings[0]

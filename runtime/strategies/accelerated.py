@@ -74,7 +74,15 @@ class AcceleratedStrategy:
         self._uniform = self._all_fp32 = False
         self._wrapped: nn.Module | None = None
         self._optimizer: Optimizer | None = None
-        if options.communication_hook == "bf16" and self.device.type == "cpu" and self.world_size > 1:
+        self._hook = options.communication_hook
+
+    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
+        """Wrap module and optimizer. Collective.
+
+        Raises:
+            ConfigurationError: the process group cannot do what the options ask for.
+        """
+        if self._hook == "bf16" and self.device.type == "cpu" and self.world_size > 1:
             raise ConfigurationError(
                 [
                     Problem(
@@ -82,9 +90,6 @@ class AcceleratedStrategy:
                     )
                 ]
             )
-
-    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
-        """Wrap module and optimizer. Collective."""
         self._module = module
         self._parameters = [p for p in module.parameters() if p.requires_grad]  # walking the module costs 50 µs a step
         self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
@@ -151,12 +156,11 @@ class AcceleratedStrategy:
             self._scaler.unscale_(self._optimizer)
         parameters = [p for p in self._parameters if p.grad is not None]
         gradients = [cast(Tensor, p.grad) for p in parameters]
-        grad_norm = None
-        if measure_norm or max_grad_norm is not None or not self._all_fp32:
-            grad_norm = self._norm(gradients)
-            finite = math.isfinite(grad_norm.item())
-        else:
-            finite = _all_finite(gradients)
+        # Judged in one way at every step: the norm of finite gradients can overflow, so how often it is reported must not
+        # decide whether a step is applied.
+        judged_by_norm = max_grad_norm is not None or not self._all_fp32
+        grad_norm = self._norm(gradients) if judged_by_norm or measure_norm else None
+        finite = math.isfinite(cast(Tensor, grad_norm).item()) if judged_by_norm else _all_finite(gradients)
         if finite:
             if max_grad_norm is not None and grad_norm is not None:
                 clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
