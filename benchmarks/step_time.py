@@ -1,15 +1,16 @@
-"""Time per step over hand-written PyTorch loops, in the same run, interleaved: ratios, since absolute times do not carry over.
+"""Time per step over hand-written PyTorch loops, in the same run, in turns: ratios, since absolute times do not carry over.
 
-    python benchmarks/step_time.py [--pairs 7] [--only mlp|gpt]
+    python benchmarks/step_time.py [--pairs 100] [--only mlp|gpt]
 
 Two bare loops are compared with. ``usual``: torch's default DataLoader over a TensorDataset and the default optimizer.
 ``careful``: whole-batch indexing and the fused optimizer as well. Both are DDP loops with two processes, accumulate with
-no_sync, and check nothing.
+no_sync, and check nothing. Printed ratios are [median, lower quartile, upper quartile] over pairs of neighbouring blocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ from runtime.model_zoo import GPT, MLP
 
 SIZES: dict[str, dict[str, Any]] = {
     # a tiny MLP: a step of about half a millisecond
-    "mlp": {"samples": 512 * 64, "batch": 64, "steps": 400, "warm": 50},
-    "gpt": {"samples": 64 * 16, "batch": 16, "steps": 12, "warm": 2},
+    "mlp": {"samples": 512 * 64, "batch": 64, "steps": 40},
+    "gpt": {"samples": 64 * 16, "batch": 16, "steps": 2},
 }
 
 
@@ -64,55 +66,87 @@ def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
-def bare(kind: str, *, careful: bool, world_size: int) -> float:
-    """Seconds per step of a hand-written loop."""
-    size = SIZES[kind]
-    samples, net = data(kind), model(kind)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, **({"fused": True} if careful else {}))
-    wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True) if world_size > 1 else net
-    rank = dist.get_rank() if world_size > 1 else 0
-    local = size["batch"] // world_size
+class Bare:
+    """A hand-written loop that can be run a few steps at a time."""
 
-    def usual_batches() -> Any:
+    def __init__(self, kind: str, *, careful: bool, world_size: int) -> None:
+        self._batch_size = SIZES[kind]["batch"]
+        self._samples, self._careful = data(kind), careful
+        self._net = model(kind)
+        self._optimizer = torch.optim.AdamW(self._net.parameters(), lr=1e-3, **({"fused": True} if careful else {}))
+        self._wrapped = (
+            DistributedDataParallel(self._net, gradient_as_bucket_view=True) if world_size > 1 else self._net
+        )
+        self._world_size, self._rank = world_size, dist.get_rank() if world_size > 1 else 0
+        self._local = self._batch_size // world_size
+        self._batches = self._careful_batches() if careful else self._usual_batches()
+
+    def seconds(self, steps: int) -> float:
+        """Run some steps and return what they took, with torch's own settings and python's garbage collector as it comes."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        gc.enable()
+        started = time.perf_counter()
+        for _ in range(steps):
+            inputs, target = next(self._batches)
+            loss_of(self._wrapped(inputs), target).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        taken = time.perf_counter() - started
+        torch.use_deterministic_algorithms(deterministic)
+        return taken
+
+    def _usual_batches(self) -> Iterator[Any]:
         sampler = None
-        if world_size > 1:
-            sampler = torch.utils.data.distributed.DistributedSampler(samples, world_size, rank)
+        if self._world_size > 1:
+            sampler = torch.utils.data.distributed.DistributedSampler(self._samples, self._world_size, self._rank)
         while True:
-            yield from DataLoader(samples, batch_size=local, shuffle=sampler is None, sampler=sampler, drop_last=True)
+            yield from DataLoader(
+                self._samples, batch_size=self._local, shuffle=sampler is None, sampler=sampler, drop_last=True
+            )
 
-    def careful_batches() -> Any:
+    def _careful_batches(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(0)
         while True:
-            order = torch.randperm(len(samples), generator=generator)
-            for start in range(0, len(samples) - size["batch"] + 1, size["batch"]):
-                yield samples[order[start + rank * local : start + (rank + 1) * local]]
-
-    batches = careful_batches() if careful else usual_batches()
-    started = 0.0
-    for step in range(size["warm"] + size["steps"]):
-        if step == size["warm"]:
-            started = time.perf_counter()
-        inputs, target = next(batches)
-        loss_of(wrapped(inputs), target).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return (time.perf_counter() - started) / size["steps"]
+            order = torch.randperm(len(self._samples), generator=generator)
+            for start in range(0, len(self._samples) - self._batch_size + 1, self._batch_size):
+                yield self._samples[order[start + self._rank * self._local : start + (self._rank + 1) * self._local]]
 
 
-def lockstep(kind: str, *, world_size: int) -> float:
-    """Seconds per step of the same training through Lockstep, from a configuration, nothing left out but reports and saves."""
+def measure(kind: str, pairs: int, world_size: int) -> None:
+    """Print one JSON line of medians and ratios from rank 0.
+
+    The machine's speed drifts within seconds, so the ways take turns every few steps: Lockstep trains, and at the end of
+    each of its blocks the bare loops run a block each.
+    """
     from runtime import loop
     from runtime.session import train
 
-    size, times = SIZES[kind], []
-    advance = loop.Progress.advance
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    steps = SIZES[kind]["steps"]
+    others = {name: Bare(kind, careful=name == "careful", world_size=world_size) for name in ("usual", "careful")}
+    seconds: dict[str, list[float]] = {"usual": [], "careful": [], "lockstep": []}
+    for bare in others.values():
+        bare.seconds(steps)
+    advance, since = loop.Progress.advance, 0.0
 
-    def noting(self: Any, window: Any, *, applied: bool) -> None:
+    def take_turns(self: Any, window: Any, *, applied: bool) -> None:
+        nonlocal since
         advance(self, window, applied=applied)
-        if self.step in (size["warm"], size["warm"] + size["steps"]):
-            times.append(time.perf_counter())
+        if self.step % steps:
+            return
+        if self.step > steps:  # the first block is a warm-up
+            seconds["lockstep"].append(time.perf_counter() - since)
+            collecting = gc.isenabled()
+            for name, bare in others.items():
+                seconds[name].append(bare.seconds(steps))
+            if not collecting:
+                gc.disable()
+        since = time.perf_counter()
 
-    loop.Progress.advance = noting  # type: ignore[method-assign]
+    loop.Progress.advance = take_turns  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         if world_size > 1:
             folders: list[Any] = [folder]
@@ -123,11 +157,11 @@ def lockstep(kind: str, *, world_size: int) -> float:
             "code": str(Path(__file__).parent),
             "model": {"target": "step_time:model", "args": {"kind": kind}},
             "data": {"train": {"target": "step_time:data", "args": {"kind": kind}}},
-            "batch": {"global_size": size["batch"]},
+            "batch": {"global_size": SIZES[kind]["batch"]},
             "objective": "CrossEntropyLoss" if kind == "mlp" else "NextTokenLoss",
             "optimizer": {"target": "AdamW", "args": {"lr": 1e-3}},
-            "limit": {"steps": size["warm"] + size["steps"]},
-            "checkpoint": {"every": "100000 steps"},
+            "limit": {"steps": steps * (pairs + 1)},
+            "checkpoint": {"every": "1000000 steps"},
             "reporting": {"every": "50 steps", "progress": False},
         }
         with Path(os.devnull).open("w") as nowhere:
@@ -136,34 +170,15 @@ def lockstep(kind: str, *, world_size: int) -> float:
                 train(config)
             finally:
                 sys.stdout = stdout
-                loop.Progress.advance = advance  # type: ignore[method-assign]
         if world_size > 1:
             dist.barrier()
-    return (times[1] - times[0]) / size["steps"]
-
-
-def measure(kind: str, pairs: int, world_size: int) -> None:
-    """Print one JSON line of medians and ratios from rank 0."""
-    torch.set_num_threads(1)
-    if world_size > 1:
-        dist.init_process_group("gloo")
-    ways = {
-        "usual": lambda: bare(kind, careful=False, world_size=world_size),
-        "careful": lambda: bare(kind, careful=True, world_size=world_size),
-        "lockstep": lambda: lockstep(kind, world_size=world_size),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(pairs):
-        for name, way in ways.items():
-            seconds[name].append(way())
     if not dist.is_initialized() or dist.get_rank() == 0:
-        ratios = {
-            f"over_{name}": round(
-                statistics.median(a / b for a, b in zip(seconds["lockstep"], seconds[name], strict=True)), 3
-            )
-            for name in ("usual", "careful")
-        }
-        medians = {name: round(1e3 * statistics.median(values), 3) for name, values in seconds.items()}
+        ratios = {}
+        for name in others:
+            of_pairs = [a / b for a, b in zip(seconds["lockstep"], seconds[name], strict=True)]
+            low, median, high = statistics.quantiles(of_pairs, n=4)
+            ratios[f"over_{name}"] = [round(value, 3) for value in (median, low, high)]
+        medians = {name: round(1e3 * statistics.median(values) / steps, 3) for name, values in seconds.items()}
         print(json.dumps({"model": kind, "processes": world_size, "pairs": pairs, "ms": medians, **ratios}), flush=True)
     os._exit(0)  # a gloo thread may abort an interpreter that shuts down in order
 
@@ -171,7 +186,7 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
 def main() -> None:
     """Start one process tree per model and world size."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=100, help="blocks of each way")
     parser.add_argument("--only", choices=sorted(SIZES))
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -58,26 +58,23 @@ class Window(NamedTuple):
 
     Args:
         cursor: which global batch it is part of.
+        next_cursor: the global batch after it.
         microbatches: as many on every rank.
         samples: in the whole global batch, over all ranks.
         real_slots: slots with samples, over all ranks.
         epoch_ends: whether it is the last global batch of its epoch.
+        run_ends: whether the run's limit is reached after it.
         weight: what the step's loss sum is divided by, over all ranks.
     """
 
     cursor: Cursor
+    next_cursor: Cursor
     microbatches: tuple[Microbatch, ...]
     samples: int
     real_slots: int
     epoch_ends: bool
+    run_ends: bool
     weight: float = 0.0
-
-    @property
-    def next_cursor(self) -> Cursor:
-        """The cursor after this step."""
-        if self.epoch_ends:
-            return Cursor(self.cursor.epoch + 1, 0)
-        return Cursor(self.cursor.epoch, self.cursor.batch + 1)
 
 
 class SlotIndex(NamedTuple):
@@ -227,8 +224,10 @@ class Windows:
     def __iter__(self) -> Iterator[Window]:
         for window, _ in self._plan:
             microbatches = tuple(
-                microbatch._replace(batch=self.filler if microbatch.filler else next(self._fetched))
-                for microbatch in window.microbatches
+                [
+                    Microbatch(slot, samples, next(self._fetched) if samples else self.filler)
+                    for slot, samples, _ in window.microbatches
+                ]
             )
             yield window._replace(microbatches=microbatches)
 
@@ -327,17 +326,21 @@ def with_weights(
 def _plan(
     order: Order, start: Cursor, stop: Callable[[Cursor, int], bool], sharing: Sharing
 ) -> Iterator[tuple[Window, Ids]]:
-    cursor, steps = start, 0
+    if stop(start, 0):
+        return
+    cursor, steps, run_ends = start, 0, False
     shares: dict[int, tuple[tuple[Microbatch, ...], int]] = {}  # by samples in the batch, which hardly ever change
-    while not stop(cursor, steps):
+    while not run_ends:
         ids = order.batch(cursor.epoch, cursor.batch)
         if len(ids) not in shares:
             shares[len(ids)] = _share(len(ids), sharing)
         microbatches, real_slots = shares[len(ids)]
         epoch_ends = cursor.batch + 1 >= order.num_batches(cursor.epoch)
-        window = Window(cursor, microbatches, len(ids), real_slots, epoch_ends)
-        yield window, ids
-        cursor, steps = window.next_cursor, steps + 1
+        next_cursor = Cursor(cursor.epoch + 1, 0) if epoch_ends else Cursor(cursor.epoch, cursor.batch + 1)
+        steps += 1
+        run_ends = stop(next_cursor, steps)
+        yield Window(cursor, next_cursor, microbatches, len(ids), real_slots, epoch_ends, run_ends), ids
+        cursor = next_cursor
 
 
 def _share(samples: int, sharing: Sharing) -> tuple[tuple[Microbatch, ...], int]:

@@ -11,6 +11,7 @@ from runtime.batches import Window
 from runtime.buffers import BufferRule
 from runtime.control import Agreement
 from runtime.errors import NonFiniteError
+from runtime.garbage import GarbageCollection
 from runtime.meters import TrainingMeter
 from runtime.metrics import Result
 from runtime.optimization import Schedule
@@ -40,6 +41,7 @@ class Parts:
     progress: Progress
     agreement: Agreement
     meter: TrainingMeter
+    garbage: GarbageCollection
     stop_wished: Callable[[], bool]
     will_report: Callable[[Window], bool]
     report: Callable[[Window], None]
@@ -59,13 +61,14 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         buffers.begin_step()
         for number, microbatch in enumerate(window.microbatches, start=1):
             seed_everything(derive(parts.seed, Purpose.SLOT, progress.step, microbatch.slot), strategy.device)
-            batch = strategy.to_device(microbatch.batch)
+            batch, filler = strategy.to_device(microbatch.batch), microbatch.filler
             with strategy.microbatch(last=number == len(window.microbatches)):
-                loss = strategy.forward(batch, filler=microbatch.filler)
+                loss = strategy.forward(batch, filler=filler)
                 strategy.backward(loss.sum, weight=window.weight or 1.0)
-            buffers.end_slot(filler=microbatch.filler)
-            if not microbatch.filler:
+            buffers.end_slot(filler=filler)
+            if not filler:
                 meter.add(loss, batch)
+            del loss, batch  # the next forward pass needs the memory
 
         update = _apply(window, parts)
         buffers.end_step(real_slots=window.real_slots, applied=update.applied)
@@ -77,6 +80,8 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
                 parts.averaging.update()
         if window.epoch_ends:
             parts.schedule.after_epoch()
+
+        parts.garbage.after_step(progress.step)
 
         leaving = parts.agreement.end()
         parts.report(window)

@@ -14,6 +14,8 @@ from runtime.metrics import MetricSet, Result
 from runtime.objective import Loss, Objective
 from runtime.strategies import Update
 
+_HELD = 64
+
 
 class TrainingMeter:
     """The training loss, its parts, the gradient's norm and the throughput since the last report.
@@ -47,10 +49,11 @@ class TrainingMeter:
         """Take in the step, if its update was applied."""
         if update.applied:
             for name, value in self._step.items():
-                if name in self._sums:
-                    self._sums[name] += value  # a float64 sum takes in any type
-                else:
-                    self._sums[name] = value.double()
+                held = self._held.setdefault(name, [])
+                held.append(value)
+                if len(held) == _HELD:
+                    self._sums[name] = self._sum(name)
+                    held.clear()
             self._weight += window.weight
             self._grad_norm = update.grad_norm
         self._step = {}
@@ -69,7 +72,7 @@ class TrainingMeter:
     def read(self) -> dict[str, Result]:
         """Return and forget what was measured, equal on every rank but for times. Collective: every rank must call this."""
         # Waits for the device, once per report.
-        summed = sum_by_name({name: float(value) for name, value in self._sums.items()}, self._device)
+        summed = sum_by_name({name: float(self._sum(name)) for name in self._held}, self._device)
         seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
         if self._weight > 0:
@@ -86,8 +89,13 @@ class TrainingMeter:
         self._reset()
         return report
 
+    def _sum(self, name: str) -> Tensor | float:
+        held = self._held[name]
+        return self._sums.get(name, 0.0) + (torch.stack(held).double().sum() if held else 0.0)
+
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._held: dict[str, list[Tensor]] = {}  # steps not yet in the sums: an addition each would cost 5 µs
+        self._sums: dict[str, Tensor | float] = {}  # in float64
         self._weight = 0.0
         self._grad_norm = None
         self._samples = 0

@@ -21,6 +21,7 @@ Ids = npt.NDArray[np.int64]
 
 _ROUNDS = 12  # enough that tiny sets see every permutation about equally often
 _BLOCK = 8192  # positions enciphered at once: the cost per id falls from 0.5 to 0.1 µs
+_HALF = np.uint64(32)
 _CPU = torch.device("cpu")
 
 
@@ -65,20 +66,24 @@ class KeyedPermutation:
     def _encipher(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         right, left = np.divmod(values, self._rows)
         for number, key in enumerate(self._keys):
-            mixed = _mix(right + key)
-            mixed += left
-            left, right = right, mixed % (self._rows if number % 2 == 0 else self._columns)
+            modulus = self._rows if number % 2 == 0 else self._columns
+            # left + f(right), modulo: without a division, which would take most of the time.
+            shift = _mix(right + key)
+            shift >>= _HALF
+            shift *= modulus
+            shift >>= _HALF
+            shift += left
+            left, right = right, np.minimum(shift, shift - modulus)  # below zero it wraps to something huge
         return right * self._rows + left
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Hash 64-bit values to 63 bits (the finaliser of splitmix64), so that a later addition cannot overflow."""
+    """Hash 64-bit values in place (the finaliser of splitmix64)."""
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)
     values *= np.uint64(0x94D049BB133111EB)
     values ^= values >> np.uint64(31)
-    values >>= np.uint64(1)
     return values
 
 

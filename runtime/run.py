@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -35,6 +34,7 @@ from runtime.control import Agreement, from_rank_0, sum_over_ranks
 from runtime.errors import CheckpointError, ConfigurationError, DataError, RunFolderError
 from runtime.evaluation import Evaluator
 from runtime.facts import start_facts, versions
+from runtime.garbage import GarbageCollection
 from runtime.loop import Parts, train
 from runtime.meters import TrainingMeter
 from runtime.metrics import MetricSet, Result
@@ -84,6 +84,7 @@ class Run:
         self._reporter = Reporter()
         self._results: dict[str, Result] = {}
         self._evaluated_step = -1
+        self._garbage = GarbageCollection()
         self._prepare_folder()
         self._checkpoints = CheckpointFolder(
             self._folder / "checkpoints",
@@ -150,11 +151,8 @@ class Run:
         train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
         self._meter = TrainingMeter(self._strategy.device, objective, MetricSet(train_metrics, self._strategy.device))
         module.train()
-        gc.freeze()  # what is there by now stays: a full collection in mid-training would search it for 0.1 s
-        try:
+        with self._garbage:
             outcome = train(weighted, self._parts(module))
-        finally:
-            gc.unfreeze()
         if outcome == "finished":
             self._evaluate_test()
         return self._close(outcome)
@@ -171,6 +169,7 @@ class Run:
             progress=self._progress,
             agreement=Agreement(world_size=strategy.world_size, device=strategy.device),
             meter=self._meter,
+            garbage=self._garbage,
             stop_wished=lambda: bool(self._stop_wish),
             will_report=lambda window: self._is_due(self._values.reporting.every, window, ahead=1),
             report=self._report,
@@ -189,7 +188,7 @@ class Run:
         if self._validation is None or not self._is_due(self._values.evaluation.every, window):
             return None
         self._meter.pause()
-        with self._evaluated_weights():
+        with self._evaluated_weights(), self._garbage.paused():
             results = self._validation.evaluate()
         self._meter.resume()
         self._results, self._evaluated_step = results, self._progress.step
@@ -216,10 +215,9 @@ class Run:
 
     def _is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
         """Tell whether something is due after this window's step, which is counted already unless it lies ahead."""
-        step, epoch_ends = self._progress.step + ahead, window.epoch_ends
-        if every.due(step=step, epoch=window.cursor.epoch + 1, epoch_ends=epoch_ends):
+        if window.run_ends:
             return True
-        return self._reached(window.next_cursor, step - self._first_step)
+        return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
 
     def _reached(self, cursor: Cursor, steps: int) -> bool:
         limit = self._values.limit

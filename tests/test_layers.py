@@ -18,7 +18,7 @@ LAYERS = [
     ["errors"],
     ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
     ["randomness", "determinism", "stopping", "serialization"],
-    ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "progress"],
+    ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "progress", "garbage"],
     ["strategies", "strategies.accelerated", "metrics", "checkpoint", "meters"],
     ["reporting", "console", "wandb_tracker", "evaluation", "loop"],
     ["assembly", "resumption", "facts", "run", "session", "show", "launching"],

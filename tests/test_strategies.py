@@ -264,7 +264,7 @@ def saved_model(folder: Path, step: int) -> dict[str, Any]:
 def test_one_element_that_is_not_finite_is_found_and_finite_gradients_are_left_bit_for_bit(
     where: int, value: float
 ) -> None:
-    gradients = [torch.randn(5), torch.randn(2, 3) * 1e38, torch.full((4,), 1e-45)]
+    gradients = [torch.randn(5), torch.full((2, 3), 3e38), torch.full((4,), 1e-45)]  # a sum that overflows
     before = [gradient.clone() for gradient in gradients]
     assert _all_finite(gradients)
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(gradients, before, strict=True))

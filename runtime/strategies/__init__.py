@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from torch.optim import Optimizer
 from runtime.objective import Loss, TrainingModule
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What became of a step's gradient; equal on all ranks.
 
     Args:

@@ -33,6 +33,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_LOSS_SCALE = 2.0**-14  # below it no finite gradient can be what the scale is searching for
+_NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -125,7 +126,7 @@ class AcceleratedStrategy:
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
         if last or self.world_size == 1:
-            return nullcontext()
+            return _NOTHING
         return cast(AbstractContextManager[None], self._accelerator.no_sync(self._wrapped))
 
     def forward(self, batch: Any, *, filler: bool) -> Loss:
@@ -154,16 +155,15 @@ class AcceleratedStrategy:
         assert self._optimizer is not None
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        parameters = [p for p in self._parameters if p.grad is not None]
-        gradients = [cast(Tensor, p.grad) for p in parameters]
+        gradients = [grad for p in self._parameters if (grad := p.grad) is not None]
         # Judged in one way at every step: the norm of finite gradients can overflow, so how often it is reported must not
         # decide whether a step is applied.
         judged_by_norm = max_grad_norm is not None or not self._all_fp32
         grad_norm = self._norm(gradients) if judged_by_norm or measure_norm else None
-        finite = math.isfinite(cast(Tensor, grad_norm).item()) if judged_by_norm else _all_finite(gradients)
+        finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else _all_finite(gradients)
         if finite:
             if max_grad_norm is not None and grad_norm is not None:
-                clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+                clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
             if self._scaler is not None:
                 self._scaler.step(self._optimizer)
             else:
@@ -193,7 +193,7 @@ class AcceleratedStrategy:
     def autocast(self) -> AbstractContextManager[None]:
         """Surround a forward pass."""
         if self._autocast_dtype is None:
-            return nullcontext()
+            return _NOTHING
         return cast(AbstractContextManager[None], torch.autocast(self.device.type, self._autocast_dtype))
 
     def state(self) -> Mapping[str, Any]:
@@ -239,10 +239,14 @@ class AcceleratedStrategy:
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
-    """Tell whether no element is NaN or infinite: one pass, at half the cost of the norm.
+    """Tell whether no element is NaN or infinite. Waits for the device.
 
-    This is what torch's GradScaler uses; it multiplies by one, which changes no bit. Waits for the device.
+    A sum with such an element is not finite either, and on a CPU sums are the cheapest pass; sums of finite elements can
+    overflow, so what they accuse is looked at element by element, as torch's GradScaler does (a multiplication by one, which
+    changes no bit).
     """
+    if gradients[0].device.type == "cpu" and math.isfinite(sum([gradient.sum().item() for gradient in gradients])):
+        return True
     found = gradients[0].new_zeros(1)
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, gradients[0].new_ones(1))
     return found.item() == 0
