@@ -7,7 +7,7 @@ loader's index is ``(epoch, ids)``, so that its workers live as long as the run 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
@@ -193,6 +193,7 @@ class Windows:
 
     Args:
         stop: told the cursor and the number of steps yielded so far, whether the run's limit is reached.
+        skipped: global batches that are left out.
         make_loader: see :func:`loader_factory`.
 
     Attributes:
@@ -211,12 +212,13 @@ class Windows:
         *,
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
+        skipped: Collection[Cursor] = (),
         sharing: Sharing,
         make_loader: MakeLoader,
     ) -> None:
         self._slots = sharing.slots
         # The loader runs ahead of the training loop; both walk one plan, so that no batch is drawn twice.
-        ahead, self._plan = tee(_plan(order, start, stop, sharing))
+        ahead, self._plan = tee(_plan(order, start, stop, frozenset(skipped), sharing))
         self._needs_filler = sharing.world_size > 1
         self._fetched = read(samples, self._indices(ahead), make_loader)
         self.filler = next(self._fetched) if self._needs_filler else None
@@ -323,22 +325,33 @@ def with_weights(
             yield window._replace(weight=total)
 
 
+def upcoming(order: Order, cursor: Cursor, skipped: Collection[Cursor]) -> Cursor:
+    """Return the first global batch from a cursor on that is not left out."""
+    while True:
+        # The first batch of an epoch is there; asking would draw the epoch's order before it is needed.
+        if cursor.batch and cursor.batch >= order.num_batches(cursor.epoch):
+            cursor = Cursor(cursor.epoch + 1, 0)
+        elif cursor in skipped:
+            cursor = Cursor(cursor.epoch, cursor.batch + 1)
+        else:
+            return cursor
+
+
 def _plan(
-    order: Order, start: Cursor, stop: Callable[[Cursor, int], bool], sharing: Sharing
+    order: Order, start: Cursor, stop: Callable[[Cursor, int], bool], skipped: Collection[Cursor], sharing: Sharing
 ) -> Iterator[tuple[Window, Ids]]:
-    if stop(start, 0):
-        return
-    cursor, steps, run_ends = start, 0, False
+    cursor, steps = upcoming(order, start, skipped), 0
+    run_ends = stop(cursor, 0)
     shares: dict[int, tuple[tuple[Microbatch, ...], int]] = {}  # by samples in the batch, which hardly ever change
     while not run_ends:
         ids = order.batch(cursor.epoch, cursor.batch)
         if len(ids) not in shares:
             shares[len(ids)] = _share(len(ids), sharing)
         microbatches, real_slots = shares[len(ids)]
-        epoch_ends = cursor.batch + 1 >= order.num_batches(cursor.epoch)
-        next_cursor = Cursor(cursor.epoch + 1, 0) if epoch_ends else Cursor(cursor.epoch, cursor.batch + 1)
+        next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), skipped)
         steps += 1
         run_ends = stop(next_cursor, steps)
+        epoch_ends = next_cursor.epoch > cursor.epoch
         yield Window(cursor, next_cursor, microbatches, len(ids), real_slots, epoch_ends, run_ends), ids
         cursor = next_cursor
 

@@ -9,6 +9,10 @@ newest good one. Checksums guard against damage, not malice: that is why nothing
         training.safetensors    optimizer, objective, averages
         state.json              progress, cursor, schedule, everything that is not a tensor
         manifest.json           written last
+    checkpoints/step-00001600-epoch-4-loss-0.2171/      one of the best when it was saved
+    checkpoints/step-00001600-attempt-2/                saved after the second rollback
+    checkpoints/best.json                               what is best, with its value
+    checkpoints/rollbacks.json                          which checkpoints a rollback has abandoned (attempts.py)
 """
 
 from __future__ import annotations
@@ -19,34 +23,41 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from runtime.attempts import Attempts
 from runtime.config import Best
 from runtime.errors import CheckpointError
-from runtime.serialization import checksum, join_state, split_state, sync_folder, write_durably, write_tensors
+from runtime.serialization import checksum, join_state, replace_file, sync_folder, write_durably, write_tensors
+from runtime.snapshot import Snapshot
 
 FORMAT_VERSION = 1
 _FILES = ("model.safetensors", "training.safetensors", "state.json")
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
+_UNFINISHED = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk.
+    """A checkpoint on disk.
 
     Args:
         path: its folder.
         step: steps consumed when it was made.
+        attempt: the line of history it belongs to.
+        epoch: the epoch of its last step, counted from 1.
         results: of the evaluation of the same step, if there was one.
     """
 
     path: Path
     step: int
+    attempt: int
+    epoch: int
     results: Mapping[str, Any]
 
 
@@ -58,64 +69,80 @@ class CheckpointFolder:
         keep: newest checkpoints kept.
         best: which others are kept.
         warn: told what was found damaged.
+        before_commit: called before a checkpoint gets its final name; raises if another process owns the folder by now.
     """
 
-    def __init__(self, folder: Path, *, keep: int, best: Sequence[Best], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        best: Sequence[Best],
+        warn: Callable[[str], None],
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = folder
         self._keep = keep
         self._best = best
         self._warn = warn
+        self._before_commit = before_commit
+        self.attempts = Attempts(folder)
 
-    def save(
-        self, step: int, *, model: Mapping[str, Any], training: Mapping[str, Any], results: Mapping[str, Any]
-    ) -> Path:
+    def write(self, snapshot: Snapshot) -> Path:
         """Write one checkpoint and drop those that are no longer kept.
-
-        Args:
-            model: the model's state dict.
-            training: everything else: tensors and plain data, nested.
-            results: of the evaluation of this step, empty if there was none.
 
         Raises:
             CheckpointError: it could not be written; what was there before is untouched.
         """
-        final = self.folder / f"step-{step:08d}"
-        if final.exists():
-            return final
+        known = [c for c in self._checkpoints() if (c.step, c.attempt) == (snapshot.step, snapshot.attempt)]
+        if known and (known[-1].results or not snapshot.results):
+            return known[-1].path
+        final = self.folder / self._name(snapshot, evaluated=bool(known))
         partial = self.folder / f"{final.name}.partial-{secrets.token_hex(4)}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            self._write(partial, step, model, training, results)
+            _write_files(partial, snapshot)
+            self._before_commit()
             os.rename(partial, final)
             sync_folder(self.folder)
         except OSError as error:
             raise CheckpointError(
-                f"step {step} could not be saved to {self.folder}: {error.strerror or error}; earlier checkpoints are whole"
+                f"step {snapshot.step} could not be saved to {self.folder}: {error.strerror or error}; "
+                "earlier checkpoints are whole"
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # nothing is left under this name once it has been renamed
         try:
+            self._record_best()
             self._drop_old()
         except OSError as error:
-            self._warn(f"an old checkpoint could not be removed: {error}")
+            self._warn(f"checkpoints could not be tidied up: {error}")
         return final
 
-    def newest(self) -> Checkpoint | None:
-        """Return the newest whole checkpoint; a damaged one is moved aside and named.
+    def newest(self, *, usable: Callable[[Checkpoint], str | None] = lambda checkpoint: None) -> Checkpoint | None:
+        """Return the newest whole checkpoint that no rollback has abandoned; a damaged one is moved aside and named.
+
+        Args:
+            usable: says why a whole checkpoint is not wanted, or None.
 
         Raises:
             CheckpointError: a checkpoint was written by a newer version of Lockstep.
         """
-        for path in reversed(self._paths()):
-            damage = _damage(path)
-            if damage is None:
-                return _opened(path)
-            aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(2)}")
-            os.rename(path, aside)
-            self._warn(
-                f"checkpoint {path.name} is damaged ({damage}); moved to {aside.name}, going on from the one before"
-            )
+        for checkpoint in reversed(list(self._checkpoints())):
+            path = checkpoint.path
+            damage = damage_of(path)
+            if damage is not None:
+                aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(2)}")
+                os.rename(path, aside)
+                self._warn(
+                    f"checkpoint {path.name} is damaged ({damage}); moved to {aside.name}, going on from the one before"
+                )
+                continue
+            unwanted = usable(checkpoint)
+            if unwanted is None:
+                return checkpoint
+            self._warn(f"checkpoint {path.name} is passed over: {unwanted}")
         return None
 
     def clear_partial(self) -> None:
@@ -125,44 +152,44 @@ class CheckpointFolder:
 
     def best(self, metric: str, mode: str) -> Checkpoint | None:
         """Return the kept checkpoint with the best result."""
-        ranked = _ranked([_opened(path) for path in self._paths()], metric, mode)
+        ranked = _ranked(list(self._checkpoints()), metric, mode)
         return ranked[0] if ranked else None
 
-    def _write(
-        self, folder: Path, step: int, model: Mapping[str, Any], training: Mapping[str, Any], results: Mapping[str, Any]
-    ) -> None:
-        model_tree, model_tensors = split_state(dict(model))
-        training_tree, training_tensors = split_state(dict(training))
-        tree = {
-            "version": FORMAT_VERSION,
-            "step": step,
-            "results": dict(results),
-            "model": model_tree,
-            "training": training_tree,
-        }
-        files = {
-            "model.safetensors": write_tensors(folder / "model.safetensors", model_tensors),
-            "training.safetensors": write_tensors(folder / "training.safetensors", training_tensors),
-            "state.json": write_durably(folder / "state.json", json.dumps(tree, indent=1).encode()),
-        }
-        manifest = {
-            "version": FORMAT_VERSION,
-            "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
-        }
-        write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-        sync_folder(folder)
+    def _name(self, snapshot: Snapshot, *, evaluated: bool) -> str:
+        name = f"step-{snapshot.step:08d}" + (f"-attempt-{snapshot.attempt}" if snapshot.attempt else "")
+        others = list(self._checkpoints())
+        this = Checkpoint(self.folder / name, snapshot.step, snapshot.attempt, snapshot.epoch, snapshot.results)
+        leading = [b.metric for b in self._best if this in _ranked([*others, this], b.metric, b.mode)[: b.keep]]
+        if leading:
+            values = (f"-{re.sub('[^A-Za-z0-9_]', '_', m)}-{snapshot.results[m]:.4g}" for m in leading)
+            return f"{name}-epoch-{snapshot.epoch}" + "".join(values)
+        return f"{name}-evaluated" if evaluated else name
 
-    def _paths(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+    def _checkpoints(self) -> Iterator[Checkpoint]:
+        """Yield those that no rollback has abandoned, oldest first."""
+        found = (checkpoint for checkpoint, abandoned in listed(self.folder, self.attempts) if not abandoned)
+        yield from sorted(found, key=lambda c: (c.step, c.attempt, bool(c.results)))
+
+    def _record_best(self) -> None:
+        if not self._best:
+            return
+        checkpoints = list(self._checkpoints())
+        record = {
+            best.metric: [
+                {"checkpoint": c.path.name, "value": c.results[best.metric], "step": c.step, "epoch": c.epoch}
+                for c in _ranked(checkpoints, best.metric, best.mode)[: best.keep]
+            ]
+            for best in self._best
+        }
+        replace_file(self.folder / "best.json", json.dumps(record, indent=1))
 
     def _drop_old(self) -> None:
-        checkpoints = [_opened(path) for path in self._paths()]
-        kept = {checkpoint.path for checkpoint in checkpoints[-self._keep :]}
+        checkpoints = list(self._checkpoints())
+        current = {(c.step, c.attempt): c for c in checkpoints}  # of two of one step, the one with results
+        kept = {c.path for c in list(current.values())[-self._keep :]}
         for best in self._best:
             kept |= {c.path for c in _ranked(checkpoints, best.metric, best.mode)[: best.keep]}
-        for checkpoint in checkpoints:
+        for checkpoint, _ in listed(self.folder, self.attempts):
             if checkpoint.path not in kept:
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
                 doomed = checkpoint.path.with_name(f"{checkpoint.path.name}.partial-{secrets.token_hex(4)}")
@@ -170,23 +197,31 @@ class CheckpointFolder:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+def listed(folder: Path, attempts: Attempts) -> list[tuple[Checkpoint, bool]]:
+    """Return every checkpoint that bears a final name, and whether a rollback has abandoned it."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _NAME.fullmatch(path.name)
+        if match is not None and not _UNFINISHED.search(path.name) and path.is_dir():
+            checkpoint = _opened(path, step=int(match[1]), attempt=int(match[2] or 0))
+            found.append((checkpoint, attempts.abandoned(checkpoint.step, checkpoint.attempt)))
+    return found
+
+
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the model's state dict and the training state of a verified checkpoint, on the CPU."""
-    tree = json.loads((checkpoint.path / "state.json").read_text())
-    model = join_state(tree["model"], load_file(checkpoint.path / "model.safetensors"))
-    training = join_state(tree["training"], load_file(checkpoint.path / "training.safetensors"))
+    tree = json.loads((path / "state.json").read_text())
+    model = join_state(tree["model"], load_file(path / "model.safetensors"))
+    training = join_state(tree["training"], load_file(path / "training.safetensors"))
     return model, training
 
 
-def _opened(path: Path) -> Checkpoint:
-    try:
-        tree = json.loads((path / "state.json").read_text())
-        return Checkpoint(path, tree["step"], tree["results"])
-    except (OSError, ValueError, KeyError):
-        return Checkpoint(path, int(path.name[5:]), {})
+def damage_of(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None if every byte is as it was written.
 
-
-def _damage(path: Path) -> str | None:
+    Raises:
+        CheckpointError: it was written by a newer version of Lockstep.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         version = int(manifest["version"])
@@ -204,11 +239,43 @@ def _damage(path: Path) -> str | None:
             return f"{name} is not in manifest.json"
     for name, (size, digest) in files.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or cut short"
-        if checksum(file) != digest:
-            return f"{name} does not match its checksum"
+        try:
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{name} is missing or cut short"
+            if checksum(file) != digest:
+                return f"{name} does not match its checksum"
+        except OSError as error:  # a bad sector
+            return f"{name} cannot be read: {error.strerror or error}"
     return None
+
+
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    tree = {
+        "version": FORMAT_VERSION,
+        "step": snapshot.step,
+        "attempt": snapshot.attempt,
+        "epoch": snapshot.epoch,
+        "results": dict(snapshot.results),
+        **snapshot.trees,
+    }
+    files = {
+        f"{file}.safetensors": write_tensors(folder / f"{file}.safetensors", t) for file, t in snapshot.tensors.items()
+    }
+    files["state.json"] = write_durably(folder / "state.json", json.dumps(tree, indent=1).encode())
+    manifest = {
+        "version": FORMAT_VERSION,
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
+    }
+    write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
+
+
+def _opened(path: Path, *, step: int, attempt: int) -> Checkpoint:
+    try:
+        tree = json.loads((path / "state.json").read_text())
+        return Checkpoint(path, step, attempt, int(tree["epoch"]), dict(tree["results"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return Checkpoint(path, step, attempt, 0, {})  # damaged, which verifying it will tell
 
 
 def _ranked(checkpoints: Sequence[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:

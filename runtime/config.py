@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from runtime.config_types import Every, Interval, Section, Shorthand, free, refuse
+from runtime.config_types import Every, Interval, Section, Shorthand, Time, free, refuse
 
 _TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
 _ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
@@ -168,12 +168,18 @@ class Averaging(Section):
 
 
 class Limit(Section):
-    """When the run is finished; exactly one of the two."""
+    """When the run is finished (exactly one of ``epochs`` and ``steps``), and how long one start of it may take."""
 
     epochs: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
     """Passes over the training data."""
     steps: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
     """Global batches."""
+    time: Time | None = free(None)
+    """Time this start may take, such as ``3h55m``; the run then saves, early enough to be done by then, and can go on later."""
+    grace_seconds: float = Field(120.0, gt=0, json_schema_extra={"resume": "free"})
+    """Longest time from being asked to stop until the last save is done; then the process leaves without one."""
+    silence_seconds: float = Field(600.0, gt=0, json_schema_extra={"resume": "free"})
+    """How long a rank may be silent, or stand at one place, before the others leave and name it."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -237,6 +243,41 @@ class Evaluation(Section):
     """Name in the results to torchmetrics class."""
     metrics_on_train: bool = free(False)
     """Also compute the metrics on the training batches, at every report (in training mode, before each update)."""
+
+
+class Spike(Section):
+    """When a step's loss counts as a jump. Watching costs one small all-reduce and a wait for the device at each step."""
+
+    sigma: float = Field(6.0, gt=0, json_schema_extra={"resume": "free"})
+    """Standard deviations above the mean of the last losses."""
+    window: int = Field(100, ge=2, json_schema_extra={"resume": "free"})
+    """How many losses mean and standard deviation are taken of; nothing is judged before there are as many."""
+    policy: Literal["stop", "skip", "rollback"] = free("stop")
+    """What happens then."""
+
+
+class Divergence(Section):
+    """What becomes of a step whose gradient is not finite or whose loss jumps; decided before the update, on all ranks.
+
+    ``stop``: the run ends with a message. ``skip``: the update is left out; weights, optimizer and averages stay as they are
+    bit for bit. ``rollback``: the run returns to the last good checkpoint and leaves the step's global batch out.
+    """
+
+    non_finite: Literal["stop", "skip", "rollback"] = free("stop")
+    """What happens where a gradient is NaN or infinite. (With fp16 the loss scale is lowered and the step skipped, always.)"""
+    spike: Spike | None = free(None)
+    """Watch the training loss for jumps. Default: off."""
+    max_skips: int = Field(100, ge=1, json_schema_extra={"resume": "free"})
+    """Updates skipped in a row before the run stops."""
+    max_rollbacks: int = Field(3, ge=1, json_schema_extra={"resume": "free"})
+    """Rollbacks in the whole life of the run before it stops."""
+    learning_rate_factor: float = Field(1.0, gt=0, le=1, json_schema_extra={"resume": "free"})
+    """What all learning rates are multiplied by at each rollback."""
+
+    @property
+    def rolls_back(self) -> bool:
+        """Tell whether a rollback can happen."""
+        return "rollback" in (self.non_finite, self.spike.policy if self.spike is not None else None)
 
 
 class Best(Section):
@@ -326,6 +367,8 @@ class RunConfiguration(Section):
     """A running average of the weights. Default: none."""
     limit: Limit
     """When the run is finished."""
+    divergence: Divergence = Divergence()
+    """What becomes of a step that must not be applied."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the forward and backward pass (autocast; fp16 with a loss scale). Weights keep their own type."""
     determinism: Literal["strict", "fast"] | None = free(None)

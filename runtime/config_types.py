@@ -77,6 +77,41 @@ Every = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Duration:
+    """A length of time."""
+
+    seconds: int
+
+    def __str__(self) -> str:
+        hours, rest = divmod(self.seconds, 3600)
+        parts = ((hours, "h"), (rest // 60, "m"), (rest % 60, "s"))
+        return "".join(f"{count}{unit}" for count, unit in parts if count)
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """Read ``"3h55m"``, ``"90m"`` or ``"1d12h30m15s"``."""
+        if isinstance(value, cls):
+            return value
+        match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value) if isinstance(value, str) else None
+        seconds = (
+            sum(int(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
+            if match
+            else 0
+        )
+        if seconds == 0:
+            raise PydanticCustomError("duration", "write a length of time, such as '3h55m', '90m' or '1d12h'")
+        return cls(seconds)
+
+
+Time = Annotated[
+    Duration,
+    BeforeValidator(Duration.parse),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", "examples": ["3h55m", "90m"]}),
+]
+
+
 @dataclass(frozen=True, eq=False)  # hashed by identity: typing puts annotations into sets
 class Shorthand:
     """A second way to write a section, for the loader (``expand``) and for editors (``schema``)."""

@@ -82,6 +82,10 @@ class ConsoleTracker:
             f"epoch {epoch}  step {step}  [bold]{split}[/]  {_figures(results, list(results))}", soft_wrap=True
         )
 
+    def rewind(self, step: int) -> None:
+        """Forget the results of later steps; the bar goes back by itself."""
+        self._rows = [row for row in self._rows if row[1] <= step]
+
     def message(self, text: str) -> None:
         """Print one line."""
         self._console.print(text, soft_wrap=True, markup=False)

@@ -11,13 +11,13 @@ from runtime import environment
 from runtime.errors import (
     CheckpointError,
     ConfigurationError,
+    DivergenceError,
     LockstepError,
     MissingDependencyError,
-    NonFiniteError,
     RunFolderError,
 )
 
-_EQUAL_ON_ALL_RANKS = (ConfigurationError, MissingDependencyError, RunFolderError, CheckpointError, NonFiniteError)
+_EQUAL_ON_ALL_RANKS = (ConfigurationError, MissingDependencyError, RunFolderError, CheckpointError, DivergenceError)
 
 
 def main(arguments: Sequence[str]) -> int:

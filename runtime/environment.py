@@ -3,6 +3,8 @@
 LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
 LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
 WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR    set by ``accelerate launch`` and torchrun
+SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
+TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
 """
 
 from __future__ import annotations
@@ -22,6 +24,16 @@ def rank() -> int:
 def launch_token() -> str | None:
     """The token of the launch that started this process."""
     return os.environ.get("LOCKSTEP_LAUNCH")
+
+
+def job_identity() -> tuple[str | None, int]:
+    """Return the job's id, the same after a restart, and how often it was restarted."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if job != "none":  # torchrun's default, the same for every run
+        return job, int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    return None, 0
 
 
 def requested_world_size(configured: int | None) -> int:

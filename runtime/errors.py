@@ -8,7 +8,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── CheckpointError              a checkpoint is damaged, of another format or of another run
  ├── DataError                    a data set is empty, inconsistent, or raised while it was read
  ├── ObjectiveError               the loss or its weight is not what the contract says
- ├── NonFiniteError               the gradient of a step is NaN or infinite
+ ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
  └── PeerError                    another rank left; its own message tells why
 """
@@ -92,8 +92,8 @@ class ObjectiveError(LockstepError):
     """An objective broke the loss contract."""
 
 
-class NonFiniteError(LockstepError):
-    """A step's gradient is NaN or infinite; parameters are as they were before the step."""
+class DivergenceError(LockstepError):
+    """Training went astray; parameters are as they were before the step that showed it."""
 
 
 class EvaluationError(LockstepError):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from runtime.batches import Samples, SlotIndex, read, slots_of_rank
-from runtime.control import sum_by_name
+from runtime.control import Agreement, sum_by_name
 from runtime.errors import EvaluationError
 from runtime.metrics import MetricSet, Result
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -51,9 +51,10 @@ class Evaluator:
         self._seed = seed
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, Result]:
+    def evaluate(self, stop_wished: Callable[[], bool] = lambda: False) -> dict[str, Result] | None:
         """Return ``samples``, ``loss``, the objective's parts and the metrics, equal on every rank.
 
+        None if it was cut short, after the same round on every rank, because a rank wished to stop.
         Collective: every rank must call this.
 
         Raises:
@@ -65,24 +66,32 @@ class Evaluator:
         self._metrics.reset()
         try:
             with preserved_random_state(self._strategy.device):
-                totals = self._run_share()
+                totals = self._run_share(stop_wished)
         finally:
             module.train(was_training)
-        return self._reduced(totals)
+        return self._reduced(totals) if totals is not None else None
 
-    def _run_share(self) -> dict[str, Any]:
+    def _run_share(self, stop_wished: Callable[[], bool]) -> dict[str, Any] | None:
         strategy, device = self._strategy, self._strategy.device
         objective = strategy.unwrapped.objective
         size = len(self._samples)
-        rounds = -(-size // self._micro_size)
-        own = slots_of_rank(rounds, strategy.world_size, strategy.rank)
+        microbatches = -(-size // self._micro_size)
+        own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
         shares = (self._share(number, size) for number in own)
+        batches = read(self._samples, shares, self._make_loader)
+        agreement = Agreement(world_size=strategy.world_size, device=device)
         totals: dict[str, Any] = {
             "samples": 0.0,
             "weight": 0.0,
             "loss": torch.zeros((), dtype=torch.float64, device=device),
         }
-        for number, batch in zip(own, read(self._samples, shares, self._make_loader), strict=True):
+        for place in range(-(-microbatches // strategy.world_size)):  # as many rounds on every rank
+            agreement.begin(stop_wished())
+            if agreement.end():
+                return None
+            if place >= len(own):
+                continue
+            number, batch = own[place], next(batches)
             count = len(self._share(number, size).ids)
             totals["samples"] += count
             totals["weight"] += count if objective.counts_samples else objective.checked_weight(batch)

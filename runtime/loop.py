@@ -10,7 +10,7 @@ from runtime.averaging import ExponentialMovingAverage
 from runtime.batches import Window
 from runtime.buffers import BufferRule
 from runtime.control import Agreement
-from runtime.errors import NonFiniteError
+from runtime.divergence import Divergence
 from runtime.garbage import GarbageCollection
 from runtime.meters import TrainingMeter
 from runtime.metrics import Result
@@ -28,7 +28,7 @@ class Parts:
         stop_wished: whether this process was asked to stop.
         will_report: tells, before a step is counted, whether figures will be due after it; equal on all ranks.
         report: tells the meter's figures, if they are due.
-        evaluate: evaluates, if it is due, and returns the results.
+        evaluate: evaluates, if it is due, and returns the results; sets ``progress.evaluation_due`` if it was cut short.
         save: saves, if it is due or the run is being left.
     """
 
@@ -38,6 +38,7 @@ class Parts:
     schedule: Schedule
     buffers: BufferRule
     averaging: ExponentialMovingAverage | None
+    divergence: Divergence
     progress: Progress
     agreement: Agreement
     meter: TrainingMeter
@@ -53,7 +54,8 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
     """Consume windows until the limit, or until the ranks agree to stop. Collective: every rank must call this.
 
     Raises:
-        NonFiniteError: a gradient is NaN or infinite; parameters are as they were before its step.
+        DivergenceError: a step went wrong and the policy is to stop; parameters are as they were before it.
+        RollbackWanted: a step went wrong and the policy is to return to a checkpoint.
     """
     strategy, buffers, progress, meter = parts.strategy, parts.buffers, parts.progress, parts.meter
     for window in windows:
@@ -88,6 +90,7 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         results = parts.evaluate(window)
         if results is not None:
             parts.schedule.after_evaluation(results)
+        leaving |= progress.evaluation_due  # all ranks left the evaluation early, to leave
         parts.save(window, leaving)
         if leaving:
             return "stopped"
@@ -95,15 +98,16 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
 
 
 def _apply(window: Window, parts: Parts) -> Update:
+    strategy, divergence = parts.strategy, parts.divergence
     if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
-        parts.strategy.discard()
+        strategy.discard()
         return Update(applied=False, grad_norm=None)
-    update = parts.strategy.step(parts.max_grad_norm, measure_norm=parts.will_report(window))
-    if not update.applied and not parts.strategy.skips_overflow:
-        cursor = window.cursor
-        raise NonFiniteError(
-            f"step {parts.progress.step + 1} (epoch {cursor.epoch + 1}, batch {cursor.batch + 1}): the gradient is NaN or "
-            "infinite, so it was not applied and the run stops; resuming repeats this step from the last checkpoint. "
-            "Lower the learning rate, clip (optimizer.max_grad_norm), warm up (schedule.warmup_steps), or look at the data"
-        )
+    spike = divergence.spike(parts.meter.step_loss, window.weight)
+    if spike is not None:
+        strategy.discard()
+        divergence.decide(spike, window, parts.progress.step + 1, spike=True)
+        return Update(applied=False, grad_norm=None)
+    update = strategy.step(parts.max_grad_norm, measure_norm=parts.will_report(window))
+    if not update.applied and not strategy.skips_overflow:
+        divergence.decide("the gradient is NaN or infinite", window, parts.progress.step + 1, spike=False)
     return update

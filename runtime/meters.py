@@ -45,6 +45,10 @@ class TrainingMeter:
         if self._metrics:
             self._metrics.update(*self._objective.metric_inputs(_detached(loss.output), batch))
 
+    def step_loss(self) -> float:
+        """Return the loss sum of this rank's slots of the current step. Waits for the device."""
+        return float(self._step["loss"]) if self._step else 0.0
+
     def end_step(self, window: Window, update: Update) -> None:
         """Take in the step, if its update was applied."""
         if update.applied:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from runtime.errors import NonFiniteError
+from runtime.errors import DivergenceError
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LENGTHS = ("T_max", "total_steps", "total_iters")
@@ -109,6 +109,7 @@ class Schedule:
         self._warmup_steps = warmup_steps
         self._monitor = monitor
         self._updates = 0
+        self._lowered = 1.0
         self._rates: list[Any] = []
         self._show_scheduled()
 
@@ -142,16 +143,27 @@ class Schedule:
             self._scheduler.step(results[self._monitor])
             self._show_scheduled()
 
+    def lower(self, factor: float) -> None:
+        """Multiply all rates by a factor from now on; a rollback does."""
+        self._hide_factor()
+        self._lowered *= factor
+        self._show_scheduled()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state; load it after the optimizer's."""
         scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
-        return {"scheduler": scheduler, "updates": self._updates, "rates": list(self._rates)}
+        return {
+            "scheduler": scheduler,
+            "updates": self._updates,
+            "rates": list(self._rates),
+            "lowered": self._lowered,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-        self._updates = state["updates"]
+        self._updates, self._lowered = state["updates"], state["lowered"]
         for group, rate in zip(self._optimizer.param_groups, state["rates"], strict=True):
             group["lr"] = rate
         self._show_scheduled()
@@ -167,8 +179,10 @@ class Schedule:
     def _show_scheduled(self) -> None:
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         if not all(math.isfinite(rate) for rate in self._rates):
-            raise NonFiniteError(f"the learning rate is {self._rates}: look at optimizer.args.lr and the schedule")
+            raise DivergenceError(f"the learning rate is {self._rates}: look at optimizer.args.lr and the schedule")
+        factor = self._lowered
         if self._updates < self._warmup_steps:
-            factor = (self._updates + 1) / self._warmup_steps
+            factor *= (self._updates + 1) / self._warmup_steps
+        if factor != 1.0:
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor

@@ -18,16 +18,25 @@ class Progress:
         updates: updates applied.
         samples: samples consumed.
         skipped_steps: steps whose update was not applied.
+        skipped_batches: global batches that rollbacks have left out.
         cursor: the next global batch.
-        attempt: which line of history this is.
+        attempt: which line of history this is; raised by a rollback.
+        evaluation_due: the evaluation after this step was cut short and is still to come.
     """
 
     step: int = 0
     updates: int = 0
     samples: int = 0
     skipped_steps: list[int] = field(default_factory=list)
+    skipped_batches: list[Cursor] = field(default_factory=list)
     cursor: Cursor = field(default_factory=Cursor)
     attempt: int = 0
+    evaluation_due: bool = False
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last step, counted from 1."""
+        return max(1, self.cursor.epoch + (self.cursor.batch > 0))
 
     def advance(self, window: Window, *, applied: bool) -> None:
         """Count one step."""
@@ -46,4 +55,7 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         for name, value in state.items():
-            setattr(self, name, Cursor(*value) if name == "cursor" else value)
+            setattr(self, name, value)
+        self.cursor = Cursor(*state["cursor"])
+        self.skipped_steps = list(state["skipped_steps"])
+        self.skipped_batches = [Cursor(*cursor) for cursor in state["skipped_batches"]]

@@ -28,6 +28,10 @@ class Tracker(Protocol):
         """Take the results of an evaluation."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """Take back what was told of later steps: the run goes on from here another way."""
+        ...
+
     def message(self, text: str) -> None:
         """Take one line for people."""
         ...
@@ -68,6 +72,11 @@ class Reporter:
         for tracker in self._trackers:
             tracker.evaluation(split, step, epoch, results)
 
+    def rewind(self, step: int) -> None:
+        """See :class:`Tracker`."""
+        for tracker in self._trackers:
+            tracker.rewind(step)
+
     def message(self, text: str) -> None:
         """See :class:`Tracker`."""
         if not self._trackers:
@@ -93,9 +102,9 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self._path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            replace_file(path, "".join(f"{line}\n" for line in kept))
+            self._drop_after(resumed_step)
         self._file = path.open("a", encoding="utf-8")
 
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -110,6 +119,14 @@ class JsonLines:
         """Write the results of an evaluation."""
         self._write({"event": "evaluation", "split": split, "step": step, "epoch": epoch, **results})
 
+    def rewind(self, step: int) -> None:
+        """Drop the records of later steps, which the run is about to take again."""
+        with suppress(OSError):
+            self._file.close()
+            self._drop_after(step)
+        with suppress(OSError):
+            self._file = self._path.open("a", encoding="utf-8")
+
     def message(self, text: str) -> None:
         """Write one line for people."""
         self._write({"event": "message", "text": text})
@@ -121,8 +138,12 @@ class JsonLines:
             with suppress(OSError):
                 self._file.close()
 
+    def _drop_after(self, step: int) -> None:
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+        replace_file(self._path, "".join(f"{line}\n" for line in kept))
+
     def _write(self, record: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # a full disk must not end the run; saving will tell
+        with suppress(OSError, ValueError):  # a full disk must not end the run; saving will tell
             self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
             self._file.flush()
 

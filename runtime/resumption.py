@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
+from runtime.attempts import Rollback
 from runtime.averaging import ExponentialMovingAverage
 from runtime.config_file import LoadedConfiguration, exact_keys
+from runtime.divergence import Divergence
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
 from runtime.optimization import Schedule
@@ -26,19 +28,21 @@ class RunState:
     schedule: Schedule
     averaging: ExponentialMovingAverage | None
     strategy: Strategy
+    divergence: Divergence
     progress: Progress
 
-    def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the model's state dict and everything else, as tensors and plain data."""
+    def collect(self) -> dict[str, dict[str, Any]]:
+        """Return the model's state dict and everything else (``training``), as tensors and plain data."""
         training = {
             "objective": self.module.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "averaging": None if self.averaging is None else self.averaging.state_dict(),
             "strategy": dict(self.strategy.state()),
+            "divergence": self.divergence.state_dict(),
             "progress": self.progress.state_dict(),
         }
-        return self.module.model.state_dict(), training
+        return {"model": self.module.model.state_dict(), "training": training}
 
     def restore(self, model: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Go on from a state. The schedule comes after the optimizer, whose rates it knows without its warm-up factor.
@@ -62,7 +66,15 @@ class RunState:
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
         self.strategy.load_state(training["strategy"])
+        self.divergence.load_state_dict(training["divergence"])
         self.progress.load_state_dict(training["progress"])
+
+    def follow(self, rollbacks: Iterable[Rollback]) -> None:
+        """Take the way that rollbacks chose after this state was saved."""
+        for rollback in rollbacks:
+            self.progress.attempt = rollback.attempt
+            self.progress.skipped_batches += rollback.skipped
+            self.schedule.lower(rollback.learning_rate_factor)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +23,17 @@ from runtime.batches import (
     Windows,
     default_slots,
     fingerprint,
+    upcoming,
     with_weights,
 )
 from runtime.buffers import BufferRule
-from runtime.checkpoint import Checkpoint, CheckpointFolder, load_state
+from runtime.checkpoint import load_state
 from runtime.config_file import LoadedConfiguration
 from runtime.config_types import Interval
 from runtime.console import ConsoleTracker
-from runtime.control import Agreement, from_rank_0, sum_over_ranks
-from runtime.errors import CheckpointError, ConfigurationError, DataError, RunFolderError
+from runtime.control import Agreement, sum_over_ranks
+from runtime.divergence import Divergence, RollbackWanted
+from runtime.errors import ConfigurationError, DataError, RunFolderError
 from runtime.evaluation import Evaluator
 from runtime.facts import start_facts, versions
 from runtime.garbage import GarbageCollection
@@ -42,6 +44,7 @@ from runtime.objective import TrainingModule
 from runtime.progress import Progress
 from runtime.reporting import JsonLines, Reporter, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
+from runtime.run_folder import STOP_FILE, Found, RunFolder
 from runtime.serialization import replace_file
 from runtime.stopping import StopWish
 from runtime.strategies import Strategy
@@ -80,26 +83,41 @@ class Run:
         self._values = loaded.values
         self._strategy = strategy
         self._stop_wish = stop_wish
-        self._folder = loaded.output
         self._reporter = Reporter()
         self._results: dict[str, Result] = {}
         self._evaluated_step = -1
         self._garbage = GarbageCollection()
-        self._prepare_folder()
-        self._checkpoints = CheckpointFolder(
-            self._folder / "checkpoints",
-            keep=self._values.checkpoint.keep,
-            best=self._values.checkpoint.best,
+        self._folder = RunFolder(
+            loaded.output,
+            rank=strategy.rank,
+            device=strategy.device,
+            section=self._values.checkpoint,
             warn=self._warn,
         )
 
     def train(self) -> RunResult:
         """Train until the limit or an agreed stop. Collective: every rank must call this."""
-        checkpoint = self._newest_checkpoint()
-        stored = load_state(checkpoint) if checkpoint is not None else None
-        module = self._build_module()
-        samples = assembly.build_samples(self._loaded, "train")
-        assert samples is not None
+        with ExitStack() as stack:
+            stack.callback(self._folder.close)
+            self._folder.open()
+            self._stop_wish.watch_file(self._folder.path / STOP_FILE)
+            found = self._folder.newest(self._values.resume)
+            stored = load_state(found.path) if found is not None else None
+            module = self._build_module()
+            samples = assembly.build_samples(self._loaded, "train")
+            assert samples is not None
+            self._build_state(module, samples, stored)
+            if found is not None and stored is not None:
+                self._go_on_from(found, stored)
+            self._first_step = self._progress.step
+            self._open_reporter(stack, module, samples)
+            return self._train(module, samples)
+
+    def leaving_seconds(self) -> float:
+        """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
+        return 1.5 * self._folder.save_seconds + 2.0
+
+    def _build_state(self, module: TrainingModule, samples: Samples, stored: Any) -> None:
         self._order = assembly.build_order(self._loaded, samples)
         if self._order.num_batches(0) == 0:
             raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
@@ -111,54 +129,79 @@ class Run:
         schedule = assembly.build_schedule(self._loaded, optimizer, self._schedule_length())
         section = self._values.averaging
         averaging = ExponentialMovingAverage(module, section.decay) if section is not None else None
-        self._state = RunState(module, optimizer, schedule, averaging, self._strategy, Progress())
-        if stored is not None:
-            self._state.restore(*stored)
-        self._progress = self._state.progress
-        self._first_step = self._progress.step
-        if checkpoint is not None:
-            self._results = dict(checkpoint.results)
-            self._evaluated_step = self._progress.step
-        with ExitStack() as stack:
-            self._open_reporter(stack, module, samples)
-            return self._train(module, samples)
+        divergence = Divergence(
+            self._values.divergence,
+            sum_over_ranks=lambda value: float(
+                sum_over_ranks(torch.tensor(value, dtype=torch.float64), self._strategy.device)
+            ),
+            tell=self._warn,
+        )
+        self._progress = Progress()
+        self._state = RunState(module, optimizer, schedule, averaging, self._strategy, divergence, self._progress)
+
+    def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        self._state.restore(*stored)
+        self._state.follow(found.rollbacks)
+        self._results = dict(found.results)
+        self._evaluated_step = self._progress.step if found.results else -1
 
     def _train(self, module: TrainingModule, samples: Samples) -> RunResult:
-        self._strategy.prepare(module, self._state.optimizer)
+        strategy, progress = self._strategy, self._progress
+        strategy.prepare(module, self._state.optimizer)
         self._validation, self._test = self._evaluator("validation"), self._evaluator("test")
-        if self._reached(self._progress.cursor, 0):
+        finished_before = self._nothing_left() and not progress.evaluation_due
+        if finished_before:
             self._reporter.message(
-                f"This run is finished: {self._progress.step} steps. To go on, raise limit.epochs or limit.steps."
+                f"This run is finished: {progress.step} steps. To go on, raise limit.epochs or limit.steps."
             )
-            self._evaluate_test()  # not in the checkpoint; the start that trained may not have come this far
-            return self._close("finished")
-        windows = Windows(
+        elif self._values.divergence.rolls_back and progress.step == 0:
+            self._save_state()  # so that there is always something to return to
+        self._agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
+        warmed_up = False
+        outcome: Literal["finished", "stopped"] | None = "finished" if finished_before else None
+        with self._garbage:
+            while outcome is None:
+                if progress.evaluation_due and not self._catch_up_evaluation():
+                    outcome = "stopped"
+                    break
+                windows = self._windows(samples)
+                if not warmed_up and not self._nothing_left():
+                    strategy.warm_up(windows.filler)
+                    warmed_up = True
+                module.train()
+                try:
+                    outcome = train(self._weighted(windows), self._parts(module))
+                except RollbackWanted as wanted:
+                    self._roll_back(wanted)
+        if outcome == "finished" and not self._evaluate_test():
+            outcome = "stopped"
+        return self._close(outcome)
+
+    def _windows(self, samples: Samples) -> Windows:
+        self._first_step = self._progress.step
+        return Windows(
             samples,
             self._order,
             start=self._progress.cursor,
             stop=self._reached,
+            skipped=self._progress.skipped_batches,
             sharing=self._sharing,
             make_loader=assembly.build_loader(self._loaded, self._strategy.device),
         )
-        self._strategy.warm_up(windows.filler)
-        objective = module.objective
-        weighted = with_weights(
+
+    def _weighted(self, windows: Windows) -> Iterator[Window]:
+        objective = self._state.module.objective
+        return with_weights(
             iter(windows),
             weigh=None if objective.counts_samples else objective.checked_weight,
             slots=self._sharing.slots,
             sum_over_ranks=lambda weights: sum_over_ranks(weights, self._strategy.device),
         )
-        train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
-        self._meter = TrainingMeter(self._strategy.device, objective, MetricSet(train_metrics, self._strategy.device))
-        module.train()
-        with self._garbage:
-            outcome = train(weighted, self._parts(module))
-        if outcome == "finished":
-            self._evaluate_test()
-        return self._close(outcome)
 
     def _parts(self, module: TrainingModule) -> Parts:
         strategy = self._strategy
+        train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
+        self._meter = TrainingMeter(strategy.device, module.objective, MetricSet(train_metrics, strategy.device))
         return Parts(
             seed=self._values.seed,
             max_grad_norm=self._values.optimizer.max_grad_norm,
@@ -166,18 +209,36 @@ class Run:
             schedule=self._state.schedule,
             buffers=BufferRule(module, dist.all_reduce if strategy.world_size > 1 else lambda change: None),
             averaging=self._state.averaging,
+            divergence=self._state.divergence,
             progress=self._progress,
-            agreement=Agreement(world_size=strategy.world_size, device=strategy.device),
+            agreement=self._agreement,
             meter=self._meter,
             garbage=self._garbage,
-            stop_wished=lambda: bool(self._stop_wish),
+            stop_wished=self._stop_wished,
             will_report=lambda window: self._is_due(self._values.reporting.every, window, ahead=1),
             report=self._report,
             evaluate=self._evaluate,
             save=self._save,
         )
 
+    def _roll_back(self, wanted: RollbackWanted) -> None:
+        self._agreement.end()  # the step was left before its message was read
+        section = self._values.divergence
+        found = self._folder.roll_back(
+            wanted, max_rollbacks=section.max_rollbacks, learning_rate_factor=section.learning_rate_factor
+        )
+        self._go_on_from(found, load_state(found.path))
+        self._reporter.rewind(self._progress.step)
+        self._warn(
+            f"step {wanted.step} (epoch {wanted.cursor.epoch + 1}, batch {wanted.cursor.batch + 1}): {wanted.reason}; back to "
+            f"{found.path.name} as attempt {self._progress.attempt}, leaving this batch out"
+        )
+        self._progress.evaluation_due |= self._nothing_left()
+
     # What the loop calls after each step, on every rank
+
+    def _stop_wished(self) -> bool:
+        return bool(self._stop_wish) or self._folder.failing
 
     def _report(self, window: Window) -> None:
         if self._is_due(self._values.reporting.every, window):
@@ -188,36 +249,61 @@ class Run:
         if self._validation is None or not self._is_due(self._values.evaluation.every, window):
             return None
         self._meter.pause()
-        with self._evaluated_weights(), self._garbage.paused():
-            results = self._validation.evaluate()
+        results = self._validate()
         self._meter.resume()
-        self._results, self._evaluated_step = results, self._progress.step
-        self._reporter.evaluation("validation", self._progress.step, window.cursor.epoch + 1, results)
         return results
 
+    def _validate(self) -> dict[str, Result] | None:
+        """Evaluate, or note that the evaluation was cut short and is still to come."""
+        assert self._validation is not None
+        results = self._evaluated(self._validation)
+        self._progress.evaluation_due = results is None
+        if results is not None:
+            self._results, self._evaluated_step = results, self._progress.step
+            self._reporter.evaluation("validation", self._progress.step, self._progress.epoch, results)
+        return results
+
+    def _catch_up_evaluation(self) -> bool:
+        """Do what was cut short when the run was left; return whether it was done this time."""
+        if self._validation is None:
+            self._progress.evaluation_due = False
+            return True
+        results = self._validate()
+        if results is None:
+            return False
+        self._state.schedule.after_evaluation(results)
+        self._save_state()
+        return True
+
     def _save(self, window: Window, leaving: bool) -> None:
-        if not (leaving or self._is_due(self._values.checkpoint.every, window)):
-            return
-        self._meter.pause()
-        problem = None
-        if self._strategy.rank == 0:
-            model, training = self._state.collect()
-            results = self._results if self._evaluated_step == self._progress.step else {}
-            try:
-                training |= {"identity": asdict(self._identity), "made_by": versions()}
-                self._checkpoints.save(self._progress.step, model=model, training=training, results=results)
-            except CheckpointError as error:
-                problem = str(error)
-        problem = from_rank_0(problem, self._strategy.device)
-        if problem is not None:
-            raise CheckpointError(problem)
-        self._meter.resume()
+        self._folder.prepare_saving(self._collected)
+        if leaving or self._is_due(self._values.checkpoint.every, window):
+            self._stop_wish.moved()
+            self._meter.pause()
+            self._save_state()
+            self._meter.resume()
+
+    def _save_state(self) -> None:
+        progress = self._progress
+        results = self._results if self._evaluated_step == progress.step else {}
+        self._folder.save(
+            self._collected, step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
+        )
+
+    def _collected(self) -> dict[str, dict[str, Any]]:
+        state = self._state.collect()
+        state["training"] |= {"identity": asdict(self._identity), "made_by": versions()}
+        return state
 
     def _is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
         """Tell whether something is due after this window's step, which is counted already unless it lies ahead."""
         if window.run_ends:
             return True
         return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
+
+    def _nothing_left(self) -> bool:
+        self._first_step = self._progress.step
+        return self._reached(upcoming(self._order, self._progress.cursor, self._progress.skipped_batches), 0)
 
     def _reached(self, cursor: Cursor, steps: int) -> bool:
         limit = self._values.limit
@@ -293,60 +379,34 @@ class Run:
             seed=self._values.seed,
         )
 
-    def _evaluated_weights(self) -> Any:
+    def _evaluated(self, evaluator: Evaluator) -> dict[str, Result] | None:
         averaging, section = self._state.averaging, self._values.averaging
-        return averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
+        averaged = averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
+        with averaged, self._garbage.paused():
+            return evaluator.evaluate(self._stop_wished)
 
-    def _evaluate_test(self) -> None:
+    def _evaluate_test(self) -> bool:
+        """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""
         if self._test is None:
-            return
-        with self._evaluated_weights():
-            results = self._test.evaluate()
-        self._reporter.evaluation("test", self._progress.step, max(1, self._progress.cursor.epoch), results)
+            return True
+        results = self._evaluated(self._test)
+        if results is None:
+            return False
+        self._reporter.evaluation("test", self._progress.step, self._progress.epoch, results)
         self._results = {**self._results, **{f"test/{name}": value for name, value in results.items()}}
+        return True
 
     # The run folder
-
-    def _prepare_folder(self) -> None:
-        problem = None
-        if self._strategy.rank == 0:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                problem = f"the run folder {self._folder} cannot be made: {error.strerror}"
-        problem = from_rank_0(problem, self._strategy.device)
-        if problem is not None:
-            raise RunFolderError(problem)
-
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        found: dict[str, Any] = {}
-        if self._strategy.rank == 0:
-            try:
-                self._checkpoints.clear_partial()
-                newest = self._checkpoints.newest()
-                if newest is not None:
-                    found = {"path": str(newest.path), "step": newest.step, "results": dict(newest.results)}
-            except (CheckpointError, OSError) as error:
-                found = {"problem": str(error)}
-        found = from_rank_0(found, self._strategy.device)
-        if "problem" in found:
-            raise CheckpointError(found["problem"])
-        mode = self._values.resume.mode
-        if found and mode == "never":
-            raise RunFolderError(f"{self._folder} holds a checkpoint and resume.mode is never; choose another output")
-        if not found and mode == "must":
-            raise RunFolderError(f"{self._folder} holds no checkpoint and resume.mode is must")
-        return Checkpoint(Path(found["path"]), found["step"], found["results"]) if found else None
 
     def _open_reporter(self, stack: ExitStack, module: TrainingModule, samples: Samples) -> None:
         if self._strategy.rank != 0:
             return
         resolved = self._loaded.resolved()
         try:
-            replace_file(self._folder / "config.yaml", yaml_file.dump(resolved))
-            records = JsonLines(self._folder / "metrics.jsonl", resumed_step=self._progress.step)
+            replace_file(self._folder.path / "config.yaml", yaml_file.dump(resolved))
+            records = JsonLines(self._folder.path / "metrics.jsonl", resumed_step=self._progress.step)
         except OSError as error:
-            raise RunFolderError(f"the run folder {self._folder} cannot be written: {error.strerror}") from error
+            raise RunFolderError(f"the run folder {self._folder.path} cannot be written: {error.strerror}") from error
         trackers: list[Tracker] = [ConsoleTracker(progress=self._values.reporting.progress), records]
         if self._values.reporting.wandb is not None:
             from runtime.wandb_tracker import WandbTracker
@@ -356,7 +416,7 @@ class Run:
                     self._values.reporting.wandb,
                     name=self._loaded.name,
                     run_id=self._identity.tracker_id,
-                    folder=self._folder,
+                    folder=self._folder.path,
                     configuration=resolved,
                     warn=self._warn,
                 )
@@ -381,16 +441,15 @@ class Run:
         self._reporter.message(f"warning: {text}")
 
     def _close(self, outcome: Literal["finished", "stopped"]) -> RunResult:
+        self._stop_wish.moved()
+        self._folder.finish_saving()
         if outcome == "stopped":
             self._reporter.message(
                 f"Stopped by {self._stop_wish.reason or 'another rank'} after step {self._progress.step}, saved; "
                 "the same command goes on from here."
             )
-        if self._strategy.rank == 0:
-            for best in self._values.checkpoint.best:
-                found = self._checkpoints.best(best.metric, best.mode)
-                if found is not None:
-                    self._reporter.message(f"best {best.metric} {found.results[best.metric]:.4f}: {found.path}")
+        for text in self._folder.best_messages():
+            self._reporter.message(text)
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
-        return RunResult(outcome, self._progress.step, self._results, self._folder, self._state.module.model)
+        return RunResult(outcome, self._progress.step, self._results, self._folder.path, self._state.module.model)

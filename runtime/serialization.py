@@ -30,7 +30,7 @@ _DTYPES = {
 
 
 def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split nested state into what JSON can hold and a flat mapping of tensors on the CPU.
+    """Split nested state into what JSON can hold and a flat mapping of tensors, which are not copied.
 
     Tensors that are views of one and the same memory (tied weights) are stored once.
 
@@ -45,7 +45,7 @@ def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
             identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
             if identity not in seen:
                 seen[identity] = path
-                tensors[path] = value.detach().cpu().contiguous()
+                tensors[path] = value.detach()
             return {"$tensor": seen[identity]}
         if isinstance(value, Mapping):
             if all(isinstance(key, str) and not key.startswith("$") for key in value):

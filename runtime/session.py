@@ -7,6 +7,7 @@ result = train("configs/digits.yaml", "limit.epochs=3")
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -33,16 +34,19 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
     Raises:
         LockstepError: whatever is wrong, as one message.
     """
+    since = time.monotonic()
     loaded = load(source, overrides)
     requested = environment.requested_world_size(loaded.values.strategy.world_size)
-    stop_wish = StopWish()
+    stop_wish = StopWish(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
         stop_wish.install()  # before torch is imported, which takes seconds
         stack.callback(stop_wish.uninstall)
-        return _train(loaded, requested, stop_wish, stack)
+        return _train(loaded, requested, stop_wish, stack, since)
 
 
-def _train(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack) -> RunResult:
+def _train(
+    loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack, since: float
+) -> RunResult:
     from runtime.assembly import check_components
     from runtime.determinism import default_determinism, determinism
 
@@ -56,8 +60,14 @@ def _train(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, sta
     strategy = AcceleratedStrategy(precision=values.precision, options=values.strategy.ddp)
     stack.callback(strategy.close)
     environment.check_world_size(requested, strategy.world_size)
+    stop_wish.on_leave = lambda: _write_outcome(
+        loaded, strategy.rank, {"outcome": "stopped", "exit_code": 75, "message": "left without a save"}
+    )
+    run = Run(loaded, strategy, stop_wish)
+    if values.limit.time is not None:
+        stop_wish.limit_time(values.limit.time.seconds, since, run.leaving_seconds)
     try:
-        result = Run(loaded, strategy, stop_wish).train()
+        result = run.train()
     except LockstepError as error:
         _write_outcome(
             loaded, strategy.rank, {"outcome": "failed", "exit_code": error.exit_code, "message": str(error)}

@@ -68,6 +68,9 @@ class WandbTracker:
         """Log the results of an evaluation."""
         self._log(step, {"epoch": epoch, **{f"{split}/{name}": value for name, value in results.items()}})
 
+    def rewind(self, step: int) -> None:
+        """Nothing: W&B keeps what it was told, and shows what is logged for a step again beside it."""
+
     def message(self, text: str) -> None:
         """Nothing: W&B keeps the console's output itself."""
 

@@ -40,9 +40,9 @@ def observe(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
     buffers: list[bytes] = []
     evaluate, save = Evaluator.evaluate, Run._save
 
-    def noting_evaluate(self: Any) -> Any:
+    def noting_evaluate(self: Any, stop_wished: Any) -> Any:
         buffers.append(_bytes_of(self._strategy.unwrapped))
-        return evaluate(self)
+        return evaluate(self, stop_wished)
 
     def noting_save(self: Any, window: Any, leaving: bool) -> None:
         buffers.append(_bytes_of(self._strategy.unwrapped))

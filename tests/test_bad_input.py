@@ -226,7 +226,9 @@ def the_message(err: str, out: str = "") -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return every file but the locks, of which each start leaves one."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("fence-"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def records(folder: Path, event: str) -> list[dict[str, Any]]:

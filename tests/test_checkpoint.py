@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from runtime import serialization
-from runtime.checkpoint import CheckpointFolder, load_state
+from runtime.checkpoint import CheckpointFolder, listed, load_state
 from runtime.config import Best
 from runtime.errors import CheckpointError
+from runtime.snapshot import HostBuffers, Snapshot
 
 pytestmark = pytest.mark.single
 
@@ -24,14 +25,20 @@ def folder(
     return CheckpointFolder(path, keep=keep, best=best or [], warn=(warnings if warnings is not None else []).append)
 
 
+def snapshot(step: int, *, attempt: int = 0, training: Any = None, **results: float) -> Snapshot:
+    state = {
+        "model": {"weight": torch.full((3,), float(step))},
+        "training": training or {"progress": {"step": step}},
+    }
+    return HostBuffers().copy(state, step=step, attempt=attempt, epoch=step, results=results)
+
+
 def save(checkpoints: CheckpointFolder, step: int, **results: float) -> Path:
-    return checkpoints.save(
-        step, model={"weight": torch.full((3,), float(step))}, training={"progress": {"step": step}}, results=results
-    )
+    return checkpoints.write(snapshot(step, **results))
 
 
 def steps(checkpoints: CheckpointFolder) -> list[int]:
-    return sorted(int(p.name[5:]) for p in checkpoints.folder.iterdir() if "." not in p.name)
+    return [checkpoint.step for checkpoint, _ in listed(checkpoints.folder, checkpoints.attempts)]
 
 
 def test_the_newest_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -41,7 +48,7 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     newest = checkpoints.newest()
     assert newest is not None
     assert (newest.step, newest.results) == (10, {"loss": 0.5})
-    model, training = load_state(newest)
+    model, training = load_state(newest.path)
     assert torch.equal(model["weight"], torch.full((3,), 10.0))
     assert training == {"progress": {"step": 10}}
 
@@ -142,14 +149,14 @@ def test_nothing_that_is_read_is_ever_unpickled(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(name, refuse)
     newest = checkpoints.newest()
     assert newest is not None
-    load_state(newest)
+    load_state(newest.path)
 
 
 def test_a_state_that_cannot_be_saved_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     checkpoints = folder(tmp_path)
     save(checkpoints, 1)
     with pytest.raises(CheckpointError, match="'callback' is a function"):
-        checkpoints.save(2, model={}, training={"callback": save}, results={})
+        checkpoints.write(snapshot(2, training={"callback": save}))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 

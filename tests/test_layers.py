@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors"],
     ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
-    ["randomness", "determinism", "stopping", "serialization"],
+    ["randomness", "determinism", "stopping", "serialization", "fence"],
     ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "progress", "garbage"],
-    ["strategies", "strategies.accelerated", "metrics", "checkpoint", "meters"],
-    ["reporting", "console", "wandb_tracker", "evaluation", "loop"],
+    ["strategies", "strategies.accelerated", "metrics", "attempts", "snapshot", "checkpoint", "saving", "meters"],
+    ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "loop"],
     ["assembly", "resumption", "facts", "run", "session", "show", "launching"],
     ["entry", "train", "cli"],
 ]

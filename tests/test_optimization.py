@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
-from runtime.errors import NonFiniteError
+from runtime.errors import DivergenceError
 from runtime.objective import Objective, TrainingModule
 from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
 from runtime.serialization import join_state, split_state
@@ -131,5 +131,5 @@ def test_fused_is_chosen_where_torch_has_it_and_the_user_did_not_choose() -> Non
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf")])
 def test_a_learning_rate_that_is_no_number_is_refused_before_a_step(rate: float) -> None:
-    with pytest.raises(NonFiniteError, match="learning rate"):
+    with pytest.raises(DivergenceError, match="learning rate"):
         Schedule(optimizer(rate))

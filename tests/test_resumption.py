@@ -161,6 +161,6 @@ def averages(folder: Path) -> dict[str, bytes]:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoint import Checkpoint, load_state
+    from runtime.checkpoint import load_state
 
-    return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[1]
+    return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.errors import ConfigurationError, NonFiniteError
+from runtime.errors import ConfigurationError, DivergenceError
 from runtime.strategies.accelerated import _all_finite
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
@@ -165,7 +165,7 @@ def test_skipped_steps_leave_weights_and_averages_and_buffers_as_they_are(pool: 
 @pytest.mark.single
 def test_a_loss_that_is_never_finite_ends_the_search_for_a_scale(tmp_path: Path) -> None:
     config = deep(tmp_path, precision="fp16", objective="tiny_losses:Infinite", limit={"steps": 200})
-    with pytest.raises(NonFiniteError, match="loss scale"):
+    with pytest.raises(DivergenceError, match="loss scale"):
         observe(config)
 
 
@@ -234,7 +234,7 @@ def test_a_non_finite_gradient_stops_every_rank_before_the_update(pool: ProcessP
 def not_finite(config: dict[str, Any]) -> str:
     try:
         observe(config)
-    except NonFiniteError as error:
+    except DivergenceError as error:
         return str(error)
     return "trained"
 
@@ -247,15 +247,15 @@ def test_compiled_models_give_the_same_losses(tmp_path: Path) -> None:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoint import Checkpoint, load_state
+    from runtime.checkpoint import load_state
 
-    return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[1]
+    return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
 
 
 def saved_model(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoint import Checkpoint, load_state
+    from runtime.checkpoint import load_state
 
-    return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[0]
+    return load_state(folder / "checkpoints" / f"step-{step:08d}")[0]
 
 
 @pytest.mark.single

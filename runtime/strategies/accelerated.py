@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from runtime.config import DistributedDataParallel
-from runtime.errors import ConfigurationError, NonFiniteError, Problem
+from runtime.errors import ConfigurationError, DivergenceError, Problem
 from runtime.objective import Loss, TrainingModule
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Update
@@ -232,7 +232,7 @@ class AcceleratedStrategy:
     def _refuse_lost_scale(self) -> None:
         assert self._scaler is not None
         if self._scaler.get_scale() < _LEAST_LOSS_SCALE:  # waits for the device, as fp16's search does anyway
-            raise NonFiniteError(
+            raise DivergenceError(
                 "the fp16 loss scale fell below 2^-14 without one finite gradient: the loss itself is infinite or NaN; "
                 "lower the learning rate, clip (optimizer.max_grad_norm), or use precision: bf16"
             )
