@@ -202,7 +202,7 @@ _forking = threading.local()
 
 
 def _before_fork() -> None:
-    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS if _installed else ())
 
 
 def _after_fork() -> None:

@@ -1,0 +1,82 @@
+"""A user's objectives and models that go astray at steps of our choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import schedulefree
+import torch
+from tiny import Deep, points
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from runtime.objective import Objective
+from runtime.order import IndexOrder
+
+SIZE, BATCH = 96, 16
+
+
+def ids(epoch: int, batch: int) -> Any:
+    return IndexOrder(SIZE, batch_size=BATCH, seed=0, shuffle=True, drop_last=False).batch(epoch, batch)
+
+
+class Astray(Objective):
+    """Cross entropy times ``factor`` for microbatches of one global batch of the first epoch."""
+
+    def __init__(self, batch: int = 2, factor: float = float("inf"), dtype: str = "float32") -> None:
+        super().__init__()
+        self.poisoned = points(dtype=dtype).tensors[0][ids(0, batch)]
+        self.factor = factor
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+        return loss * self.factor if (self.poisoned == batch[0][0]).all(-1).any() else loss
+
+
+class AstrayTwice(Astray):
+    """Two neighbouring batches go wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.poisoned = torch.cat([self.poisoned, points(dtype="float32").tensors[0][ids(0, 3)]])
+
+
+class AlwaysAstray(Astray):
+    def __init__(self) -> None:
+        super().__init__()
+        self.poisoned = points(dtype="float32").tensors[0]
+
+
+class PoisonedBuffer(Deep):
+    """A buffer becomes NaN in the third step, which nothing shows before the checkpoint; gradients follow in the fifth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("poison", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+            if (inputs[0] == points(dtype="float32").tensors[0][ids(0, 2)]).all(-1).any():
+                self.poison += float("nan")
+        output = super().forward(inputs)
+        return output + self.poison if self.seen >= 5 else output
+
+
+class GoodBatches:
+    """The global batches of the first epoch but for those left out."""
+
+    def __init__(self, source: Any, without: list[int]) -> None:
+        self.without = without
+
+    def __iter__(self) -> Any:
+        return iter([ids(0, batch).tolist() for batch in range(SIZE // BATCH) if batch not in self.without])
+
+
+class ScheduleFree(schedulefree.AdamWScheduleFree):
+    """Schedule-free AdamW, in training mode from the start."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, lr=lr)
+        self.train()
