@@ -178,8 +178,10 @@ class Limit(Section):
     """Time this start may take, such as ``3h55m``; the run then saves, early enough to be done by then, and can go on later."""
     grace_seconds: float = Field(120.0, gt=0, json_schema_extra={"resume": "free"})
     """Longest time from being asked to stop until the last save is done; then the process leaves without one."""
-    silence_seconds: float = Field(600.0, gt=0, json_schema_extra={"resume": "free"})
-    """How long a rank may be silent, or stand at one place, before the others leave and name it."""
+    silence_seconds: float = Field(60.0, ge=1, json_schema_extra={"resume": "free"})
+    """How long a rank may give no sign of life before the others leave and name it."""
+    stall_seconds: float = Field(1800.0, ge=1, json_schema_extra={"resume": "free"})
+    """How long the run may stand still (compiling takes minutes) before all leave, naming the rank that hangs."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

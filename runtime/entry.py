@@ -8,16 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from runtime import environment
-from runtime.errors import (
-    CheckpointError,
-    ConfigurationError,
-    DivergenceError,
-    LockstepError,
-    MissingDependencyError,
-    RunFolderError,
-)
-
-_EQUAL_ON_ALL_RANKS = (ConfigurationError, MissingDependencyError, RunFolderError, CheckpointError, DivergenceError)
+from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,11 +27,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _tell(error: LockstepError) -> int:
     rank = environment.rank()
-    if isinstance(error, _EQUAL_ON_ALL_RANKS) and rank != 0:
+    if isinstance(error, EQUAL_ON_ALL_RANKS) and rank != 0:
         # Rank 0 tells it for all. The launcher ends everyone once the first rank has left, so let rank 0 be that one.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         signal.sigtimedwait({signal.SIGTERM}, 10)
     else:
-        prefix = f"rank {rank}: " if "RANK" in os.environ and not isinstance(error, _EQUAL_ON_ALL_RANKS) else ""
+        prefix = f"rank {rank}: " if "RANK" in os.environ and not isinstance(error, EQUAL_ON_ALL_RANKS) else ""
         print(f"lockstep: {prefix}{error}", file=sys.stderr, flush=True)
     return error.exit_code

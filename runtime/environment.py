@@ -2,7 +2,8 @@
 
 LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
 LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
-WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR    set by ``accelerate launch`` and torchrun
+LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
+WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
 """
@@ -24,6 +25,21 @@ def rank() -> int:
 def launch_token() -> str | None:
     """The token of the launch that started this process."""
     return os.environ.get("LOCKSTEP_LAUNCH")
+
+
+def is_watched() -> bool:
+    """Tell whether ranks watch each other and leave when one is lost."""
+    return os.environ.get("LOCKSTEP_WATCH") != "off"
+
+
+def store_address() -> tuple[str, int]:
+    """The address and port of the process group's store."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT") or 0)
+
+
+def start_token() -> str:
+    """What tells one start of the ranks from a later one that uses the same store."""
+    return f"{launch_token() or 'run'}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def job_identity() -> tuple[str | None, int]:

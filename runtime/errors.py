@@ -9,6 +9,8 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── DataError                    a data set is empty, inconsistent, or raised while it was read
  ├── ObjectiveError               the loss or its weight is not what the contract says
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
+ ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
+ ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
  └── PeerError                    another rank left; its own message tells why
 """
@@ -96,9 +98,28 @@ class DivergenceError(LockstepError):
     """Training went astray; parameters are as they were before the step that showed it."""
 
 
+class OutOfMemoryError(LockstepError):
+    """A rank's device has no memory left."""
+
+
+class RanksDifferError(LockstepError):
+    """The ranks were not started alike."""
+
+
 class EvaluationError(LockstepError):
     """An evaluation is not exact, or a metric refused its input."""
 
 
 class PeerError(LockstepError):
     """Contact with another rank was lost."""
+
+
+EQUAL_ON_ALL_RANKS = (
+    ConfigurationError,
+    MissingDependencyError,
+    RunFolderError,
+    CheckpointError,
+    DivergenceError,
+    RanksDifferError,
+)
+"""What every rank raises at the same place, so that rank 0 tells it for all."""

@@ -18,6 +18,7 @@ from runtime.optimization import Schedule
 from runtime.progress import Progress
 from runtime.randomness import Purpose, derive, seed_everything
 from runtime.strategies import Strategy, Update
+from runtime.watch import Position
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Parts:
     agreement: Agreement
     meter: TrainingMeter
     garbage: GarbageCollection
+    position: Position
     stop_wished: Callable[[], bool]
     will_report: Callable[[Window], bool]
     report: Callable[[Window], None]
@@ -58,20 +60,26 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         RollbackWanted: a step went wrong and the policy is to return to a checkpoint.
     """
     strategy, buffers, progress, meter = parts.strategy, parts.buffers, parts.progress, parts.meter
+    enter = parts.position.enter  # says where this rank is, should it fall silent
+    enter("data", progress.step + 1)
     for window in windows:
+        step = progress.step + 1
         parts.agreement.begin(parts.stop_wished())
         buffers.begin_step()
         for number, microbatch in enumerate(window.microbatches, start=1):
             seed_everything(derive(parts.seed, Purpose.SLOT, progress.step, microbatch.slot), strategy.device)
             batch, filler = strategy.to_device(microbatch.batch), microbatch.filler
             with strategy.microbatch(last=number == len(window.microbatches)):
+                enter("forward", step)
                 loss = strategy.forward(batch, filler=filler)
+                enter("backward", step)
                 strategy.backward(loss.sum, weight=window.weight or 1.0)
             buffers.end_slot(filler=filler)
             if not filler:
                 meter.add(loss, batch)
             del loss, batch  # the next forward pass needs the memory
 
+        enter("step", step)
         update = _apply(window, parts)
         buffers.end_step(real_slots=window.real_slots, applied=update.applied)
         meter.end_step(window, update)
@@ -87,13 +95,16 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
 
         leaving = parts.agreement.end()
         parts.report(window)
+        enter("evaluate", step)
         results = parts.evaluate(window)
         if results is not None:
             parts.schedule.after_evaluation(results)
         leaving |= progress.evaluation_due  # all ranks left the evaluation early, to leave
+        enter("save", step)
         parts.save(window, leaving)
         if leaving:
             return "stopped"
+        enter("data", step + 1)
     return "finished"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,7 +29,8 @@ from runtime.batches import (
 )
 from runtime.buffers import BufferRule
 from runtime.checkpoint import load_state
-from runtime.config_file import LoadedConfiguration
+from runtime.comparison import code_digest, compare, shapes
+from runtime.config_file import LoadedConfiguration, exact_keys
 from runtime.config_types import Interval
 from runtime.console import ConsoleTracker
 from runtime.control import Agreement, sum_over_ranks
@@ -48,6 +50,7 @@ from runtime.run_folder import STOP_FILE, Found, RunFolder
 from runtime.serialization import replace_file
 from runtime.stopping import StopWish
 from runtime.strategies import Strategy
+from runtime.watch import Position
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,17 @@ class Run:
         loaded: the checked configuration.
         strategy: how the processes share the work.
         stop_wish: set by signals.
+        position: told where this rank is.
     """
 
-    def __init__(self, loaded: LoadedConfiguration, strategy: Strategy, stop_wish: StopWish) -> None:
+    def __init__(
+        self, loaded: LoadedConfiguration, strategy: Strategy, stop_wish: StopWish, position: Position
+    ) -> None:
         self._loaded = loaded
         self._values = loaded.values
         self._strategy = strategy
         self._stop_wish = stop_wish
+        self._position = position
         self._reporter = Reporter()
         self._results: dict[str, Result] = {}
         self._evaluated_step = -1
@@ -106,12 +113,23 @@ class Run:
             module = self._build_module()
             samples = assembly.build_samples(self._loaded, "train")
             assert samples is not None
+            self._compare_ranks(module, samples)
             self._build_state(module, samples, stored)
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             self._first_step = self._progress.step
             self._open_reporter(stack, module, samples)
             return self._train(module, samples)
+
+    def _compare_ranks(self, module: TrainingModule, samples: Samples) -> None:
+        facts = {
+            **{f"configuration {key}": value for key, value in exact_keys(self._loaded.resolved()).items()},
+            **versions(),
+            "code": code_digest(self._loaded.code),
+            "data": fingerprint(samples.source),
+            "parameter shapes": shapes(module),
+        }
+        compare(facts, host=socket.gethostname(), device=self._strategy.device)
 
     def leaving_seconds(self) -> float:
         """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
@@ -214,6 +232,7 @@ class Run:
             agreement=self._agreement,
             meter=self._meter,
             garbage=self._garbage,
+            position=self._position,
             stop_wished=self._stop_wished,
             will_report=lambda window: self._is_due(self._values.reporting.every, window, ahead=1),
             report=self._report,

@@ -5,6 +5,7 @@ Every method that returns something tells every rank the same; what goes wrong o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,6 @@ class RunFolder:
         rank: of this process.
         device: the process group's.
         section: what is saved and kept.
-        fence_seconds: see :class:`runtime.fence.Fence`.
         warn: told what was found damaged.
     """
 
@@ -169,7 +169,7 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
         job, restart = environment.job_identity()
-        self._fence = Fence(self.path, job=job, restart=restart, wait=self._warn)
+        self._fence = Fence(self.path, job=job, restart=restart, wait=_say_at_once)
         self._fence.acquire()
         (self.path / STOP_FILE).unlink(missing_ok=True)  # of an earlier start
         self._checkpoints = CheckpointFolder(
@@ -209,6 +209,8 @@ class RunFolder:
         if target is None:
             raise DivergenceError(f"{where}; there is no checkpoint with finite weights to return to")
         attempt = max([rollback.attempt for rollback in attempts.rollbacks], default=0) + 1
+        assert self._fence is not None
+        self._fence.check()
         attempts.record(Rollback(attempt, target.step, wanted.step, wanted.reason, (wanted.cursor,), factor))
         return self._as_plain(target)
 
@@ -236,6 +238,10 @@ class RunFolder:
             kinds = {kind.__name__: kind for kind in (CheckpointError, DivergenceError, RunFolderError)}
             raise kinds.get(reply["error"], LockstepError)(reply["message"])
         return reply["value"]
+
+
+def _say_at_once(text: str) -> None:
+    print(f"lockstep: {text}", file=sys.stderr, flush=True)  # nothing is reported to yet, and this may take a while
 
 
 def _told(found: Mapping[str, Any]) -> Found:

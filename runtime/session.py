@@ -7,6 +7,7 @@ result = train("configs/digits.yaml", "limit.epochs=3")
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import environment
 from runtime.config_file import LoadedConfiguration, load
-from runtime.errors import LockstepError, PeerError
+from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
 from runtime.stopping import StopWish
 
 if TYPE_CHECKING:
     from runtime.run import RunResult
+    from runtime.watch import Watch
 
 OUTCOME = "outcome.json"
 
@@ -63,24 +65,43 @@ def _train(
     stop_wish.on_leave = lambda: _write_outcome(
         loaded, strategy.rank, {"outcome": "stopped", "exit_code": 75, "message": "left without a save"}
     )
-    run = Run(loaded, strategy, stop_wish)
+    watch = _watch(loaded, rank=strategy.rank, world_size=strategy.world_size)
+    run = Run(loaded, strategy, stop_wish, watch.position)
     if values.limit.time is not None:
         stop_wish.limit_time(values.limit.time.seconds, since, run.leaving_seconds)
+    watch.start()
     try:
         result = run.train()
-    except LockstepError as error:
-        _write_outcome(
-            loaded, strategy.rank, {"outcome": "failed", "exit_code": error.exit_code, "message": str(error)}
-        )
-        raise
-    except RuntimeError as error:
-        _write_outcome(loaded, strategy.rank, {"outcome": "failed", "exit_code": 1, "message": str(error)})
-        if strategy.world_size > 1 and _lost_contact(error):
+    except BaseException as error:
+        lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(error)
+        if not isinstance(error, EQUAL_ON_ALL_RANKS):
+            watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
+        exit_code = error.exit_code if isinstance(error, LockstepError) else 1
+        _write_outcome(loaded, strategy.rank, {"outcome": "failed", "exit_code": exit_code, "message": str(error)})
+        if lost_contact:
             raise PeerError("lost contact with another rank, whose own message tells why") from error
         raise
+    finally:
+        watch.stop()
     exit_code = 0 if result.outcome == "finished" else 75
     _write_outcome(loaded, strategy.rank, {"outcome": result.outcome, "exit_code": exit_code, "step": result.step})
     return result
+
+
+def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
+    """Make the watch over the other ranks, which says what it must know of the launch."""
+    from runtime.watch import Watch
+
+    limit = loaded.values.limit
+    return Watch(
+        rank=rank,
+        world_size=world_size if environment.is_watched() else 1,
+        host=socket.gethostname(),
+        store=environment.store_address(),
+        silence_seconds=limit.silence_seconds,
+        stall_seconds=limit.stall_seconds,
+        prefix=environment.start_token(),
+    )
 
 
 def read_outcome(folder: Path, launch: str) -> dict[str, Any] | None:

@@ -98,6 +98,7 @@ def _serve(pipe: Any) -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
             ACCELERATE_USE_CPU="true",
+            LOCKSTEP_WATCH="off",  # a worker serves on after a rank has failed
         )
         if world_size == 1:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -171,7 +171,7 @@ def test_a_second_job_is_refused_while_the_first_one_lives(
     first = start()
     assert first.do("acquire", tmp_path, SHORT) == "False"
     told: list[str] = []
-    # It would wait for ever, so that what it sees is the counter moving.
+    # The first one's counter moves every 0.1 s; the second one would watch for 6 s.
     with pytest.raises(RunFolderError, match="another job is writing to") as error:
         make(job="9", seconds=LONG / 100, wait=told.append).acquire()
     for text in (str(error.value), *told):
@@ -363,6 +363,16 @@ def test_the_counter_of_a_replaced_owner_touches_nothing(tmp_path: Path, make: C
     assert locks(tmp_path) == ["fence-000002.json"]
     with pytest.raises(RunFolderError, match="taken over"):
         first.check()
+
+
+def test_an_owner_raises_no_counter_but_its_own(tmp_path: Path, make: Callable[..., Fence]) -> None:
+    fence = make(seconds=LONG)
+    fence.acquire()
+    others = lock(tmp_path, counter="of another").read_text()
+    fence._raise_counter()
+    assert newest(tmp_path).read_text() == others
+    with pytest.raises(RunFolderError, match="removed or damaged"):
+        fence.check()
 
 
 def test_of_many_threads_that_found_a_lock_dead_exactly_one_takes_over(

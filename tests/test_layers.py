@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors"],
     ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
-    ["randomness", "determinism", "stopping", "serialization", "fence"],
-    ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "progress", "garbage"],
+    ["randomness", "determinism", "stopping", "serialization", "fence", "watch"],
+    ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "comparison", "progress", "garbage"],
     ["strategies", "strategies.accelerated", "metrics", "attempts", "snapshot", "checkpoint", "saving", "meters"],
     ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "loop"],
     ["assembly", "resumption", "facts", "run", "session", "show", "launching"],
