@@ -92,18 +92,29 @@ class Batch(Section):
 
     global_size: int = Field(ge=1)
     """Samples of one step, over all ranks. More processes never change it."""
-    micro_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
-    """Most samples in one forward pass; what fits in memory. Default: ``global_size``."""
+    micro_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = free(None)
+    """Most samples in one forward pass; what fits in memory. ``auto``: found by trying at the first start. Default:
+    ``global_size``."""
     slots: int | None = Field(None, ge=1)
     """Microbatches K of a step over all ranks. Default: the smallest multiple of the first start's world size that
     respects ``micro_size``; kept on resumption."""
 
+    @property
+    def largest_slot(self) -> int:
+        """Most samples in one forward pass, as far as it is known before trying."""
+        return self.micro_size if isinstance(self.micro_size, int) else self.global_size
+
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:
-        micro = self.micro_size or self.global_size
+        micro = self.largest_slot
         needed = -(-self.global_size // micro)
         return refuse(
             self,
+            (
+                self.slots and self.micro_size == "auto",
+                "micro_size",
+                "'auto' finds the slots by itself; leave 'slots' or 'auto' out",
+            ),
             (micro > self.global_size, "micro_size", f"{micro} is above batch.global_size {self.global_size}"),
             (
                 self.slots and self.slots < needed,

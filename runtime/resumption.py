@@ -137,7 +137,7 @@ def slots_on_resumption(stored: int, loaded: LoadedConfiguration) -> int:
     batch = loaded.values.batch
     allowed = _allowed("batch.slots", loaded.values.resume.allow_changes)
     wanted = batch.slots
-    micro_size = batch.micro_size or batch.global_size
+    micro_size = batch.largest_slot  # 'auto' keeps what was found at the first start
     if wanted is None:
         wanted = stored if -(-batch.global_size // stored) <= micro_size else -(-batch.global_size // micro_size)
     if wanted != stored and not allowed:

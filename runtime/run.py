@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import secrets
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from runtime import assembly, yaml_file
-from runtime.averaging import ExponentialMovingAverage
 from runtime.batches import (
     Cursor,
     Samples,
-    Sharing,
     Window,
     Windows,
-    default_slots,
-    fingerprint,
     upcoming,
     with_weights,
 )
 from runtime.buffers import BufferRule
 from runtime.checkpoint import load_state
-from runtime.comparison import code_digest, compare, shapes
-from runtime.config_file import LoadedConfiguration, exact_keys
+from runtime.config_file import LoadedConfiguration
 from runtime.config_types import Interval
 from runtime.console import ConsoleTracker
 from runtime.control import Agreement, sum_over_ranks
-from runtime.divergence import Divergence, RollbackWanted
-from runtime.errors import ConfigurationError, DataError, RunFolderError
+from runtime.divergence import RollbackWanted
+from runtime.errors import OutOfMemoryError, RunFolderError
 from runtime.evaluation import Evaluator
 from runtime.facts import start_facts, versions
+from runtime.fitting import is_out_of_memory, out_of_memory
 from runtime.garbage import GarbageCollection
 from runtime.loop import Parts, train
 from runtime.meters import TrainingMeter
 from runtime.metrics import MetricSet, Result
 from runtime.objective import TrainingModule
-from runtime.progress import Progress
+from runtime.preparation import build_evaluator, prepare
 from runtime.reporting import JsonLines, Reporter, Tracker
-from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
 from runtime.run_folder import STOP_FILE, Found, RunFolder
 from runtime.serialization import replace_file
 from runtime.stopping import StopWish
@@ -110,52 +102,18 @@ class Run:
             self._stop_wish.watch_file(self._folder.path / STOP_FILE)
             found = self._folder.newest(self._values.resume)
             stored = load_state(found.path) if found is not None else None
-            module = self._build_module()
-            samples = assembly.build_samples(self._loaded, "train")
-            assert samples is not None
-            self._compare_ranks(module, samples)
-            self._build_state(module, samples, stored)
+            prepared = prepare(self._loaded, self._strategy, stored[1] if stored else None, self._warn)
+            self._order, self._identity, self._sharing = prepared.order, prepared.identity, prepared.sharing
+            self._state, self._progress = prepared.state, prepared.state.progress
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             self._first_step = self._progress.step
-            self._open_reporter(stack, module, samples)
-            return self._train(module, samples)
-
-    def _compare_ranks(self, module: TrainingModule, samples: Samples) -> None:
-        facts = {
-            **{f"configuration {key}": value for key, value in exact_keys(self._loaded.resolved()).items()},
-            **versions(),
-            "code": code_digest(self._loaded.code),
-            "data": fingerprint(samples.source),
-            "parameter shapes": shapes(module),
-        }
-        compare(facts, host=socket.gethostname(), device=self._strategy.device)
+            self._open_reporter(stack, prepared.samples)
+            return self._train(prepared.state.module, prepared.samples)
 
     def leaving_seconds(self) -> float:
         """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
         return 1.5 * self._folder.save_seconds + 2.0
-
-    def _build_state(self, module: TrainingModule, samples: Samples, stored: Any) -> None:
-        self._order = assembly.build_order(self._loaded, samples)
-        if self._order.num_batches(0) == 0:
-            raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
-        self._identity = self._identify(samples, stored[1] if stored else None)
-        self._sharing = Sharing(self._identity.slots, self._strategy.world_size, self._strategy.rank)
-        smallest = len(self._order.batch(0, self._order.num_batches(0) - 1))
-        assembly.check_batch_norm(self._loaded, self._sharing, smallest_batch=smallest)
-        optimizer = assembly.build_optimizer(self._loaded, module)
-        schedule = assembly.build_schedule(self._loaded, optimizer, self._schedule_length())
-        section = self._values.averaging
-        averaging = ExponentialMovingAverage(module, section.decay) if section is not None else None
-        divergence = Divergence(
-            self._values.divergence,
-            sum_over_ranks=lambda value: float(
-                sum_over_ranks(torch.tensor(value, dtype=torch.float64), self._strategy.device)
-            ),
-            tell=self._warn,
-        )
-        self._progress = Progress()
-        self._state = RunState(module, optimizer, schedule, averaging, self._strategy, divergence, self._progress)
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)
@@ -166,7 +124,10 @@ class Run:
     def _train(self, module: TrainingModule, samples: Samples) -> RunResult:
         strategy, progress = self._strategy, self._progress
         strategy.prepare(module, self._state.optimizer)
-        self._validation, self._test = self._evaluator("validation"), self._evaluator("test")
+        self._validation, self._test = (
+            build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
+            build_evaluator(self._loaded, strategy, "test", slots=self._sharing.slots),
+        )
         finished_before = self._nothing_left() and not progress.evaluation_due
         if finished_before:
             self._reporter.message(
@@ -182,15 +143,19 @@ class Run:
                 if progress.evaluation_due and not self._catch_up_evaluation():
                     outcome = "stopped"
                     break
-                windows = self._windows(samples)
-                if not warmed_up and not self._nothing_left():
-                    strategy.warm_up(windows.filler)
-                    warmed_up = True
-                module.train()
                 try:
+                    windows = self._windows(samples)
+                    if not warmed_up and not self._nothing_left():
+                        strategy.warm_up(windows.filler)
+                        warmed_up = True
+                    module.train()
                     outcome = train(self._weighted(windows), self._parts(module))
                 except RollbackWanted as wanted:
                     self._roll_back(wanted)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise self._out_of_memory(error) from error
         if outcome == "finished" and not self._evaluate_test():
             outcome = "stopped"
         return self._close(outcome)
@@ -239,6 +204,11 @@ class Run:
             evaluate=self._evaluate,
             save=self._save,
         )
+
+    def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
+        phase, step, _ = self._position.now
+        slot_size = -(-self._values.batch.global_size // self._sharing.slots)
+        return out_of_memory(error, rank=self._strategy.rank, where=f"{phase} at step {step}", slot_size=slot_size)
 
     def _roll_back(self, wanted: RollbackWanted) -> None:
         self._agreement.end()  # the step was left before its message was read
@@ -330,74 +300,6 @@ class Run:
             return self._first_step + steps >= limit.steps
         return limit.epochs is not None and cursor.epoch >= limit.epochs
 
-    # Building
-
-    def _build_module(self) -> TrainingModule:
-        model, objective = assembly.build_model(self._loaded), assembly.build_objective(self._loaded)
-        if self._values.batch_norm == "sync":
-            if self._strategy.device.type != "cuda":
-                problem = self._loaded.problem(("batch_norm",), "sync needs GPUs; use local")
-                raise ConfigurationError([problem])
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        compile_section = self._values.compile
-        if compile_section is not None:
-            if torch.are_deterministic_algorithms_enabled():
-                from torch._inductor import config as inductor
-
-                inductor.fallback_random = True  # compiled code then draws eager's random numbers
-            model.compile(
-                backend=compile_section.backend,
-                mode=compile_section.mode,
-                dynamic=compile_section.dynamic,
-                fullgraph=compile_section.fullgraph,
-            )
-        return TrainingModule(model, objective).to(self._strategy.device)
-
-    def _identify(self, samples: Samples, stored: Mapping[str, Any] | None) -> Identity:
-        batch, world_size = self._values.batch, self._strategy.world_size
-        if batch.global_size < world_size:
-            raise ConfigurationError(
-                [
-                    self._loaded.problem(
-                        ("batch", "global_size"),
-                        f"{batch.global_size} samples cannot keep {world_size} processes busy; use fewer processes",
-                    )
-                ]
-            )
-        data = fingerprint(samples.source)
-        length = self._schedule_length() if assembly.follows_limit(self._loaded) else None
-        if stored is None:
-            slots = batch.slots or default_slots(batch.global_size, batch.micro_size or batch.global_size, world_size)
-            return Identity(self._loaded.resolved(), slots, data, length, secrets.token_hex(4))
-        identity = Identity(**stored["identity"])
-        check_identity(identity, self._loaded, data=data, schedule_length=length)
-        slots = slots_on_resumption(identity.slots, self._loaded)
-        if slots != identity.slots:
-            self._warn(
-                f"K changes from {identity.slots} to {slots}: from here on only models without randomness or batch statistics "
-                "in the forward pass keep the answer"
-            )
-        return Identity(self._loaded.resolved(), slots, data, length, identity.tracker_id)
-
-    def _schedule_length(self) -> int:
-        return assembly.schedule_length(self._loaded, self._order.num_batches(0))
-
-    def _evaluator(self, name: Literal["validation", "test"]) -> Evaluator | None:
-        samples = assembly.build_samples(self._loaded, name)
-        if samples is None:
-            return None
-        batch = self._values.batch
-        slot_size = -(-batch.global_size // self._sharing.slots)
-        return Evaluator(
-            name,
-            samples,
-            micro_size=self._values.evaluation.micro_size or slot_size,
-            strategy=self._strategy,
-            metrics=MetricSet(assembly.build_metrics(self._loaded), self._strategy.device),
-            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
-            seed=self._values.seed,
-        )
-
     def _evaluated(self, evaluator: Evaluator) -> dict[str, Result] | None:
         averaging, section = self._state.averaging, self._values.averaging
         averaged = averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
@@ -417,7 +319,7 @@ class Run:
 
     # The run folder
 
-    def _open_reporter(self, stack: ExitStack, module: TrainingModule, samples: Samples) -> None:
+    def _open_reporter(self, stack: ExitStack, samples: Samples) -> None:
         if self._strategy.rank != 0:
             return
         resolved = self._loaded.resolved()
@@ -446,7 +348,7 @@ class Run:
         self._reporter.start(
             start_facts(
                 self._loaded,
-                module,
+                self._state.module,
                 sharing=self._sharing,
                 device=self._strategy.device.type,
                 num_samples=len(samples),

@@ -78,7 +78,7 @@ def _total_steps(loaded: LoadedConfiguration, order: Order) -> int:
 
 def _slots(loaded: LoadedConfiguration, order: Order, processes: int) -> Iterator[tuple[str, str]]:
     batch = loaded.values.batch
-    slots = batch.slots or default_slots(batch.global_size, batch.micro_size or batch.global_size, processes)
+    slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
     origin = "batch.slots" if batch.slots else f"for a first start with {processes} process{'es' * (processes > 1)}"
     sizes = [len(cut(order.batch(0, 0), slots, slot)) for slot in range(slots)]
     yield (

@@ -19,9 +19,9 @@ LAYERS = [
     ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
     ["randomness", "determinism", "stopping", "serialization", "fence", "watch"],
     ["order", "batches", "objective", "optimization", "averaging", "buffers", "control", "comparison", "progress", "garbage"],
-    ["strategies", "strategies.accelerated", "metrics", "attempts", "snapshot", "checkpoint", "saving", "meters"],
+    ["strategies", "strategies.accelerated", "metrics", "attempts", "snapshot", "checkpoint", "saving", "meters", "fitting"],
     ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "loop"],
-    ["assembly", "resumption", "facts", "run", "session", "show", "launching"],
+    ["assembly", "resumption", "facts", "preparation", "run", "session", "show", "launching"],
     ["entry", "train", "cli"],
 ]
 APART = ("model_zoo", "data_sources")  # used by name from a YAML; they may import errors alone

@@ -1,0 +1,180 @@
+"""From a checked configuration to the parts of a run, built in order of dependence and alike on every rank."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from runtime import assembly
+from runtime.averaging import ExponentialMovingAverage
+from runtime.batches import Samples, Sharing, SlotIndex, default_slots, fingerprint, read
+from runtime.comparison import code_digest, compare, shapes
+from runtime.config_file import LoadedConfiguration, exact_keys
+from runtime.control import sum_over_ranks
+from runtime.divergence import Divergence
+from runtime.errors import ConfigurationError, DataError
+from runtime.evaluation import Evaluator
+from runtime.facts import versions
+from runtime.fitting import fitting_micro_size
+from runtime.metrics import MetricSet
+from runtime.objective import TrainingModule
+from runtime.order import Order
+from runtime.progress import Progress
+from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
+from runtime.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run consists of before its first step."""
+
+    samples: Samples
+    order: Order
+    identity: Identity
+    sharing: Sharing
+    state: RunState
+
+
+def prepare(
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    stored: Mapping[str, Any] | None,
+    warn: Callable[[str], None],
+) -> Prepared:
+    """Build a run's parts. Collective: every rank must call this.
+
+    Args:
+        stored: training state of the checkpoint that the run goes on from; its identity is what must fit.
+        warn: told what gives up exactness.
+
+    Raises:
+        LockstepError: what is wrong with configuration, data, or the ranks' agreement.
+    """
+    module = _module(loaded, strategy)
+    samples = assembly.build_samples(loaded, "train")
+    assert samples is not None
+    _compare_ranks(loaded, strategy, module, samples)
+    order = assembly.build_order(loaded, samples)
+    if order.num_batches(0) == 0:
+        raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
+    length = assembly.schedule_length(loaded, order.num_batches(0))
+    identity = _identity(loaded, strategy, _Fresh(module, samples, order, length), stored, warn)
+    sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
+    smallest = len(order.batch(0, order.num_batches(0) - 1))
+    assembly.check_batch_norm(loaded, sharing, smallest_batch=smallest)
+    optimizer = assembly.build_optimizer(loaded, module)
+    schedule = assembly.build_schedule(loaded, optimizer, length)
+    section = loaded.values.averaging
+    averaging = ExponentialMovingAverage(module, section.decay) if section is not None else None
+    divergence = Divergence(
+        loaded.values.divergence,
+        sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
+        tell=warn,
+    )
+    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, Progress())
+    return Prepared(samples, order, identity, sharing, state)
+
+
+def build_evaluator(
+    loaded: LoadedConfiguration, strategy: Strategy, name: Literal["validation", "test"], *, slots: int
+) -> Evaluator | None:
+    """Build the evaluator of one split, or None if there is no such data."""
+    samples = assembly.build_samples(loaded, name)
+    if samples is None:
+        return None
+    values = loaded.values
+    return Evaluator(
+        name,
+        samples,
+        micro_size=values.evaluation.micro_size or -(-values.batch.global_size // slots),
+        strategy=strategy,
+        metrics=MetricSet(assembly.build_metrics(loaded), strategy.device),
+        make_loader=assembly.build_loader(loaded, strategy.device),
+        seed=values.seed,
+    )
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """What K is found with at a first start, and what identifies the data."""
+
+    module: TrainingModule
+    samples: Samples
+    order: Order
+    schedule_length: int
+
+    def batch_of(self, size: int) -> Any:
+        ids = self.order.batch(0, 0)[:size]
+        return next(read(self.samples, iter([SlotIndex(0, ids)]), _read_here))
+
+
+def _read_here(samples: Samples, *, batch_sampler: Any) -> Any:
+    return map(samples.__getitems__, batch_sampler)
+
+
+def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
+    model, objective = assembly.build_model(loaded), assembly.build_objective(loaded)
+    if loaded.values.batch_norm == "sync":
+        if strategy.device.type != "cuda":
+            raise ConfigurationError([loaded.problem(("batch_norm",), "sync needs GPUs; use local")])
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    section = loaded.values.compile
+    if section is not None:
+        if torch.are_deterministic_algorithms_enabled():
+            from torch._inductor import config as inductor
+
+            inductor.fallback_random = True  # compiled code then draws eager's random numbers
+        model.compile(backend=section.backend, mode=section.mode, dynamic=section.dynamic, fullgraph=section.fullgraph)
+    return TrainingModule(model, objective).to(strategy.device)
+
+
+def _compare_ranks(loaded: LoadedConfiguration, strategy: Strategy, module: TrainingModule, samples: Samples) -> None:
+    facts = {
+        **{f"configuration {key}": value for key, value in exact_keys(loaded.resolved()).items()},
+        **versions(),
+        "code": code_digest(loaded.code),
+        "data": fingerprint(samples.source),
+        "parameter shapes": shapes(module),
+    }
+    compare(facts, host=socket.gethostname(), device=strategy.device)
+
+
+def _identity(
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    fresh: _Fresh,
+    stored: Mapping[str, Any] | None,
+    warn: Callable[[str], None],
+) -> Identity:
+    batch, world_size = loaded.values.batch, strategy.world_size
+    if batch.global_size < world_size:
+        what = f"{batch.global_size} samples cannot keep {world_size} processes busy; use fewer processes"
+        raise ConfigurationError([loaded.problem(("batch", "global_size"), what)])
+    data = fingerprint(fresh.samples.source)
+    length = fresh.schedule_length if assembly.follows_limit(loaded) else None
+    if stored is None:
+        slots = batch.slots or default_slots(batch.global_size, _micro_size(loaded, strategy, fresh), world_size)
+        return Identity(loaded.resolved(), slots, data, length, secrets.token_hex(4))
+    identity = Identity(**stored["identity"])
+    check_identity(identity, loaded, data=data, schedule_length=length)
+    slots = slots_on_resumption(identity.slots, loaded)
+    if slots != identity.slots:
+        warn(
+            f"K changes from {identity.slots} to {slots}: from here on only models without randomness or batch statistics "
+            "in the forward pass keep the answer"
+        )
+    return Identity(loaded.resolved(), slots, data, length, identity.tracker_id)
+
+
+def _micro_size(loaded: LoadedConfiguration, strategy: Strategy, fresh: _Fresh) -> int:
+    batch = loaded.values.batch
+    if batch.micro_size != "auto":
+        return batch.largest_slot
+    largest = -(-batch.global_size // strategy.world_size)
+    return fitting_micro_size(fresh.module, fresh.batch_of, largest=largest, strategy=strategy)
