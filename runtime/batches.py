@@ -216,11 +216,12 @@ class Windows:
         sharing: Sharing,
         make_loader: MakeLoader,
     ) -> None:
-        self._slots = sharing.slots
         # The loader runs ahead of the training loop; both walk one plan, so that no batch is drawn twice.
         ahead, self._plan = tee(_plan(order, start, stop, frozenset(skipped), sharing))
         self._needs_filler = sharing.world_size > 1
-        self._fetched = read(samples, self._indices(ahead), make_loader)
+        # No reference back to this object: the loader's workers end when it does, not when garbage is collected.
+        indices = _indices(ahead, sharing.slots, filler_first=self._needs_filler)
+        self._fetched = read(samples, indices, make_loader)
         self.filler = next(self._fetched) if self._needs_filler else None
 
     def __iter__(self) -> Iterator[Window]:
@@ -232,14 +233,6 @@ class Windows:
                 ]
             )
             yield window._replace(microbatches=microbatches)
-
-    def _indices(self, plan: Iterator[tuple[Window, Ids]]) -> Iterator[SlotIndex]:
-        for number, (window, ids) in enumerate(plan):
-            if number == 0 and self._needs_filler:
-                yield SlotIndex(window.cursor.epoch, cut(ids, min(self._slots, len(ids)), 0))
-            for microbatch in window.microbatches:
-                if not microbatch.filler:
-                    yield SlotIndex(window.cursor.epoch, cut(ids, self._slots, microbatch.slot))
 
 
 def loader_factory(
@@ -276,6 +269,10 @@ def read(samples: Samples, indices: Iterator[SlotIndex], make_loader: MakeLoader
         DataError: the data set raised, or a worker died.
     """
     batches = iter(make_loader(samples, batch_sampler=indices))
+    for worker in getattr(batches, "_workers", ()):
+        worker._popen.terminate = (
+            worker._popen.kill
+        )  # it ignores SIGTERM, and torch and Python would wait for it for ever
     while True:
         try:
             batch = next(batches)
@@ -354,6 +351,15 @@ def _plan(
         epoch_ends = next_cursor.epoch > cursor.epoch
         yield Window(cursor, next_cursor, microbatches, len(ids), real_slots, epoch_ends, run_ends), ids
         cursor = next_cursor
+
+
+def _indices(plan: Iterator[tuple[Window, Ids]], slots: int, *, filler_first: bool) -> Iterator[SlotIndex]:
+    for number, (window, ids) in enumerate(plan):
+        if number == 0 and filler_first:
+            yield SlotIndex(window.cursor.epoch, cut(ids, min(slots, len(ids)), 0))
+        for microbatch in window.microbatches:
+            if not microbatch.filler:
+                yield SlotIndex(window.cursor.epoch, cut(ids, slots, microbatch.slot))
 
 
 def _share(samples: int, sharing: Sharing) -> tuple[tuple[Microbatch, ...], int]:

@@ -32,7 +32,8 @@ def compare(facts: Mapping[str, Any], *, host: str, device: torch.device) -> Non
     told = [json.loads(reply) for reply in gather_bytes(json.dumps([host, dict(facts)], default=str).encode(), device)]
     (first_host, first), others = told[0], told[1:]
     differences = [
-        f"rank {rank} (host {its_host}) has {name} {_shown(its.get(name))}, rank 0 (host {first_host}) {_shown(first.get(name))}"
+        f"rank {rank} (host {its_host}) has {name} {_shown(its.get(name))}, "
+        f"rank 0 (host {first_host}) {_shown(first.get(name))}"
         for rank, (its_host, its) in enumerate(others, start=1)
         for name in {**first, **its}
         if its.get(name) != first.get(name)

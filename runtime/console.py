@@ -20,6 +20,7 @@ from rich.table import Table
 from runtime.metrics import Result
 
 _RATES = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
+_UNSHOWN = {*_RATES, "peak_memory_bytes", "data_share", "slowest_rank", "slowest_rank_excess"}  # metrics.jsonl has them
 _ROWS = 12  # of the final table; the whole history is in metrics.jsonl
 
 
@@ -62,7 +63,7 @@ class ConsoleTracker:
         """Move the bar, or print a line."""
         loss = values.get("loss")
         self._train_loss = loss if isinstance(loss, float) else None
-        figures = _figures(values, [name for name in values if name not in _RATES and name != "peak_memory_bytes"])
+        figures = _figures(values, [name for name in values if name not in _UNSHOWN])
         rate = next((f"{values[key]:,.0f} {unit}" for key, unit in reversed(_RATES.items()) if key in values), "")
         if self._bar is not None and self._task is not None:
             self._bar.update(

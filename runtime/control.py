@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -105,8 +105,13 @@ def gather_bytes(payload: bytes, device: torch.device) -> list[bytes]:
 
 def sum_by_name(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Sum named numbers over all ranks, in rank order; a rank may lack names. Collective: every rank must call this."""
+    return sum_in_order([json.loads(payload) for payload in gather_bytes(json.dumps(values).encode(), device)])
+
+
+def sum_in_order(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sum what ranks told by name, in their order."""
     total: dict[str, float] = {}
-    for payload in gather_bytes(json.dumps(values).encode(), device):
-        for name, value in json.loads(payload).items():
+    for values in told:
+        for name, value in values.items():
             total[name] = total.get(name, 0.0) + value
     return total

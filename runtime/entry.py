@@ -30,8 +30,9 @@ def _tell(error: LockstepError) -> int:
     if isinstance(error, EQUAL_ON_ALL_RANKS) and rank != 0:
         # Rank 0 tells it for all. The launcher ends everyone once the first rank has left, so let rank 0 be that one.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        signal.sigtimedwait({signal.SIGTERM}, 10)
-    else:
-        prefix = f"rank {rank}: " if "RANK" in os.environ and not isinstance(error, EQUAL_ON_ALL_RANKS) else ""
-        print(f"lockstep: {prefix}{error}", file=sys.stderr, flush=True)
+        if signal.sigtimedwait({signal.SIGTERM}, 10) is not None:
+            return error.exit_code
+    # After all that time rank 0 knows of nothing: then it was this rank's error alone.
+    alone = "RANK" in os.environ and (rank != 0 or not isinstance(error, EQUAL_ON_ALL_RANKS))
+    print(f"lockstep: {f'rank {rank}: ' if alone else ''}{error}", file=sys.stderr, flush=True)
     return error.exit_code

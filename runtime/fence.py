@@ -76,7 +76,7 @@ class Fence:
         self._poll_seconds = min(0.1, fence_seconds / 30)
         self._number = self._counter = 0  # of our lock
         self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="fence", daemon=True)
+        self._heart = threading.Thread(target=self._beat, name="lockstep-fence", daemon=True)
 
     def acquire(self) -> bool:
         """Become the folder's owner; return whether a lock was taken over that its owner had not released.

@@ -12,13 +12,12 @@ from runtime.buffers import BufferRule
 from runtime.control import Agreement
 from runtime.divergence import Divergence
 from runtime.garbage import GarbageCollection
-from runtime.meters import TrainingMeter
+from runtime.meters import PhaseTimes, TrainingMeter
 from runtime.metrics import Result
 from runtime.optimization import Schedule
 from runtime.progress import Progress
 from runtime.randomness import Purpose, derive, seed_everything
 from runtime.strategies import Strategy, Update
-from runtime.watch import Position
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Parts:
     agreement: Agreement
     meter: TrainingMeter
     garbage: GarbageCollection
-    position: Position
+    times: PhaseTimes
     stop_wished: Callable[[], bool]
     will_report: Callable[[Window], bool]
     report: Callable[[Window], None]
@@ -60,7 +59,7 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         RollbackWanted: a step went wrong and the policy is to return to a checkpoint.
     """
     strategy, buffers, progress, meter = parts.strategy, parts.buffers, parts.progress, parts.meter
-    enter = parts.position.enter  # says where this rank is, should it fall silent
+    enter = parts.times.enter  # says where this rank is, should it fall silent
     enter("data", progress.step + 1)
     for window in windows:
         step = progress.step + 1
@@ -94,6 +93,7 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         parts.garbage.after_step(progress.step)
 
         leaving = parts.agreement.end()
+        enter("report", step)
         parts.report(window)
         enter("evaluate", step)
         results = parts.evaluate(window)

@@ -1,7 +1,13 @@
-"""What a run measures about itself between two reports; the device is waited for only when they are read."""
+"""What a run measures about itself between two reports; the device is waited for only when they are read.
+
+Who holds the others up cannot be seen from the time of a step: in the gradients' all-reduce all wait for the slowest. It is
+seen from the time that each rank spends by itself, reading data and running forward (on a GPU: launching it).
+"""
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
 from typing import Any
 
@@ -9,12 +15,30 @@ import torch
 from torch import Tensor
 
 from runtime.batches import Window
-from runtime.control import sum_by_name
+from runtime.control import gather_bytes, sum_in_order
 from runtime.metrics import MetricSet, Result
 from runtime.objective import Loss, Objective
 from runtime.strategies import Update
+from runtime.watch import Position
 
 _HELD = 64
+_ALONE = ("data", "forward")  # phases in which no rank waits for another
+
+
+class PhaseTimes:
+    """Adds up how long this rank's main thread is in each phase, and passes on where it is."""
+
+    def __init__(self, position: Position) -> None:
+        self._position = position
+        self._phase, self._since = "start", time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def enter(self, phase: str, step: int) -> None:
+        """See :meth:`runtime.watch.Position.enter`."""
+        now = time.perf_counter()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        self._position.enter(phase, step)
 
 
 class TrainingMeter:
@@ -26,12 +50,14 @@ class TrainingMeter:
         device: where losses are.
         objective: tells what the weight counts, and the metrics' input.
         metrics: computed on training batches too; empty if not asked for.
+        times: where this rank's time goes.
     """
 
-    def __init__(self, device: torch.device, objective: Objective, metrics: MetricSet) -> None:
+    def __init__(self, device: torch.device, objective: Objective, metrics: MetricSet, times: PhaseTimes) -> None:
         self._device = device
         self._objective = objective
         self._metrics = metrics
+        self._times = times
         self._step: dict[str, Tensor] = {}
         self._paused_at: float | None = None
         self._grad_norm: Tensor | None = None
@@ -76,7 +102,10 @@ class TrainingMeter:
     def read(self) -> dict[str, Result]:
         """Return and forget what was measured, equal on every rank but for times. Collective: every rank must call this."""
         # Waits for the device, once per report.
-        summed = sum_by_name({name: float(self._sum(name)) for name in self._held}, self._device)
+        sums = {name: float(self._sum(name)) for name in self._held}
+        alone = {phase: self._times.seconds.get(phase, 0.0) for phase in _ALONE}
+        told = [json.loads(reply) for reply in gather_bytes(json.dumps([sums, alone]).encode(), self._device)]
+        summed = sum_in_order([sums for sums, _ in told])
         seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
         if self._weight > 0:
@@ -86,6 +115,7 @@ class TrainingMeter:
         report["samples_per_second"] = self._samples / seconds
         if self._objective.unit == "tokens":
             report["tokens_per_second"] = self._weight / seconds
+        report |= _shares([alone for _, alone in told], seconds)
         if self._device.type == "cuda":
             report["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
         report |= self._metrics.compute()
@@ -103,7 +133,22 @@ class TrainingMeter:
         self._weight = 0.0
         self._grad_norm = None
         self._samples = 0
+        self._times.seconds.clear()
         self._since = time.monotonic()
+
+
+def _shares(alone: list[dict[str, float]], seconds: float) -> dict[str, Result]:
+    """Return the largest share of the time that a rank waited for data and, with several ranks, who holds the others up.
+
+    ``slowest_rank_excess`` is how much more of the time that rank was busy by itself than the middle one of the ranks.
+    """
+    shares: dict[str, Result] = {"data_share": max(times["data"] for times in alone) / seconds}
+    if len(alone) > 1:
+        busy = [sum(times.values()) for times in alone]
+        slowest = max(range(len(busy)), key=busy.__getitem__)
+        excess = (busy[slowest] - statistics.median_low(busy)) / seconds
+        shares |= {"slowest_rank": float(slowest), "slowest_rank_excess": excess}
+    return shares
 
 
 def _detached(output: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from runtime import assembly, yaml_file
 from runtime.batches import (
@@ -33,7 +33,7 @@ from runtime.facts import start_facts, versions
 from runtime.fitting import is_out_of_memory, out_of_memory
 from runtime.garbage import GarbageCollection
 from runtime.loop import Parts, train
-from runtime.meters import TrainingMeter
+from runtime.meters import PhaseTimes, TrainingMeter
 from runtime.metrics import MetricSet, Result
 from runtime.objective import TrainingModule
 from runtime.preparation import build_evaluator, prepare
@@ -43,6 +43,8 @@ from runtime.serialization import replace_file
 from runtime.stopping import StopWish
 from runtime.strategies import Strategy
 from runtime.watch import Position
+
+_STRAGGLING = 0.2  # of the time; less is noise
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,11 @@ class Run:
         self._strategy = strategy
         self._stop_wish = stop_wish
         self._position = position
+        self._times = PhaseTimes(position)
         self._reporter = Reporter()
         self._results: dict[str, Result] = {}
         self._evaluated_step = -1
+        self._straggler: Result | None = None
         self._garbage = GarbageCollection()
         self._folder = RunFolder(
             loaded.output,
@@ -178,13 +182,20 @@ class Run:
             iter(windows),
             weigh=None if objective.counts_samples else objective.checked_weight,
             slots=self._sharing.slots,
-            sum_over_ranks=lambda weights: sum_over_ranks(weights, self._strategy.device),
+            sum_over_ranks=self._sum_weights,
         )
+
+    def _sum_weights(self, weights: Tensor) -> Tensor:
+        self._times.enter("weigh", self._progress.step + 1)  # here the ranks wait for the slowest reader
+        total = sum_over_ranks(weights, self._strategy.device)
+        self._times.enter("data", self._progress.step + 1)
+        return total
 
     def _parts(self, module: TrainingModule) -> Parts:
         strategy = self._strategy
         train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
-        self._meter = TrainingMeter(strategy.device, module.objective, MetricSet(train_metrics, strategy.device))
+        metrics = MetricSet(train_metrics, strategy.device)
+        self._meter = TrainingMeter(strategy.device, module.objective, metrics, self._times)
         return Parts(
             seed=self._values.seed,
             max_grad_norm=self._values.optimizer.max_grad_norm,
@@ -197,7 +208,7 @@ class Run:
             agreement=self._agreement,
             meter=self._meter,
             garbage=self._garbage,
-            position=self._position,
+            times=self._times,
             stop_wished=self._stop_wished,
             will_report=lambda window: self._is_due(self._values.reporting.every, window, ahead=1),
             report=self._report,
@@ -233,6 +244,17 @@ class Run:
         if self._is_due(self._values.reporting.every, window):
             values = {**self._meter.read(), "learning_rate": self._state.schedule.learning_rates[0]}
             self._reporter.train(self._progress.step, window.cursor.epoch + 1, values)
+            self._name_straggler(values)
+
+    def _name_straggler(self, values: Mapping[str, Result]) -> None:
+        """Tell once who holds the others up, until another does."""
+        excess = values.get("slowest_rank_excess", 0.0)
+        if isinstance(excess, float) and excess > _STRAGGLING and values["slowest_rank"] != self._straggler:
+            self._straggler = values["slowest_rank"]
+            self._reporter.message(
+                f"rank {self._straggler:g} holds the others up: of the last steps' time it was busy with its own data and "
+                f"forward passes {excess:.0%} more than the middle rank"
+            )
 
     def _evaluate(self, window: Window) -> dict[str, Result] | None:
         if self._validation is None or not self._is_due(self._values.evaluation.every, window):

@@ -49,6 +49,11 @@ class BackgroundSaving:
             )
             self._thread.start()
 
+    @property
+    def writing(self) -> bool:
+        """Tell whether files are being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until nothing is being written."""
         if self._thread is not None:

@@ -5,7 +5,7 @@ group's store over a connection of its own, and another one watches that the sto
 
 heartbeat/RANK  what a rank's main thread is doing, written about every second
 end             how the run ended, from whoever comes first: a failure in words, or "in order"
-acknowledged    how many ranks have read it; all wait for each other a moment, for the launcher ends all once one has left
+acknowledged    how many ranks have read it; the launcher ends all as soon as one has left, so nobody leaves before
 """
 
 from __future__ import annotations
@@ -238,13 +238,12 @@ class Watch:
     def _acknowledge(self, seconds: float) -> None:
         """Count this rank among those who know, and wait for the others at most for so long."""
         known = self._store.add("acknowledged", 1)
-        with suppress(DistError):  # the store's host has left, having waited for all who answer
-            for _ in range(math.ceil(seconds / 0.05)):
-                if known >= self._world_size:
-                    break
-                time.sleep(0.05)
-                known = self._store.add("acknowledged", 0)
-                self._answers += 1
+        for _ in range(math.ceil(seconds / 0.05)):
+            if known >= self._world_size:
+                break
+            time.sleep(0.05)
+            known = self._store.add("acknowledged", 0)
+            self._answers += 1
 
     # The thread that needs no store
 
@@ -290,11 +289,11 @@ def _listed(heartbeats: list[Heartbeat]) -> str:
 
 
 def _stacks(first: int) -> str:
-    """Return the Python stacks of all threads but this module's, one of them first."""
+    """Return the Python stacks of all threads but Lockstep's own, one of them first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()
     return "".join(
         f"{names.get(ident, 'a thread')}:\n{''.join(traceback.format_stack(frames[ident]))}"
         for ident in sorted(frames, key=lambda ident: ident != first)
-        if not names.get(ident, "").startswith("lockstep_")
+        if not names.get(ident, "").startswith("lockstep")
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -271,3 +273,19 @@ def test_seeding_gives_the_numbers_that_users_know_from_each_library() -> None:
     np.random.seed(12345)
     torch.manual_seed(12345)
     assert drawn == [random.random(), random.gauss(0, 1), float(np.random.rand()), float(torch.rand(()))]
+
+
+def test_workers_end_with_the_windows_they_read_for_and_not_at_a_later_collection() -> None:
+    before = set(multiprocessing.active_children())
+    windows = windows_of(
+        Samples(Ids(64), seed=0), slots=2, world_size=2, rank=0, batch_size=4, epochs=1000, num_workers=2
+    )
+    next(windows)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    gc.disable()
+    try:
+        del windows
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
