@@ -41,6 +41,41 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(show)
     show.set_defaults(run=_show)
 
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="list a run's checkpoints and verify every byte of them",
+        description="List a run's checkpoints: what each holds, whether it is whole, which is the best by which metric, which "
+        "a rollback has abandoned, and what damage or a kill has left. Only reads; a run may be writing meanwhile.",
+        epilog="exit code: 0 if the newest checkpoint is whole, or there has not been one; 1 if it is damaged or of a newer "
+        "format (one that a rollback abandoned does not count), if only damaged ones are left, or if RUN cannot be read",
+    )
+    checkpoints.add_argument("folder", metavar="RUN", type=Path, help="run folder, or its folder of checkpoints")
+    checkpoints.add_argument(
+        "--json", action="store_true", help="print all results, sizes in bytes and ages in seconds"
+    )
+    checkpoints.set_defaults(run=_checkpoints)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint's weights to a file of their own",
+        description="Write the model's state dict to a file that any PyTorch code loads. The checkpoint is verified before, "
+        "the file read back after.",
+    )
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint; or run folder: its newest whole one"
+    )
+    export.add_argument(
+        "out", metavar="OUT", type=Path, help="file to write: .safetensors; or .pt or .pth, by torch.save"
+    )
+    export.add_argument(
+        "--weights",
+        choices=("raw", "averaged"),
+        default="raw",
+        help="averaged: the running average, where the YAML's averaging was set (default: raw)",
+    )
+    export.add_argument("--force", action="store_true", help="write over a file that is there")
+    export.set_defaults(run=_export)
+
     schema = commands.add_parser("schema", help="write the JSON Schema of the YAML, for editors")
     schema.set_defaults(run=_schema)
     return parser
@@ -86,6 +121,36 @@ def _show(options: argparse.Namespace) -> int:
     from runtime.show import show
 
     show(loaded, options.processes or loaded.values.strategy.world_size or 1)
+    return 0
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from runtime.inspection import inspect, print_listing
+
+    listing = inspect(options.folder)
+    if options.json:
+        print(listing.as_json())
+    else:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 1000  # nothing is folded on its way to a file or to grep
+        print_listing(listing, console)
+    return 0 if listing.sound else 1
+
+
+def _export(options: argparse.Namespace) -> int:
+    from runtime.export import export
+
+    done = export(
+        options.checkpoint,
+        options.out,
+        weights=options.weights,
+        force=options.force,
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
+    print(f"exported {done}")
     return 0
 
 

@@ -51,7 +51,12 @@ class TrainingMeter:
         objective: tells what the weight counts, and the metrics' input.
         metrics: computed on training batches too; empty if not asked for.
         times: where this rank's time goes.
+
+    Attributes:
+        seconds: what lay between the last two reports.
     """
+
+    seconds = 0.0
 
     def __init__(self, device: torch.device, objective: Objective, metrics: MetricSet, times: PhaseTimes) -> None:
         self._device = device
@@ -106,7 +111,7 @@ class TrainingMeter:
         alone = {phase: self._times.seconds.get(phase, 0.0) for phase in _ALONE}
         told = [json.loads(reply) for reply in gather_bytes(json.dumps([sums, alone]).encode(), self._device)]
         summed = sum_in_order([sums for sums, _ in told])
-        seconds = max(time.monotonic() - self._since, 1e-9)
+        self.seconds = seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
         if self._weight > 0:
             report |= {name: total / self._weight for name, total in summed.items()}

@@ -44,7 +44,8 @@ from runtime.stopping import StopWish
 from runtime.strategies import Strategy
 from runtime.watch import Position
 
-_STRAGGLING = 0.2  # of the time; less is noise
+_STRAGGLING = 0.2  # of the time between two reports; less is noise, and so is what shorter times tell
+_STRAGGLING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -132,37 +133,41 @@ class Run:
             build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
             build_evaluator(self._loaded, strategy, "test", slots=self._sharing.slots),
         )
-        finished_before = self._nothing_left() and not progress.evaluation_due
-        if finished_before:
+        if self._nothing_left() and not progress.evaluation_due:
             self._reporter.message(
                 f"This run is finished: {progress.step} steps. To go on, raise limit.epochs or limit.steps."
             )
         elif self._values.divergence.rolls_back and progress.step == 0:
             self._save_state()  # so that there is always something to return to
         self._agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
-        warmed_up = False
-        outcome: Literal["finished", "stopped"] | None = "finished" if finished_before else None
+        self._warmed_up = False
+        outcome: Literal["finished", "stopped"] | None = None
         with self._garbage:
             while outcome is None:
                 if progress.evaluation_due and not self._catch_up_evaluation():
                     outcome = "stopped"
-                    break
-                try:
-                    windows = self._windows(samples)
-                    if not warmed_up and not self._nothing_left():
-                        strategy.warm_up(windows.filler)
-                        warmed_up = True
-                    module.train()
-                    outcome = train(self._weighted(windows), self._parts(module))
-                except RollbackWanted as wanted:
-                    self._roll_back(wanted)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    raise self._out_of_memory(error) from error
+                else:
+                    outcome = "finished" if self._nothing_left() else self._trained(module, samples)
         if outcome == "finished" and not self._evaluate_test():
             outcome = "stopped"
         return self._close(outcome)
+
+    def _trained(self, module: TrainingModule, samples: Samples) -> Literal["finished", "stopped"] | None:
+        """Train on from where the run is; return None where it was rolled back and is to go on from there."""
+        try:
+            windows = self._windows(samples)
+            if not self._warmed_up:
+                self._strategy.warm_up(windows.filler)
+                self._warmed_up = True
+            module.train()
+            return train(self._weighted(windows), self._parts(module))
+        except RollbackWanted as wanted:
+            self._roll_back(wanted)
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
 
     def _windows(self, samples: Samples) -> Windows:
         self._first_step = self._progress.step
@@ -249,7 +254,12 @@ class Run:
     def _name_straggler(self, values: Mapping[str, Result]) -> None:
         """Tell once who holds the others up, until another does."""
         excess = values.get("slowest_rank_excess", 0.0)
-        if isinstance(excess, float) and excess > _STRAGGLING and values["slowest_rank"] != self._straggler:
+        if (
+            isinstance(excess, float)
+            and excess > _STRAGGLING
+            and self._meter.seconds > _STRAGGLING_SECONDS
+            and values["slowest_rank"] != self._straggler
+        ):
             self._straggler = values["slowest_rank"]
             self._reporter.message(
                 f"rank {self._straggler:g} holds the others up: of the last steps' time it was busy with its own data and "

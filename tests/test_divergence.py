@@ -132,17 +132,19 @@ def test_the_first_step_can_be_rolled_back_too(tmp_path: Path) -> None:
     assert (rolled["outcome"], rolled["step"]) == ("finished", ONE_EPOCH - 1)
 
 
-@single
-def test_the_last_step_can_be_rolled_back_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=single), 2])
+def test_the_last_step_can_be_rolled_back_too(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     objective = {"target": "tiny_divergence:Astray", "args": {"batch": 5}}
     data = {
         "train": {"target": "tiny:points", "args": {"dtype": "float32"}},
         "validation": {"target": "tiny:points", "args": {"split": "validation", "dtype": "float32"}},
     }
-    rolled = observe(run(tmp_path, objective=objective, data=data, divergence={"non_finite": "rollback"}))
+    changes = {"objective": objective, "data": data, "divergence": {"non_finite": "rollback"}}
+    rolled = pool.run(observe, world_size, run(tmp_path, **changes))[0]
     assert (rolled["outcome"], rolled["step"]) == ("finished", ONE_EPOCH - 1)
     assert rolled["results"]["samples"] == 96
-    assert observe(run(tmp_path, objective=objective, data=data))["results"]["samples"] == 96
+    again = pool.run(observe, world_size, run(tmp_path, **changes))[0]
+    assert again["results"]["samples"] == 96
 
 
 @single

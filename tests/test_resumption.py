@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,75 @@ def test_optimizers_and_schedules_resume_bitwise(
     config = deep(tmp_path / "resumed", **changes)
     pool.run(observe_stopping, 1, config, 3)
     assert_bitwise_equal(whole, pool.run(observe, 1, config)[0])
+
+
+def plateau(folder: Path) -> dict[str, Any]:
+    """The rate falls at each evaluation that is no better, which none can be."""
+    args = {"factor": 0.5, "patience": 0, "threshold": 1e9}
+    points = {"target": "tiny:points", "args": {"size": 75, "dtype": "float32"}}
+    return deep(
+        folder,
+        data={"train": points, "validation": {"target": "tiny:points", "args": {"split": "v", "dtype": "float32"}}},
+        schedule={"target": "ReduceLROnPlateau", "args": args, "monitor": "loss"},
+        evaluation={"every": "2 steps", "micro_size": 8},
+        checkpoint={"every": "4 steps", "best": [{"metric": "loss", "mode": "min"}]},
+    )
+
+
+def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """Train, asked to stop in the second round of the evaluation after a step."""
+    from runtime import control
+    from runtime.batches import Window
+    from runtime.evaluation import Evaluator
+    from runtime.run import Run
+    from runtime.stopping import StopWish
+
+    seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
+    run_share, bool_of = Evaluator._run_share, StopWish.__bool__
+    evaluate, wished, rounds = Run._evaluate, [], []
+
+    def noting(self: Any, window: Window) -> Any:
+        if self._progress.step == step:
+            wished.append(step)
+        return evaluate(self, window)
+
+    def asked(self: Any) -> bool:
+        rounds.extend(wished)
+        return len(rounds) > 1
+
+    Run._evaluate, StopWish.__bool__ = noting, asked  # type: ignore[method-assign]
+    try:
+        return observe(config)
+    finally:
+        Run._evaluate, StopWish.__bool__ = evaluate, bool_of  # type: ignore[method-assign]
+        Evaluator._run_share, control._SECONDS_BETWEEN = run_share, seconds_between
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
+@pytest.mark.parametrize("step", [2, 4, STEPS])
+def test_an_evaluation_that_was_cut_short_is_made_up_for_and_changes_nothing(
+    pool: ProcessPool, tmp_path: Path, world_size: int, step: int
+) -> None:
+    whole = pool.run(observe, world_size, plateau(tmp_path / "whole"))[0]
+    config = plateau(tmp_path / "cut")
+    cut = pool.run(observe_leaving_an_evaluation, world_size, config, step)[0]
+    assert (cut["outcome"], cut["step"]) == ("stopped", step)
+    resumed = pool.run(observe, world_size, config)[0]
+    assert resumed["outcome"] == "finished"
+    assert_bitwise_equal(whole, resumed)
+    assert resumed["results"] == whole["results"]
+    assert rates(tmp_path / "cut") == rates(tmp_path / "whole")
+    assert best(tmp_path / "cut") == best(tmp_path / "whole")
+
+
+def rates(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["learning_rate"] for record in records if record["event"] == "train"]
+
+
+def best(folder: Path) -> Any:
+    record = json.loads((folder / "checkpoints" / "best.json").read_text())["loss"]
+    return [(entry["step"], entry["value"]) for entry in record]
 
 
 @pytest.mark.single
