@@ -157,9 +157,9 @@ def test_a_window_without_any_target_updates_nothing(
 
 
 def saved_state(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoint import Checkpoint, load_state
+    from runtime.checkpoint import load_state
 
-    return load_state(Checkpoint(folder / "checkpoints" / f"step-{step:08d}", step, {}))[1]
+    return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
 
 
 def observe_poisoned(config: dict[str, Any], poisoned: int) -> dict[str, Any]:
