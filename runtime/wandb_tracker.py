@@ -54,6 +54,9 @@ class WandbTracker:
                 mode=section.mode or ("online" if _has_key() else "offline"),
                 settings=wandb.Settings(silent=True),
             )
+            # W&B's own step must only grow and drops the rest; a run that was killed or rolled back takes steps again.
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
         except Exception as error:
             warn(f"W&B could not be started ({type(error).__name__}: {error}); going on without it")
 
@@ -82,9 +85,8 @@ class WandbTracker:
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         if self._run is not None:
-            self._guarded(
-                lambda: self._run.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
-            )
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self._guarded(lambda: self._run.log({**numbers, "step": step}))
 
     def _guarded(self, call: Callable[[], Any]) -> None:
         try:
