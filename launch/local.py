@@ -14,13 +14,13 @@ from importlib.resources import files
 from launch.job import JobSpec
 
 
-def command(job: JobSpec, *, python: str, port: int, num_cores: int) -> list[str]:
+def command(job: JobSpec, *, python: str, port: int, num_threads: int) -> list[str]:
     """Return the command that starts a job on this machine.
 
     Args:
         python: the interpreter.
         port: a free port on this machine, where the processes meet.
-        num_cores: shared out over the processes' threads.
+        num_threads: of each process.
     """
     several = job.processes > 1
     return [
@@ -33,23 +33,22 @@ def command(job: JobSpec, *, python: str, port: int, num_cores: int) -> list[str
         *(["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)] if several else []),
         "--mixed_precision", "no",
         "--dynamo_backend", "no",
-        "--num_cpu_threads_per_process", str(max(1, num_cores // job.processes)),
+        "--num_cpu_threads_per_process", str(num_threads),
         str(job.script), str(job.config), *job.overrides,
     ]  # fmt: skip
 
 
-def environment(job: JobSpec, *, launch: str, num_cores: int) -> dict[str, str]:
+def environment(job: JobSpec, *, launch: str, num_threads: int) -> dict[str, str]:
     """Return the variables to add to the job's environment.
 
     Args:
         launch: token of this launch, which comes back in the run's outcome.
+        num_threads: of each process.
     """
     added = {
         "LOCKSTEP_WORLD_SIZE": str(job.processes),  # the runtime refuses any other
         "LOCKSTEP_LAUNCH": launch,
-        "OMP_NUM_THREADS": str(
-            max(1, num_cores // job.processes)
-        ),  # more threads than cores make a step several times slower
+        "OMP_NUM_THREADS": str(num_threads),
     }
     if not job.use_gpus:
         added["ACCELERATE_USE_CPU"] = "true"

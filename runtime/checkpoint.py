@@ -33,7 +33,15 @@ from safetensors.torch import load_file
 from runtime.attempts import Attempts
 from runtime.config import Best
 from runtime.errors import CheckpointError
-from runtime.serialization import checksum, join_state, replace_file, sync_folder, write_durably, write_tensors
+from runtime.serialization import (
+    checksum,
+    join_state,
+    make_folder,
+    replace_file,
+    sync_folder,
+    write_durably,
+    write_tensors,
+)
 from runtime.snapshot import Snapshot
 
 FORMAT_VERSION = 1
@@ -100,7 +108,7 @@ class CheckpointFolder:
         final = self.folder / self._name(snapshot, evaluated=bool(known))
         partial = self.folder / f"{final.name}.partial-{secrets.token_hex(4)}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             partial.mkdir()
             _write_files(partial, snapshot)
             self._before_commit()

@@ -37,14 +37,23 @@ def train_locally(
     """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure."""
     script = Path(runtime.__path__[0]) / "train.py"
     job = JobSpec(script, config, overrides, processes, use_gpus)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = _num_threads(processes)
     token = secrets.token_hex(8)
-    added = environment(job, launch=token, num_cores=cores)
-    line = command(job, python=sys.executable, port=_free_port(), num_cores=cores)
+    added = environment(job, launch=token, num_threads=threads)
+    line = command(job, python=sys.executable, port=_free_port(), num_threads=threads)
     print(shown(line, added), file=sys.stderr, flush=True)
     code = _run(line, {**os.environ, **added})
     outcome = read_outcome(loaded.output, token)
     return int(outcome["exit_code"]) if outcome else (1 if code else 0)
+
+
+def _num_threads(processes: int) -> int:
+    """Return what the user asks for, or a share of the cores: more threads than cores make a step several times slower."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 def _run(line: Sequence[str], variables: dict[str, str]) -> int:

@@ -164,6 +164,11 @@ def _identity(
     identity = Identity(**stored["identity"])
     check_identity(identity, loaded, data=data, schedule_length=length)
     slots = slots_on_resumption(identity.slots, loaded)
+    threads, before = torch.get_num_threads(), stored["made_by"].get("threads")
+    if strategy.device.type == "cpu" and threads != before:
+        warn(
+            f"{threads} threads a process, {before} before: equal to rounding from here on, not bit for bit (OMP_NUM_THREADS)"
+        )
     if slots != identity.slots:
         warn(
             f"K changes from {identity.slots} to {slots}: from here on only models without randomness or batch statistics "

@@ -139,7 +139,7 @@ class JsonLines:
                 self._file.close()
 
     def _drop_after(self, step: int) -> None:
-        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in self._path.read_text("utf-8", errors="replace").splitlines() if _step_of(line) <= step]
         replace_file(self._path, "".join(f"{line}\n" for line in kept))
 
     def _write(self, record: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly, yaml_file
 from runtime.batches import (
@@ -313,7 +313,10 @@ class Run:
 
     def _collected(self) -> dict[str, dict[str, Any]]:
         state = self._state.collect()
-        state["training"] |= {"identity": asdict(self._identity), "made_by": versions()}
+        state["training"] |= {
+            "identity": asdict(self._identity),
+            "made_by": {**versions(), "threads": get_num_threads()},
+        }
         return state
 
     def _is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:

@@ -24,6 +24,7 @@ from runtime.divergence import RollbackWanted
 from runtime.errors import CheckpointError, DivergenceError, LockstepError, RunFolderError
 from runtime.fence import Fence
 from runtime.saving import BackgroundSaving
+from runtime.serialization import make_folder
 
 STOP_FILE = "STOP"
 
@@ -165,7 +166,7 @@ class RunFolder:
 
     def _open(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
         job, restart = environment.job_identity()

@@ -131,12 +131,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there, so that they survive a loss of power."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or as it was before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_durably(partial, text.encode())
         os.replace(partial, path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

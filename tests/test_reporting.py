@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from runtime.reporting import JsonLines
 from runtime.session import train
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
@@ -118,3 +119,11 @@ def test_wandb_gets_one_run_for_a_run_that_was_resumed(tmp_path: Path, monkeypat
     )  # fmt: skip
     assert "train/loss" in found.stdout, found.stderr
     assert "validation/loss" in found.stdout
+
+
+def test_a_record_that_the_disk_has_damaged_is_dropped_and_the_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "train", "step": 1}\n{"event": "tr\xa2in", "step"\n{"event": "train", "step": 2}\n')
+    JsonLines(path, resumed_step=2).close("finished")
+    steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
+    assert steps == [1, 2, None]
