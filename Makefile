@@ -1,6 +1,6 @@
 # make train    a trained model on real data
 # make test     linters and all tests
-# make bench    time per step against hand-written PyTorch loops
+# make bench    time per step, to the first step and of a save, against hand-written PyTorch
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,6 +37,7 @@ test-long: venv
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup_time.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint_time.py
 
 clean:
 	rm -rf $(VENV) runs

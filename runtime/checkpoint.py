@@ -238,7 +238,7 @@ def damage_of(path: Path) -> str | None:
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "manifest.json is missing or unreadable"
-    if version > FORMAT_VERSION:
+    if version > FORMAT_VERSION and _version_of_state(path) == version:  # else it is the number that is damaged
         raise CheckpointError(
             f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
         )
@@ -254,7 +254,14 @@ def damage_of(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
         except OSError as error:  # a bad sector
             return f"{name} cannot be read: {error.strerror or error}"
-    return None
+    return None if version == _version_of_state(path) else "manifest.json and state.json name different formats"
+
+
+def _version_of_state(path: Path) -> int | None:
+    try:
+        return int(json.loads((path / "state.json").read_text())["version"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _write_files(folder: Path, snapshot: Snapshot) -> None:

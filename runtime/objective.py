@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from runtime.component import described
 from runtime.errors import ObjectiveError
 
+_RESERVED = ("loss", "weight", "samples")
+
 
 class Loss(NamedTuple):
     """What one forward pass returns.
@@ -118,6 +120,10 @@ class TrainingModule(nn.Module):
                 f"not {got}; with torch's losses use reduction='sum'"
             )
         for name, part in loss.parts.items():
+            if name in _RESERVED:
+                raise ObjectiveError(
+                    f"{type(self.objective).__name__}: a part cannot be called {name!r}, which reports have a figure of already"
+                )
             if not isinstance(part, Tensor) or part.ndim != 0:
                 raise ObjectiveError(
                     f"{type(self.objective).__name__}: part {name!r} must be a scalar tensor, a sum like the loss"

@@ -99,12 +99,13 @@ class JsonLines:
     Args:
         path: the file.
         resumed_step: steps that the run has behind it.
+        evaluation_due: the evaluation after that step is still to come, or to be repeated.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int) -> None:
+    def __init__(self, path: Path, *, resumed_step: int, evaluation_due: bool = False) -> None:
         self._path = path
         if path.exists():
-            self._drop_after(resumed_step)
+            self._drop_after(resumed_step, evaluation_due=evaluation_due)
         self._file = path.open("a", encoding="utf-8")
 
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -138,8 +139,10 @@ class JsonLines:
             with suppress(OSError):
                 self._file.close()
 
-    def _drop_after(self, step: int) -> None:
-        kept = [line for line in self._path.read_text("utf-8", errors="replace").splitlines() if _step_of(line) <= step]
+    def _drop_after(self, step: int, *, evaluation_due: bool = False) -> None:
+        lines = self._path.read_text("utf-8", errors="replace").splitlines()
+        last = step - 0.5 if evaluation_due else step  # the last evaluation that is behind the run
+        kept = [line for line in lines if _step_of(line) <= (last if '"event": "evaluation"' in line else step)]
         replace_file(self._path, "".join(f"{line}\n" for line in kept))
 
     def _write(self, record: Mapping[str, Any]) -> None:

@@ -360,7 +360,11 @@ class Run:
         resolved = self._loaded.resolved()
         try:
             replace_file(self._folder.path / "config.yaml", yaml_file.dump(resolved))
-            records = JsonLines(self._folder.path / "metrics.jsonl", resumed_step=self._progress.step)
+            records = JsonLines(
+                self._folder.path / "metrics.jsonl",
+                resumed_step=self._progress.step,
+                evaluation_due=self._progress.evaluation_due,
+            )
         except OSError as error:
             raise RunFolderError(f"the run folder {self._folder.path} cannot be written: {error.strerror}") from error
         trackers: list[Tracker] = [ConsoleTracker(progress=self._values.reporting.progress), records]

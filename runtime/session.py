@@ -56,10 +56,21 @@ def _train(
     values = loaded.values
     stack.enter_context(determinism(values.determinism or default_determinism(), values.matmul))
 
+    from torch.distributed import DistError
+
     from runtime.run import Run
     from runtime.strategies.accelerated import AcceleratedStrategy
 
-    strategy = AcceleratedStrategy(precision=values.precision, options=values.strategy.ddp)
+    stall_seconds = values.limit.stall_seconds
+    try:
+        strategy = AcceleratedStrategy(
+            precision=values.precision, options=values.strategy.ddp, timeout_seconds=stall_seconds
+        )
+    except DistError as error:
+        address, port = environment.store_address()
+        raise PeerError(
+            f"the ranks did not come together at {address}:{port} within {stall_seconds:g} s (limit.stall_seconds): {error}"
+        ) from error
     stack.callback(strategy.close)
     environment.check_world_size(requested, strategy.world_size)
     stop_wish.on_leave = lambda: _write_outcome(

@@ -80,7 +80,7 @@ def configuration(folder: Path, *, num_workers: int = 0) -> dict[str, Any]:
         "optimizer": {"target": "SGD", "args": {"lr": 0.1, "momentum": 0.9}, "max_grad_norm": 1.0},
         "schedule": {"target": "CosineAnnealingLR", "args": {"T_max": STEPS}, "warmup_steps": 5},
         "averaging": {"decay": 0.9},
-        "limit": {"steps": STEPS, "grace_seconds": 5.0},
+        "limit": {"steps": STEPS, "grace_seconds": 5.0, "stall_seconds": 20.0},
         # An epoch has six steps, so every evaluation is followed by a save, wherever a run is stopped besides.
         "checkpoint": {"every": "3 steps", "keep": 3, "best": [{"metric": "loss", "mode": "min"}]},
         "reporting": {"every": "1 step", "progress": False},
@@ -1076,7 +1076,7 @@ class Runner:
         try:
             with ExitStack() as stack:
                 if "disk" in kinds and mounted(campaign.run):
-                    stack.callback(subprocess.run, ["umount", "--lazy", str(campaign.run)], check=False)
+                    stack.callback(unmount, campaign.run)
                 for to_come, kind in reversed(list(enumerate(reversed(kinds)))):
                     campaign.attacks_to_come = to_come
                     self._attack(campaign, kind, one_size or chance.choice(self._sizes))
@@ -1160,6 +1160,15 @@ def mounted(folder: Path) -> bool:
         return subprocess.run(line, check=False, capture_output=True).returncode == 0
     except OSError:
         return False
+
+
+def unmount(folder: Path) -> None:
+    """Take the disk away; what was on it stays in the folder."""
+    kept = folder.with_name("kept")
+    shutil.copytree(folder, kept)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    folder.rmdir()
+    kept.rename(folder)
 
 
 def main(arguments: list[str]) -> int:

@@ -96,9 +96,23 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     checkpoints = folder(tmp_path)
     manifest = save(checkpoints, 1) / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    state = manifest.with_name("state.json")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "version": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoints.newest()
     assert steps(checkpoints) == [1]
+
+
+def test_a_version_that_is_damaged_is_damage_and_no_newer_format(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    checkpoints = folder(tmp_path, warnings=warnings)
+    save(checkpoints, 1)
+    manifest = save(checkpoints, 2) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"version": 1', b'"version": 3'))
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 1
+    assert "name different formats" in warnings[0]
 
 
 @pytest.mark.parametrize("fail_at", range(1, 6))

@@ -264,6 +264,8 @@ def test_a_partial_one_one_of_a_newer_format_and_none_at_all_are_refused(tmp_pat
         exported(partial, tmp_path / "w.pt")
     manifest = path / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    state = manifest.with_name("state.json")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "version": 99}))
     for source in (path, tmp_path / "c"):
         with pytest.raises(CheckpointError, match="step-00000001 has format 99"):
             exported(source, tmp_path / "w.pt")

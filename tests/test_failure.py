@@ -17,7 +17,7 @@ import yaml
 
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
-from tests.test_launch import clean_environment
+from tests.test_launch import ROOT, clean_environment
 
 _ENDED_WITHIN_SECONDS = 60
 
@@ -156,6 +156,19 @@ def test_a_second_interrupt_ends_a_run_whose_other_rank_is_stopped(tmp_path: Pat
         os.kill(pids[1], signal.SIGKILL)
         _, told = end(process)
     assert "interrupted again; leaving without a save" in told
+
+
+def test_a_rank_whose_peers_never_come_says_so_and_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(endless(tmp_path, limit={"steps": 1, "stall_seconds": 2})))
+    alone = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "runtime" / "train.py"), str(path)],
+        env=clean_environment(ACCELERATE_USE_CPU="true", **alone), capture_output=True, text=True, check=False, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "rank 1: the ranks did not come together at 127.0.0.1:1 within 2 s" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_rank_that_holds_the_others_up_is_named(pool: ProcessPool, tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def spoil_newest(path: Path) -> None:
 def newer_format(path: Path) -> None:
     manifest = path / "step-00000002" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    state = manifest.with_name("state.json")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "version": 99}))
 
 
 def all_aside(path: Path) -> None:

@@ -170,3 +170,15 @@ def test_a_part_that_is_no_sum_is_refused(part: Any) -> None:
 
     with pytest.raises(ObjectiveError, match="'extra'"):
         TrainingModule(Given(torch.zeros(3, 2)), Parted())(torch.arange(3))
+
+
+@pytest.mark.parametrize("name", ["loss", "weight", "samples"])
+def test_a_part_may_not_bear_the_name_of_a_figure_that_is_there_already(name: str) -> None:
+    class Parted(Objective):
+        def forward(self, model: nn.Module, batch: Any) -> Loss:
+            total = model(batch).sum()
+            return Loss(total, {name: total.detach()})
+
+    module = TrainingModule(Given(torch.ones(3, 2)), Parted())
+    with pytest.raises(ObjectiveError, match=f"cannot be called '{name}'"):
+        module(torch.arange(3))

@@ -127,3 +127,11 @@ def test_a_record_that_the_disk_has_damaged_is_dropped_and_the_others_stay(tmp_p
     JsonLines(path, resumed_step=2).close("finished")
     steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
     assert steps == [1, 2, None]
+
+
+def test_the_record_of_an_evaluation_that_is_to_be_repeated_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"event": event, "step": step} for step in (1, 2) for event in ("train", "evaluation")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    JsonLines(path, resumed_step=2, evaluation_due=True).close("finished")
+    assert [json.loads(line) for line in path.read_text().splitlines()][:-1] == lines[:-1]

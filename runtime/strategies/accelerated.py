@@ -34,7 +34,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_LOSS_SCALE = 2.0**-14  # below it no finite gradient can be what the scale is searching for
 _NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
-_TIMEOUT = timedelta(minutes=30)
 
 
 class AcceleratedStrategy:
@@ -43,9 +42,15 @@ class AcceleratedStrategy:
     Args:
         precision: of forward and backward passes.
         options: of DistributedDataParallel.
+        timeout_seconds: longest wait for the other ranks, to come together and in a collective.
+
+    Raises:
+        PeerError: the ranks did not come together in time.
     """
 
-    def __init__(self, *, precision: Precision, options: DistributedDataParallel) -> None:
+    def __init__(
+        self, *, precision: Precision, options: DistributedDataParallel, timeout_seconds: float = 1800.0
+    ) -> None:
         hooks = {None: "no", "fp16": "fp16", "bf16": "bf16"}
         self._owns_state = not PartialState._shared_state
         self._owns_group = not dist.is_initialized()
@@ -62,7 +67,7 @@ class AcceleratedStrategy:
                     # the enum: Accelerate ignores the plain string without a word
                     comm_hook=DDPCommunicationHookType(hooks[options.communication_hook]),
                 ),
-                InitProcessGroupKwargs(timeout=_TIMEOUT),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
             ],
         )
         self.device: torch.device = self._accelerator.device
