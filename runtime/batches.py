@@ -248,7 +248,7 @@ def loader_factory(
     Without workers and pinned memory there is nothing for a DataLoader to do, and it would cost 50 µs a batch.
     """
     if num_workers == 0 and not pin_memory:
-        return _read_here
+        return read_here
     return partial(
         DataLoader,
         collate_fn=_as_it_is,
@@ -270,9 +270,8 @@ def read(samples: Samples, indices: Iterator[SlotIndex], make_loader: MakeLoader
     """
     batches = iter(make_loader(samples, batch_sampler=indices))
     for worker in getattr(batches, "_workers", ()):
-        worker._popen.terminate = (
-            worker._popen.kill
-        )  # it ignores SIGTERM, and torch and Python would wait for it for ever
+        # It ignores SIGTERM, so torch and Python would wait for it for ever.
+        worker._popen.terminate = worker._popen.kill
     while True:
         try:
             batch = next(batches)
@@ -372,7 +371,8 @@ def _share(samples: int, sharing: Sharing) -> tuple[tuple[Microbatch, ...], int]
     return (*real, *fillers), sum(size > 0 for size in sizes)
 
 
-def _read_here(samples: Samples, *, batch_sampler: Iterator[SlotIndex]) -> Iterator[Any]:
+def read_here(samples: Samples, *, batch_sampler: Iterator[SlotIndex]) -> Iterator[Any]:
+    """Read in this process: a loader without workers."""
     return map(samples.__getitems__, batch_sampler)
 
 

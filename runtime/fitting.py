@@ -23,24 +23,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
 
 
-def out_of_memory(error: BaseException, *, rank: int, where: str, slot_size: int) -> OutOfMemoryError:
+def out_of_memory(error: BaseException, *, rank: int, where: str, key: str, size: int) -> OutOfMemoryError:
     """Return the message for a rank whose memory ran out.
 
     Args:
         where: phase and step.
-        slot_size: most samples in one forward pass.
+        key: of the configuration, which says how many samples one forward pass takes.
+        size: what it is now.
     """
     first_line = str(error).strip().split("\n", maxsplit=1)[0]
-    if slot_size == 1:
+    if size == 1:
+        advice = "a single sample does not fit: take a smaller model, a lower precision, or a larger device"
+    elif key == "batch.micro_size":
         advice = (
-            "a single sample does not fit: take a smaller model, lower precision or compile.mode, or a larger device"
+            f"set {key} to {size // 2} or less (now {size}; the global batch stays the same), or to auto. If this run is to go "
+            "on, K grows with it, which resume.allow_changes=[batch.slots] allows: from there on only models without "
+            "randomness or batch statistics in the forward pass keep the answer"
         )
     else:
-        advice = (
-            f"set batch.micro_size to {slot_size // 2} or less (now {slot_size}; the global batch stays the same), or to auto. "
-            "If this run is to go on, K grows with it, which resume.allow_changes=[batch.slots] allows: from there on only "
-            "models without randomness or batch statistics in the forward pass keep the answer"
-        )
+        advice = f"set {key} to {size // 2} or less (now {size}), which changes no result"
     return OutOfMemoryError(f"rank {rank} ran out of memory in {where} ({first_line}); {advice}")
 
 

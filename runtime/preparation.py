@@ -11,14 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from runtime import assembly
+from runtime import assembly, yaml_file
 from runtime.averaging import ExponentialMovingAverage
-from runtime.batches import Samples, Sharing, SlotIndex, default_slots, fingerprint, read
+from runtime.batches import Samples, Sharing, SlotIndex, default_slots, fingerprint, read, read_here
 from runtime.comparison import code_digest, compare, shapes
-from runtime.config_file import LoadedConfiguration, exact_keys
+from runtime.config_file import LoadedConfiguration, flatten
+from runtime.console import ConsoleTracker
 from runtime.control import sum_over_ranks
 from runtime.divergence import Divergence
-from runtime.errors import ConfigurationError, DataError
+from runtime.errors import ConfigurationError, DataError, RunFolderError
 from runtime.evaluation import Evaluator
 from runtime.facts import versions
 from runtime.fitting import fitting_micro_size
@@ -26,8 +27,12 @@ from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
 from runtime.order import Order
 from runtime.progress import Progress
+from runtime.reporting import JsonLines, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
+from runtime.serialization import replace_file
 from runtime.strategies import Strategy
+
+_OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,36 @@ def build_evaluator(
     )
 
 
+def build_trackers(
+    loaded: LoadedConfiguration, progress: Progress, *, run_id: str, warn: Callable[[str], None]
+) -> list[Tracker]:
+    """Build what figures go to. For rank 0.
+
+    Args:
+        run_id: the same at every start of the run.
+
+    Raises:
+        RunFolderError: the run folder cannot be written.
+    """
+    folder, reporting, resolved = loaded.output, loaded.values.reporting, loaded.resolved()
+    try:
+        replace_file(folder / "config.yaml", yaml_file.dump(resolved))
+        path, due = folder / "metrics.jsonl", progress.evaluation_due
+        records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
+    except OSError as error:
+        raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
+    trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress), records]
+    if reporting.wandb is not None:
+        from runtime.wandb_tracker import WandbTracker
+
+        trackers.append(
+            WandbTracker(
+                reporting.wandb, name=loaded.name, run_id=run_id, folder=folder, configuration=resolved, warn=warn
+            )
+        )
+    return trackers
+
+
 @dataclass(frozen=True)
 class _Fresh:
     """What K is found with at a first start, and what identifies the data."""
@@ -111,11 +146,7 @@ class _Fresh:
 
     def batch_of(self, size: int) -> Any:
         ids = self.order.batch(0, 0)[:size]
-        return next(read(self.samples, iter([SlotIndex(0, ids)]), _read_here))
-
-
-def _read_here(samples: Samples, *, batch_sampler: Any) -> Any:
-    return map(samples.__getitems__, batch_sampler)
+        return next(read(self.samples, iter([SlotIndex(0, ids)]), read_here))
 
 
 def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
@@ -135,8 +166,9 @@ def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
 
 
 def _compare_ranks(loaded: LoadedConfiguration, strategy: Strategy, module: TrainingModule, samples: Samples) -> None:
+    # Free keys as well: evaluating or reporting at another interval, a rank would enter a collective alone.
     facts = {
-        **{f"configuration {key}": value for key, value in exact_keys(loaded.resolved()).items()},
+        **{f"configuration {k}": v for k, v in flatten(loaded.resolved()).items() if not k.startswith(_OF_ONE_RANK)},
         **versions(),
         "code": code_digest(loaded.code),
         "data": fingerprint(samples.source),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
-from runtime import assembly, yaml_file
+from runtime import assembly
 from runtime.batches import (
     Cursor,
     Samples,
@@ -24,10 +24,9 @@ from runtime.buffers import BufferRule
 from runtime.checkpoint import load_state
 from runtime.config_file import LoadedConfiguration
 from runtime.config_types import Interval
-from runtime.console import ConsoleTracker
 from runtime.control import Agreement, sum_over_ranks
 from runtime.divergence import RollbackWanted
-from runtime.errors import OutOfMemoryError, RunFolderError
+from runtime.errors import OutOfMemoryError
 from runtime.evaluation import Evaluator
 from runtime.facts import start_facts, versions
 from runtime.fitting import is_out_of_memory, out_of_memory
@@ -36,10 +35,9 @@ from runtime.loop import Parts, train
 from runtime.meters import PhaseTimes, TrainingMeter
 from runtime.metrics import MetricSet, Result
 from runtime.objective import TrainingModule
-from runtime.preparation import build_evaluator, prepare
-from runtime.reporting import JsonLines, Reporter, Tracker
+from runtime.preparation import build_evaluator, build_trackers, prepare
+from runtime.reporting import Reporter
 from runtime.run_folder import STOP_FILE, Found, RunFolder
-from runtime.serialization import replace_file
 from runtime.stopping import StopWish
 from runtime.strategies import Strategy
 from runtime.watch import Position
@@ -112,9 +110,13 @@ class Run:
             self._state, self._progress = prepared.state, prepared.state.progress
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
-            self._first_step = self._progress.step
             self._open_reporter(stack, prepared.samples)
-            return self._train(prepared.state.module, prepared.samples)
+            try:
+                return self._train(prepared.state.module, prepared.samples)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self._out_of_memory(error) from error
 
     def leaving_seconds(self) -> float:
         """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
@@ -164,18 +166,13 @@ class Run:
         except RollbackWanted as wanted:
             self._roll_back(wanted)
             return None
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._out_of_memory(error) from error
 
     def _windows(self, samples: Samples) -> Windows:
-        self._first_step = self._progress.step
         return Windows(
             samples,
             self._order,
             start=self._progress.cursor,
-            stop=self._reached,
+            stop=self._limit_from_here(),
             skipped=self._progress.skipped_batches,
             sharing=self._sharing,
             make_loader=assembly.build_loader(self._loaded, self._strategy.device),
@@ -223,8 +220,10 @@ class Run:
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
         phase, step, _ = self._position.now
-        slot_size = -(-self._values.batch.global_size // self._sharing.slots)
-        return out_of_memory(error, rank=self._strategy.rank, where=f"{phase} at step {step}", slot_size=slot_size)
+        key, size = "batch.micro_size", -(-self._values.batch.global_size // self._sharing.slots)
+        if phase == "evaluate":
+            key, size = "evaluation.micro_size", self._values.evaluation.micro_size or size
+        return out_of_memory(error, rank=self._strategy.rank, where=f"{phase} at step {step}", key=key, size=size)
 
     def _roll_back(self, wanted: RollbackWanted) -> None:
         self._agreement.end()  # the step was left before its message was read
@@ -326,17 +325,20 @@ class Run:
         return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
 
     def _nothing_left(self) -> bool:
-        self._first_step = self._progress.step
-        return self._reached(upcoming(self._order, self._progress.cursor, self._progress.skipped_batches), 0)
+        cursor = upcoming(self._order, self._progress.cursor, self._progress.skipped_batches)
+        return self._limit_from_here()(cursor, 0)
 
-    def _reached(self, cursor: Cursor, steps: int) -> bool:
-        limit = self._values.limit
+    def _limit_from_here(self) -> Callable[[Cursor, int], bool]:
+        """Return what tells of a cursor, and of the steps from here to it, whether the limit is reached."""
+        limit, step = self._values.limit, self._progress.step
         if limit.steps is not None:
-            return self._first_step + steps >= limit.steps
-        return limit.epochs is not None and cursor.epoch >= limit.epochs
+            last = limit.steps
+            return lambda cursor, steps: step + steps >= last
+        return lambda cursor, steps: cursor.epoch >= (limit.epochs or 0)
 
     def _evaluated(self, evaluator: Evaluator) -> dict[str, Result] | None:
         averaging, section = self._state.averaging, self._values.averaging
+        self._times.enter("evaluate", self._progress.step)
         averaged = averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
         with averaged, self._garbage.paused():
             return evaluator.evaluate(self._stop_wished)
@@ -357,30 +359,7 @@ class Run:
     def _open_reporter(self, stack: ExitStack, samples: Samples) -> None:
         if self._strategy.rank != 0:
             return
-        resolved = self._loaded.resolved()
-        try:
-            replace_file(self._folder.path / "config.yaml", yaml_file.dump(resolved))
-            records = JsonLines(
-                self._folder.path / "metrics.jsonl",
-                resumed_step=self._progress.step,
-                evaluation_due=self._progress.evaluation_due,
-            )
-        except OSError as error:
-            raise RunFolderError(f"the run folder {self._folder.path} cannot be written: {error.strerror}") from error
-        trackers: list[Tracker] = [ConsoleTracker(progress=self._values.reporting.progress), records]
-        if self._values.reporting.wandb is not None:
-            from runtime.wandb_tracker import WandbTracker
-
-            trackers.append(
-                WandbTracker(
-                    self._values.reporting.wandb,
-                    name=self._loaded.name,
-                    run_id=self._identity.tracker_id,
-                    folder=self._folder.path,
-                    configuration=resolved,
-                    warn=self._warn,
-                )
-            )
+        trackers = build_trackers(self._loaded, self._progress, run_id=self._identity.tracker_id, warn=self._warn)
         self._reporter.open(trackers)
         stack.push(lambda kind, error, trace: self._reporter.close("failed") if kind else None)
         order, limit = self._order, self._values.limit

@@ -35,10 +35,11 @@ def started_otherwise(config: dict[str, Any], changes: dict[str, Any], patched_v
     [
         ({"optimizer": {"target": "SGD", "args": {"lr": 0.2, "momentum": 0.9}}}, "configuration optimizer.args.lr 0.2"),
         ({"seed": 1}, "configuration seed 1"),
+        ({"evaluation": {"every": "3 steps"}}, "configuration evaluation.every '3 steps'"),
         ({"data": {"train": {"target": "tiny:points", "args": {"size": 95}}}}, "has data {'samples': 95"),
         ({"model": {"target": "tiny:Mlp", "args": {"width": 17}}}, "has parameter shapes"),
     ],
-    ids=["learning rate", "seed", "data", "model"],
+    ids=["learning rate", "seed", "interval", "data", "model"],
 )
 def test_a_rank_that_was_started_otherwise_is_named(
     pool: ProcessPool, tmp_path: Path, changes: dict[str, Any], told: str

@@ -78,3 +78,12 @@ def test_the_rank_that_ran_out_of_memory_says_so_itself(pool: ProcessPool, tmp_p
     replies = pool.run(failure, 2, hungry(tmp_path, 3, rank=1, batch={"global_size": 16, "micro_size": 8}))
     assert replies[0] == "lost contact"
     assert replies[1].startswith("rank 1 ran out of memory in ")
+
+
+@single
+def test_running_out_of_memory_in_an_evaluation_names_its_own_key(tmp_path: Path) -> None:
+    config = hungry(tmp_path, 8, batch={"global_size": 16, "micro_size": 8})
+    config["data"]["validation"] = {"target": "tiny:points", "args": {"split": "validation"}}
+    message = failure({**config, "evaluation": {"every": "2 steps", "micro_size": 32}})
+    assert "ran out of memory in evaluate at step 2" in message
+    assert "set evaluation.micro_size to 16 or less (now 32)" in message
