@@ -17,6 +17,7 @@ from runtime.component import ComponentError
 from runtime.config import ComponentSection, Split
 from runtime.config_file import LoadedConfiguration
 from runtime.errors import ConfigurationError, MissingDependencyError, ObjectiveError, Problem
+from runtime.fields import Fields
 from runtime.objective import Objective, torch_loss
 from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
@@ -138,6 +139,7 @@ def _objective(loaded: LoadedConfiguration) -> Objective:
         raise _wrong(loaded, ("objective",), str(error)) from error
     if not isinstance(built, Objective):
         raise _wrong(loaded, ("objective", "target"), f"is a {type(built).__name__}, not a runtime.objective.Objective")
+    built.fields = Fields(**loaded.values.data.fields.model_dump(), output=loaded.values.model.output)
     return built
 
 

@@ -28,6 +28,29 @@ class ComponentSection(Section):
 Component = Annotated[ComponentSection, _TARGET_ALONE]
 
 
+class Model(ComponentSection):
+    """A torch module."""
+
+    output: str | int | None = None
+    """Which part of what the model returns is its output: a key, attribute (``logits``) or position. Default: all of it."""
+
+
+class Fields(Section):
+    """Which part of a batch is what: keys of a mapping, or positions in a tuple."""
+
+    inputs: str | int | list[str | int] | dict[str, str | int] | None = None
+    """What the model is called with: one part; several, as keyword arguments of their names; or argument to part.
+    Default: ``inputs``, or position 0."""
+    target: str | int | None = None
+    """What the output is compared with. Default: ``target``, or position 1."""
+    weight: str | int | None = None
+    """Weight of each sample. Default: 1."""
+    id: str | int | None = None
+    """What a sample is called in predictions. Default: its index."""
+    group: str | int | None = None
+    """The query or user that a sample belongs to, for ranking metrics."""
+
+
 class Split(ComponentSection):
     """One part of the data: what makes the data set, and what happens to its samples."""
 
@@ -59,6 +82,8 @@ class Data(Section):
     """What is evaluated at intervals."""
     test: Annotated[Split, _TARGET_ALONE] | None = None
     """What is evaluated once, at the end of the run."""
+    fields: Fields = Fields()
+    """Which part of a batch is what."""
     shuffle: bool | None = None
     """A new keyed permutation of the training samples for each epoch (the default); off: their own order."""
     sampler: Component | None = None
@@ -364,8 +389,8 @@ class RunConfiguration(Section):
     """Run folder; ``{name}`` is the run's name. Relative to the working folder."""
     code: str | None = free(None)
     """Folder of the user's own modules, relative to the YAML file. Default: the YAML file's folder."""
-    model: Component
-    """A torch module."""
+    model: Annotated[Model, _TARGET_ALONE]
+    """What is trained."""
     data: Data
     """What is trained on and evaluated on."""
     batch: Batch

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from runtime.component import described
 from runtime.errors import ObjectiveError
+from runtime.fields import Fields
 
 _RESERVED = ("loss", "weight", "samples")
 
@@ -53,10 +54,12 @@ class Objective(nn.Module):
     Attributes:
         unit: what the weight counts, in the plural, for reports.
         couples_samples: the loss of a sample depends on the others of its microbatch, so the result depends on K.
+        fields: which part of a batch is what; the configuration's ``data.fields``.
     """
 
     unit = "samples"
     couples_samples = False
+    fields = Fields()
 
     def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
         """Return the loss of a microbatch, or its sum alone."""
@@ -84,7 +87,7 @@ class Objective(nn.Module):
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
-        return output, _split(batch)[1]
+        return output, self.fields.target_of(batch)
 
     @property
     def counts_samples(self) -> bool:
@@ -151,8 +154,7 @@ class _Zero(torch.autograd.Function):
 class SupervisedObjective(Objective):
     """A loss of the model's output and a target.
 
-    The batch is ``(inputs, target)``, or a mapping with these two keys; mapped or listed inputs become the model's
-    arguments.
+    Inputs and target are found by :class:`runtime.fields.Fields`; mapped or listed inputs become the model's arguments.
     """
 
     unit = "elements"
@@ -163,15 +165,8 @@ class SupervisedObjective(Objective):
 
     def forward(self, model: nn.Module, batch: Any) -> Loss:
         """Call the model on the inputs and the loss on its output and the target."""
-        inputs, target = _split(batch)
-        if isinstance(inputs, Tensor):
-            output = model(inputs)
-        elif isinstance(inputs, Mapping):
-            output = model(**inputs)
-        elif isinstance(inputs, list | tuple):
-            output = model(*inputs)
-        else:
-            output = model(inputs)
+        positional, named = self.fields.arguments(batch)
+        output, target = self.fields.output_of(model(*positional, **named)), self.fields.target_of(batch)
         try:
             loss_sum = self._loss_sum(output, target)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -192,7 +187,7 @@ class SupervisedObjective(Objective):
 
     def weight(self, batch: Any) -> float:
         """Return the number of elements of the target."""
-        return float(_split(batch)[1].numel())
+        return float(self.fields.target_of(batch).numel())
 
 
 class BinaryObjective(SupervisedObjective):
@@ -205,7 +200,7 @@ class BinaryObjective(SupervisedObjective):
         logits its result would depend on how the data is cut.
         """
         probabilities = output.sigmoid() if isinstance(self.loss, nn.BCEWithLogitsLoss) else output
-        return probabilities, _split(batch)[1].long()
+        return probabilities, self.fields.target_of(batch).long()
 
 
 class ClassificationObjective(SupervisedObjective):
@@ -225,7 +220,7 @@ class ClassificationObjective(SupervisedObjective):
 
     def weight(self, batch: Any) -> float:
         """Return the targets that count, or the sum of their class weights."""
-        target = _split(batch)[1]
+        target = self.fields.target_of(batch)
         if target.is_floating_point():
             return float(target.numel() // target.shape[self._class_dim])
         if self._class_weights is None:  # in NumPy: a third of what torch takes for so little
@@ -247,7 +242,7 @@ class ClassificationObjective(SupervisedObjective):
 
         Probabilities rather than logits, for the reason given in :meth:`BinaryObjective.metric_inputs`.
         """
-        target = _split(batch)[1]
+        target = self.fields.target_of(batch)
         scores = output.movedim(self._class_dim, -1).flatten(0, -2)
         if target.is_floating_point():
             target = target.movedim(self._class_dim, -1).argmax(-1)
@@ -313,18 +308,3 @@ def torch_loss(loss_class: type[nn.Module], args: Mapping[str, Any]) -> Objectiv
 
 def _shown(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _split(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        return batch[0], batch[1]
-    if isinstance(batch, Mapping) and {"inputs", "target"} <= set(batch):
-        return batch["inputs"], batch["target"]
-    shape = (
-        sorted(batch)
-        if isinstance(batch, Mapping)
-        else f"{type(batch).__name__} of {len(batch)}"
-        if hasattr(batch, "__len__")
-        else type(batch).__name__
-    )
-    raise ObjectiveError(f"the batch must be (inputs, target) or have the keys 'inputs' and 'target', not {shape}")

@@ -365,7 +365,7 @@ def test_exponent_notation_is_a_number_and_text_in_its_place_is_told(config: Pat
         ([f"data.train={PARTS_NAME}:Killed", "data.loader.num_workers=1"], 1,
          ["loader worker", "killed", "data.loader.num_workers"]),
         ([f"data.train={PARTS_NAME}:Three"], 1, ["batch", "(inputs, target)", "of 3"]),
-        ([f"data.train={PARTS_NAME}:InputsOnly"], 1, ["batch", "(inputs, target)", "Tensor"]),
+        ([f"data.train={PARTS_NAME}:InputsOnly"], 1, ["batch", "(inputs, target)", "tensor of shape (5, 8)"]),
         (["objective=MSELoss"], 1, ["MSELoss", "(5,)", "(5, 3)"]),
         *((["objective=" + yaml_of(section("Returns", kind=kind))], 1, ["Returns", "sum", *words])
           for kind, words in [("vector", ["(5, 3)"]), ("one element", ["(1,)"]), ("number", ["float"]),

@@ -543,7 +543,7 @@ def test_resolved_values_hold_every_default_and_the_runs_name(tmp_path: Path) ->
     resolved = loaded(tmp_path, GOOD).resolved()
     assert resolved["name"] == "run"  # the file's
     assert resolved["checkpoint"] == {"every": "1 epoch", "keep": 2, "best": []}
-    assert resolved["model"] == {"target": "zoo:Net", "args": {}}
+    assert resolved["model"]["target"] == "zoo:Net" and resolved["model"]["args"] == {}
     assert resolved["strategy"]["ddp"]["bucket_mb"] == 25
 
 

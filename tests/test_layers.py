@@ -21,6 +21,7 @@ LAYERS = [
     [
         "order",
         "batches",
+        "fields",
         "objective",
         "optimization",
         "averaging",

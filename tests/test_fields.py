@@ -1,0 +1,65 @@
+"""Which part of a batch is what."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.errors import ObjectiveError
+from runtime.fields import Fields
+
+pytestmark = pytest.mark.single
+
+ROWS: dict[str, Any] = {"words": torch.zeros(2, 3), "mask": torch.ones(2, 3), "label": torch.tensor([0, 1]), "w": 2.0}
+
+
+def test_a_pair_is_inputs_and_target() -> None:
+    assert Fields().arguments(("x", "y")) == (("x",), {})
+    assert Fields().target_of(("x", "y")) == "y"
+
+
+def test_mapped_inputs_become_keyword_arguments() -> None:
+    assert Fields().arguments({"inputs": {"a": 1}, "target": 2}) == ((), {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "positional", "named"),
+    [
+        ("w", (2.0,), {}),
+        (["words", "mask"], (), {"words": ROWS["words"], "mask": ROWS["mask"]}),
+        ({"x": "words"}, (), {"x": ROWS["words"]}),
+    ],
+)
+def test_named_inputs_reach_the_model_as_the_configuration_says(
+    inputs: Any, positional: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    assert Fields(inputs=inputs).arguments(ROWS) == (positional, named)
+
+
+def test_positions_name_the_parts_of_a_tuple() -> None:
+    fields = Fields(inputs=[2, 0], target=1, weight=3)
+    assert fields.arguments(("a", "b", "c", "d")) == (("c", "a"), {})
+    assert (fields.target_of("abcd"), fields.weight_of("abcd"), fields.group_of("abcd")) == ("b", "d", None)
+
+
+def test_the_output_is_a_key_an_attribute_or_a_position() -> None:
+    assert Fields(output="logits").output_of(SimpleNamespace(logits=3)) == 3
+    assert Fields(output="logits").output_of({"logits": 4}) == 4
+    assert Fields(output=1).output_of((5, 6)) == 6
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Fields(target="labels").target_of(ROWS), "data.fields: the batch has no 'labels': .*'label'"),
+        (lambda: Fields(target=7).target_of((1, 2)), "no 7: it is a tuple of 2"),
+        (lambda: Fields().target_of(ROWS), "must be .inputs, target."),
+        (lambda: Fields(output="logits").output_of(torch.zeros(2)), "model.output: .* no 'logits'"),
+    ],
+)
+def test_a_missing_part_is_named_with_what_is_there(call: Any, words: str) -> None:
+    with pytest.raises(ObjectiveError, match=words):
+        call()
