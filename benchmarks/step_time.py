@@ -132,9 +132,9 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
         bare.seconds(steps)
     advance, since = loop.Progress.advance, 0.0
 
-    def take_turns(self: Any, window: Any, *, applied: bool) -> None:
+    def take_turns(self: Any, window: Any) -> None:
         nonlocal since
-        advance(self, window, applied=applied)
+        advance(self, window)
         if self.step % steps:
             return
         if self.step > steps:  # the first block is a warm-up

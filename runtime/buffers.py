@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from runtime.strategies import DeviceFlag
+
 
 class BufferRule:
     """Applies the rule around the slots of each step.
@@ -58,16 +60,22 @@ class BufferRule:
             for buffer, start in zip(self._buffers(), self._start, strict=True):
                 buffer.copy_(start)
 
-    def end_step(self, *, real_slots: int, applied: bool) -> None:
-        """Advance by the mean change, or not at all where the update was not applied. Collective if applied."""
-        if not self._places or not applied:
+    def end_step(self, *, real_slots: int, skipped: bool | DeviceFlag) -> None:
+        """Advance by the mean change, or not at all where the update was skipped.
+
+        Collective, unless the host knows that it was skipped.
+        """
+        if not self._places or skipped is True:
             return
         self._sum_over_ranks(self._change)
         means = torch.split(self._change / real_slots, [start.numel() for start in self._start])
         with torch.no_grad():
             for buffer, start, mean in zip(self._buffers(), self._start, means, strict=True):
                 mean = mean.view_as(start)
-                buffer.copy_(start + (mean if start.is_floating_point() else mean.round()).to(start.dtype))
+                advanced = start + (mean if start.is_floating_point() else mean.round()).to(start.dtype)
+                if isinstance(skipped, DeviceFlag):
+                    advanced = torch.where(skipped.on_device.bool(), start, advanced)
+                buffer.copy_(advanced)
 
     def _buffers(self) -> list[Tensor]:
         return [cast(Tensor, owner._buffers[name]) for owner, name in self._places]

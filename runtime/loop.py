@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.averaging import ExponentialMovingAverage
 from runtime.batches import Window
 from runtime.buffers import BufferRule
 from runtime.control import Agreement
@@ -18,6 +17,7 @@ from runtime.optimization import Schedule
 from runtime.progress import Progress
 from runtime.randomness import Purpose, derive, seed_everything
 from runtime.strategies import Strategy, Update
+from runtime.verdicts import Verdicts
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Parts:
     Args:
         stop_wished: whether this process was asked to stop.
         will_report: tells, before a step is counted, whether figures will be due after it; equal on all ranks.
+        is_due: tells, after a step was counted, whether anything follows that needs to know what became of it; equal on all
+            ranks.
         report: tells the meter's figures, if they are due.
         evaluate: evaluates, if it is due, and returns the results; sets ``progress.evaluation_due`` if it was cut short.
         save: saves, if it is due or the run is being left.
@@ -37,8 +39,8 @@ class Parts:
     strategy: Strategy
     schedule: Schedule
     buffers: BufferRule
-    averaging: ExponentialMovingAverage | None
     divergence: Divergence
+    verdicts: Verdicts
     progress: Progress
     agreement: Agreement
     meter: TrainingMeter
@@ -46,6 +48,7 @@ class Parts:
     times: PhaseTimes
     stop_wished: Callable[[], bool]
     will_report: Callable[[Window], bool]
+    is_due: Callable[[Window], bool]
     report: Callable[[Window], None]
     evaluate: Callable[[Window], dict[str, Result] | None]
     save: Callable[[Window, bool], None]
@@ -59,6 +62,7 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         RollbackWanted: a step went wrong and the policy is to return to a checkpoint.
     """
     strategy, buffers, progress, meter = parts.strategy, parts.buffers, parts.progress, parts.meter
+    verdicts = parts.verdicts
     enter = parts.times.enter  # says where this rank is, should it fall silent
     enter("data", progress.step + 1)
     for window in windows:
@@ -79,20 +83,16 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
             del loss, batch  # the next forward pass needs the memory
 
         enter("step", step)
+        verdicts.settle()  # of the step before, where the device decided
         update = _apply(window, parts)
-        buffers.end_step(real_slots=window.real_slots, applied=update.applied)
-        meter.end_step(window, update)
-        progress.advance(window, applied=update.applied)
-        if update.applied:
-            parts.schedule.after_update()
-            if parts.averaging is not None:
-                parts.averaging.update()
-        if window.epoch_ends:
-            parts.schedule.after_epoch()
-
+        buffers.end_step(real_slots=window.real_slots, skipped=update.skipped)
+        progress.advance(window)
+        verdicts.add(window, update)
         parts.garbage.after_step(progress.step)
 
         leaving = parts.agreement.end()
+        if verdicts.open and (leaving or parts.is_due(window)):
+            verdicts.settle()
         enter("report", step)
         parts.report(window)
         enter("evaluate", step)
@@ -112,13 +112,10 @@ def _apply(window: Window, parts: Parts) -> Update:
     strategy, divergence = parts.strategy, parts.divergence
     if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
         strategy.discard()
-        return Update(applied=False, grad_norm=None)
+        return Update(skipped=True)
     spike = divergence.spike(parts.meter.step_loss, window.weight)
     if spike is not None:
         strategy.discard()
         divergence.decide(spike, window, parts.progress.step + 1, spike=True)
-        return Update(applied=False, grad_norm=None)
-    update = strategy.step(parts.max_grad_norm, measure_norm=parts.will_report(window))
-    if not update.applied and not strategy.skips_overflow:
-        divergence.decide("the gradient is NaN or infinite", window, parts.progress.step + 1, spike=False)
-    return update
+        return Update(skipped=True)
+    return strategy.step(parts.max_grad_norm, measure_norm=parts.will_report(window))

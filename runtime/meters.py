@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from runtime.batches import Window
 from runtime.control import gather_bytes, sum_in_order
 from runtime.metrics import MetricSet, Result
 from runtime.objective import Loss, Objective
-from runtime.strategies import Update
 from runtime.watch import Position
 
 _HELD = 64
@@ -80,19 +80,24 @@ class TrainingMeter:
         """Return the loss sum of this rank's slots of the current step. Waits for the device."""
         return float(self._step["loss"]) if self._step else 0.0
 
-    def end_step(self, window: Window, update: Update) -> None:
-        """Take in the step, if its update was applied."""
-        if update.applied:
-            for name, value in self._step.items():
-                held = self._held.setdefault(name, [])
-                held.append(value)
-                if len(held) == _HELD:
-                    self._sums[name] = self._sum(name)
-                    held.clear()
-            self._weight += window.weight
-            self._grad_norm = update.grad_norm
-        self._step = {}
+    def end_step(self) -> dict[str, Tensor]:
+        """Return the step's sums, and begin another step."""
+        sums, self._step = self._step, {}
+        return sums
+
+    def settle(self, window: Window, sums: Mapping[str, Tensor], *, applied: bool, grad_norm: Tensor | None) -> None:
+        """Take in a step, its losses only if its update was applied."""
         self._samples += window.samples
+        if not applied:
+            return
+        for name, value in sums.items():
+            held = self._held.setdefault(name, [])
+            held.append(value)
+            if len(held) == _HELD:
+                self._sums[name] = self._sum(name)
+                held.clear()
+        self._weight += window.weight
+        self._grad_norm = grad_norm
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training."""

@@ -38,15 +38,18 @@ class Progress:
         """The epoch of the last step, counted from 1."""
         return max(1, self.cursor.epoch + (self.cursor.batch > 0))
 
-    def advance(self, window: Window, *, applied: bool) -> None:
+    def advance(self, window: Window) -> None:
         """Count one step."""
         self.step += 1
         self.samples += window.samples
         self.cursor = window.next_cursor
+
+    def settle(self, step: int, *, applied: bool) -> None:
+        """Count what became of a step's update."""
         if applied:
             self.updates += 1
         else:
-            self.skipped_steps.append(self.step)
+            self.skipped_steps.append(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as plain data."""

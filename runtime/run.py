@@ -40,6 +40,7 @@ from runtime.reporting import Reporter
 from runtime.run_folder import STOP_FILE, Found, RunFolder
 from runtime.stopping import StopWish
 from runtime.strategies import Strategy
+from runtime.verdicts import Verdicts
 from runtime.watch import Position
 
 _STRAGGLING = 0.2  # of the time between two reports; less is noise, and so is what shorter times tell
@@ -198,14 +199,23 @@ class Run:
         train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
         metrics = MetricSet(train_metrics, strategy.device)
         self._meter = TrainingMeter(strategy.device, module.objective, metrics, self._times)
+        state = self._state
+        verdicts = Verdicts(
+            strategy=strategy,
+            schedule=state.schedule,
+            averaging=state.averaging,
+            divergence=state.divergence,
+            progress=state.progress,
+            meter=self._meter,
+        )
         return Parts(
             seed=self._values.seed,
             max_grad_norm=self._values.optimizer.max_grad_norm,
             strategy=strategy,
-            schedule=self._state.schedule,
+            schedule=state.schedule,
             buffers=BufferRule(module, dist.all_reduce if strategy.world_size > 1 else lambda change: None),
-            averaging=self._state.averaging,
-            divergence=self._state.divergence,
+            divergence=state.divergence,
+            verdicts=verdicts,
             progress=self._progress,
             agreement=self._agreement,
             meter=self._meter,
@@ -213,6 +223,7 @@ class Run:
             times=self._times,
             stop_wished=self._stop_wished,
             will_report=lambda window: self._is_due(self._values.reporting.every, window, ahead=1),
+            is_due=self._is_anything_due,
             report=self._report,
             evaluate=self._evaluate,
             save=self._save,
@@ -227,6 +238,7 @@ class Run:
 
     def _roll_back(self, wanted: RollbackWanted) -> None:
         self._agreement.end()  # the step was left before its message was read
+        self._strategy.discard()  # the gradient of a step that had begun, if the host learned late
         section = self._values.divergence
         found = self._folder.roll_back(
             wanted, max_rollbacks=section.max_rollbacks, learning_rate_factor=section.learning_rate_factor
@@ -317,6 +329,11 @@ class Run:
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state
+
+    def _is_anything_due(self, window: Window) -> bool:
+        values = self._values
+        every = (values.reporting.every, values.evaluation.every, values.checkpoint.every)
+        return any(self._is_due(interval, window) for interval in every)
 
     def _is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
         """Tell whether something is due after this window's step, which is counted already unless it lies ahead."""

@@ -163,8 +163,8 @@ def test_a_kill_during_a_rollback_changes_nothing(
         if killed_at == "in the replay":
             advance = Progress.advance
 
-            def dying(self: Any, window: Any, *, applied: bool) -> None:
-                advance(self, window, applied=applied)
+            def dying(self: Any, window: Any) -> None:
+                advance(self, window)
                 if self.attempt == 1:
                     raise Killed
 

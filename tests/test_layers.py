@@ -25,7 +25,6 @@ LAYERS = [
         "objective",
         "optimization",
         "averaging",
-        "buffers",
         "control",
         "comparison",
         "progress",
@@ -33,7 +32,10 @@ LAYERS = [
     ],
     [
         "strategies",
+        "strategies.bare_step",
+        "strategies.finite",
         "strategies.accelerated",
+        "buffers",
         "metrics",
         "attempts",
         "snapshot",
@@ -42,7 +44,7 @@ LAYERS = [
         "meters",
         "fitting",
     ],
-    ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "loop"],
+    ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "verdicts", "loop"],
     ["assembly", "resumption", "facts", "preparation", "run", "session", "show", "launching", "inspection", "export"],
     ["entry", "train", "cli"],
 ]

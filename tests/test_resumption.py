@@ -43,8 +43,8 @@ def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any
     seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0  # agree before every step
     advance, noted = Progress.advance, []
 
-    def noting(self: Any, window: Any, *, applied: bool) -> None:
-        advance(self, window, applied=applied)
+    def noting(self: Any, window: Any) -> None:
+        advance(self, window)
         noted.append(self.step)
 
     Progress.advance = noting  # type: ignore[method-assign]

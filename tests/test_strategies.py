@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.errors import ConfigurationError, DivergenceError
-from runtime.strategies.accelerated import _all_finite
+from runtime.strategies.finite import all_finite
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 
@@ -266,10 +266,10 @@ def test_one_element_that_is_not_finite_is_found_and_finite_gradients_are_left_b
 ) -> None:
     gradients = [torch.randn(5), torch.full((2, 3), 3e38), torch.full((4,), 1e-45)]  # a sum that overflows
     before = [gradient.clone() for gradient in gradients]
-    assert _all_finite(gradients)
+    assert all_finite(gradients)
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(gradients, before, strict=True))
     gradients[1].view(-1)[where] = value
-    assert not _all_finite(gradients)
+    assert not all_finite(gradients)
 
 
 @pytest.mark.single

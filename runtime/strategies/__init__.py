@@ -22,12 +22,40 @@ class Update(NamedTuple):
     """What became of a step's gradient; equal on all ranks.
 
     Args:
-        applied: whether parameters were changed.
+        skipped: whether parameters were left as they are; a flag on the device where the device decides by itself, and the
+            host learns of it later.
+        judged: whether it was the gradient that decided: it was not finite.
         grad_norm: 2-norm of the whole gradient before clipping, on the device; None where it was not measured.
     """
 
-    applied: bool
-    grad_norm: Tensor | None
+    skipped: bool | DeviceFlag
+    judged: bool = False
+    grad_norm: Tensor | None = None
+
+
+class DeviceFlag:
+    """A flag on the device, on its way to the host.
+
+    The copy is queued behind what sets the flag. Read a step later, it has long arrived: only what was queued before the
+    copy is waited for, not the forward and backward passes after it.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self.on_device = flag
+        self._copied: torch.cuda.Event | None = None
+        if flag.device.type == "cuda":
+            self._on_host = torch.empty_like(flag, device="cpu", pin_memory=True)
+            self._on_host.copy_(flag, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+        else:
+            self._on_host = flag
+
+    def __bool__(self) -> bool:
+        """Return the flag. Waits for its copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._on_host.item())
 
 
 class Strategy(Protocol):

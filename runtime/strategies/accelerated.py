@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -27,7 +27,9 @@ from runtime.config import DistributedDataParallel
 from runtime.errors import ConfigurationError, DivergenceError, Problem
 from runtime.objective import Loss, TrainingModule
 from runtime.randomness import preserved_random_state
-from runtime.strategies import Update
+from runtime.strategies import DeviceFlag, Update
+from runtime.strategies.bare_step import bare_step
+from runtime.strategies.finite import all_finite
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -46,7 +48,12 @@ class AcceleratedStrategy:
 
     Raises:
         PeerError: the ranks did not come together in time.
+
+    Attributes:
+        skipping_devices: kinds of device whose judgement of a gradient the host would have to wait for.
     """
+
+    skipping_devices: tuple[str, ...] = ("cuda",)
 
     def __init__(
         self, *, precision: Precision, options: DistributedDataParallel, timeout_seconds: float = 1800.0
@@ -80,6 +87,7 @@ class AcceleratedStrategy:
         self._uniform = self._all_fp32 = False
         self._wrapped: nn.Module | None = None
         self._optimizer: Optimizer | None = None
+        self._optimizer_step: Callable[[], Any] | None = None
         self._hook = options.communication_hook
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
@@ -105,6 +113,7 @@ class AcceleratedStrategy:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             wrapped, prepared = self._accelerator.prepare(module, optimizer)
         self._wrapped, self._optimizer = wrapped, prepared.optimizer
+        self._optimizer_step = bare_step(prepared.optimizer)
 
     def warm_up(self, filler: Any) -> None:
         """Run one filler through forward and backward. Collective.
@@ -154,10 +163,10 @@ class AcceleratedStrategy:
     def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:
         """Judge, clip and apply the gradient, and clear it.
 
-        Reduced gradients are judged, so every rank judges alike. Waits for the device: the host reads one
-        flag, because whether the update counts decides what the schedule does next.
+        Reduced gradients are judged, so every rank judges alike. A GPU skips by itself where torch's optimizer can. For all
+        others this waits for the device: the host reads one flag before the update.
         """
-        assert self._optimizer is not None
+        assert self._optimizer is not None and self._optimizer_step is not None
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         gradients = [grad for p in self._parameters if (grad := p.grad) is not None]
@@ -165,19 +174,56 @@ class AcceleratedStrategy:
         # decide whether a step is applied.
         judged_by_norm = max_grad_norm is not None or not self._all_fp32
         grad_norm = self._norm(gradients) if judged_by_norm or measure_norm else None
-        finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else _all_finite(gradients)
+        if self._skips_on_device():
+            return self._step_on_device(gradients, max_grad_norm, grad_norm, judged_by_norm=judged_by_norm)
+        finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else all_finite(gradients)
         if finite:
             if max_grad_norm is not None and grad_norm is not None:
                 clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
             if self._scaler is not None:
                 self._scaler.step(self._optimizer)
             else:
-                self._optimizer.step()
+                self._optimizer_step()
         self.discard()
         if self._scaler is not None:
             self._scaler.update()
             self._refuse_lost_scale()
-        return Update(applied=finite, grad_norm=grad_norm)
+        return Update(skipped=not finite, judged=True, grad_norm=grad_norm)
+
+    def _step_on_device(
+        self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None, *, judged_by_norm: bool
+    ) -> Update:
+        """Queue judgement and update, as :meth:`step` does them, without a look at either."""
+        optimizer: Any = self._optimizer
+        assert self._optimizer_step is not None
+        found = gradients[0].new_zeros((), dtype=torch.float32)
+        if judged_by_norm and grad_norm is not None:
+            found += ~torch.isfinite(grad_norm)
+        else:
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, found.new_ones(()))
+        if max_grad_norm is not None and grad_norm is not None:
+            clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
+        optimizer.found_inf = found
+        self._optimizer_step()
+        del optimizer.found_inf
+        self.discard()
+        return Update(skipped=DeviceFlag(found), judged=True, grad_norm=grad_norm)
+
+    def _skips_on_device(self) -> bool:
+        """Tell whether the optimizer leaves everything bit for bit as it is when told of a non-finite gradient.
+
+        Torch's fused optimizers do, once their state is there: skipping the very first step, SGD would keep momentum
+        buffers that it never filled (torch 2.13).
+        """
+        optimizer = self._optimizer
+        return (
+            self.device.type in self.skipping_devices
+            and self._scaler is None
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and type(optimizer).__module__.startswith("torch.optim.")  # not a subclass with a step of its own
+            and optimizer is not None
+            and len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+        )
 
     @property
     def skips_overflow(self) -> bool:
@@ -220,7 +266,7 @@ class AcceleratedStrategy:
         The order matters: a gloo group that is destroyed while DDP's reducer still lives can abort the interpreter at exit,
         and a finished run would report failure.
         """
-        self._wrapped = self._optimizer = None
+        self._wrapped = self._optimizer = self._optimizer_step = None
         if self._owns_group and dist.is_initialized():
             self._accelerator.free_memory()  # collects garbage, the reducer included
             dist.destroy_process_group()
@@ -241,20 +287,6 @@ class AcceleratedStrategy:
                 "the fp16 loss scale fell below 2^-14 without one finite gradient: the loss itself is infinite or NaN; "
                 "lower the learning rate, clip (optimizer.max_grad_norm), or use precision: bf16"
             )
-
-
-def _all_finite(gradients: list[Tensor]) -> bool:
-    """Tell whether no element is NaN or infinite. Waits for the device.
-
-    A sum with such an element is not finite either, and on a CPU sums are the cheapest pass; sums of finite elements can
-    overflow, so what they accuse is looked at element by element, as torch's GradScaler does (a multiplication by one, which
-    changes no bit).
-    """
-    if gradients[0].device.type == "cpu" and math.isfinite(sum([gradient.sum().item() for gradient in gradients])):
-        return True
-    found = gradients[0].new_zeros(1)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, gradients[0].new_ones(1))
-    return found.item() == 0
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
