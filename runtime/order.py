@@ -125,6 +125,58 @@ class IndexOrder:
         return self._permutation[1]
 
 
+class WeightedOrder:
+    """Draws with replacement, each id with a probability proportional to its weight.
+
+    Draw j of an epoch follows from (seed, epoch, j) alone. Holds one number per sample.
+
+    Args:
+        weights: (samples,) numbers that are not negative, of any sum above zero.
+        num_draws: samples of an epoch. Default: as many as there are weights.
+    """
+
+    def __init__(
+        self, weights: npt.ArrayLike, *, num_draws: int | None = None, batch_size: int, seed: int, drop_last: bool
+    ) -> None:
+        found = np.asarray(weights, dtype=np.float64)
+        if found.ndim != 1 or not np.isfinite(found).all() or (found < 0).any() or not found.sum() > 0:
+            raise DataError("sampling weights must be a list of finite numbers, none negative and not all zero")
+        self._ends = np.cumsum(found)
+        self._last = int(np.flatnonzero(found)[-1])  # rounding must not reach beyond the last that can be drawn
+        self._positions = IndexOrder(
+            len(found) if num_draws is None else num_draws,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=False,
+            drop_last=drop_last,
+        )
+        self._seed = seed
+        self._drawn: tuple[int, int, Ids] | None = None
+
+    def num_batches(self, epoch: int) -> int:
+        """Return the number of global batches, equal in every epoch."""
+        return self._positions.num_batches(epoch)
+
+    def batch(self, epoch: int, index: int) -> Ids:
+        """Return the sample ids of one global batch."""
+        places = self._positions.batch(epoch, index)
+        blocks = [self._block(epoch, block) for block in range(places[0] // _BLOCK, places[-1] // _BLOCK + 1)]
+        first = int(places[0]) % _BLOCK
+        return (
+            np.concatenate(blocks)[first : first + len(places)]
+            if len(blocks) > 1
+            else blocks[0][first : first + len(places)]
+        )
+
+    def _block(self, epoch: int, block: int) -> Ids:
+        if self._drawn is None or self._drawn[:2] != (epoch, block):
+            key = derive(self._seed, Purpose.DRAW, epoch, block)
+            uniform = np.random.Generator(np.random.Philox(key=key)).random(_BLOCK)
+            ids = np.searchsorted(self._ends, uniform * self._ends[-1], side="right")
+            self._drawn = (epoch, block, np.minimum(ids, self._last).astype(np.int64))
+        return self._drawn[2]
+
+
 class SamplerOrder:
     """A torch sampler or batch sampler, drawn once per epoch under the epoch's seed, on every rank alike.
 

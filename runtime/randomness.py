@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     SLOT = 3
     SAMPLE = 4
     EVALUATION = 5
+    DRAW = 6
+    STREAM = 7
 
 
 _PYTHON: Any = random._inst  # the generator behind random.random()

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from runtime.errors import DataError
-from runtime.order import IndexOrder, KeyedPermutation, SamplerOrder
+from runtime.order import IndexOrder, KeyedPermutation, SamplerOrder, WeightedOrder
 
 pytestmark = pytest.mark.single
 
 
-def epoch_of(order: IndexOrder | SamplerOrder, epoch: int) -> list[int]:
+def epoch_of(order: IndexOrder | SamplerOrder | WeightedOrder, epoch: int) -> list[int]:
     return [int(i) for index in range(order.num_batches(epoch)) for i in order.batch(epoch, index)]
 
 
@@ -144,3 +144,42 @@ def test_a_sampler_that_draws_indices_out_of_range_is_refused() -> None:
     order = SamplerOrder([0, 1, 10], num_samples=10, batch_size=2, seed=0, drop_last=False)
     with pytest.raises(DataError, match="below 10"):
         order.batch(0, 0)
+
+
+def test_weighted_draws_have_the_frequencies_of_their_weights() -> None:
+    weights = np.array([0.0, 1.0, 2.0, 0.5, 0.0, 6.5, 0.0])
+    draws = 40_000
+    order = WeightedOrder(weights, num_draws=draws, batch_size=64, seed=3, drop_last=False)
+    found = np.bincount(epoch_of(order, 1), minlength=len(weights))
+    expected = draws * weights / weights.sum()
+    drawn = weights > 0
+    assert (found[~drawn] == 0).all()
+    assert float(((found - expected)[drawn] ** 2 / expected[drawn]).sum()) < 16.3  # chi-square, 3 degrees: p = 0.001
+
+
+@given(draws=st.integers(1, 40_000), batch_size=st.integers(1, 9000), seed=st.integers(-3, 3))
+@settings(max_examples=25, deadline=None)
+def test_any_weighted_batch_can_be_asked_for_out_of_turn(draws: int, batch_size: int, seed: int) -> None:
+    def made() -> WeightedOrder:
+        return WeightedOrder([1, 2, 3], num_draws=draws, batch_size=batch_size, seed=seed, drop_last=False)
+
+    walked, fresh = made(), made()
+    batches = [walked.batch(2, index).tolist() for index in range(walked.num_batches(2))]
+    assert sum(map(len, batches)) == draws
+    for index in reversed(range(len(batches))):
+        assert fresh.batch(2, index).tolist() == batches[index]
+
+
+def test_weighted_draws_differ_between_epochs_and_seeds() -> None:
+    def made(seed: int) -> WeightedOrder:
+        return WeightedOrder(np.ones(100), batch_size=10, seed=seed, drop_last=False)
+
+    assert epoch_of(made(0), 0) != epoch_of(made(0), 1)
+    assert epoch_of(made(0), 0) != epoch_of(made(1), 0)
+    assert len(epoch_of(made(0), 0)) == 100
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, float("nan")], [[1, 2]]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    with pytest.raises(DataError, match="sampling weights"):
+        WeightedOrder(weights, batch_size=2, seed=0, drop_last=False)
