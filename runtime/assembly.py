@@ -22,6 +22,8 @@ from runtime.objective import Objective, torch_loss
 from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.streams import StreamSamples
+from runtime.training_data import MappedData, StreamedData, TrainingData
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -143,8 +145,12 @@ def _objective(loaded: LoadedConfiguration) -> Objective:
     return built
 
 
-def build_samples(loaded: LoadedConfiguration, name: str) -> Samples | None:
-    """Build one split's data set, or None where the configuration has none."""
+def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) -> Samples | StreamSamples | None:
+    """Build one split's data set, or None where the configuration has none.
+
+    Args:
+        batch_size: samples that are cut up together, where it is a stream.
+    """
     split: Split | None = getattr(loaded.values.data, name)
     if split is None:
         return None
@@ -152,14 +158,39 @@ def build_samples(loaded: LoadedConfiguration, name: str) -> Samples | None:
         # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
         seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 1), _CPU)
         source = _build(loaded, ("data", name), split, namespaces=_DATA)
-    check_samples(source, f"data.{name}")
-    collate = loaded.values.data.collate
-    return Samples(
+    check_samples(source, f"data.{name}", sharded_by=split.sharded_by)
+    data = loaded.values.data
+    functions: dict[str, Any] = {
+        "transform": _function(loaded, ("data", name, "transform"), split.transform) if split.transform else None,
+        "collate": _function(loaded, ("data", "collate"), data.collate) if data.collate else None,
+    }
+    if split.sharded_by == "dataset" and name != "train":
+        key = ("data", name, "sharded_by")
+        raise _wrong(loaded, key, "must be runtime here: every sample counts once, on any number of ranks")
+    if split.sharded_by is None:
+        return Samples(source, seed=loaded.values.seed, **functions)
+    return StreamSamples(
         source,
+        sharded_by=split.sharded_by,
+        batch_size=batch_size,
         seed=loaded.values.seed,
-        transform=_function(loaded, ("data", name, "transform"), split.transform) if split.transform else None,
-        collate=_function(loaded, ("data", "collate"), collate) if collate else None,
+        drop_last=data.drop_last and name == "train",
+        **functions,
     )
+
+
+def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
+    """Build what is trained on, in its order."""
+    samples = build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
+    assert samples is not None
+    if isinstance(samples, Samples):
+        return MappedData(samples, build_order(loaded, samples))
+    for name in ("shuffle", "sampler", "batch_sampler"):
+        if getattr(loaded.values.data, name):
+            raise _wrong(
+                loaded, ("data", name), "a stream has its own order; shuffle in the data set and leave this out"
+            )
+    return StreamedData(samples)
 
 
 def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoader:
@@ -226,7 +257,7 @@ def build_optimizer(loaded: LoadedConfiguration, module: nn.Module) -> Optimizer
     return optimizer
 
 
-def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: int) -> Schedule:
+def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: int | None) -> Schedule:
     """Build the schedule on the bare optimizer.
 
     Args:
@@ -248,12 +279,26 @@ def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: in
     )
 
 
-def schedule_length(loaded: LoadedConfiguration, steps_per_epoch: int) -> int:
-    """Return how many epochs, or steps after the warm-up, the scheduler counts in the whole run."""
+def schedule_length(loaded: LoadedConfiguration, steps_per_epoch: int | None) -> int | None:
+    """Return how many epochs, or steps after the warm-up, the scheduler counts in the whole run; None where nobody knows.
+
+    Raises:
+        ConfigurationError: nobody knows, and the scheduler was to be told.
+    """
     limit, section = loaded.values.limit, loaded.values.schedule
-    if section is not None and section.interval == "epoch":
-        return limit.epochs or -(-(limit.steps or 0) // steps_per_epoch)
-    steps = limit.steps or (limit.epochs or 0) * steps_per_epoch
+    by_epoch = section is not None and section.interval == "epoch"
+    if steps_per_epoch is None and (limit.epochs is None if by_epoch else limit.steps is None):
+        if follows_limit(loaded):
+            name = _length_arguments(loaded)[0]
+            raise _wrong(
+                loaded,
+                ("schedule", "args"),
+                f"needs {name}: it cannot follow from the limit, as a stream's length is unknown",
+            )
+        return None
+    if by_epoch:
+        return limit.epochs or -(-(limit.steps or 0) // (steps_per_epoch or 1))
+    steps = limit.steps or (limit.epochs or 0) * (steps_per_epoch or 0)
     return max(1, steps - (section.warmup_steps if section else 0))
 
 

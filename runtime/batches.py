@@ -262,7 +262,7 @@ def loader_factory(
     )
 
 
-def read(samples: Samples, indices: Iterator[SlotIndex], make_loader: MakeLoader) -> Iterator[Any]:
+def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Iterator[Any]:
     """Yield the batches of the given indices, in order.
 
     Raises:
@@ -371,7 +371,7 @@ def _share(samples: int, sharing: Sharing) -> tuple[tuple[Microbatch, ...], int]
     return (*real, *fillers), sum(size > 0 for size in sizes)
 
 
-def read_here(samples: Samples, *, batch_sampler: Iterator[SlotIndex]) -> Iterator[Any]:
+def read_here(samples: Any, *, batch_sampler: Iterator[Any]) -> Iterator[Any]:
     """Read in this process: a loader without workers."""
     return map(samples.__getitems__, batch_sampler)
 
@@ -396,15 +396,23 @@ def fingerprint(source: Any) -> dict[str, Any]:
     return {"samples": len(source), "id": getattr(source, "fingerprint", None)}
 
 
-def check_samples(source: Any, key: str) -> None:
-    """Refuse what is no map-style data set, or an empty one.
+def check_samples(source: Any, key: str, *, sharded_by: str | None = None) -> None:
+    """Refuse what is neither a map-style data set nor a stream of which is said who shares it out, or an empty one.
 
     Raises:
         DataError: naming the configuration's key.
     """
     if isinstance(source, IterableDataset):
+        if sharded_by is None:
+            raise DataError(
+                f"{key}: {type(source).__name__} is a stream (IterableDataset). Say who shares it out over ranks and workers: "
+                f"{key}.sharded_by: runtime (every rank reads all of it and keeps its part; the same answer on any number of "
+                "ranks), or dataset (it does so itself, by torch.distributed and torch's get_worker_info)"
+            )
+        return
+    if sharded_by is not None:
         raise DataError(
-            f"{key}: {type(source).__name__} is a stream (IterableDataset); only map-style data sets can be read yet"
+            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' out"
         )
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise DataError(

@@ -56,6 +56,10 @@ class Split(ComponentSection):
 
     transform: Component | None = None
     """Called on each sample under the sample's own seed; where randomness belongs if the data set is deterministic."""
+    sharded_by: Literal["runtime", "dataset"] | None = None
+    """Streams (IterableDataset) only, and there required. ``runtime``: every rank and worker reads all and keeps its part;
+    the answer is the same for any number of them. ``dataset``: the data set gives each of them its own share; resumed
+    on the same number only."""
 
 
 class Loader(Section):

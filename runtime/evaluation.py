@@ -6,18 +6,20 @@ rank. What stays in memory is the state of the metrics, never the model's output
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from runtime.batches import Samples, SlotIndex, read, slots_of_rank
-from runtime.control import Agreement, sum_by_name
+from runtime.control import Agreement, sum_by_name, sum_over_ranks
 from runtime.errors import EvaluationError
 from runtime.metrics import MetricSet, Result
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
+from runtime.stream_windows import evaluation_rounds
+from runtime.streams import StreamSamples
 
 
 class Evaluator:
@@ -34,7 +36,7 @@ class Evaluator:
     def __init__(
         self,
         split: str,
-        samples: Samples,
+        samples: Samples | StreamSamples,
         *,
         micro_size: int,
         strategy: Strategy,
@@ -74,25 +76,19 @@ class Evaluator:
     def _run_share(self, stop_wished: Callable[[], bool]) -> dict[str, Any] | None:
         strategy, device = self._strategy, self._strategy.device
         objective = strategy.unwrapped.objective
-        size = len(self._samples)
-        microbatches = -(-size // self._micro_size)
-        own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
-        shares = (self._share(number, size) for number in own)
-        batches = read(self._samples, shares, self._make_loader)
         agreement = Agreement(world_size=strategy.world_size, device=device)
         totals: dict[str, Any] = {
             "samples": 0.0,
             "weight": 0.0,
             "loss": torch.zeros((), dtype=torch.float64, device=device),
         }
-        for place in range(-(-microbatches // strategy.world_size)):  # as many rounds on every rank
+        for own in self._rounds():  # as many on every rank
             agreement.begin(stop_wished())
             if agreement.end():
                 return None
-            if place >= len(own):
+            if own is None:
                 continue
-            number, batch = own[place], next(batches)
-            count = len(self._share(number, size).ids)
+            number, count, batch = own
             totals["samples"] += count
             totals["weight"] += count if objective.counts_samples else objective.checked_weight(batch)
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
@@ -106,6 +102,25 @@ class Evaluator:
                 self._metrics.update(*objective.metric_inputs(loss.output, batch))
         return totals
 
+    def _rounds(self) -> Iterator[tuple[int, int, Any] | None]:
+        """Yield a microbatch's number, samples and batch once a round, or None where this rank has none."""
+        strategy = self._strategy
+        if isinstance(self._samples, StreamSamples):
+            yield from evaluation_rounds(
+                self._samples,
+                world_size=strategy.world_size,
+                rank=strategy.rank,
+                make_loader=self._make_loader,
+                sum_over_ranks=lambda flags: sum_over_ranks(flags, strategy.device),
+            )
+            return
+        size = len(self._samples)
+        microbatches = -(-size // self._micro_size)
+        own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
+        batches = read(self._samples, (self._share(number, size) for number in own), self._make_loader)
+        for place in range(-(-microbatches // strategy.world_size)):
+            yield (own[place], len(self._share(own[place], size).ids), next(batches)) if place < len(own) else None
+
     def _share(self, number: int, size: int) -> SlotIndex:
         start = number * self._micro_size
         return SlotIndex(0, np.arange(start, min(start + self._micro_size, size), dtype=np.int64))
@@ -114,7 +129,7 @@ class Evaluator:
         # Waits for the device: an evaluation is over when its sums are read.
         summed = sum_by_name({name: float(total) for name, total in totals.items()}, self._strategy.device)
         samples, weight = int(summed.pop("samples")), summed.pop("weight")
-        if samples != len(self._samples):
+        if not isinstance(self._samples, StreamSamples) and samples != len(self._samples):
             raise EvaluationError(
                 f"{self._split}: {samples} samples were evaluated, the data set has {len(self._samples)}"
             )

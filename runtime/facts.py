@@ -21,10 +21,10 @@ def start_facts(
     *,
     sharing: Sharing,
     device: str,
-    num_samples: int,
-    steps_per_epoch: int,
+    num_samples: int | None,
+    steps_per_epoch: int | None,
     step: int,
-    total_steps: int,
+    total_steps: int | None,
 ) -> dict[str, Any]:
     """Return the facts of one start: texts for people, numbers for the record.
 
@@ -39,7 +39,9 @@ def start_facts(
     return {
         "name": loaded.name,
         "where": f"{processes} on {device}, {loaded.values.precision}",
-        "data": f"{num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
+        "data": "a stream of training samples"
+        if num_samples is None
+        else f"{num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
         "batch": f"{global_size} samples in {slots} of at most {-(-global_size // sharing.slots)}",
         "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
         "folder": str(loaded.output),

@@ -13,7 +13,7 @@ from torch import nn
 
 from runtime import assembly, yaml_file
 from runtime.averaging import ExponentialMovingAverage
-from runtime.batches import Samples, Sharing, SlotIndex, default_slots, fingerprint, read, read_here
+from runtime.batches import Sharing, default_slots
 from runtime.comparison import code_digest, compare, shapes
 from runtime.config_file import LoadedConfiguration, flatten
 from runtime.console import ConsoleTracker
@@ -25,12 +25,12 @@ from runtime.facts import versions
 from runtime.fitting import fitting_micro_size
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
-from runtime.order import Order
 from runtime.progress import Progress
 from runtime.reporting import JsonLines, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
 from runtime.serialization import replace_file
 from runtime.strategies import Strategy
+from runtime.training_data import TrainingData
 
 _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
 
@@ -39,8 +39,7 @@ _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporti
 class Prepared:
     """What a run consists of before its first step."""
 
-    samples: Samples
-    order: Order
+    data: TrainingData
     identity: Identity
     sharing: Sharing
     state: RunState
@@ -62,17 +61,14 @@ def prepare(
         LockstepError: what is wrong with configuration, data, or the ranks' agreement.
     """
     module = _module(loaded, strategy)
-    samples = assembly.build_samples(loaded, "train")
-    assert samples is not None
-    _compare_ranks(loaded, strategy, module, samples)
-    order = assembly.build_order(loaded, samples)
-    if order.num_batches(0) == 0:
+    data = assembly.build_training_data(loaded)
+    _compare_ranks(loaded, strategy, module, data)
+    if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
-    length = assembly.schedule_length(loaded, order.num_batches(0))
-    identity = _identity(loaded, strategy, _Fresh(module, samples, order, length), stored, warn)
+    length = assembly.schedule_length(loaded, data.steps_per_epoch)
+    identity = _identity(loaded, strategy, _Fresh(module, data, length), stored, warn)
     sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
-    smallest = len(order.batch(0, order.num_batches(0) - 1))
-    assembly.check_batch_norm(loaded, sharing, smallest_batch=smallest)
+    assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
     optimizer = assembly.build_optimizer(loaded, module)
     schedule = assembly.build_schedule(loaded, optimizer, length)
     section = loaded.values.averaging
@@ -83,21 +79,22 @@ def prepare(
         tell=warn,
     )
     state = RunState(module, optimizer, schedule, averaging, strategy, divergence, Progress())
-    return Prepared(samples, order, identity, sharing, state)
+    return Prepared(data, identity, sharing, state)
 
 
 def build_evaluator(
     loaded: LoadedConfiguration, strategy: Strategy, name: Literal["validation", "test"], *, slots: int
 ) -> Evaluator | None:
     """Build the evaluator of one split, or None if there is no such data."""
-    samples = assembly.build_samples(loaded, name)
+    values = loaded.values
+    micro_size = values.evaluation.micro_size or -(-values.batch.global_size // slots)
+    samples = assembly.build_samples(loaded, name, batch_size=micro_size)
     if samples is None:
         return None
-    values = loaded.values
     return Evaluator(
         name,
         samples,
-        micro_size=values.evaluation.micro_size or -(-values.batch.global_size // slots),
+        micro_size=micro_size,
         strategy=strategy,
         metrics=MetricSet(assembly.build_metrics(loaded), strategy.device),
         make_loader=assembly.build_loader(loaded, strategy.device),
@@ -140,13 +137,8 @@ class _Fresh:
     """What K is found with at a first start, and what identifies the data."""
 
     module: TrainingModule
-    samples: Samples
-    order: Order
-    schedule_length: int
-
-    def batch_of(self, size: int) -> Any:
-        ids = self.order.batch(0, 0)[:size]
-        return next(read(self.samples, iter([SlotIndex(0, ids)]), read_here))
+    data: TrainingData
+    schedule_length: int | None
 
 
 def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
@@ -165,13 +157,13 @@ def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
     return TrainingModule(model, objective).to(strategy.device)
 
 
-def _compare_ranks(loaded: LoadedConfiguration, strategy: Strategy, module: TrainingModule, samples: Samples) -> None:
+def _compare_ranks(loaded: LoadedConfiguration, strategy: Strategy, module: TrainingModule, data: TrainingData) -> None:
     # Free keys as well: evaluating or reporting at another interval, a rank would enter a collective alone.
     facts = {
         **{f"configuration {k}": v for k, v in flatten(loaded.resolved()).items() if not k.startswith(_OF_ONE_RANK)},
         **versions(),
         "code": code_digest(loaded.code),
-        "data": fingerprint(samples.source),
+        "data": data.identity((strategy.world_size, loaded.values.data.loader.num_workers)),
         "parameter shapes": shapes(module),
     }
     compare(facts, host=socket.gethostname(), device=strategy.device)
@@ -188,7 +180,7 @@ def _identity(
     if batch.global_size < world_size:
         what = f"{batch.global_size} samples cannot keep {world_size} processes busy; use fewer processes"
         raise ConfigurationError([loaded.problem(("batch", "global_size"), what)])
-    data = fingerprint(fresh.samples.source)
+    data = fresh.data.identity((world_size, loaded.values.data.loader.num_workers))
     length = fresh.schedule_length if assembly.follows_limit(loaded) else None
     if stored is None:
         slots = batch.slots or default_slots(batch.global_size, _micro_size(loaded, strategy, fresh), world_size)
@@ -214,4 +206,4 @@ def _micro_size(loaded: LoadedConfiguration, strategy: Strategy, fresh: _Fresh) 
     if batch.micro_size != "auto":
         return batch.largest_slot
     largest = -(-batch.global_size // strategy.world_size)
-    return fitting_micro_size(fresh.module, fresh.batch_of, largest=largest, strategy=strategy)
+    return fitting_micro_size(fresh.module, fresh.data.first_batch, largest=largest, strategy=strategy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly
-from runtime.batches import (
-    Cursor,
-    Samples,
-    Window,
-    Windows,
-    upcoming,
-    with_weights,
-)
+from runtime.batches import Cursor, Window
 from runtime.buffers import BufferRule
 from runtime.checkpoint import load_state
 from runtime.config_file import LoadedConfiguration
@@ -40,6 +33,8 @@ from runtime.reporting import Reporter
 from runtime.run_folder import STOP_FILE, Found, RunFolder
 from runtime.stopping import StopWish
 from runtime.strategies import Strategy
+from runtime.streams import Place
+from runtime.training_data import How, Reading, StreamedData, places_of, told_places
 from runtime.verdicts import Verdicts
 from runtime.watch import Position
 
@@ -89,6 +84,9 @@ class Run:
         self._results: dict[str, Result] = {}
         self._evaluated_step = -1
         self._straggler: Result | None = None
+        self._reading: Reading | None = None
+        self._places: dict[int, Place] = {}
+        self._told_places: dict[str, Any] = {}
         self._garbage = GarbageCollection()
         self._folder = RunFolder(
             loaded.output,
@@ -107,13 +105,13 @@ class Run:
             found = self._folder.newest(self._values.resume)
             stored = load_state(found.path) if found is not None else None
             prepared = prepare(self._loaded, self._strategy, stored[1] if stored else None, self._warn)
-            self._order, self._identity, self._sharing = prepared.order, prepared.identity, prepared.sharing
+            self._data, self._identity, self._sharing = prepared.data, prepared.identity, prepared.sharing
             self._state, self._progress = prepared.state, prepared.state.progress
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
-            self._open_reporter(stack, prepared.samples)
+            self._open_reporter(stack)
             try:
-                return self._train(prepared.state.module, prepared.samples)
+                return self._train(prepared.state.module)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -126,10 +124,11 @@ class Run:
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)
         self._state.follow(found.rollbacks)
+        self._places = places_of(stored[1].get("stream", {}), self._strategy.rank)
         self._results = dict(found.results)
         self._evaluated_step = self._progress.step if found.results else -1
 
-    def _train(self, module: TrainingModule, samples: Samples) -> RunResult:
+    def _train(self, module: TrainingModule) -> RunResult:
         strategy, progress = self._strategy, self._progress
         strategy.prepare(module, self._state.optimizer)
         self._validation, self._test = (
@@ -150,42 +149,39 @@ class Run:
                 if progress.evaluation_due and not self._catch_up_evaluation():
                     outcome = "stopped"
                 else:
-                    outcome = "finished" if self._nothing_left() else self._trained(module, samples)
+                    outcome = "finished" if self._nothing_left() else self._trained(module)
         if outcome == "finished" and not self._evaluate_test():
             outcome = "stopped"
         return self._close(outcome)
 
-    def _trained(self, module: TrainingModule, samples: Samples) -> Literal["finished", "stopped"] | None:
+    def _trained(self, module: TrainingModule) -> Literal["finished", "stopped"] | None:
         """Train on from where the run is; return None where it was rolled back and is to go on from there."""
         try:
-            windows = self._windows(samples)
+            self._reading = self._begin_reading()
             if not self._warmed_up:
-                self._strategy.warm_up(windows.filler)
+                self._strategy.warm_up(self._reading.filler)
                 self._warmed_up = True
             module.train()
-            return train(self._weighted(windows), self._parts(module))
+            return train(self._reading.windows, self._parts(module))
         except RollbackWanted as wanted:
             self._roll_back(wanted)
             return None
 
-    def _windows(self, samples: Samples) -> Windows:
-        return Windows(
-            samples,
-            self._order,
+    def _begin_reading(self) -> Reading:
+        objective, loader = self._state.module.objective, self._values.data.loader
+        how = How(
+            sharing=self._sharing,
+            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
+            num_workers=loader.num_workers,
+            weigh=None if objective.counts_samples else objective.checked_weight,
+            sum_over_ranks=self._sum_weights,
+        )
+        return self._data.read(
+            how,
             start=self._progress.cursor,
             stop=self._limit_from_here(),
             skipped=self._progress.skipped_batches,
-            sharing=self._sharing,
-            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
-        )
-
-    def _weighted(self, windows: Windows) -> Iterator[Window]:
-        objective = self._state.module.objective
-        return with_weights(
-            iter(windows),
-            weigh=None if objective.counts_samples else objective.checked_weight,
-            slots=self._sharing.slots,
-            sum_over_ranks=self._sum_weights,
+            places=self._places,
         )
 
     def _sum_weights(self, weights: Tensor) -> Tensor:
@@ -318,6 +314,9 @@ class Run:
     def _save_state(self) -> None:
         progress = self._progress
         results = self._results if self._evaluated_step == progress.step else {}
+        if isinstance(self._data, StreamedData):
+            places = self._reading.places if self._reading is not None else self._places
+            self._told_places = told_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._folder.save(
             self._collected, step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
         )
@@ -326,6 +325,7 @@ class Run:
         state = self._state.collect()
         state["training"] |= {
             "identity": asdict(self._identity),
+            "stream": self._told_places,
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state
@@ -342,7 +342,7 @@ class Run:
         return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
 
     def _nothing_left(self) -> bool:
-        cursor = upcoming(self._order, self._progress.cursor, self._progress.skipped_batches)
+        cursor = self._data.upcoming(self._progress.cursor, self._progress.skipped_batches)
         return self._limit_from_here()(cursor, 0)
 
     def _limit_from_here(self) -> Callable[[Cursor, int], bool]:
@@ -373,23 +373,24 @@ class Run:
 
     # The run folder
 
-    def _open_reporter(self, stack: ExitStack, samples: Samples) -> None:
+    def _open_reporter(self, stack: ExitStack) -> None:
         if self._strategy.rank != 0:
             return
         trackers = build_trackers(self._loaded, self._progress, run_id=self._identity.tracker_id, warn=self._warn)
         self._reporter.open(trackers)
         stack.push(lambda kind, error, trace: self._reporter.close("failed") if kind else None)
-        order, limit = self._order, self._values.limit
+        data, limit = self._data, self._values.limit
+        epochs_steps = None if data.steps_per_epoch is None else (limit.epochs or 0) * data.steps_per_epoch
         self._reporter.start(
             start_facts(
                 self._loaded,
                 self._state.module,
                 sharing=self._sharing,
                 device=self._strategy.device.type,
-                num_samples=len(samples),
-                steps_per_epoch=order.num_batches(0),
+                num_samples=data.num_samples,
+                steps_per_epoch=data.steps_per_epoch,
                 step=self._progress.step,
-                total_steps=limit.steps or (limit.epochs or 0) * order.num_batches(0),
+                total_steps=limit.steps or epochs_steps,
             )
         )
 

@@ -13,13 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runtime import assembly, yaml_file
-from runtime.batches import cut, default_slots
+from runtime.batches import default_slots
 from runtime.config_file import LoadedConfiguration
 from runtime.determinism import default_determinism
 from runtime.facts import inexact_choices
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
-from runtime.order import Order
+from runtime.training_data import TrainingData
 
 _CPU = torch.device("cpu")
 _SIMULATED_STEPS = 100_000
@@ -34,9 +34,7 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
     """
     assembly.check_components(loaded)
     console = Console(highlight=False, soft_wrap=True)
-    samples = assembly.build_samples(loaded, "train")
-    assert samples is not None
-    order = assembly.build_order(loaded, samples)
+    data = assembly.build_training_data(loaded)
     module = TrainingModule(assembly.build_model(loaded), assembly.build_objective(loaded))
     optimizer = assembly.build_optimizer(loaded, module)
 
@@ -44,10 +42,10 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
-        *_steps(loaded, order, len(samples)),
-        *_slots(loaded, order, processes),
+        *_steps(loaded, data),
+        *_slots(loaded, processes),
         *_memory(loaded, module, optimizer),
-        ("learning rate", "\n".join(_rates(loaded, optimizer, order))),
+        ("learning rate", "\n".join(_rates(loaded, optimizer, data))),
         ("parameters", "\n".join(_parameters(module))),
         ("exactness", "\n".join(_promises(loaded, module))),
     ):
@@ -55,32 +53,39 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
     console.print(table)
 
 
-def _steps(loaded: LoadedConfiguration, order: Order, num_samples: int) -> Iterator[tuple[str, str]]:
+def _steps(loaded: LoadedConfiguration, data: TrainingData) -> Iterator[tuple[str, str]]:
     limit, size = loaded.values.limit, loaded.values.batch.global_size
-    per_epoch = order.num_batches(0)
-    total = _total_steps(loaded, order)
+    per_epoch, num_samples = data.steps_per_epoch, data.num_samples
+    total = _total_steps(loaded, data)
+    if per_epoch is None or num_samples is None:
+        yield "data", "a stream: its length shows when it ends"
+        yield "steps", f"{total:,} in all" if total else f"as many as {limit.epochs} passes over the stream have"
+        return
     yield "data", f"{num_samples:,} training samples"
     yield (
         "steps",
-        f"{per_epoch:,} per epoch, {total:,} in all" + (f" ({total / per_epoch:.1f} epochs)" if limit.steps else ""),
+        f"{per_epoch:,} per epoch, {total:,} in all"
+        + (f" ({(total or 0) / per_epoch:.1f} epochs)" if limit.steps else ""),
     )
-    last = len(order.batch(0, per_epoch - 1)) if per_epoch else 0
+    last = data.smallest_batch if per_epoch else 0
     if loaded.values.data.drop_last:
         yield "left out", f"{num_samples % size} samples of each epoch (data.drop_last)"
     elif last != size:
         yield "last batch", f"{last} samples, divided by their own weight"
 
 
-def _total_steps(loaded: LoadedConfiguration, order: Order) -> int:
+def _total_steps(loaded: LoadedConfiguration, data: TrainingData) -> int | None:
     limit = loaded.values.limit
-    return limit.steps or (limit.epochs or 0) * order.num_batches(0)
+    if limit.steps or data.steps_per_epoch is None:
+        return limit.steps
+    return (limit.epochs or 0) * data.steps_per_epoch
 
 
-def _slots(loaded: LoadedConfiguration, order: Order, processes: int) -> Iterator[tuple[str, str]]:
+def _slots(loaded: LoadedConfiguration, processes: int) -> Iterator[tuple[str, str]]:
     batch = loaded.values.batch
     slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
     origin = "batch.slots" if batch.slots else f"for a first start with {processes} process{'es' * (processes > 1)}"
-    sizes = [len(cut(order.batch(0, 0), slots, slot)) for slot in range(slots)]
+    sizes = [batch.global_size * (k + 1) // slots - batch.global_size * k // slots for k in range(slots)]
     yield (
         "slots",
         f"K = {slots} ({origin}), {min(sizes)} to {max(sizes)} samples each"
@@ -128,12 +133,15 @@ def _optimizer_bytes(optimizer: Optimizer) -> str:
     return _bytes(sum(t.nbytes for t in tensors))
 
 
-def _rates(loaded: LoadedConfiguration, optimizer: Optimizer, order: Order) -> Iterator[str]:
+def _rates(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData) -> Iterator[str]:
     schedule = loaded.values.schedule
-    per_epoch, total = order.num_batches(0), _total_steps(loaded, order)
+    per_epoch, total = data.steps_per_epoch, _total_steps(loaded, data)
     simulated = assembly.build_schedule(loaded, optimizer, assembly.schedule_length(loaded, per_epoch))
     if schedule is None or schedule.monitor:
         yield f"{simulated.learning_rates[0]:.3g}" + (f", until {schedule.monitor} stops improving" if schedule else "")
+        return
+    if total is None:
+        yield f"{simulated.learning_rates[0]:.3g} at first (how many steps there are shows when the stream ends)"
         return
     steps = min(total, _SIMULATED_STEPS)
     wanted = {round(i * (steps - 1) / (_RATES - 1)) for i in range(_RATES)} | {min(schedule.warmup_steps, steps - 1)}
@@ -143,7 +151,7 @@ def _rates(loaded: LoadedConfiguration, optimizer: Optimizer, order: Order) -> I
             if step in wanted:
                 yield f"step {step + 1:>8,}  {simulated.learning_rates[0]:.3e}"
             simulated.after_update()
-            if (step + 1) % per_epoch == 0:
+            if per_epoch and (step + 1) % per_epoch == 0:
                 simulated.after_epoch()
     if steps < total:
         yield f"(the first {steps:,} of {total:,} steps)"

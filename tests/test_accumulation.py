@@ -58,7 +58,7 @@ def batches_of(config: dict[str, Any], steps: int) -> list[Any]:
 
     loaded = load(config)
     assembly.check_components(loaded)
-    samples = assembly.build_samples(loaded, "train")
+    samples = assembly.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
     assert samples is not None
     order = assembly.build_order(loaded, samples)
     per_epoch = order.num_batches(0)

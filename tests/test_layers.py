@@ -31,6 +31,9 @@ LAYERS = [
         "garbage",
     ],
     [
+        "streams",
+        "stream_windows",
+        "training_data",
         "strategies",
         "strategies.bare_step",
         "strategies.finite",

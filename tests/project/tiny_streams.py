@@ -1,0 +1,136 @@
+"""A user's streams."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset, get_worker_info
+
+from tests.project.tiny import points, tokens
+
+
+class Numbers(IterableDataset):
+    """0, 1, 2, … and in every epoch shuffled through a small buffer with Python's generator."""
+
+    def __init__(self, size: int, *, buffer: int = 0) -> None:
+        self.size, self.buffer, self.epoch = size, buffer, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        held: list[int] = []
+        for number in range(self.size):
+            held.append(number + 1000 * self.epoch)
+            if len(held) > self.buffer:
+                yield held.pop(random.randrange(len(held)))
+        random.shuffle(held)
+        yield from held
+
+
+class Stateful(Numbers):
+    """Goes on from where it was, without reading what lies before; counts what it has read."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.place, self.read = 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        place, self.place = self.place, 0
+        for number in range(place, self.size):
+            self.place = number + 1
+            self.read += 1
+            yield number + 1000 * self.epoch
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+class Shares(IterableDataset):
+    """Shares itself out over ranks and workers, unevenly: reader r of n has the numbers below size that are r modulo n."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        yield from range(rank * workers + worker, self.size, ranks * workers)
+
+
+class Points(IterableDataset):
+    """The samples of ``points`` in an order that changes with the epoch."""
+
+    def __init__(self, size: int = 90, split: str = "train") -> None:
+        self.samples = points(split, size=size)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(len(self.samples)).tolist()
+        for place in order:
+            yield self.samples[place]
+
+
+class StatefulPoints(Points):
+    def __init__(self, size: int = 90) -> None:
+        super().__init__(size)
+        self.place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        place, self.place = self.place, 0
+        for number in range(place, len(self.samples)):
+            self.place = number + 1
+            yield self.samples[number]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+class Sliced(Points):
+    """Shares itself out though the runtime was to do it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for place in range(rank, len(self.samples), ranks):
+            yield self.samples[place]
+
+
+class Raising(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        yield from points(size=20)
+        raise OSError("the shard is gone")
+
+
+class Empty(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+def jitter(sample: Any) -> Any:
+    """Add noise under the sample's own seed."""
+    return (sample[0] + 0.1 * torch.randn(8, dtype=torch.float64), sample[1])
+
+
+class SharedPoints(Points):
+    """Shares itself out over ranks and workers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in Shares(len(self.samples)):
+            yield self.samples[place]
+
+
+class Tokens(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        yield from tokens()
