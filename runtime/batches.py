@@ -24,6 +24,9 @@ from runtime.randomness import Purpose, derive, preserved_random_state, seed_eve
 MakeLoader = Callable[..., Iterable[Any]]
 """Makes what yields batches, of a data set and a ``batch_sampler`` of :class:`SlotIndex`."""
 
+Weigh = Callable[[Any, int], float | tuple[float, ...]]
+"""Returns the weight of a batch of so many samples, or several weights."""
+
 _CPU = torch.device("cpu")
 
 
@@ -64,7 +67,7 @@ class Window(NamedTuple):
         real_slots: slots with samples, over all ranks.
         epoch_ends: whether it is the last global batch of its epoch.
         run_ends: whether the run's limit is reached after it.
-        weight: what the step's loss sum is divided by, over all ranks.
+        weight: what the step's loss sum, or each of several, is divided by, over all ranks; 0.0 if nothing counts.
     """
 
     cursor: Cursor
@@ -74,7 +77,7 @@ class Window(NamedTuple):
     real_slots: int
     epoch_ends: bool
     run_ends: bool
-    weight: float = 0.0
+    weight: float | tuple[float, ...] = 0.0
 
 
 class SlotIndex(NamedTuple):
@@ -292,7 +295,8 @@ def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Itera
 def with_weights(
     windows: Iterator[Window],
     *,
-    weigh: Callable[[Any], float] | None,
+    weigh: Weigh | None,
+    num_weights: int | None = None,
     slots: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ahead: int = 8,
@@ -302,7 +306,8 @@ def with_weights(
     Collective: every rank must iterate, at the same pace, unless ``weigh`` is None.
 
     Args:
-        weigh: weight of one batch; None if the weight is the number of samples, which the order tells.
+        weigh: weight of one batch of so many samples; None if it is the number of samples, which the order tells.
+        num_weights: how many weights a batch has; None: one, as a number.
         sum_over_ranks: sums a float64 tensor over the ranks.
         ahead: steps whose weights travel in one reduction; as many windows are held in memory.
     """
@@ -312,13 +317,26 @@ def with_weights(
         return
     while block := [window for _, window in zip(range(ahead), windows, strict=False)]:
         # One row a step, one column a slot: summed in slot order, the weight is the same number for any sharing-out.
-        weights = torch.zeros(len(block), slots, dtype=torch.float64)
+        weights = torch.zeros(len(block), slots, num_weights or 1, dtype=torch.float64)
         for row, window in enumerate(block):
             for microbatch in window.microbatches:
                 if not microbatch.filler:
-                    weights[row, microbatch.slot] = weigh(microbatch.batch)
+                    note_weight(weights[row, microbatch.slot], weigh(microbatch.batch, microbatch.samples))
         for window, total in zip(block, sum_over_ranks(weights).sum(dim=1).tolist(), strict=True):
-            yield window._replace(weight=total)
+            yield window._replace(weight=told_weight(total, num_weights))
+
+
+def note_weight(place: torch.Tensor, weight: float | tuple[float, ...]) -> None:
+    """Write one weight, or several, to a place in a table."""
+    if isinstance(weight, tuple):
+        place[:] = torch.tensor(weight, dtype=place.dtype)
+    else:
+        place.fill_(weight)
+
+
+def told_weight(total: list[float], num_weights: int | None) -> float | tuple[float, ...]:
+    """Return a global batch's weight as a number, or as several unless nothing counts at all."""
+    return tuple(total) if num_weights is not None and any(total) else sum(total)
 
 
 def upcoming(order: Order, cursor: Cursor, skipped: Collection[Cursor]) -> Cursor:

@@ -159,8 +159,12 @@ def build(
         ComponentError: it cannot be located, or it raised; the message names the line that raised.
     """
     component = locate(target, namespaces=namespaces, code=code)
-    arguments = {key: _resolve(value, code, ("args", key)) for key, value in args.items()}
-    return call(component, target, *given, **arguments)
+    return call(component, target, *given, **resolved(args, code=code))
+
+
+def resolved(args: Mapping[str, Any], *, code: Path | None = None) -> dict[str, Any]:
+    """Return arguments with the components within them built."""
+    return {key: _resolve(value, code, ("args", key)) for key, value in args.items()}
 
 
 def call(component: Callable[..., Any], name: str, *given: Any, **arguments: Any) -> Any:

@@ -41,14 +41,56 @@ class Fields(Section):
     inputs: str | int | list[str | int] | dict[str, str | int] | None = None
     """What the model is called with: one part; several, as keyword arguments of their names; or argument to part.
     Default: ``inputs``, or position 0."""
-    target: str | int | None = None
-    """What the output is compared with. Default: ``target``, or position 1."""
+    target: str | int | list[str | int] | None = None
+    """What the output is compared with; several parts for losses that need them. Default: ``target``, or position 1."""
     weight: str | int | None = None
-    """Weight of each sample. Default: 1."""
+    """Weight of each sample, or of each element of the target; a sample of weight 2 counts twice. Default: 1."""
     id: str | int | None = None
     """What a sample is called in predictions. Default: its index."""
     group: str | int | None = None
     """The query or user that a sample belongs to, for ranking metrics."""
+
+
+class LossFields(Section):
+    """Parts of the batch that one of several losses reads in place of those of ``data.fields``."""
+
+    target: str | int | list[str | int] | None = None
+    """What its output is compared with."""
+    weight: str | int | None = None
+    """Weight of each sample, or of each element of the target."""
+
+
+class LossPart(ComponentSection):
+    """One of several losses."""
+
+    weight: float = Field(1.0, ge=0)
+    """What its mean is multiplied by."""
+    output: str | int | None = None
+    """Which part of what the model returns it is given. Default: that of ``model.output``."""
+    fields: LossFields = LossFields()
+    """Which part of a batch is what, for this loss. Default: as ``data.fields`` says."""
+
+
+class Objective(Section):
+    """What is minimised: one loss, or a weighted sum of the means of several."""
+
+    target: str | None = Field(None, min_length=1)
+    """A loss of torch or of Lockstep by name, or ``package.module:Name`` of an ``Objective``."""
+    args: dict[str, Any] = {}
+    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
+    losses: dict[str, LossPart] = {}
+    """In place of a target: several losses by the names that they are reported under. The model is called once; each
+    loss is divided by what it counts itself. Metrics see the output and the target of the first."""
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        reserved = [name for name in self.losses if name in ("", "loss", "weight", "samples") or {"/", "."} & set(name)]
+        return refuse(
+            self,
+            (self.target is None and not self.losses, "target", "needs a target, or several losses"),
+            (self.losses and (self.target or self.args), "losses", "takes the place of 'target' and 'args'"),
+            *((True, f"losses.{name}", "is not a name that a loss can be reported under") for name in reserved),
+        )
 
 
 class Split(ComponentSection):
@@ -399,8 +441,8 @@ class RunConfiguration(Section):
     """What is trained on and evaluated on."""
     batch: Batch
     """How many samples one update sees."""
-    objective: Component
-    """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target."""
+    objective: Annotated[Objective, _TARGET_ALONE]
+    """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target; or several."""
     optimizer: Optimizer
     """How parameters are updated."""
     schedule: Annotated[Schedule, _TARGET_ALONE] | None = None
@@ -436,7 +478,7 @@ class RunConfiguration(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        known = {"loss", *self.evaluation.metrics}
+        known = {"loss", *self.objective.losses, *self.evaluation.metrics}
         unknown = f"known results: {', '.join(sorted(known))}"
         schedule, validation = self.schedule or Schedule(warmup_steps=1), self.data.validation
         plateau = (schedule.target or "").endswith("ReduceLROnPlateau")
@@ -446,6 +488,11 @@ class RunConfiguration(Section):
                 "loss" in self.evaluation.metrics,
                 "evaluation.metrics.loss",
                 "'loss' is the objective's own name; choose another",
+            ),
+            *(
+                (True, f"evaluation.metrics.{name}", "a loss of the objective is called so; choose another name")
+                for name in self.evaluation.metrics
+                if name in self.objective.losses
             ),
             *(
                 (

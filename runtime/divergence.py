@@ -59,20 +59,19 @@ class Divergence:
         self._losses: list[float] = []
         self._skips: list[int] = []  # steps, an unbroken row of them
 
-    def spike(self, loss_sum: Callable[[], float], weight: float) -> str | None:
+    def spike(self, loss_share: Callable[[], float]) -> str | None:
         """Return what is wrong with a step's loss, or None. Collective where spikes are watched for, and waits for the device.
 
         The mean and the standard deviation are those of the last ``window`` losses that were accepted; nothing is judged
         before there are as many.
 
         Args:
-            loss_sum: returns this rank's share of the step's loss sum.
-            weight: what the sum over all ranks is divided by.
+            loss_share: returns this rank's share of the step's mean loss; the ranks' shares are summed.
         """
         spike = self._section.spike
         if spike is None:
             return None
-        loss = self._sum_over_ranks(loss_sum()) / weight
+        loss = self._sum_over_ranks(loss_share())
         if len(self._losses) >= spike.window or not math.isfinite(loss):
             mean = statistics.fmean(self._losses) if self._losses else math.nan
             sigma = statistics.pstdev(self._losses) if self._losses else math.nan

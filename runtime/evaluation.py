@@ -16,10 +16,13 @@ from runtime.batches import Samples, SlotIndex, read, slots_of_rank
 from runtime.control import Agreement, sum_by_name, sum_over_ranks
 from runtime.errors import EvaluationError
 from runtime.metrics import MetricSet, Result
+from runtime.objective import Weight, add_weights
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 from runtime.stream_windows import evaluation_rounds
 from runtime.streams import StreamSamples
+
+_WEIGHT = "weight/"  # no loss may be called "weight"
 
 
 class Evaluator:
@@ -77,11 +80,8 @@ class Evaluator:
         strategy, device = self._strategy, self._strategy.device
         objective = strategy.unwrapped.objective
         agreement = Agreement(world_size=strategy.world_size, device=device)
-        totals: dict[str, Any] = {
-            "samples": 0.0,
-            "weight": 0.0,
-            "loss": torch.zeros((), dtype=torch.float64, device=device),
-        }
+        totals: dict[str, Any] = {"samples": 0.0}
+        weight: Weight = 0.0
         for own in self._rounds():  # as many on every rank
             agreement.begin(stop_wished())
             if agreement.end():
@@ -90,17 +90,19 @@ class Evaluator:
                 continue
             number, count, batch = own
             totals["samples"] += count
-            totals["weight"] += count if objective.counts_samples else objective.checked_weight(batch)
+            weight = add_weights(weight, objective.checked_weight(batch, count))
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
             batch = strategy.to_device(batch)
             with strategy.autocast():
                 loss = strategy.unwrapped(batch)
-            totals["loss"] += loss.sum
-            for name, part in loss.parts.items():
+            # Of an objective with several sums, each is a part of its own as well.
+            sums = loss.parts if loss.sum.ndim else {"loss": loss.sum, **loss.parts}
+            for name, part in sums.items():
                 totals[name] = totals.get(name, 0) + part.double()
             if self._metrics:
                 self._metrics.update(*objective.metric_inputs(loss.output, batch))
-        return totals
+        weights = weight if isinstance(weight, tuple) else (weight,)
+        return totals | {f"{_WEIGHT}{number}": part for number, part in enumerate(weights)}
 
     def _rounds(self) -> Iterator[tuple[int, int, Any] | None]:
         """Yield a microbatch's number, samples and batch once a round, or None where this rank has none."""
@@ -128,12 +130,14 @@ class Evaluator:
     def _reduced(self, totals: dict[str, Any]) -> dict[str, Result]:
         # Waits for the device: an evaluation is over when its sums are read.
         summed = sum_by_name({name: float(total) for name, total in totals.items()}, self._strategy.device)
-        samples, weight = int(summed.pop("samples")), summed.pop("weight")
+        samples = int(summed.pop("samples"))
+        objective = self._strategy.unwrapped.objective
+        weights = tuple(summed.pop(f"{_WEIGHT}{number}") for number in range(objective.num_weights or 1))
         if not isinstance(self._samples, StreamSamples) and samples != len(self._samples):
             raise EvaluationError(
                 f"{self._split}: {samples} samples were evaluated, the data set has {len(self._samples)}"
             )
-        if weight <= 0:
+        if not any(weights):
             raise EvaluationError(f"{self._split}: no sample carries weight, so there is no mean loss")
-        means: dict[str, Result] = {name: total / weight for name, total in summed.items()}
+        means = objective.means(summed, weights[0] if objective.num_weights is None else weights)
         return {"samples": float(samples), **means, **self._metrics.compute()}

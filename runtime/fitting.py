@@ -79,7 +79,7 @@ def _tried(module: TrainingModule, batch: Any, strategy: Strategy) -> BaseExcept
             # Held while the passes run: an update will need as much besides.
             state = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(_STATE_COPIES)]
             with strategy.autocast():
-                loss = module(strategy.to_device(batch)).sum
+                loss = module(strategy.to_device(batch)).sum.sum()  # an objective may have several sums
             loss.backward()
             del state, loss
     except Exception as error:

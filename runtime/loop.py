@@ -113,7 +113,7 @@ def _apply(window: Window, parts: Parts) -> Update:
     if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
         strategy.discard()
         return Update(skipped=True)
-    spike = divergence.spike(parts.meter.step_loss, window.weight)
+    spike = divergence.spike(lambda: parts.meter.step_loss(window.weight))
     if spike is not None:
         strategy.discard()
         divergence.decide(spike, window, parts.progress.step + 1, spike=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from runtime.batches import Window
 from runtime.control import gather_bytes, sum_in_order
 from runtime.metrics import MetricSet, Result
-from runtime.objective import Loss, Objective
+from runtime.objective import Loss, Objective, Weight, add_weights, starting_gradient
 from runtime.watch import Position
 
 _HELD = 64
@@ -63,6 +63,7 @@ class TrainingMeter:
         self._objective = objective
         self._metrics = metrics
         self._times = times
+        self._weight: Weight
         self._step: dict[str, Tensor] = {}
         self._paused_at: float | None = None
         self._grad_norm: Tensor | None = None
@@ -76,9 +77,16 @@ class TrainingMeter:
         if self._metrics:
             self._metrics.update(*self._objective.metric_inputs(_detached(loss.output), batch))
 
-    def step_loss(self) -> float:
-        """Return the loss sum of this rank's slots of the current step. Waits for the device."""
-        return float(self._step["loss"]) if self._step else 0.0
+    def step_loss(self, weight: Weight) -> float:
+        """Return the part of the current step's mean loss that this rank's slots make up. Waits for the device.
+
+        Args:
+            weight: of the whole step.
+        """
+        if not self._step:
+            return 0.0
+        loss_sum = self._step["loss"]
+        return float((loss_sum * starting_gradient(loss_sum, weight)).sum())
 
     def end_step(self) -> dict[str, Tensor]:
         """Return the step's sums, and begin another step."""
@@ -96,7 +104,7 @@ class TrainingMeter:
             if len(held) == _HELD:
                 self._sums[name] = self._sum(name)
                 held.clear()
-        self._weight += window.weight
+        self._weight = add_weights(self._weight, window.weight)
         self._grad_norm = grad_norm
 
     def pause(self) -> None:
@@ -112,18 +120,18 @@ class TrainingMeter:
     def read(self) -> dict[str, Result]:
         """Return and forget what was measured, equal on every rank but for times. Collective: every rank must call this."""
         # Waits for the device, once per report.
-        sums = {name: float(self._sum(name)) for name in self._held}
+        # Of an objective with several sums, each is a part of its own as well.
+        sums = {name: float(total) for name in self._held if (total := self._sum(name)).ndim == 0}
         alone = {phase: self._times.seconds.get(phase, 0.0) for phase in _ALONE}
         told = [json.loads(reply) for reply in gather_bytes(json.dumps([sums, alone]).encode(), self._device)]
         summed = sum_in_order([sums for sums, _ in told])
         self.seconds = seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
-        if self._weight > 0:
-            report |= {name: total / self._weight for name, total in summed.items()}
+        report |= self._objective.means(summed, self._weight)
         if self._grad_norm is not None:
             report["grad_norm"] = float(self._grad_norm)
         report["samples_per_second"] = self._samples / seconds
-        if self._objective.unit == "tokens":
+        if self._objective.unit == "tokens" and isinstance(self._weight, float):
             report["tokens_per_second"] = self._weight / seconds
         report |= _shares([alone for _, alone in told], seconds)
         if self._device.type == "cuda":
@@ -133,13 +141,18 @@ class TrainingMeter:
         self._reset()
         return report
 
-    def _sum(self, name: str) -> Tensor | float:
+    def _sum(self, name: str) -> Tensor:
         held = self._held[name]
-        return self._sums.get(name, 0.0) + (torch.stack(held).double().sum() if held else 0.0)
+        total = self._sums.get(name)
+        if held:
+            added = torch.stack(held).double().sum(0)
+            total = added if total is None else total + added
+        assert total is not None
+        return total
 
     def _reset(self) -> None:
         self._held: dict[str, list[Tensor]] = {}  # steps not yet in the sums: an addition each would cost 5 µs
-        self._sums: dict[str, Tensor | float] = {}  # in float64
+        self._sums: dict[str, Tensor] = {}  # in float64
         self._weight = 0.0
         self._grad_norm = None
         self._samples = 0
@@ -162,4 +175,8 @@ def _shares(alone: list[dict[str, float]], seconds: float) -> dict[str, Result]:
 
 
 def _detached(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {name: _detached(part) for name, part in output.items()}
+    if isinstance(output, list | tuple):
+        return tuple(_detached(part) for part in output)
     return output.detach() if isinstance(output, Tensor) else output

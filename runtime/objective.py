@@ -1,26 +1,19 @@
-"""What is minimised: a loss sum and the weight it is divided by, kept apart so that a global batch stays one batch.
+"""The loss contract: a loss sum and the weight it is divided by, kept apart so that a global batch stays one batch.
 
 An objective returns the *sum* of its losses over a microbatch. The runtime divides by the weight of the whole global
-batch, which it knows before the first forward pass. Torch's losses are taken by name; their weights are those of torch's
-own ``reduction="mean"`` on the whole batch:
+batch, which it knows before the first forward pass. What torch's losses and Lockstep's own count is in the table of
+``losses.py``.
 
-==========================================  ============================================================
-loss                                        weight
-==========================================  ============================================================
-CrossEntropyLoss, NLLLoss                   targets that are not ``ignore_index``, or their class weights
-NextTokenLoss                               tokens whose target is not ``ignore_index``
-the other losses of torch                   elements of the target
-==========================================  ============================================================
+An objective may have several sums, each divided by a weight of its own (:class:`runtime.weighted_sum.WeightedSum`): then
+both are one-dimensional, and what is minimised is the sum of the quotients.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,12 +23,15 @@ from runtime.fields import Fields
 
 _RESERVED = ("loss", "weight", "samples")
 
+Weight = float | tuple[float, ...]
+"""What a loss sum is divided by; one number for each sum where an objective has several."""
+
 
 class Loss(NamedTuple):
     """What one forward pass returns.
 
     Args:
-        sum: sum of the losses over the microbatch, a scalar with a gradient.
+        sum: sum of the losses over the microbatch, a scalar with a gradient; (weights,) if there are several weights.
         parts: named addends, as sums like ``sum``, without a gradient; reported divided by the weight.
         output: what the model returned, for metrics.
     """
@@ -54,11 +50,16 @@ class Objective(nn.Module):
     Attributes:
         unit: what the weight counts, in the plural, for reports.
         couples_samples: the loss of a sample depends on the others of its microbatch, so the result depends on K.
+        reads_sample_weights: ``forward`` and ``weight`` take ``fields.weight_of(batch)`` into account; without it
+            ``data.fields.weight`` is refused.
+        num_weights: how many sums and weights there are; None: one, a scalar.
         fields: which part of a batch is what; the configuration's ``data.fields``.
     """
 
     unit = "samples"
     couples_samples = False
+    reads_sample_weights = False
+    num_weights: int | None = None
     fields = Fields()
 
     def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
@@ -69,12 +70,14 @@ class Objective(nn.Module):
         """Return the weight of a microbatch, on the CPU and before any forward pass. Default: its samples."""
         raise TypeError("the number of samples is known without asking")
 
-    def checked_weight(self, batch: Any) -> float:
-        """Return the weight as a number.
+    def checked_weight(self, batch: Any, samples: int) -> Weight:
+        """Return the weight of a microbatch of so many samples as a number, or several.
 
         Raises:
             ObjectiveError: it is negative or not finite, or ``weight`` raised.
         """
+        if self.counts_samples:
+            return float(samples)
         try:
             weight = float(self.weight(batch))
         except ObjectiveError:
@@ -84,6 +87,11 @@ class Objective(nn.Module):
         if not 0 <= weight < math.inf:
             raise ObjectiveError(f"{type(self).__name__}.weight is {weight}; it must be finite and not negative")
         return weight
+
+    def means(self, sums: Mapping[str, float], weight: Weight) -> dict[str, float]:
+        """Return the mean loss and its parts from their sums over any set of samples, and that set's weight."""
+        assert isinstance(weight, float)
+        return {name: total / weight for name, total in sums.items()} if weight > 0 else {}
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
@@ -116,13 +124,23 @@ class TrainingModule(nn.Module):
         if isinstance(loss, Tensor):
             loss = Loss(loss)
         found = loss.sum if isinstance(loss, Loss) else loss
-        if not isinstance(loss, Loss) or not isinstance(found, Tensor) or found.ndim != 0:
+        dimensions = 0 if self.objective.num_weights is None else 1
+        if not isinstance(loss, Loss) or not isinstance(found, Tensor) or found.ndim != dimensions:
             got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ObjectiveError(
                 f"{type(self.objective).__name__} must return the sum of its losses, a scalar or runtime.objective.Loss, "
                 f"not {got}; with torch's losses use reduction='sum'"
             )
-        for name, part in loss.parts.items():
+        if loss.parts:
+            self._check_parts(loss.parts)
+        if not found.requires_grad and torch.is_grad_enabled():
+            raise ObjectiveError(
+                f"{type(self.objective).__name__} returned a sum without a gradient: no trainable parameter leads to it"
+            )
+        return loss
+
+    def _check_parts(self, parts: Mapping[str, Tensor]) -> None:
+        for name, part in parts.items():
             if name in _RESERVED:
                 raise ObjectiveError(
                     f"{type(self.objective).__name__}: a part cannot be called {name!r}, which reports have a figure of already"
@@ -131,11 +149,6 @@ class TrainingModule(nn.Module):
                 raise ObjectiveError(
                     f"{type(self.objective).__name__}: part {name!r} must be a scalar tensor, a sum like the loss"
                 )
-        if torch.is_grad_enabled() and not found.requires_grad:
-            raise ObjectiveError(
-                f"{type(self.objective).__name__} returned a sum without a gradient: no trainable parameter leads to it"
-            )
-        return loss
 
 
 class _Zero(torch.autograd.Function):
@@ -151,160 +164,30 @@ class _Zero(torch.autograd.Function):
         return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-class SupervisedObjective(Objective):
-    """A loss of the model's output and a target.
+def add_weights(first: Weight, second: Weight) -> Weight:
+    """Return the weight of two sets of samples together; ``first`` may be 0.0, that of nothing."""
+    if isinstance(second, tuple):
+        return tuple(a + b for a, b in zip(first, second, strict=True)) if isinstance(first, tuple) else second
+    assert isinstance(first, float)
+    return first + second
 
-    Inputs and target are found by :class:`runtime.fields.Fields`; mapped or listed inputs become the model's arguments.
+
+def starting_gradient(loss_sum: Tensor, weight: Weight, *, scale: float = 1.0) -> Tensor:
+    """Return what a backward pass from a loss sum starts with to give the gradient of ``scale * sum / weight``.
+
+    Of several sums, one whose weight is zero has nothing to say: it counts no sample of the global batch.
     """
-
-    unit = "elements"
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, model: nn.Module, batch: Any) -> Loss:
-        """Call the model on the inputs and the loss on its output and the target."""
-        positional, named = self.fields.arguments(batch)
-        output, target = self.fields.output_of(model(*positional, **named)), self.fields.target_of(batch)
-        try:
-            loss_sum = self._loss_sum(output, target)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            shapes = ", ".join(_shown(value) for value in (output, target))
-            raise ObjectiveError(
-                f"{type(self.loss).__name__} refused the model's output and the target ({shapes}): {error}"
-            ) from error
-        return Loss(loss_sum, output=output)
-
-    def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
-        if output.shape != target.shape:
-            raise ObjectiveError(
-                f"{type(self.loss).__name__} needs an output of the target's shape {tuple(target.shape)}, "
-                f"not {tuple(output.shape)}; torch would broadcast and sum over pairs that do not belong together"
-            )
-        loss_sum: Tensor = self.loss(output, target)
-        return loss_sum
-
-    def weight(self, batch: Any) -> float:
-        """Return the number of elements of the target."""
-        return float(self.fields.target_of(batch).numel())
+    if isinstance(weight, tuple) and loss_sum.ndim:
+        return loss_sum.new_tensor([scale / part if part else 0.0 for part in weight])
+    return loss_sum.new_full(loss_sum.shape, scale if isinstance(weight, tuple) else scale / weight)
 
 
-class BinaryObjective(SupervisedObjective):
-    """Binary cross entropy; metrics see probabilities."""
-
-    def metric_inputs(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return probabilities and integer targets.
-
-        torchmetrics takes scores within [0, 1] for probabilities and applies a sigmoid otherwise, batch by batch: on
-        logits its result would depend on how the data is cut.
-        """
-        probabilities = output.sigmoid() if isinstance(self.loss, nn.BCEWithLogitsLoss) else output
-        return probabilities, self.fields.target_of(batch).long()
-
-
-class ClassificationObjective(SupervisedObjective):
-    """CrossEntropyLoss or NLLLoss: class indices or, for cross entropy, class probabilities as target.
-
-    Output: (batch, classes, …); target: (batch, …) int64, or of the output's shape in floating point.
-    """
-
-    unit = "targets"
-    _class_dim = 1
-
-    def __init__(self, loss: nn.CrossEntropyLoss | nn.NLLLoss) -> None:
-        super().__init__(loss)
-        self._ignore_index = loss.ignore_index
-        # The weight is wanted on the CPU, before the batch is moved; the loss's own copy moves with the module.
-        self._class_weights = None if loss.weight is None else loss.weight.detach().clone()
-
-    def weight(self, batch: Any) -> float:
-        """Return the targets that count, or the sum of their class weights."""
-        target = self.fields.target_of(batch)
-        if target.is_floating_point():
-            return float(target.numel() // target.shape[self._class_dim])
-        if self._class_weights is None:  # in NumPy: a third of what torch takes for so little
-            return float(np.count_nonzero(target.numpy() != self._ignore_index))
-        counted = target != self._ignore_index
-        classes, largest = len(self._class_weights), int(target[counted].max()) if counted.any() else 0
-        if largest >= classes:
-            raise ObjectiveError(
-                f"{type(self.loss).__name__} has weights for {classes} classes, but a target is {largest}"
-            )
-        return float(self._class_weights.double()[target[counted]].sum())
-
-    def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
-        loss_sum: Tensor = self.loss(output, target)
-        return loss_sum
-
-    def metric_inputs(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return probabilities (targets, classes) and class indices (targets,), ignored targets left out.
-
-        Probabilities rather than logits, for the reason given in :meth:`BinaryObjective.metric_inputs`.
-        """
-        target = self.fields.target_of(batch)
-        scores = output.movedim(self._class_dim, -1).flatten(0, -2)
-        if target.is_floating_point():
-            target = target.movedim(self._class_dim, -1).argmax(-1)
-        target = target.flatten()
-        counted = target != self._ignore_index
-        scores = scores[counted].float() if scores.dtype in (torch.float16, torch.bfloat16) else scores[counted]
-        return (scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)), target[counted]
-
-
-class NextTokenLoss(ClassificationObjective):
-    """Cross entropy of the next token. Output: (batch, time, vocabulary); target: (batch, time) int64.
-
-    Args:
-        ignore_index: target of positions that do not count.
-        label_smoothing: share of the target spread evenly over the vocabulary.
-    """
-
-    unit = "tokens"
-    _class_dim = -1
-
-    def __init__(self, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
-        super().__init__(
-            nn.CrossEntropyLoss(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum")
-        )
-
-    def _loss_sum(self, output: Tensor, target: Tensor) -> Tensor:
-        loss_sum: Tensor = self.loss(output.flatten(0, -2), target.flatten())
-        return loss_sum
-
-
-_OTHER_INPUTS = (  # their input is not (output, target) of one shape
-    nn.CosineEmbeddingLoss,
-    nn.MarginRankingLoss,
-    nn.GaussianNLLLoss,
-    nn.TripletMarginLoss,
-    nn.TripletMarginWithDistanceLoss,
-    nn.MultiMarginLoss,
-    nn.MultiLabelMarginLoss,
-    nn.MultiLabelSoftMarginLoss,
-    nn.CTCLoss,
-)
-
-
-def torch_loss(loss_class: type[nn.Module], args: Mapping[str, Any]) -> Objective:
-    """Make an objective of one of torch's losses; ``reduction`` is ours, and lists of class weights become tensors.
-
-    Raises:
-        ObjectiveError: the class is no loss, or one whose batch is not (inputs, target).
-    """
-    if not (inspect.isclass(loss_class) and "reduction" in inspect.signature(loss_class).parameters):
-        raise ObjectiveError(f"{loss_class.__name__} is not a loss of torch")
-    if loss_class in _OTHER_INPUTS or "reduction" in args:
-        what = "sets reduction, which is the runtime's" if "reduction" in args else "takes more than output and target"
-        raise ObjectiveError(f"{loss_class.__name__} {what}; write an Objective (README, 'Your own objective')")
-    tensors = {key: torch.tensor(value) if isinstance(value, list) else value for key, value in args.items()}
-    loss = loss_class(**tensors, reduction="sum")
-    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
-        return ClassificationObjective(loss)
-    if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
-        return BinaryObjective(loss)
-    return SupervisedObjective(loss)
-
-
-def _shown(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+def shown(value: Any) -> str:
+    """Describe a tensor, or several, by shape and type, for messages."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    if isinstance(value, list | tuple):
+        return ", ".join(shown(part) for part in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {shown(part)}" for key, part in value.items())
+    return type(value).__name__

@@ -174,6 +174,7 @@ class Run:
             make_loader=assembly.build_loader(self._loaded, self._strategy.device),
             num_workers=loader.num_workers,
             weigh=None if objective.counts_samples else objective.checked_weight,
+            num_weights=objective.num_weights,
             sum_over_ranks=self._sum_weights,
         )
         return self._data.read(

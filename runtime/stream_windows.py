@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.batches import Cursor, MakeLoader, Microbatch, Sharing, Window, read, slots_of_rank
+from runtime.batches import (
+    Cursor,
+    MakeLoader,
+    Microbatch,
+    Sharing,
+    Weigh,
+    Window,
+    note_weight,
+    read,
+    slots_of_rank,
+    told_weight,
+)
 from runtime.errors import DataError, EvaluationError
 from runtime.streams import FIRST, NOTHING, Piece, Place, StreamIndex, StreamSamples
 
@@ -26,7 +37,7 @@ class _Row(NamedTuple):
     cursor: Cursor
     pieces: list[Piece]
     sizes: list[int] = []
-    weight: float = 0.0
+    weight: float | tuple[float, ...] = 0.0
 
     @property
     def samples(self) -> int:
@@ -39,7 +50,8 @@ class StreamWindows:
     Args:
         stop: told the cursor and the number of steps yielded so far, whether the run's limit is reached.
         skipped: global batches that are read and left out.
-        weigh: returns the weight of a microbatch; None if it is the number of samples.
+        weigh: returns the weight of a microbatch of so many samples; None if it is the number of samples.
+        num_weights: how many weights a microbatch has; None: one, as a number.
         sum_over_ranks: sums a float64 tensor over all ranks.
         num_workers: of the loader; 0 reads in this process.
 
@@ -61,10 +73,11 @@ class StreamWindows:
         sharing: Sharing,
         make_loader: MakeLoader,
         num_workers: int,
-        weigh: Callable[[Any], float] | None,
+        weigh: Weigh | None,
+        num_weights: int | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
-        self._samples, self._start, self._stop = samples, start, stop
+        self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
         self._skipped, self._sharing, self._weigh, self._sum = frozenset(skipped), sharing, weigh, sum_over_ranks
         self._questions = _Questions(samples, start, sharing, max(1, num_workers))
         self._fetched = read(samples, iter(self._questions), make_loader)
@@ -143,12 +156,14 @@ class StreamWindows:
         """Fill in what all ranks have together. Collective."""
         slots, world_size = self._sharing.slots, self._sharing.world_size
         whole = self._samples.sharded_by == "runtime"
-        table = torch.zeros(_AHEAD, 2 * slots + 2, dtype=torch.float64)
+        width = self._num_weights or 1
+        table = torch.zeros(_AHEAD, slots * (1 + width) + 2, dtype=torch.float64)
+        weights = table[:, slots:-2].view(_AHEAD, slots, width)
         for place, row in enumerate(block):
             for piece in row.pieces:
                 if piece.samples:
                     table[place, piece.asked.slot] = piece.samples
-                    table[place, slots + piece.asked.slot] = self._weight_of(piece)
+                    note_weight(weights[place, piece.asked.slot], self._weight_of(piece))
             seen = 1.0 + 2 * row.pieces[0].total + row.pieces[0].more if whole else 0.0
             table[place, -2], table[place, -1] = seen, seen**2
         together = self._sum(table)
@@ -160,13 +175,13 @@ class StreamWindows:
         return [
             row._replace(
                 sizes=[int(size) for size in together[place, :slots].tolist()],
-                weight=float(together[place, slots : 2 * slots].sum()),
+                weight=told_weight(together[place, slots:-2].view(slots, width).sum(0).tolist(), self._num_weights),
             )
             for place, row in enumerate(block)
         ]
 
-    def _weight_of(self, piece: Piece) -> float:
-        return float(piece.samples) if self._weigh is None else self._weigh(piece.batch)
+    def _weight_of(self, piece: Piece) -> float | tuple[float, ...]:
+        return float(piece.samples) if self._weigh is None else self._weigh(piece.batch, piece.samples)
 
     def _window(self, row: _Row, next_cursor: Cursor, *, run_ends: bool) -> Window:
         slots, world_size = self._sharing.slots, self._sharing.world_size

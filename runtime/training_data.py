@@ -17,6 +17,7 @@ from runtime.batches import (
     Samples,
     Sharing,
     SlotIndex,
+    Weigh,
     Window,
     Windows,
     fingerprint,
@@ -53,15 +54,17 @@ class How:
 
     Args:
         num_workers: of the loader.
-        weigh: weight of one microbatch; None if it is the number of samples.
+        weigh: weight of one microbatch of so many samples; None if it is the number of samples.
+        num_weights: how many weights a microbatch has; None: one, as a number.
         sum_over_ranks: sums a float64 tensor over all ranks. Collective.
     """
 
     sharing: Sharing
     make_loader: MakeLoader
     num_workers: int
-    weigh: Callable[[Any], float] | None
+    weigh: Weigh | None
     sum_over_ranks: Callable[[Tensor], Tensor]
+    num_weights: int | None = None
 
 
 class MappedData:
@@ -117,7 +120,11 @@ class MappedData:
             make_loader=how.make_loader,
         )
         weighted = with_weights(
-            iter(windows), weigh=how.weigh, slots=how.sharing.slots, sum_over_ranks=how.sum_over_ranks
+            iter(windows),
+            weigh=how.weigh,
+            num_weights=how.num_weights,
+            slots=how.sharing.slots,
+            sum_over_ranks=how.sum_over_ranks,
         )
         return Reading(weighted, windows.filler)
 
@@ -174,6 +181,7 @@ class StreamedData:
             make_loader=how.make_loader,
             num_workers=how.num_workers,
             weigh=how.weigh,
+            num_weights=how.num_weights,
             sum_over_ranks=how.sum_over_ranks,
         )
         return Reading(iter(windows), windows.filler, windows.places)

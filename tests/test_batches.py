@@ -243,7 +243,7 @@ def test_global_weights_are_the_same_number_for_any_sharing_out(ahead: int) -> N
             list(
                 with_weights(
                     windows,
-                    weigh=lambda ids: float(weight_of[ids].sum()),
+                    weigh=lambda ids, samples: float(weight_of[ids].sum()),
                     slots=4,
                     sum_over_ranks=lambda block, blocks=blocks: blocks.append(block.clone()) or block,
                     ahead=ahead,
@@ -254,6 +254,24 @@ def test_global_weights_are_the_same_number_for_any_sharing_out(ahead: int) -> N
 
     assert weights(1) == weights(2) == weights(3)
     assert sum(w for block in weights(1) for w in block) == pytest.approx(float(weight_of.sum()))
+
+
+def test_several_weights_are_summed_each_and_nothing_at_all_is_zero() -> None:
+    windows = windows_of(Samples(Ids(20), seed=0), slots=3, world_size=1, rank=0, batch_size=8)
+    even = lambda ids, samples: (float(samples), float((ids % 2 == 0).sum()) if len(totals) < 1 else 0.0)  # noqa: E731
+    totals: list[Any] = []
+    for window in with_weights(
+        windows, weigh=even, num_weights=2, slots=3, sum_over_ranks=lambda block: block, ahead=1
+    ):
+        ids = torch.cat([microbatch.batch for microbatch in window.microbatches])
+        totals.append((window.weight, float(len(ids)), float((ids % 2 == 0).sum())))
+    assert totals[0][0] == totals[0][1:]
+    assert totals[1][0] == (8.0, 0.0)
+    windows = windows_of(Samples(Ids(8), seed=0), slots=3, world_size=1, rank=0, batch_size=8)
+    nothing = with_weights(
+        windows, weigh=lambda ids, samples: (0.0, 0.0), num_weights=2, slots=3, sum_over_ranks=lambda block: block
+    )
+    assert next(nothing).weight == 0.0
 
 
 def test_the_weight_of_samples_is_known_without_a_reduction() -> None:

@@ -45,6 +45,19 @@ def test_positions_name_the_parts_of_a_tuple() -> None:
     assert (fields.target_of("abcd"), fields.weight_of("abcd"), fields.group_of("abcd")) == ("b", "d", None)
 
 
+def test_a_third_part_may_be_named_alone() -> None:
+    fields = Fields(weight=2)
+    assert fields.arguments(("a", "b", "c")) == (("a",), {})
+    assert (fields.target_of(("a", "b", "c")), fields.weight_of(("a", "b", "c"))) == ("b", "c")
+    with pytest.raises(ObjectiveError, match="a tuple of 4; or say in data.fields"):
+        fields.target_of(("a", "b", "c", "d"))
+
+
+def test_a_target_may_have_several_parts() -> None:
+    assert Fields(target=[2, 1]).target_of(("a", "b", "c")) == ("c", "b")
+    assert Fields(target=["label"]).target_of(ROWS) == (ROWS["label"],)
+
+
 def test_the_output_is_a_key_an_attribute_or_a_position() -> None:
     assert Fields(output="logits").output_of(SimpleNamespace(logits=3)) == 3
     assert Fields(output="logits").output_of({"logits": 4}) == 4

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from runtime.objective import Loss, TrainingModule
+from runtime.objective import Loss, TrainingModule, Weight
 
 
 class Update(NamedTuple):
@@ -85,8 +85,8 @@ class Strategy(Protocol):
         """Call the wrapped module."""
         ...
 
-    def backward(self, loss: Tensor, *, weight: float) -> None:
-        """Add the gradient of ``loss / weight`` to the sum over slots and ranks."""
+    def backward(self, loss: Tensor, *, weight: Weight) -> None:
+        """Add the gradient of ``loss / weight`` to the sum over slots and ranks; of several sums, of their sum."""
         ...
 
     def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from runtime.config import DistributedDataParallel
 from runtime.errors import ConfigurationError, DivergenceError, Problem
-from runtime.objective import Loss, TrainingModule
+from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.randomness import preserved_random_state
 from runtime.strategies import DeviceFlag, Update
 from runtime.strategies.bare_step import bare_step
@@ -150,12 +150,12 @@ class AcceleratedStrategy:
             loss: Loss = self._wrapped(batch, filler)
         return loss
 
-    def backward(self, loss: Tensor, *, weight: float) -> None:
+    def backward(self, loss: Tensor, *, weight: Weight) -> None:
         """Add the gradient of ``loss / weight``; DDP averages over ranks, so the world size is multiplied back in.
 
         The factor is where the backward pass starts, which costs less than operations of its own.
         """
-        factor = loss.new_full((), self.world_size / weight)
+        factor = starting_gradient(loss, weight, scale=self.world_size)
         if self._scaler is not None:
             factor = self._scaler.scale(factor)
         loss.backward(factor)  # type: ignore[no-untyped-call]
