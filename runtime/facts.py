@@ -13,6 +13,7 @@ import torch
 from runtime.batches import Sharing
 from runtime.config_file import LoadedConfiguration
 from runtime.objective import Objective, TrainingModule
+from runtime.weighted_sum import WeightedSum
 
 
 def start_facts(
@@ -65,7 +66,9 @@ def inexact_choices(loaded: LoadedConfiguration, objective: Objective) -> list[s
     if values.batch_norm == "sync":
         found.append("batch_norm: sync normalises over the slots that run at one time, which depends on the world size")
     if objective.couples_samples:
-        found.append("objective: it couples the samples of a slot, so the result depends on K")
+        parts = objective.parts if isinstance(objective, WeightedSum) else {}
+        which = ", ".join(name for name, part in parts.items() if part.couples_samples) or values.objective.target
+        found.append(f"objective: {which} couples the samples of a slot, so the result depends on K (batch.slots)")
     if values.precision != "fp32":
         found.append(f"precision: {values.precision} rounds differently on each kind of device")
     if values.matmul != "highest":

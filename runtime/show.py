@@ -18,8 +18,9 @@ from runtime.config_file import LoadedConfiguration
 from runtime.determinism import default_determinism
 from runtime.facts import inexact_choices
 from runtime.metrics import MetricSet
-from runtime.objective import TrainingModule
+from runtime.objective import Objective, TrainingModule
 from runtime.training_data import TrainingData
+from runtime.weighted_sum import WeightedSum
 
 _CPU = torch.device("cpu")
 _SIMULATED_STEPS = 100_000
@@ -45,6 +46,7 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
         *_steps(loaded, data),
         *_slots(loaded, processes),
         *_memory(loaded, module, optimizer),
+        ("loss", "\n".join(_losses(loaded, module.objective))),
         ("learning rate", "\n".join(_rates(loaded, optimizer, data))),
         ("parameters", "\n".join(_parameters(module))),
         ("exactness", "\n".join(_promises(loaded, module))),
@@ -157,6 +159,18 @@ def _rates(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData
         yield f"(the first {steps:,} of {total:,} steps)"
     if assembly.follows_limit(loaded):
         yield "its length follows from the limit, which then cannot be raised later"
+
+
+def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:
+    """Say what each loss sum is divided by."""
+    parts = objective.parts if isinstance(objective, WeightedSum) else {loaded.values.objective.target or "": objective}
+    for name, part in parts.items():
+        section = loaded.values.objective.losses.get(name)
+        what = f"{section.weight:g} x {name} ({section.target})" if section is not None else name
+        weighed = f", each counting its weight (data.fields.weight: {part.fields.weight})" * (
+            part.fields.weight is not None
+        )
+        yield f"{what}: the sum over the global batch / its {part.unit}{weighed}"
 
 
 def _parameters(module: TrainingModule) -> Iterator[str]:

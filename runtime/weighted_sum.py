@@ -25,6 +25,9 @@ class WeightedSum(Objective):
     Args:
         losses: name to objective, whose ``fields`` are set.
         factors: name to what its mean is multiplied by.
+
+    Attributes:
+        parts: the losses by name.
     """
 
     reads_sample_weights = True
@@ -35,7 +38,7 @@ class WeightedSum(Objective):
         self.num_weights = len(losses)
         self.unit = ", ".join(f"{objective.unit} ({name})" for name, objective in losses.items())
         self.couples_samples = any(objective.couples_samples for objective in losses.values())
-        self._objectives, self._factors = dict(losses), dict(factors)
+        self.parts, self._factors = dict(losses), dict(factors)
 
     @property
     def counts_samples(self) -> bool:
@@ -44,14 +47,14 @@ class WeightedSum(Objective):
 
     def checked_weight(self, batch: Any, samples: int) -> Weight:
         """Return the weight of each loss."""
-        weights = [objective.checked_weight(batch, samples) for objective in self._objectives.values()]
+        weights = [objective.checked_weight(batch, samples) for objective in self.parts.values()]
         return tuple(weight for weight in weights if isinstance(weight, float))
 
     def forward(self, model: nn.Module, batch: Any) -> Loss:
         """Return the sums of all losses, times their factors: (losses,)."""
         returned, called = None, False
         found: dict[str, Loss] = {}
-        for name, objective in self._objectives.items():
+        for name, objective in self.parts.items():
             if type(objective).forward is SupervisedObjective.forward:
                 assert isinstance(objective, SupervisedObjective)
                 if not called:
@@ -76,4 +79,4 @@ class WeightedSum(Objective):
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return what the first loss gives the metrics."""
-        return next(iter(self._objectives.values())).metric_inputs(output, batch)
+        return next(iter(self.parts.values())).metric_inputs(output, batch)

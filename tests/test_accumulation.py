@@ -136,6 +136,44 @@ def test_a_mean_of_means_would_be_caught(tmp_path: Path) -> None:
     assert relative_difference(wrong, start, expected) > 0.01
 
 
+# Stepping on each microbatch, and on the first alone; dividing each by its own weight, or by none; leaving out the
+# remainder of a ragged batch, and dividing it by the full number. Each is what the grid above would show.
+def each(module: torch.nn.Module, batch: Any) -> list[torch.Tensor]:
+    cut = [(x, y) for x, y in zip(batch[0].chunk(4), batch[1].chunk(4), strict=True)]
+    return [F.cross_entropy(module(x), y, reduction="sum") for x, y in cut]
+
+
+WRONG: dict[str, Any] = {
+    "first microbatch alone": lambda m, b: each(m, b)[0] / (len(b[1]) / 4),
+    "not divided by the number of microbatches": lambda m, b: sum(each(m, b)) / 4,
+    "not divided at all": lambda m, b: sum(each(m, b)),
+    "remainder forgotten": lambda m, b: sum(each(m, b)) / 16 if len(b[1]) == 16 else torch.tensor(float("nan")),
+    "remainder divided by the full number": lambda m, b: sum(each(m, b)) / 16,
+}
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_classic_mistake_would_be_caught(tmp_path: Path, mistake: str) -> None:
+    config = classification(tmp_path, 40, batch={"global_size": 16, "slots": 4}, limit={"steps": 4})
+    model = initial(config, tmp_path)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = batches_of(config, 4)
+    right = plain_update(model, batches, lambda m, b: sum(each(m, b)) / len(b[1]), lr=0.5)
+    model.load_state_dict(start)
+    wrong = plain_update(model, batches, WRONG[mistake], lr=0.5)
+    assert relative_difference(wrong, {name: value.numpy() for name, value in start.items()}, right) > 0.01
+
+
+@pytest.mark.single
+def test_there_is_one_update_for_all_microbatches_of_a_step(tmp_path: Path) -> None:
+    config = classification(tmp_path, 40, batch={"global_size": 16, "slots": 4}, limit={"epochs": 2})
+    config["schedule"] = {"target": "StepLR", "args": {"step_size": 1, "gamma": 0.5}}
+    observe(config)
+    state = saved_state(tmp_path, 6)  # 40 samples are two batches of 16 and a remainder of 8
+    assert state["progress"]["updates"] == state["schedule"]["updates"] == 6
+
+
 @pytest.mark.parametrize(("world_size", "slots"), [pytest.param(1, 2, marks=ALONE), (2, 2), (3, 4)])
 def test_a_window_without_any_target_updates_nothing(
     pool: ProcessPool, tmp_path: Path, world_size: int, slots: int
