@@ -12,8 +12,7 @@ GaussianNLLLoss, SoftMarginLoss,
 HingeEmbeddingLoss, MarginRankingLoss
 CrossEntropyLoss, NLLLoss                       targets that are not ``ignore_index``; with class weights the sum of theirs;
                                                 for class probabilities the targets
-NextTokenLoss                                   tokens whose target is not ``ignore_index``
-FocalLoss                                       elements of a binary target, targets that are not ``ignore_index``
+NextTokenLoss, FocalLoss                        tokens, targets that are not ``ignore_index``
 KLDivLoss ("batchmean"), MultiMarginLoss,       samples
 MultiLabelMarginLoss, MultiLabelSoftMarginLoss,
 CosineEmbeddingLoss, TripletMarginLoss,
@@ -45,7 +44,7 @@ from runtime.errors import ObjectiveError
 from runtime.objective import Objective, shown
 from runtime.supervised import PerSampleObjective, SupervisedObjective
 
-EXCLUDED = {
+EXCLUDED = {  # losses of torch that cannot be objectives, and why
     "NLLLoss2d": "it is an old name of NLLLoss; use that",
     "LinearCrossEntropyLoss": (
         "it holds the model's last layer, which predictions and exports would lack; let the model end in nn.Linear and use "
@@ -55,7 +54,6 @@ EXCLUDED = {
         "it holds the model's last layers and averages by itself; put it into the model, return its log_prob, and use NLLLoss"
     ),
 }
-"""Losses of torch that cannot be objectives, and why."""
 
 
 class TorchLoss(SupervisedObjective):
@@ -176,6 +174,8 @@ class ClassificationLoss(TorchLoss):
     def __init__(self, loss: nn.Module) -> None:
         super().__init__(loss)
         self._ignore_index: int = loss.ignore_index  # type: ignore[assignment]
+        if self._constants:
+            self.unit = "targets' class weights"
 
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
         try:
@@ -196,7 +196,7 @@ class ClassificationLoss(TorchLoss):
         return float(np.count_nonzero(target.numpy() != self._ignore_index))
 
     def counts(self, target: Any) -> Tensor:
-        """Return 1, or its class's weight, for each target that is not ignored."""
+        """Return how much each target counts: 0 if it is ignored, else 1 or its class's weight."""
         if target.is_floating_point():
             return torch.ones((), dtype=torch.float64).expand(target.select(self._class_dim, 0).shape)
         counted: Tensor = target != self._ignore_index
@@ -242,10 +242,7 @@ class NextTokenLoss(ClassificationLoss):
         super().__init__(nn.CrossEntropyLoss(ignore_index=ignore_index, label_smoothing=label_smoothing))
         self._shift = shift
 
-    @property
-    def name(self) -> str:
-        """What messages call the loss."""
-        return type(self).__name__
+    name = SupervisedObjective.name
 
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
         if output.shape[:-1] != target.shape:
@@ -271,7 +268,7 @@ class NextTokenLoss(ClassificationLoss):
 
 
 class PerSampleLoss(PerSampleObjective, TorchLoss):
-    """A loss of torch of which each sample has one. Output: (batch, dim), or several of this shape."""
+    """One loss a sample. Output: (batch, dim), or several of this shape."""
 
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
         inputs = self.several(output) if self.outputs else (output,)
@@ -335,7 +332,7 @@ class TripletLoss(PerSampleLoss):
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return the three vectors."""
-        return tuple(self.several(output))
+        return (*self.several(output),)
 
 
 class SequenceLoss(PerSampleLoss):
@@ -353,9 +350,7 @@ class SequenceLoss(PerSampleLoss):
         lengths: Tensor = target_lengths.clamp(min=1).to(losses.device)
         return losses / lengths
 
-    def loss_sum(self, output: Any, target: Any) -> Tensor:
-        """Return the sum of the losses."""
-        return self.losses(output, target).sum()
+    loss_sum = SupervisedObjective.loss_sum
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return the output and the three parts of the target; a metric of one's own must decode them."""
