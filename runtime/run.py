@@ -309,18 +309,21 @@ class Run:
 
     def _save(self, window: Window, leaving: bool) -> None:
         self._folder.prepare_saving(self._collected)
-        if leaving or self._is_due(self._values.checkpoint.every, window):
+        best = self._folder.is_best(self._results_of_this_step())
+        if leaving or best or self._is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
             self._meter.pause()
             self._save_state()
             self._meter.resume()
 
     def _save_state(self) -> None:
-        progress = self._progress
-        results = self._results if self._evaluated_step == progress.step else {}
+        progress, results = self._progress, self._results_of_this_step()
         self._folder.save(
             self._collected, step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
         )
+
+    def _results_of_this_step(self) -> dict[str, Result]:
+        return self._results if self._evaluated_step == self._progress.step else {}
 
     def _collected(self) -> dict[str, dict[str, Any]]:
         state = self._state.collect()

@@ -37,6 +37,7 @@ LAYERS = [
         "strategies.accelerated",
         "buffers",
         "metrics",
+        "best",
         "attempts",
         "snapshot",
         "checkpoint",

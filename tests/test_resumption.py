@@ -215,6 +215,65 @@ def best(folder: Path) -> Any:
     return [(entry["step"], entry["value"]) for entry in record]
 
 
+@pytest.mark.parametrize(("world_size", "stops"), [(1, (1, 3, 5, 8)), (1, (2, 4, 7)), (2, (3, 6))])
+def test_which_checkpoints_are_the_best_follows_from_all_evaluations_and_no_interruption(
+    pool: ProcessPool, tmp_path: Path, world_size: int, stops: tuple[int, ...]
+) -> None:
+    """Evaluations and saves hardly coincide; a run that is stopped saves at other steps too."""
+    wanted = [{"metric": "loss", "mode": "max", "keep": 2}, {"metric": "loss", "mode": "min"}]
+    changes = {
+        "data": {
+            "train": {"target": "tiny:points", "args": {"size": 75, "dtype": "float32"}},
+            "validation": {"target": "tiny:points", "args": {"split": "v", "dtype": "float32"}},
+        },
+        "optimizer": {"target": "SGD", "args": {"lr": 1.0}},  # so large that the loss goes up and down
+        "evaluation": {"every": "2 steps"},
+    }
+    for best_of in wanted:
+        changes["checkpoint"] = {"every": "4 steps", "keep": 1, "best": [best_of]}
+        name = str(best_of["mode"])
+        whole, cut = deep(tmp_path / f"{name}-whole", **changes), deep(tmp_path / f"{name}-cut", **changes)
+        pool.run(observe, world_size, whole)
+        for after in stops:
+            stopped = pool.run(observe_stopping_between_evaluations, world_size, cut, after)[0]
+            assert (stopped["outcome"], stopped["step"]) == ("stopped", after)
+        pool.run(observe, world_size, cut)
+        (tmp_path / f"{name}-cut" / "checkpoints" / "best.json").unlink()  # a kill came before it was written
+        pool.run(observe, world_size, cut)
+        values = evaluations(tmp_path / f"{name}-whole")
+        ordered = sorted(values.items(), key=lambda entry: entry[1], reverse=name == "max")
+        expected = ordered[: int(str(best_of.get("keep", 1)))]
+        assert best(tmp_path / f"{name}-whole") == best(tmp_path / f"{name}-cut") == expected
+        for step, _ in expected:
+            (first, second) = (weights_of(tmp_path / f"{name}-{which}", step) for which in ("whole", "cut"))
+            assert first == second
+
+
+def observe_stopping_between_evaluations(config: dict[str, Any], after: int) -> dict[str, Any]:
+    """Train, asked to stop after a step; evaluations are made to their end."""
+    from runtime.evaluation import Evaluator
+
+    evaluate = Evaluator.evaluate
+    Evaluator.evaluate = lambda self, stop_wished: evaluate(self)  # type: ignore[method-assign]
+    try:
+        return observe_stopping(config, after)
+    finally:
+        Evaluator.evaluate = evaluate  # type: ignore[method-assign]
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if record["event"] == "evaluation"}
+
+
+def weights_of(folder: Path, step: int) -> bytes:
+    from runtime.checkpoint import damage_of
+
+    (checkpoint,) = (folder / "checkpoints").glob(f"step-{step:08d}-epoch-*")
+    assert damage_of(checkpoint) is None
+    return (checkpoint / "model.safetensors").read_bytes()
+
+
 @pytest.mark.single
 def test_records_of_repeated_steps_are_dropped(pool: ProcessPool, tmp_path: Path) -> None:
     config = deep(tmp_path)
