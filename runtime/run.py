@@ -12,14 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly
-from runtime.batches import (
-    Cursor,
-    Samples,
-    Window,
-    Windows,
-    upcoming,
-    with_weights,
-)
+from runtime.batches import Cursor, Samples, Window, Windows, upcoming, with_weights
 from runtime.buffers import BufferRule
 from runtime.checkpoint import load_state
 from runtime.config_file import LoadedConfiguration
@@ -122,6 +115,10 @@ class Run:
     def leaving_seconds(self) -> float:
         """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
         return 1.5 * self._folder.save_seconds + 2.0
+
+    def owns_folder(self) -> bool:
+        """Tell whether no other job has taken the run folder over; for rank 0."""
+        return self._folder.owned
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)

@@ -131,6 +131,17 @@ class RunFolder:
         return self._best.improved_by(results)
 
     @property
+    def owned(self) -> bool:
+        """Tell whether the folder was opened and no other job has taken it over; known on rank 0 only."""
+        if self._fence is None:
+            return False
+        try:
+            self._fence.check()
+        except RunFolderError:
+            return False
+        return True
+
+    @property
     def failing(self) -> bool:
         """Tell whether a save has failed; known on rank 0 only, until all ranks meet at the next save."""
         return self._saving is not None and self._saving.problem is not None
