@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -34,10 +37,14 @@ class Nursery:
         self.pid = self._process.pid
         self._answer()
 
-    def start(self, config: Path, world_size: int, log: Path) -> int:
-        """Return the process id of a launcher."""
+    def start(self, config: Path, world_size: int, log: Path, **place: Any) -> int:
+        """Return the process id of a launcher.
+
+        Args:
+            place: of this host among several: what else :func:`_launch` takes.
+        """
         assert self._process.stdin is not None
-        request = {"config": str(config), "world_size": world_size, "log": str(log), "port": free_port()}
+        request = {"config": str(config), "world_size": world_size, "log": str(log), "port": free_port(), **place}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._answer())
@@ -45,8 +52,10 @@ class Nursery:
     def close(self) -> None:
         """End it; it has no children of its own."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(20)
+        self._process.stdout.close()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -93,21 +102,37 @@ class _AskedError(Exception):
     pass
 
 
-def _launch(*, config: str, world_size: int, log: str, port: int) -> NoReturn:
+def _launch(
+    *,
+    config: str,
+    world_size: int,
+    log: str,
+    port: int,
+    address: str = "127.0.0.1",
+    own: Sequence[int] | None = None,
+    host: str | None = None,
+) -> NoReturn:
     """Do what ``accelerate launch`` does: start ranks; when one fails or a signal comes, end the others.
 
     With one process accelerate passes no signal on and starts no session; with several each rank has a session of its own.
+
+    Args:
+        address: of the host of rank 0.
+        own: the ranks on this host; by default all.
+        host: a network namespace to be in, and this host's name.
     """
     os.setsid()
+    if host is not None:
+        _enter(host)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     ranks = []
-    for rank in range(world_size):
+    for rank in own or range(world_size):
         pid = os.fork()
         if pid == 0:
-            _rank(config, rank, world_size, port)
+            _rank(config, rank, world_size, address, port)
         ranks.append(pid)
     if world_size == 1:
         os._exit(1 if os.waitpid(ranks[0], 0)[1] else 0)
@@ -155,7 +180,19 @@ def _end(ranks: list[int], number: int) -> None:
             os.killpg(pid, signal.SIGKILL)
 
 
-def _rank(config: str, rank: int, world_size: int, port: int) -> NoReturn:
+def _enter(host: str) -> None:
+    """Be on a host of one's own: its network, and its name."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    clone_newuts, clone_newnet = 0x04000000, 0x40000000
+    with Path("/run/netns", host).open() as namespace:
+        done = libc.setns(namespace.fileno(), clone_newnet) == 0 and libc.unshare(clone_newuts) == 0
+    if not done:
+        raise OSError(ctypes.get_errno(), f"{host} cannot be entered")
+    socket.sethostname(host)
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+
+
+def _rank(config: str, rank: int, world_size: int, address: str, port: int) -> NoReturn:
     """Be one rank: what ``runtime/train.py`` does in a process that has just been started."""
     import torch
 
@@ -169,7 +206,7 @@ def _rank(config: str, rank: int, world_size: int, port: int) -> NoReturn:
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(world_size),
             LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
+            MASTER_ADDR=address,
             MASTER_PORT=str(port),
         )
     sys.argv = [str(TRAIN), config]
