@@ -22,7 +22,7 @@ from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.test_launch import clean_environment
 
-_ENDED_WITHIN_SECONDS = 60
+_ENDED_WITHIN_SECONDS = 120
 
 
 def endless(folder: Path, **changes: Any) -> dict[str, Any]:
