@@ -89,20 +89,19 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out + err
 
 
-def test_a_sample_that_one_rank_cannot_read_is_named_with_its_rank_at_once(tmp_path: Path) -> None:
+def test_a_sample_that_one_rank_cannot_read_is_named_with_its_rank_at_once(nursery: Nursery, tmp_path: Path) -> None:
     rows = {"target": "tiny_failing:Rows", "args": {"fails_on": 1, "size": 6400}}
-    with launched(tmp_path, endless(tmp_path, data={"train": rows})) as process:
-        code, told = end(process)
-    assert code == 1
-    assert "lockstep: rank 1: reading sample" in told
-    assert "IndexError: row 7 is short" in told
-    assert "rank 1 (host " in told  # as rank 0 tells it
-    assert "this is rank 0" in told
-    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
-    assert outcome["outcome"] == "failed"
-    assert re.match(
-        r"rank 1 \(host .*\), in data at step 1, failed: .*IndexError: row 7 is short", outcome["message"], re.S
-    )
+    config = endless(tmp_path, data={"train": rows}, limit={"steps": 1_000_000, "silence_seconds": 300})
+    with Forked(nursery, tmp_path, config, 2) as run:
+        run.wait_for_end()  # in less than a minute, so no silence was waited for
+        assert "lockstep: rank 1: reading sample" in run.told()
+        assert "IndexError: row 7 is short" in run.told()
+        assert "rank 1 (host " in run.told()  # as rank 0 tells it
+        assert "this is rank 0" in run.told()
+        outcome = run.outcome()
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 1)
+    told = r"rank 1 \(host .*\), in data at step 1, failed: .*IndexError: row 7 is short"
+    assert re.match(told, outcome["message"], re.DOTALL)
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_other_and_in_the_outcome(nursery: Nursery, tmp_path: Path) -> None:

@@ -266,12 +266,18 @@ def best(folder: Path) -> Any:
     return [(entry["step"], entry["value"]) for entry in record]
 
 
-@pytest.mark.parametrize(("world_size", "stops"), [(1, (1, 3, 5, 8)), (1, (2, 4, 7)), (2, (3, 6))])
+@pytest.mark.parametrize(
+    ("world_size", "stops", "mode", "keep"),
+    [
+        pytest.param(1, (1, 3, 5, 8), "max", 2, marks=pytest.mark.single),
+        pytest.param(1, (2, 4, 7), "min", 1, marks=pytest.mark.single),
+        (2, (3, 6), "max", 2),
+    ],
+)
 def test_which_checkpoints_are_the_best_follows_from_all_evaluations_and_no_interruption(
-    pool: ProcessPool, tmp_path: Path, world_size: int, stops: tuple[int, ...]
+    pool: ProcessPool, tmp_path: Path, world_size: int, stops: tuple[int, ...], mode: str, keep: int
 ) -> None:
     """Evaluations and saves hardly coincide; a run that is stopped saves at other steps too."""
-    wanted = [{"metric": "loss", "mode": "max", "keep": 2}, {"metric": "loss", "mode": "min"}]
     changes = {
         "data": {
             "train": {"target": "tiny:points", "args": {"size": 75, "dtype": "float32"}},
@@ -279,25 +285,21 @@ def test_which_checkpoints_are_the_best_follows_from_all_evaluations_and_no_inte
         },
         "optimizer": {"target": "SGD", "args": {"lr": 1.0}},  # so large that the loss goes up and down
         "evaluation": {"every": "2 steps"},
+        "checkpoint": {"every": "4 steps", "keep": 1, "best": [{"metric": "loss", "mode": mode, "keep": keep}]},
     }
-    for best_of in wanted:
-        changes["checkpoint"] = {"every": "4 steps", "keep": 1, "best": [best_of]}
-        name = str(best_of["mode"])
-        whole, cut = deep(tmp_path / f"{name}-whole", **changes), deep(tmp_path / f"{name}-cut", **changes)
-        pool.run(observe, world_size, whole)
-        for after in stops:
-            stopped = pool.run(observe_stopping_between_evaluations, world_size, cut, after)[0]
-            assert (stopped["outcome"], stopped["step"]) == ("stopped", after)
-        pool.run(observe, world_size, cut)
-        (tmp_path / f"{name}-cut" / "checkpoints" / "best.json").unlink()  # a kill came before it was written
-        pool.run(observe, world_size, cut)
-        values = evaluations(tmp_path / f"{name}-whole")
-        ordered = sorted(values.items(), key=lambda entry: entry[1], reverse=name == "max")
-        expected = ordered[: int(str(best_of.get("keep", 1)))]
-        assert best(tmp_path / f"{name}-whole") == best(tmp_path / f"{name}-cut") == expected
-        for step, _ in expected:
-            (first, second) = (weights_of(tmp_path / f"{name}-{which}", step) for which in ("whole", "cut"))
-            assert first == second
+    whole, cut = deep(tmp_path / "whole", **changes), deep(tmp_path / "cut", **changes)
+    pool.run(observe, world_size, whole)
+    for after in stops:
+        stopped = pool.run(observe_stopping_between_evaluations, world_size, cut, after)[0]
+        assert (stopped["outcome"], stopped["step"]) == ("stopped", after)
+    pool.run(observe, world_size, cut)
+    (tmp_path / "cut" / "checkpoints" / "best.json").unlink()  # a kill came before it was written
+    pool.run(observe, world_size, cut)
+    ordered = sorted(evaluations(tmp_path / "whole").items(), key=lambda entry: entry[1], reverse=mode == "max")
+    assert len(ordered) == 5
+    assert best(tmp_path / "whole") == best(tmp_path / "cut") == ordered[:keep]
+    for step, _ in ordered[:keep]:
+        assert weights_of(tmp_path / "whole", step) == weights_of(tmp_path / "cut", step)
 
 
 def observe_stopping_between_evaluations(config: dict[str, Any], after: int) -> dict[str, Any]:
