@@ -267,8 +267,8 @@ class Moment:
                 self.event("start")
             self.tick()
 
-        def advancing(progress: Progress, window: Any, *, applied: bool) -> None:
-            advance(progress, window, applied=applied)
+        def advancing(progress: Progress, window: Any) -> None:
+            advance(progress, window)
             if window.epoch_ends:
                 self.event("epoch")
 
