@@ -79,6 +79,8 @@ class Runner:
         # Each kind gets its turn, whatever the seed; the others of a campaign are drawn.
         kinds = [self._kinds[number % len(self._kinds)], *chance.choices(self._kinds, k=chance.choice([0, 1, 1, 2, 3]))]
         chance.shuffle(kinds)
+        if chance.random() < 0.6:  # later on there may be nothing left to attack
+            kinds.sort(key=lambda kind: kind != self._kinds[number % len(self._kinds)])
         kinds.sort(key=lambda kind: kind != "rollback")  # which there is one of in a run
         one_size = chance.choice(self._sizes) if chance.random() < 0.5 else None
         folder = self._folder / f"campaign-{number}"
