@@ -18,12 +18,11 @@ newest good one. Checksums guard against damage, not malice: that is why nothing
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from runtime.attempts import Attempts
+from runtime.best import ranked
 from runtime.config import Best
 from runtime.errors import CheckpointError
 from runtime.serialization import (
@@ -122,7 +122,7 @@ class CheckpointFolder:
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # nothing is left under this name once it has been renamed
         try:
-            self._record_best()
+            self.record_best()
             self._drop_old()
         except OSError as error:
             self._warn(f"checkpoints could not be tidied up: {error}")
@@ -158,16 +158,19 @@ class CheckpointFolder:
         for path in self.folder.glob("step-*.partial-*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def best(self, metric: str, mode: str) -> Checkpoint | None:
-        """Return the kept checkpoint with the best result."""
-        ranked = _ranked(list(self._checkpoints()), metric, mode)
-        return ranked[0] if ranked else None
+    def best(self, best: Best) -> list[Checkpoint]:
+        """Return the kept checkpoints with the best results, best first."""
+        return self._ranked(self._checkpoints(), best)
+
+    def results(self) -> list[Mapping[str, Any]]:
+        """Return the results of the checkpoints that no rollback has abandoned, oldest first."""
+        return [checkpoint.results for checkpoint in self._checkpoints()]
 
     def _name(self, snapshot: Snapshot, *, evaluated: bool) -> str:
         name = f"step-{snapshot.step:08d}" + (f"-attempt-{snapshot.attempt}" if snapshot.attempt else "")
         others = list(self._checkpoints())
         this = Checkpoint(self.folder / name, snapshot.step, snapshot.attempt, snapshot.epoch, snapshot.results)
-        leading = [b.metric for b in self._best if this in _ranked([*others, this], b.metric, b.mode)[: b.keep]]
+        leading = [best.metric for best in self._best if this in self._ranked([*others, this], best)]
         if leading:
             values = (f"-{re.sub('[^A-Za-z0-9_]', '_', m)}-{snapshot.results[m]:.4g}" for m in leading)
             return f"{name}-epoch-{snapshot.epoch}" + "".join(values)
@@ -178,25 +181,32 @@ class CheckpointFolder:
         found = (checkpoint for checkpoint, abandoned in listed(self.folder, self.attempts) if not abandoned)
         yield from sorted(found, key=lambda c: (c.step, c.attempt, bool(c.results)))
 
-    def _record_best(self) -> None:
-        if not self._best:
+    def record_best(self) -> None:
+        """Write ``best.json``, unless it is as it should be: a kill may have come before it was written."""
+        if not self._best or not self.folder.is_dir():
             return
         checkpoints = list(self._checkpoints())
         record = {
             best.metric: [
                 {"checkpoint": c.path.name, "value": c.results[best.metric], "step": c.step, "epoch": c.epoch}
-                for c in _ranked(checkpoints, best.metric, best.mode)[: best.keep]
+                for c in self._ranked(checkpoints, best)
             ]
             for best in self._best
         }
-        replace_file(self.folder / "best.json", json.dumps(record, indent=1))
+        file, text = self.folder / "best.json", json.dumps(record, indent=1)
+        if not file.is_file() or file.read_bytes() != text.encode():
+            replace_file(file, text)
+
+    @staticmethod
+    def _ranked(checkpoints: Iterable[Checkpoint], best: Best) -> list[Checkpoint]:
+        return ranked(checkpoints, best, lambda checkpoint: checkpoint.results)
 
     def _drop_old(self) -> None:
         checkpoints = list(self._checkpoints())
         current = {(c.step, c.attempt): c for c in checkpoints}  # of two of one step, the one with results
         kept = {c.path for c in list(current.values())[-self._keep :]}
         for best in self._best:
-            kept |= {c.path for c in _ranked(checkpoints, best.metric, best.mode)[: best.keep]}
+            kept |= {c.path for c in self._ranked(checkpoints, best)}
         for checkpoint, _ in listed(self.folder, self.attempts):
             if checkpoint.path not in kept:
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
@@ -291,8 +301,3 @@ def _opened(path: Path, *, step: int, attempt: int) -> Checkpoint:
         return Checkpoint(path, step, attempt, int(tree["epoch"]), dict(tree["results"]))
     except (OSError, ValueError, LookupError, TypeError):
         return Checkpoint(path, step, attempt, 0, {})  # damaged, which verifying it will tell
-
-
-def _ranked(checkpoints: Sequence[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
-    judged = [c for c in checkpoints if math.isfinite(c.results.get(metric, math.nan))]
-    return sorted(judged, key=lambda c: c.results[metric], reverse=mode == "max")

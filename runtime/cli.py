@@ -127,7 +127,8 @@ def _show(options: argparse.Namespace) -> int:
 def _checkpoints(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from runtime.inspection import inspect, print_listing
+    from runtime.checkpoint_table import print_listing
+    from runtime.inspection import inspect
 
     listing = inspect(options.folder)
     if options.json:

@@ -383,7 +383,7 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=1, json_schema_extra={"resume": "free"})
     """Newest checkpoints kept, besides the best."""
     best: list[Best] = free([])
-    """Judged at each save that follows an evaluation of the same step."""
+    """Judged at each evaluation; one that is among the best is saved at once, whatever ``every`` says."""
 
 
 class WeightsAndBiases(Section):

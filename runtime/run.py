@@ -121,6 +121,10 @@ class Run:
         """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
         return 1.5 * self._folder.save_seconds + 2.0
 
+    def owns_folder(self) -> bool:
+        """Tell whether no other job has taken the run folder over; for rank 0."""
+        return self._folder.owned
+
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)
         self._state.follow(found.rollbacks)
@@ -306,21 +310,24 @@ class Run:
 
     def _save(self, window: Window, leaving: bool) -> None:
         self._folder.prepare_saving(self._collected)
-        if leaving or self._is_due(self._values.checkpoint.every, window):
+        best = self._folder.is_best(self._results_of_this_step())
+        if leaving or best or self._is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
             self._meter.pause()
             self._save_state()
             self._meter.resume()
 
     def _save_state(self) -> None:
-        progress = self._progress
-        results = self._results if self._evaluated_step == progress.step else {}
+        progress, results = self._progress, self._results_of_this_step()
         if isinstance(self._data, StreamedData):
             places = self._reading.places if self._reading is not None else self._places
             self._told_places = told_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._folder.save(
             self._collected, step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
         )
+
+    def _results_of_this_step(self) -> dict[str, Result]:
+        return self._results if self._evaluated_step == self._progress.step else {}
 
     def _collected(self) -> dict[str, dict[str, Any]]:
         state = self._state.collect()

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from runtime import environment
 from runtime.attempts import Rollback
+from runtime.best import BestResults
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.config import Checkpoint as CheckpointSection
 from runtime.config import Resume
@@ -72,6 +73,7 @@ class RunFolder:
         self._checkpoints: CheckpointFolder | None = None
         self._saving: BackgroundSaving | None = None
         self._fence: Fence | None = None
+        self._best = BestResults(section.best, [])
         self._prepared = False
 
     def open(self) -> None:
@@ -96,12 +98,12 @@ class RunFolder:
             RunFolderError: ``resume.mode`` forbids what is there, or what is not.
             CheckpointError: a checkpoint has a newer format.
         """
-        found = self._on_rank_0(self._newest)
+        found = self._go_on(self._on_rank_0(self._newest))
         if found and resume.mode == "never":
             raise RunFolderError(f"{self.path} holds a checkpoint and resume.mode is never; choose another output")
         if not found and resume.mode == "must":
             raise RunFolderError(f"{self.path} holds no checkpoint and resume.mode is must")
-        return _told(found) if found else None
+        return found
 
     def prepare_saving(self, collect: Callable[[], Mapping[str, Any]]) -> None:
         """Make room for copies of the state, once there is an optimizer state to copy; later calls do nothing."""
@@ -109,7 +111,7 @@ class RunFolder:
             self._saving.prepare(collect())
         self._prepared = True
 
-    def save(self, collect: Callable[[], Mapping[str, Any]], **of_snapshot: Any) -> None:
+    def save(self, collect: Callable[[], Mapping[str, Any]], *, results: Mapping[str, Any], **of_snapshot: Any) -> None:
         """Copy the state and let it be written. Collective: every rank must call this.
 
         Raises:
@@ -118,10 +120,26 @@ class RunFolder:
 
         def save() -> None:
             assert self._saving is not None
-            self._saving.save(collect(), **of_snapshot)
+            self._saving.save(collect(), results=results, **of_snapshot)
             self._refuse_problem()
 
         self._on_rank_0(save)
+        self._best.add(results)
+
+    def is_best(self, results: Mapping[str, Any]) -> bool:
+        """Tell whether results are among the best of ``checkpoint.best``, and their step has to be saved."""
+        return self._best.improved_by(results)
+
+    @property
+    def owned(self) -> bool:
+        """Tell whether the folder was opened and no other job has taken it over; known on rank 0 only."""
+        if self._fence is None:
+            return False
+        try:
+            self._fence.check()
+        except RunFolderError:
+            return False
+        return True
 
     @property
     def failing(self) -> bool:
@@ -155,14 +173,16 @@ class RunFolder:
         Raises:
             DivergenceError: there have been too many rollbacks, or there is no good checkpoint.
         """
-        return _told(self._on_rank_0(lambda: self._roll_back(wanted, max_rollbacks, learning_rate_factor)))
+        found = self._go_on(self._on_rank_0(lambda: self._roll_back(wanted, max_rollbacks, learning_rate_factor)))
+        assert found is not None
+        return found
 
     def best_messages(self) -> list[str]:
         """Name the best checkpoints, on rank 0."""
         if self._checkpoints is None:
             return []
-        found = ((best.metric, self._checkpoints.best(best.metric, best.mode)) for best in self._section.best)
-        return [f"best {metric} {c.results[metric]:.4f}: {c.path}" for metric, c in found if c is not None]
+        found = ((best.metric, c) for best in self._section.best for c in self._checkpoints.best(best)[:1])
+        return [f"best {metric} {c.results[metric]:.4f}: {c.path}" for metric, c in found]
 
     def _open(self) -> None:
         try:
@@ -183,10 +203,11 @@ class RunFolder:
         self._checkpoints.clear_partial()
         self._saving = BackgroundSaving(self._checkpoints)
 
-    def _newest(self) -> dict[str, Any] | None:
+    def _newest(self) -> dict[str, Any]:
         assert self._checkpoints is not None
         newest = self._checkpoints.newest()
-        return self._as_plain(newest) if newest is not None else None
+        self._checkpoints.record_best()
+        return self._as_plain(newest)
 
     def _roll_back(self, wanted: RollbackWanted, max_rollbacks: int, factor: float) -> dict[str, Any]:
         assert self._checkpoints is not None
@@ -215,10 +236,22 @@ class RunFolder:
         attempts.record(Rollback(attempt, target.step, wanted.step, wanted.reason, (wanted.cursor,), factor))
         return self._as_plain(target)
 
-    def _as_plain(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _as_plain(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        """Return what to go on from, and the results of all that is there, as plain data that travels between ranks."""
         assert self._checkpoints is not None
+        saved = [dict(results) for results in self._checkpoints.results()]
+        if checkpoint is None:
+            return {"saved": saved}
         rollbacks = [asdict(rollback) for rollback in self._checkpoints.attempts.since(checkpoint.attempt)]
-        return {"path": str(checkpoint.path), "results": dict(checkpoint.results), "rollbacks": rollbacks}
+        found = {"path": str(checkpoint.path), "results": dict(checkpoint.results), "rollbacks": rollbacks}
+        return {"saved": saved, "found": found}
+
+    def _go_on(self, reply: Mapping[str, Any]) -> Found | None:
+        self._best = BestResults(self._section.best, reply["saved"])
+        if "found" not in reply:
+            return None
+        found = reply["found"]
+        return Found(Path(found["path"]), found["results"], tuple(Rollback.read(entry) for entry in found["rollbacks"]))
 
     def _refuse_problem(self) -> None:
         if self._saving is not None and self._saving.problem is not None:
@@ -243,10 +276,6 @@ class RunFolder:
 
 def _say_at_once(text: str) -> None:
     print(f"lockstep: {text}", file=sys.stderr, flush=True)  # nothing is reported to yet, and this may take a while
-
-
-def _told(found: Mapping[str, Any]) -> Found:
-    return Found(Path(found["path"]), found["results"], tuple(Rollback.read(entry) for entry in found["rollbacks"]))
 
 
 def _poison(checkpoint: Checkpoint) -> str | None:

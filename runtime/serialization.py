@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def make_folder(path: Path) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or as it was before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}")  # which is the process's in its main thread
     try:
         write_durably(partial, text.encode())
         os.replace(partial, path)

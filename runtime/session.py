@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,9 @@ def _train(
     )
     watch = _watch(loaded, rank=strategy.rank, world_size=strategy.world_size)
     run = Run(loaded, strategy, stop_wish, watch.position)
+    watch.on_leave = lambda reason: _write_outcome(
+        loaded, strategy.rank, {"outcome": "failed", "exit_code": 1, "message": reason}, owned=run.owns_folder
+    )
     if values.limit.time is not None:
         stop_wish.limit_time(values.limit.time.seconds, since, run.leaving_seconds)
     watch.start()
@@ -124,9 +127,11 @@ def read_outcome(folder: Path, launch: str) -> dict[str, Any] | None:
     return outcome if outcome.get("launch") == launch else None
 
 
-def _write_outcome(loaded: LoadedConfiguration, rank: int, outcome: dict[str, Any]) -> None:
+def _write_outcome(
+    loaded: LoadedConfiguration, rank: int, outcome: dict[str, Any], *, owned: Callable[[], bool] = lambda: True
+) -> None:
     """Leave word for the launcher: exit codes do not survive ``accelerate launch``."""
-    if rank != 0 or not loaded.output.is_dir():
+    if rank != 0 or not loaded.output.is_dir() or not owned():
         return
     from runtime.serialization import replace_file
 

@@ -93,6 +93,9 @@ class Watch:
         prefix: of the keys; another one for each launch and each restart under one launch agent.
         tell: writes a text of one or more lines; by default to standard error.
         leave: ends the process at once; an orderly exit could wait for the lost rank.
+
+    Attributes:
+        on_leave: called with the reason before the process is ended here, in a thread of its own and waited for 2 s at most.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Watch:
         leave: Callable[[int], NoReturn] = os._exit,
     ) -> None:
         self.position = Position()
+        self.on_leave: Callable[[str], None] = lambda reason: None
         self._rank, self._world_size, self._host = rank, world_size, host
         self._address, self._prefix = store, prefix
         self._store_in_words = f"the store on {store[0]}:{store[1]}, which rank 0 or its launch agent hosts,"
@@ -269,6 +273,9 @@ class Watch:
             self._leave(1)
         own = self._own()
         self._tell(f"lockstep: {text}; this is {own}\n")
+        last_word = threading.Thread(target=self.on_leave, args=(text,), name="lockstep-last-word", daemon=True)
+        last_word.start()
+        last_word.join(self._grace_seconds)  # a dead file server would keep it
         self._tell(f"lockstep: {own}:\n{_stacks(self._main_thread)}")  # reads sources, and can hang with their disk
         if acknowledge:
             self._acknowledge(0.0)

@@ -12,6 +12,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import pytest
 import torch
 
+from tests.chaos.nursery import Nursery
 from tests.process_pool import ProcessPool
 
 torch.set_num_threads(1)
@@ -21,5 +22,13 @@ torch.set_num_threads(1)
 def pool() -> Iterator[ProcessPool]:
     """Gloo processes, as many as a test needs."""
     made = ProcessPool()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Forks launchers with their ranks in a moment: importing torch in each would take seconds."""
+    made = Nursery()
     yield made
     made.close()

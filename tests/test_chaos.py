@@ -1,4 +1,4 @@
-"""Killed at any time in any way, a run comes to the same model: a short form of ``tests/chaos.py``, and the long one."""
+"""Killed at any time in any way, a run comes to the same model: a short form of ``tests/chaos``, and the long one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import ROOT
+from tests.chaos.setting import ROOT
 
 
 def chaos(*arguments: str, seconds: float) -> None:

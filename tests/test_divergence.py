@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from runtime.checkpoint import load_state
 from runtime.errors import DivergenceError
 from runtime.serialization import split_state
+from tests.chaos.nursery import Nursery
+from tests.forked import Forked
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 
@@ -216,6 +219,24 @@ def test_a_poisoned_checkpoint_is_never_gone_back_to(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Run, "_go_on_from", noting)
     assert "2 times" not in failure({**config, "divergence": {"non_finite": "stop"}})
     assert started == [2]
+
+
+def test_a_poisoned_checkpoint_is_never_resumed_after_a_kill_in_the_replay(nursery: Nursery, tmp_path: Path) -> None:
+    changes = {
+        "model": {"target": "tiny_divergence:KilledInReplay", "args": {"told": str(tmp_path / "told")}},
+        "objective": "CrossEntropyLoss",
+        "batch": {"global_size": 16, "slots": 2},
+        "divergence": {"non_finite": "rollback"},
+    }
+    config = run(tmp_path / "run", **changes)
+    for start in range(2):
+        with Forked(nursery, tmp_path, config, 2) as launch:
+            launch.wait_for_end()
+        if start == 0:
+            assert (tmp_path / "told").is_file(), launch.told()
+            assert state(tmp_path / "run", "step-00000004")[0]["poison"].isnan()
+    assert "back to step-00000002 as attempt 1" in launch.told()
+    assert re.findall(r"resumed .*step (\d+)", launch.told()) == ["2"]
 
 
 @single

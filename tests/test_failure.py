@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from typing import Any
 
 import yaml
 
+from tests.chaos.nursery import Nursery
+from tests.forked import Forked
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
-from tests.test_launch import ROOT, clean_environment
+from tests.test_launch import clean_environment
 
-_ENDED_WITHIN_SECONDS = 60
+_ENDED_WITHIN_SECONDS = 120
 
 
 def endless(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -86,32 +89,51 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out + err
 
 
-def test_a_sample_that_one_rank_cannot_read_is_named_with_its_rank_at_once(tmp_path: Path) -> None:
+def test_a_sample_that_one_rank_cannot_read_is_named_with_its_rank_at_once(nursery: Nursery, tmp_path: Path) -> None:
     rows = {"target": "tiny_failing:Rows", "args": {"fails_on": 1, "size": 6400}}
-    with launched(tmp_path, endless(tmp_path, data={"train": rows})) as process:
-        code, told = end(process)
-    assert code == 1
-    assert "lockstep: rank 1: reading sample" in told
-    assert "IndexError: row 7 is short" in told
-    assert "rank 1 (host " in told  # as rank 0 tells it
-    assert "this is rank 0" in told
+    config = endless(tmp_path, data={"train": rows}, limit={"steps": 1_000_000, "silence_seconds": 300})
+    with Forked(nursery, tmp_path, config, 2) as run:
+        run.wait_for_end()  # in less than a minute, so no silence was waited for
+        assert "lockstep: rank 1: reading sample" in run.told()
+        assert "IndexError: row 7 is short" in run.told()
+        assert "rank 1 (host " in run.told()  # as rank 0 tells it
+        assert "this is rank 0" in run.told()
+        outcome = run.outcome()
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 1)
+    told = r"rank 1 \(host .*\), in data at step 1, failed: .*IndexError: row 7 is short"
+    assert re.match(told, outcome["message"], re.DOTALL)
 
 
-def test_a_rank_that_is_stopped_is_named_by_the_other(tmp_path: Path) -> None:
-    with launched(tmp_path, endless(tmp_path)) as process:
-        wait_for_step(tmp_path, process)
-        stopped = ranks(tmp_path)[1]
-        os.kill(stopped, signal.SIGSTOP)
-        until = time.monotonic() + _ENDED_WITHIN_SECONDS
-        while 0 in ranks(tmp_path) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert 0 not in ranks(tmp_path)
-        os.kill(stopped, signal.SIGKILL)  # the launch agent would wait 30 s for it
-        code, told = end(process)
-    assert code == 1
-    assert "lockstep: rank 1 (host " in told
-    assert "silent for" in told
-    assert "loss.backward" in told or "all_reduce" in told  # the stack of the rank that answers
+def test_a_rank_that_is_stopped_is_named_by_the_other_and_in_the_outcome(nursery: Nursery, tmp_path: Path) -> None:
+    with Forked(nursery, tmp_path, endless(tmp_path, limit={"steps": 1_000_000, "silence_seconds": 2}), 2) as run:
+        run.wait_for_step(20)
+        pids = run.ranks()
+        os.kill(pids[1], signal.SIGSTOP)
+        run.wait_for_end(pids[0])
+        os.kill(pids[1], signal.SIGKILL)  # the launch agent would wait 30 s for it
+        run.wait_for_end()
+        assert "lockstep: rank 1 (host " in run.told()
+        assert "silent for" in run.told()
+        assert "loss.backward" in run.told() or "all_reduce" in run.told()  # the stack of the rank that answers
+        assert (run.outcome()["outcome"], run.outcome()["exit_code"]) == ("failed", 1)
+        assert re.match(r"rank 1 \(host .*\), in .* at step \d+, silent for", run.outcome()["message"])
+
+
+def test_a_rank_0_that_wakes_up_after_another_job_took_over_leaves_no_word(nursery: Nursery, tmp_path: Path) -> None:
+    with Forked(nursery, tmp_path, endless(tmp_path, limit={"steps": 1_000_000, "silence_seconds": 2}), 2) as run:
+        run.wait_for_step(20)
+        pids = run.ranks()
+        os.kill(pids[0], signal.SIGSTOP)
+        run.wait_for_end(pids[1])
+        folder = tmp_path / "run"
+        (newest,) = folder.glob("fence-*.json")
+        lock = newest.read_text().replace('"token": "', '"token": "another')
+        newest.with_name("fence-000099.json").write_text(lock)
+        (folder / "outcome.json").write_text("another job's")
+        os.kill(pids[0], signal.SIGCONT)
+        run.wait_for_end()
+        assert "which rank 0 or its launch agent hosts, is silent for" in run.told()
+        assert (folder / "outcome.json").read_text() == "another job's"
 
 
 def test_a_signal_to_every_process_still_saves_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -130,45 +152,42 @@ def test_a_signal_to_every_process_still_saves_and_the_run_goes_on(tmp_path: Pat
     assert names == [f"step-{outcome['step']:08d}"]
 
 
-def test_a_stop_file_stops_and_the_next_start_does_not_mind_it(tmp_path: Path) -> None:
-    with launched(tmp_path, endless(tmp_path)) as process:
-        wait_for_step(tmp_path, process)
+def test_a_stop_file_stops_and_the_next_start_does_not_mind_it(nursery: Nursery, tmp_path: Path) -> None:
+    with Forked(nursery, tmp_path, endless(tmp_path), 2) as run:
+        run.wait_for_step(20)
         (tmp_path / "run" / "STOP").touch()
-        code, told = end(process)
-    assert code == 75, told
-    assert "Stopped by the file STOP" in told
-    step = json.loads((tmp_path / "run" / "outcome.json").read_text())["step"]
-    assert observe(endless(tmp_path, limit={"steps": step + 2}))["outcome"] == "finished"
+        run.wait_for_end()
+        assert "Stopped by the file STOP" in run.told()
+        assert run.outcome()["exit_code"] == 75
+        step = run.outcome()["step"]
+    with Forked(nursery, tmp_path, endless(tmp_path, limit={"steps": step + 2}), 2) as run:
+        run.wait_for_end()
+        assert run.outcome() == {"outcome": "finished", "exit_code": 0, "step": step + 2, "launch": None}
 
 
-def test_a_second_interrupt_ends_a_run_whose_other_rank_is_stopped(tmp_path: Path) -> None:
-    with launched(tmp_path, endless(tmp_path, limit={"steps": 1_000_000, "silence_seconds": 300})) as process:
-        wait_for_step(tmp_path, process)
-        pids = ranks(tmp_path)
+def test_a_second_interrupt_ends_a_run_whose_other_rank_is_stopped(nursery: Nursery, tmp_path: Path) -> None:
+    with Forked(nursery, tmp_path, endless(tmp_path, limit={"steps": 1_000_000, "silence_seconds": 300}), 2) as run:
+        run.wait_for_step(20)
+        pids = run.ranks()
         os.kill(pids[1], signal.SIGSTOP)
         os.kill(pids[0], signal.SIGINT)
         time.sleep(2.2)  # within two seconds it is taken for the same Ctrl-C
+        assert pids[0] in run.ranks().values()
         os.kill(pids[0], signal.SIGINT)
-        until = time.monotonic() + 10
-        while 0 in ranks(tmp_path) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert 0 not in ranks(tmp_path)
+        again = time.monotonic()
+        run.wait_for_end(pids[0])
+        assert time.monotonic() - again < 3  # 0.1 s on a quiet core
         os.kill(pids[1], signal.SIGKILL)
-        _, told = end(process)
-    assert "interrupted again; leaving without a save" in told
+        run.wait_for_end()
+        assert "interrupted again; leaving without a save" in run.told()
 
 
-def test_a_rank_whose_peers_never_come_says_so_and_leaves(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(endless(tmp_path, limit={"steps": 1, "stall_seconds": 2})))
-    alone = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "runtime" / "train.py"), str(path)],
-        env=clean_environment(ACCELERATE_USE_CPU="true", **alone), capture_output=True, text=True, check=False, timeout=90,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "rank 1: the ranks did not come together at 127.0.0.1:1 within 2 s" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_rank_whose_peers_never_come_says_so_and_leaves(nursery: Nursery, tmp_path: Path) -> None:
+    config = endless(tmp_path, limit={"steps": 1, "stall_seconds": 2})
+    with Forked(nursery, tmp_path, config, 2, own=[1], port=1) as run:
+        run.wait_for_end()
+        assert "rank 1: the ranks did not come together at 127.0.0.1:1 within 2 s" in run.told()
+        assert "Traceback" not in run.told()
 
 
 def test_the_rank_that_holds_the_others_up_is_named(pool: ProcessPool, tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from rich.console import Console
 from runtime import inspection
 from runtime.attempts import Attempts, Rollback
 from runtime.checkpoint import damage_of
+from runtime.checkpoint_table import print_listing
 from runtime.cli import main
 from runtime.config import Best
 from runtime.errors import CheckpointError, RunFolderError
-from runtime.inspection import Inspected, Listing, inspect, newest_whole, print_listing
+from runtime.inspection import Inspected, Listing, inspect, newest_whole
 from tests.observed import configuration, observe
 from tests.test_checkpoint import folder, save, snapshot
 

@@ -45,6 +45,7 @@ LAYERS = [
         "strategies.accelerated",
         "buffers",
         "metrics",
+        "best",
         "attempts",
         "snapshot",
         "checkpoint",
@@ -53,7 +54,19 @@ LAYERS = [
         "fitting",
     ],
     ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "verdicts", "loop"],
-    ["assembly", "resumption", "facts", "preparation", "run", "session", "show", "launching", "inspection", "export"],
+    [
+        "assembly",
+        "resumption",
+        "facts",
+        "preparation",
+        "run",
+        "session",
+        "show",
+        "launching",
+        "inspection",
+        "checkpoint_table",
+        "export",
+    ],
     ["entry", "train", "cli"],
 ]
 APART = ("model_zoo", "data_sources")  # used by name from a YAML; they may import errors alone

@@ -90,7 +90,7 @@ def test_a_run_may_go_on_with_any_number_of_processes(pool: ProcessPool, tmp_pat
     }
     whole = pool.run(observe, 2, deep(tmp_path / "whole", **changes))[0]
     config = deep(tmp_path / "resumed", **changes)
-    for world_size, after in ((2, 3), (1, 6), (3, None)):
+    for world_size, after in ((2, 3), (1, 5), (3, 7), (2, None)):
         resumed = pool.run(observe_stopping, world_size, config, after)[0]
     assert resumed["step"] == STEPS
     assert largest_difference(whole, resumed) < 1e-10
@@ -201,8 +201,59 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for_and_changes_nothing(
     assert resumed["outcome"] == "finished"
     assert_bitwise_equal(whole, resumed)
     assert resumed["results"] == whole["results"]
+    assert saved_bytes(tmp_path / "whole") == saved_bytes(tmp_path / "cut")  # the plateau's memory too
     assert rates(tmp_path / "cut") == rates(tmp_path / "whole")
     assert best(tmp_path / "cut") == best(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
+def test_loss_scale_average_and_schedule_survive_a_resumption(
+    pool: ProcessPool, tmp_path: Path, world_size: int
+) -> None:
+    """The third step overflows, so that the scale is not what it begins with."""
+    changes = {"precision": "fp16", "objective": "tiny_divergence:Astray", "batch": {"global_size": 16, "slots": 4}}
+    changes["data"] = {"train": {"target": "tiny:points", "args": {"dtype": "float32"}}}
+    pool.run(observe, world_size, deep(tmp_path / "whole", **changes))
+    config = deep(tmp_path / "resumed", **changes)
+    pool.run(observe_stopping, world_size, config, 5)
+    at_stop = saved(tmp_path / "resumed", 5)
+    pool.run(observe, world_size, config)
+    assert saved_bytes(tmp_path / "whole") == saved_bytes(tmp_path / "resumed")
+    for state in (at_stop, saved(tmp_path / "resumed", STEPS)):
+        skipped = state["progress"]["skipped_steps"]
+        assert state["strategy"]["scaler"]["scale"] == 2.0 ** (16 - len(skipped))  # torch begins with 2^16
+        assert state["strategy"]["scaler"]["_growth_tracker"] == state["progress"]["step"] - skipped[-1]
+    assert 3 in skipped
+
+
+def observe_rates(config: dict[str, Any], after: int | None) -> list[list[float]]:
+    """Train, and return the rates of every group that the optimizer of this rank had in each of its steps."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    noted: list[list[float]] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: noted.append([float(group["lr"]) for group in optimizer.param_groups])
+    )
+    try:
+        observe_stopping(config, after)
+    finally:
+        hook.remove()
+    return noted
+
+
+def test_learning_rates_are_equal_on_all_ranks_at_every_step_also_over_a_resumption(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    groups = [{"match": ["*.bias"], "args": {"lr": 0.003}}]
+    optimizer = {"target": "AdamW", "args": {"lr": 0.01}, "groups": groups}
+    whole = pool.run(observe_rates, 3, {**plateau(tmp_path / "whole"), "optimizer": optimizer}, None)
+    assert whole == [whole[0]] * 3
+    assert [len(rates) for rates in whole[0]] == [2] * STEPS
+    assert len({rate for rates in whole[0] for rate in rates}) > 6  # they do change
+    config = {**plateau(tmp_path / "resumed"), "optimizer": optimizer}
+    first, second = pool.run(observe_rates, 3, config, 5), pool.run(observe_rates, 2, config, None)
+    assert (first, second) == ([first[0]] * 3, [second[0]] * 2)
+    assert first[0] + second[0] == whole[0]
 
 
 def rates(folder: Path) -> list[float]:
@@ -213,6 +264,67 @@ def rates(folder: Path) -> list[float]:
 def best(folder: Path) -> Any:
     record = json.loads((folder / "checkpoints" / "best.json").read_text())["loss"]
     return [(entry["step"], entry["value"]) for entry in record]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stops", "mode", "keep"),
+    [
+        pytest.param(1, (1, 3, 5, 8), "max", 2, marks=pytest.mark.single),
+        pytest.param(1, (2, 4, 7), "min", 1, marks=pytest.mark.single),
+        (2, (3, 6), "max", 2),
+    ],
+)
+def test_which_checkpoints_are_the_best_follows_from_all_evaluations_and_no_interruption(
+    pool: ProcessPool, tmp_path: Path, world_size: int, stops: tuple[int, ...], mode: str, keep: int
+) -> None:
+    """Evaluations and saves hardly coincide; a run that is stopped saves at other steps too."""
+    changes = {
+        "data": {
+            "train": {"target": "tiny:points", "args": {"size": 75, "dtype": "float32"}},
+            "validation": {"target": "tiny:points", "args": {"split": "v", "dtype": "float32"}},
+        },
+        "optimizer": {"target": "SGD", "args": {"lr": 1.0}},  # so large that the loss goes up and down
+        "evaluation": {"every": "2 steps"},
+        "checkpoint": {"every": "4 steps", "keep": 1, "best": [{"metric": "loss", "mode": mode, "keep": keep}]},
+    }
+    whole, cut = deep(tmp_path / "whole", **changes), deep(tmp_path / "cut", **changes)
+    pool.run(observe, world_size, whole)
+    for after in stops:
+        stopped = pool.run(observe_stopping_between_evaluations, world_size, cut, after)[0]
+        assert (stopped["outcome"], stopped["step"]) == ("stopped", after)
+    pool.run(observe, world_size, cut)
+    (tmp_path / "cut" / "checkpoints" / "best.json").unlink()  # a kill came before it was written
+    pool.run(observe, world_size, cut)
+    ordered = sorted(evaluations(tmp_path / "whole").items(), key=lambda entry: entry[1], reverse=mode == "max")
+    assert len(ordered) == 5
+    assert best(tmp_path / "whole") == best(tmp_path / "cut") == ordered[:keep]
+    for step, _ in ordered[:keep]:
+        assert weights_of(tmp_path / "whole", step) == weights_of(tmp_path / "cut", step)
+
+
+def observe_stopping_between_evaluations(config: dict[str, Any], after: int) -> dict[str, Any]:
+    """Train, asked to stop after a step; evaluations are made to their end."""
+    from runtime.evaluation import Evaluator
+
+    evaluate = Evaluator.evaluate
+    Evaluator.evaluate = lambda self, stop_wished: evaluate(self)  # type: ignore[method-assign]
+    try:
+        return observe_stopping(config, after)
+    finally:
+        Evaluator.evaluate = evaluate  # type: ignore[method-assign]
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if record["event"] == "evaluation"}
+
+
+def weights_of(folder: Path, step: int) -> bytes:
+    from runtime.checkpoint import damage_of
+
+    (checkpoint,) = (folder / "checkpoints").glob(f"step-{step:08d}-epoch-*")
+    assert damage_of(checkpoint) is None
+    return (checkpoint / "model.safetensors").read_bytes()
 
 
 @pytest.mark.single
@@ -226,6 +338,15 @@ def test_records_of_repeated_steps_are_dropped(pool: ProcessPool, tmp_path: Path
     assert resumed["losses"][4] != 99.0
 
 
+def saved_bytes(folder: Path) -> dict[str, bytes]:
+    """Return all of the last state but what names the start that saved it."""
+    from runtime.serialization import split_state
+
+    kept = {key: value for key, value in saved(folder, STEPS).items() if key not in ("identity", "made_by")}
+    tree, tensors = split_state(kept)
+    return {"tree": repr(tree).encode(), **{name: value.numpy().tobytes() for name, value in tensors.items()}}
+
+
 def averages(folder: Path) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in saved(folder, STEPS)["averaging"].items()}
 
@@ -233,4 +354,5 @@ def averages(folder: Path) -> dict[str, bytes]:
 def saved(folder: Path, step: int) -> dict[str, Any]:
     from runtime.checkpoint import load_state
 
-    return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
+    (path,) = (folder / "checkpoints").glob(f"step-{step:08d}*")
+    return load_state(path)[1]

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from runtime.errors import PeerError
 from runtime.watch import Heartbeat, Position, Watch, laggards
 
-_SILENCE_SECONDS = 1.5
-_STALL_SECONDS = 1.5
+_SILENCE_SECONDS = 1.0
+_STALL_SECONDS = 1.0
 _ENDED_WITHIN_SECONDS = 30
 _STEP = 3  # where something happens
-_SEEN_SECONDS = 0.5  # after which the others have heard where a rank is
+_SEEN_SECONDS = 0.4  # after which the others have heard where a rank is
 
 # One server that has imported torch, from which each rank is forked: importing it in each would take seconds.
 _processes = multiprocessing.get_context("forkserver")
@@ -211,7 +211,9 @@ def test_a_lost_store_is_named(tmp_path: Path, act: Callable[[Watch], None], sta
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
     with world(tmp_path, 3, scene(1, hang)) as ranks:
         assert ranks.end() == [1, 1, 1]
-        message = "lockstep: the run hangs (no move for 1.5 s) at rank 1 (host h1), in data at step 3; the others wait: rank 0"
+        message = (
+            "lockstep: the run hangs (no move for 1 s) at rank 1 (host h1), in data at step 3; the others wait: rank 0"
+        )
         for rank in (0, 2):
             assert_told(ranks.told(rank), rank, message)
         assert "in hang\n    threading.Event().wait()" in ranks.told(1)
@@ -220,7 +222,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path: Path) -
 def test_a_rank_that_keeps_python_from_running_is_named_and_shows_its_stack(tmp_path: Path) -> None:
     with world(tmp_path, 2, scene(1, hold_the_gil)) as ranks:
         assert ranks.end() == [1, 1]
-        assert_told(ranks.told(0), 0, "lockstep: rank 1 (host h1), in data at step 3, silent for 1.5 s")
+        assert_told(ranks.told(0), 0, "lockstep: rank 1 (host h1), in data at step 3, silent for 1 s")
         assert " in hold_the_gil\n" in ranks.told(1)
 
 

@@ -1,4 +1,4 @@
-"""A user's project for ``tests/chaos.py``: figures that tell which samples made up a step, and faults at a chosen byte or act.
+"""A user's project for ``tests/chaos``: figures that tell which samples made up a step, and faults at a chosen byte or moment.
 
 The faults are told by ``fault.json`` beside the run's YAML, read when this module is imported, which is before the run folder
 is opened; without that file nothing is changed. What is counted is what reaches the operating system from one rank.
@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from runtime.fence import Fence
 from runtime.objective import Loss, Objective
 
+INFINITE = 0.5344699239871201  # what sample 17 draws in the third epoch
 _ACTS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")
 
 
@@ -59,11 +60,15 @@ class Named(Objective):
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Loss:
         inputs, target, numbers = batch
+        if not model.training:
+            for moment in _moments:
+                moment.tick()
         return Loss(F.cross_entropy(model(inputs), target, reduction="sum"), {"numbers": numbers.sum()})
 
 
 def add_noise(sample: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return sample[0] + 0.1 * torch.randn_like(sample[0]), *sample[1:]
+    inputs = sample[0] + 0.1 * torch.randn_like(sample[0])
+    return inputs * (torch.inf if random.random() == INFINITE else 1.0), *sample[1:]
 
 
 class Fault:
@@ -225,12 +230,81 @@ class Fault:
                     os.truncate(path, self._random.randint(min(least, status.st_size), status.st_size))
 
 
+class Moment:
+    """Kills this process at the n-th of its changes of phase, passes in evaluation and acts on files after an event.
+
+    Args:
+        after: ``start`` of the first step, the end of an ``epoch``, the begin of an ``evaluation`` or of a ``rollback``.
+        occurrence: which of these events.
+        number: which change, pass or act.
+        told: a file that is written when it strikes.
+    """
+
+    def __init__(self, *, after: str, occurrence: int, number: int, told: str) -> None:
+        self.after, self.events_left, self.ticks_left, self.told = after, occurrence, number, Path(told)
+
+    def event(self, name: str) -> None:
+        self.events_left -= name == self.after
+
+    def tick(self) -> None:
+        if self.events_left > 0:
+            return
+        self.ticks_left -= 1
+        if self.ticks_left == 0:
+            self.told.write_text("[]")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def install(self) -> None:
+        from runtime.progress import Progress
+        from runtime.run import Run
+        from runtime.watch import Position
+
+        advance, enter, evaluated, roll_back = Progress.advance, Position.enter, Run._evaluated, Run._roll_back
+
+        def entering(position: Position, phase: str, step: int) -> None:
+            enter(position, phase, step)
+            if phase == "data":
+                self.event("start")
+            self.tick()
+
+        def advancing(progress: Progress, window: Any) -> None:
+            advance(progress, window)
+            if window.epoch_ends:
+                self.event("epoch")
+
+        def evaluating(run: Run, evaluator: Any) -> Any:
+            self.event("evaluation")
+            return evaluated(run, evaluator)
+
+        def rolling_back(run: Run, wanted: Any) -> None:
+            self.event("rollback")
+            roll_back(run, wanted)
+
+        Position.enter, Progress.advance, Run._evaluated, Run._roll_back = entering, advancing, evaluating, rolling_back
+        for name in ("rename", "replace", "fsync"):
+            setattr(os, name, self._ticking(getattr(os, name)))
+        _moments.append(self)
+
+    def _ticking(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def ticking(*args: Any, **kwargs: Any) -> Any:
+            self.tick()
+            return act(*args, **kwargs)
+
+        return ticking
+
+
+_moments: list[Moment] = []
+
+
 def _install(path: Path) -> None:
     plan = json.loads(path.read_text())
     Fence.__init__.__kwdefaults__["fence_seconds"] = plan["fence_seconds"]
     if "limit_bytes" in plan:
         resource.setrlimit(resource.RLIMIT_FSIZE, (plan["limit_bytes"], resource.RLIM_INFINITY))
-    if plan.get("fault") and plan["rank"] == int(os.environ.get("RANK", "0")):
+    rank = int(os.environ.get("RANK", "0"))
+    if plan.get("moment") and plan["rank"] == rank:
+        Moment(**plan["moment"]).install()
+    if plan.get("fault") and plan["rank"] == rank:
         fault = Fault(**plan["fault"])
         fault.install()
         if fault.do == "count":

@@ -23,7 +23,7 @@ class Rows(Dataset):
         rank = int(os.environ.get("RANK", "0"))
         if index % 64 == 7 and rank == self.fails_on:
             raise IndexError("row 7 is short")
-        until = time.perf_counter() + (0.04 if rank == self.slow_on else 0.0)
+        until = time.perf_counter() + (0.03 if rank == self.slow_on else 0.0)
         while time.perf_counter() < until:
             pass
         return torch.full((8,), index / self.size, dtype=torch.float64), torch.tensor(index % 3)
