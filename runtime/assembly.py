@@ -26,6 +26,8 @@ from runtime.randomness import Purpose, derive, preserved_random_state, seed_eve
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+SPLITS = ("train", "validation", "test", "predict")
+
 _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
@@ -76,10 +78,10 @@ def check_components(loaded: LoadedConfiguration) -> None:
         check(key, section, _SAMPLERS, positional=given)
 
     check(("model",), values.model, _MODELS)
-    for name in ("train", "validation", "test"):
-        split: Split | None = getattr(values.data, name)
-        check(("data", name), split, _DATA)
-        check_function(("data", name, "transform"), split.transform if split is not None else None)
+    for name in SPLITS:
+        split = split_section(loaded, name)
+        check(split_key(name), split, _DATA)
+        check_function((*split_key(name), "transform"), split.transform if split is not None else None)
     check_function(("data", "collate"), values.data.collate)
     for name in ("sampler", "batch_sampler"):
         check_sampler(("data", name), getattr(values.data, name))
@@ -145,21 +147,33 @@ def _objective(loaded: LoadedConfiguration) -> Objective:
 
 def build_samples(loaded: LoadedConfiguration, name: str) -> Samples | None:
     """Build one split's data set, or None where the configuration has none."""
-    split: Split | None = getattr(loaded.values.data, name)
+    key, split = split_key(name), split_section(loaded, name)
     if split is None:
         return None
     with preserved_random_state(_CPU):
         # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
         seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 1), _CPU)
-        source = _build(loaded, ("data", name), split, namespaces=_DATA)
-    check_samples(source, f"data.{name}")
+        source = _build(loaded, key, split, namespaces=_DATA)
+    check_samples(source, ".".join(key))
     collate = loaded.values.data.collate
     return Samples(
         source,
         seed=loaded.values.seed,
-        transform=_function(loaded, ("data", name, "transform"), split.transform) if split.transform else None,
+        transform=_function(loaded, (*key, "transform"), split.transform) if split.transform else None,
         collate=_function(loaded, ("data", "collate"), collate) if collate else None,
     )
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Return the key of a split's section."""
+    return ("prediction", "data") if name == "predict" else ("data", name)
+
+
+def split_section(loaded: LoadedConfiguration, name: str) -> Split | None:
+    """Return a split's section, or None where the configuration has none."""
+    section, key = split_key(name)
+    split: Split | None = getattr(getattr(loaded.values, section), key)
+    return split
 
 
 def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoader:

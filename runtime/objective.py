@@ -89,6 +89,15 @@ class Objective(nn.Module):
         """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
         return output, self.fields.target_of(batch)
 
+    def predictions(self, output: Any) -> Mapping[str, Tensor]:
+        """Return what can be written of the model's output, by name; one row a sample.
+
+        Without a target, so that data of which nothing is known can be predicted. ``probabilities``: (batch, classes), one
+        class is right; ``probability``: (batch,) or (batch, labels), of a yes; from these ``class`` and the best classes
+        follow. Any other name can be written too.
+        """
+        return {"output": output}
+
     @property
     def counts_samples(self) -> bool:
         """Tell whether the weight is the number of samples, which the order tells without reading data."""
@@ -199,8 +208,14 @@ class BinaryObjective(SupervisedObjective):
         torchmetrics takes scores within [0, 1] for probabilities and applies a sigmoid otherwise, batch by batch: on
         logits its result would depend on how the data is cut.
         """
-        probabilities = output.sigmoid() if isinstance(self.loss, nn.BCEWithLogitsLoss) else output
-        return probabilities, self.fields.target_of(batch).long()
+        return self._probabilities(output), self.fields.target_of(batch).long()
+
+    def predictions(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output and the probability of a yes."""
+        return {"output": output, "probability": self._probabilities(output)}
+
+    def _probabilities(self, output: Tensor) -> Tensor:
+        return output.sigmoid() if isinstance(self.loss, nn.BCEWithLogitsLoss) else output
 
 
 class ClassificationObjective(SupervisedObjective):
@@ -248,8 +263,16 @@ class ClassificationObjective(SupervisedObjective):
             target = target.movedim(self._class_dim, -1).argmax(-1)
         target = target.flatten()
         counted = target != self._ignore_index
-        scores = scores[counted].float() if scores.dtype in (torch.float16, torch.bfloat16) else scores[counted]
-        return (scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)), target[counted]
+        return self._probabilities(scores[counted]), target[counted]
+
+    def predictions(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output and the classes' probabilities, both with the classes last."""
+        scores = output.movedim(self._class_dim, -1)
+        return {"output": scores, "probabilities": self._probabilities(scores)}
+
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        return scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)
 
 
 class NextTokenLoss(ClassificationObjective):

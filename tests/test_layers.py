@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors"],
     ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
-    ["randomness", "determinism", "stopping", "serialization", "fence", "watch"],
+    ["randomness", "determinism", "stopping", "serialization", "unfinished", "fence", "watch"],
     [
         "order",
         "batches",
@@ -44,9 +44,36 @@ LAYERS = [
         "meters",
         "fitting",
     ],
-    ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "verdicts", "loop"],
-    ["assembly", "resumption", "facts", "preparation", "run", "session", "show", "launching", "inspection", "export"],
-    ["entry", "train", "cli"],
+    [
+        "divergence",
+        "run_folder",
+        "reporting",
+        "console",
+        "wandb_tracker",
+        "evaluation",
+        "columns",
+        "prediction",
+        "predictions_file",
+        "submission",
+        "verdicts",
+        "loop",
+    ],
+    [
+        "assembly",
+        "resumption",
+        "facts",
+        "preparation",
+        "inspection",
+        "selection",
+        "request",
+        "inference",
+        "run",
+        "session",
+        "show",
+        "launching",
+        "export",
+    ],
+    ["entry", "train", "evaluate", "predict", "cli"],
 ]
 APART = ("model_zoo", "data_sources")  # used by name from a YAML; they may import errors alone
 POSITION = {name: (number, place) for number, layer in enumerate(LAYERS) for place, name in enumerate(layer)}
@@ -108,12 +135,13 @@ def test_no_module_bears_a_name_of_the_standard_library() -> None:
     assert not ours & set(sys.stdlib_module_names)
 
 
-def test_train_takes_its_own_folder_off_the_path_before_it_imports_anything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("act", ["train", "evaluate", "predict"])
+def test_an_entry_point_takes_its_own_folder_off_the_path_before_it_imports_anything(tmp_path: Path, act: str) -> None:
     """Modules of ours that bear a dependency's name would otherwise be imported in its place."""
     probe = (
-        "import runpy, sys; sys.argv = ['train.py']\n"
+        f"import runpy, sys; sys.argv = ['{act}.py', '--help']\n"
         f"sys.path.insert(0, {str(ROOT / 'runtime')!r})\n"
-        "try: runpy.run_path(sys.path[0] + '/train.py', run_name='__main__')\n"
+        f"try: runpy.run_path(sys.path[0] + '/{act}.py', run_name='__main__')\n"
         "except SystemExit: pass\n"
         f"assert {str(ROOT / 'runtime')!r} not in sys.path, sys.path\n"
         "import runtime; print(runtime.__doc__)"
