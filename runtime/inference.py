@@ -118,7 +118,7 @@ class Inference:
         done = Inferred(
             "finished", self._checkpoint.path, self._checkpoint.step, self._checkpoint.epoch, split, which, len(samples)
         )
-        self._tell_changes(weights)
+        self._unchanged = self._tell_changes(weights)
         try:
             with averaging.swapped_in() if averaging is not None else nullcontext():
                 return self._evaluate(done, samples) if request.act == "evaluate" else self._predict(done, samples)
@@ -232,20 +232,18 @@ class Inference:
         assert weights is not None
         return weights
 
-    def _tell_changes(self, weights: Weights) -> None:
-        """Say where the configuration is not the one that the checkpoint was made with."""
-        if self._strategy.rank != 0:
-            return
-        old = exact_keys(weights.identity["configuration"])
-        new = exact_keys(self._loaded.resolved())
-        for key in sorted(set(old) | set(new)):
-            if repr(old.get(key)) != repr(new.get(key)):
-                _warn(f"{key} is {new.get(key)!r}; the checkpoint was made with {old.get(key)!r}")
+    def _tell_changes(self, weights: Weights) -> bool:
+        """Say where the configuration is not the one that the checkpoint was made with; return whether it is."""
+        old, new = exact_keys(weights.identity["configuration"]), exact_keys(self._loaded.resolved())
+        changed = [key for key in sorted(set(old) | set(new)) if repr(old.get(key)) != repr(new.get(key))]
+        for key in changed if self._strategy.rank == 0 else ():
+            _warn(f"{key} is {new.get(key)!r}; the checkpoint was made with {old.get(key)!r}")
+        return not changed
 
     def _reported(self, done: Inferred) -> Mapping[str, Result]:
         """Return what training reported for the same step, if it evaluated the same split and weights."""
         same = done.split == "validation" and done.weights == Request("evaluate").weights_in(self._loaded)
-        return self._checkpoint.results if same else {}
+        return self._checkpoint.results if same and self._unchanged else {}
 
     def _write_results(self, done: Inferred) -> None:
         assert done.output is not None

@@ -358,7 +358,6 @@ class Run:
         self._times.enter("evaluate", self._progress.step)
         averaged = averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
 
-
         def before_round() -> bool:
             self._times.enter("evaluate", self._progress.step)  # a sign of life: an evaluation may take long
             return self._stop_wished()
