@@ -189,7 +189,9 @@ def ids_of(fields: Fields, batch: Any, index: Values) -> Values:
     single = isinstance(ids, np.ndarray | list | tuple) and len(ids) == len(index) and np.ndim(ids) == 1
     if not single or not all(isinstance(i, str | int | float | np.generic) for i in ids):
         raise DataError(f"data.fields.id: {fields.id!r} must be one text or number for each of {len(index)} samples")
-    return ids if isinstance(ids, np.ndarray) else list(ids)
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iuf":
+        return ids
+    return [called.item() if isinstance(called, np.generic) else called for called in ids]
 
 
 def _rows(name: str, given: Any, count: int) -> Any:

@@ -6,15 +6,20 @@ and rank 0 gets all of them in their order: what is written does not depend on h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runtime.batches import Samples, SlotIndex, read
 from runtime.columns import ColumnBuilder, Columns, ids_of, model_arguments
+from runtime.component import described
 from runtime.control import Agreement, gather_on_rank_0
+from runtime.errors import LockstepError, ObjectiveError
+from runtime.fitting import is_out_of_memory
+from runtime.objective import Objective
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 
@@ -96,8 +101,24 @@ class Predictor:
         positional, named = model_arguments(fields, strategy.to_device(batch))
         with strategy.autocast():
             output = fields.output_of(module.model(*positional, **named))
-            predictions = module.objective.predictions(output)
+            predictions = self._named(module.objective, output)
         return self._encode(self._columns.build(predictions, ids, index))
+
+    def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
+        try:
+            return objective.predictions(output)
+        except Exception as error:
+            if isinstance(error, LockstepError) or is_out_of_memory(error):
+                raise
+            kind = (
+                f"a tensor of shape {tuple(output.shape)}"
+                if isinstance(output, Tensor)
+                else f"a {type(output).__name__}"
+            )
+            raise ObjectiveError(
+                f"{type(objective).__name__}.predictions raised {described(error)}; the model's output is {kind} (model.output "
+                "says which part of what it returns that is)"
+            ) from error
 
     def _share(self, number: int) -> SlotIndex:
         start = number * self._micro_size

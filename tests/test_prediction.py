@@ -587,3 +587,23 @@ def test_what_was_evaluated_is_said_beside_what_training_reported(run: Path, cap
     assert "in training" not in out  # they are other data's results
     assert "data.validation.args.size is 50; the checkpoint was made with 103" in err
     assert os.environ.get("LOCKSTEP_OUTCOME") is None
+
+
+@pytest.mark.parametrize(("at", "code"), [(-1, 0), (40, 75), (-2, 2)])
+@single
+def test_what_came_of_it_gets_through_the_launcher(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, code: int
+) -> None:
+    """``accelerate launch`` turns every code but 0 into 1."""
+    from runtime import launching
+
+    def launcher(line: list[str], variables: dict[str, str]) -> int:
+        assert variables["LOCKSTEP_WORLD_SIZE"] == "1"
+        monkeypatch.setattr(os, "environ", {**os.environ, **variables})
+        return min(1, infer("predict", *line[line.index(str(run)) :]))
+
+    monkeypatch.setattr(launching, "_run", launcher)
+    data = f"prediction.data={{target: tiny_prediction:Inputs, args: {{at: {at}}}}}"
+    arguments = [data, f"--output={tmp_path / 'out.csv'}", *(["prediction.columns={x: nothing}"] if at == -2 else [])]
+    assert launching.infer_locally("predict", run, arguments, processes=1, use_gpus=False) == code
+    assert (tmp_path / "out.csv").exists() == (code == 0)
