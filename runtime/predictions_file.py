@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from runtime.columns import Columns, Values
 from runtime.errors import ConfigurationError, MissingDependencyError, PredictionError, Problem
 from runtime.unfinished import hidden_folder, put_in_place
 
+_FAILURES = (OSError, ValueError, sqlite3.Error)  # pyarrow's are of the first two kinds; a submission is kept in SQLite
 _ROWS_PER_GROUP = 1 << 16  # of Parquet; as many are held in memory
 
 
@@ -36,6 +38,10 @@ class Format(Protocol):
 
     def finish(self) -> None:
         """Write what is still held back."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything, finished or not; the file is still open."""
         ...
 
 
@@ -64,6 +70,9 @@ class CsvFile:
     def finish(self) -> None:
         """Nothing is held back."""
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class JsonLinesFile:
     """One JSON object a line; what is NaN or infinite becomes null."""
@@ -88,6 +97,9 @@ class JsonLinesFile:
 
     def finish(self) -> None:
         """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class ParquetFile:
@@ -128,6 +140,13 @@ class ParquetFile:
             self._write_group()
         if self._writer is not None:
             self._writer.close()
+
+    def close(self) -> None:
+        """Close the writer, which would do so when it is forgotten, on a closed file."""
+        self._held = []
+        if self._writer is not None:
+            with suppress(OSError, ValueError):
+                self._writer.close()
 
     def _write_group(self) -> None:
         import pyarrow as pa
@@ -198,10 +217,11 @@ class PredictionsFile:
         try:
             self._written = self._stack.enter_context(hidden_folder(self._out)) / self._out.name
             self._file = self._written.open("wb")
-        except OSError as error:
-            raise PredictionError(f"{self._out} cannot be written: {error.strerror or error}") from error
-        self._stack.callback(_close, self._file)
-        self._format = self._make(self._file)
+            self._stack.callback(_close, self._file)
+            self._format = self._make(self._file)
+            self._stack.callback(self._format.close)
+        except _FAILURES as error:
+            raise PredictionError(self._told(error)) from error
 
     def close(self) -> None:
         """Let nothing be left but what was committed."""
@@ -212,7 +232,7 @@ class PredictionsFile:
         if self.problem is None:
             try:
                 self._format.append(payload)
-            except (PredictionError, OSError, ValueError) as error:
+            except (PredictionError, *_FAILURES) as error:
                 self.problem = self._told(error)
 
     def refuse_problem(self) -> None:
@@ -238,7 +258,7 @@ class PredictionsFile:
             self._file.close()
             check_target(self._out, force=self._force)  # once more: it may have come meanwhile
             put_in_place(self._written, self._out)
-        except (OSError, ValueError) as error:
+        except _FAILURES as error:
             raise PredictionError(self._told(error)) from error
 
     def _told(self, error: Exception) -> str:

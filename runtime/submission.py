@@ -98,6 +98,9 @@ class SubmissionFile:
         lines = self._rows.execute("SELECT line FROM rows ORDER BY place")
         while chunk := lines.fetchmany(_ROWS):
             self._file.write("".join(line for (line,) in chunk).encode())
+
+    def close(self) -> None:
+        """Give the database's space back."""
         self._rows.close()
 
     def _read_ids(self) -> None:

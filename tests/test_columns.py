@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 from pathlib import Path
@@ -14,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from runtime import predictions_file
 from runtime.columns import ColumnBuilder, ids_of, model_arguments
 from runtime.config import Prediction
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, PredictionError, Problem
 from runtime.fields import Fields
 from runtime.objective import NextTokenLoss, Objective, torch_loss
-from runtime.predictions_file import CsvFile, JsonLinesFile, ParquetFile
+from runtime.predictions_file import CsvFile, JsonLinesFile, ParquetFile, PredictionsFile
 
 pytestmark = pytest.mark.single
 
@@ -198,3 +200,32 @@ def test_outputs_that_change_in_size_are_refused(tmp_path: Path, kind: Any) -> N
         with pytest.raises(PredictionError, match="makes the columns y_0, y_1, the first made y_0"):
             made.append(kind.encode({"y_0": np.zeros(2), "y_1": np.zeros(2)}))
         made.finish()
+
+
+@pytest.mark.parametrize("kind", [CsvFile, JsonLinesFile, ParquetFile])
+@pytest.mark.parametrize("commit", [True, False])
+def test_what_is_not_committed_leaves_no_trace(
+    tmp_path: Path, kind: Any, commit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions_file, "_ROWS_PER_GROUP", 1)
+    file = PredictionsFile(tmp_path / "x", kind, force=False)
+    file.open()
+    file.append(kind.encode({"y": np.zeros(2)}))
+    assert not (tmp_path / "x").exists()
+    if commit:
+        file.commit()
+    file.close()
+    del file
+    gc.collect()  # what is forgotten unclosed would complain here
+    assert [path.name for path in tmp_path.iterdir()] == (["x"] if commit else [])
+
+
+def test_a_file_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
+    file = PredictionsFile(tmp_path / "x", CsvFile, force=False)
+    file.open()
+    file.append(CsvFile.encode({"y": np.zeros(2)}))
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(PredictionError, match="is there already"):
+        file.commit()
+    file.close()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "mine")]
