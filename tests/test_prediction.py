@@ -390,6 +390,26 @@ def test_a_full_disk_is_told_to_every_rank_and_leaves_nothing(pool: ProcessPool,
     assert not list(tmp_path.iterdir())
 
 
+@single
+def test_nothing_more_is_predicted_once_it_cannot_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[bytes] = []
+
+    def encode(columns: Any) -> bytes:
+        encoded.append(b"[]\n")
+        return encoded[-1]
+
+    def append(self: Any, payload: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CsvFile, "encode", staticmethod(encode))
+    monkeypatch.setattr(CsvFile, "append", append)
+    with pytest.raises(PredictionError, match="No space left"):
+        predict(run, split="validation", output=tmp_path / "out.csv")
+    assert len(encoded) == 1
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 @single
 def test_memory_does_not_grow_with_the_number_of_rows(
@@ -486,7 +506,7 @@ def test_ids_that_are_missing_among_named_samples_or_predicted_twice_are_told(
 ) -> None:
     from runtime.submission import SubmissionFile
 
-    path = Path(sample(["a", "b", "c", "d"]).partition("=")[2])
+    path = Path(sample(["c", "a", "b", "d"]).partition("=")[2])
 
     def append(*ids: str) -> Any:
         with (tmp_path / "x").open("wb") as file:
@@ -499,7 +519,7 @@ def test_ids_that_are_missing_among_named_samples_or_predicted_twice_are_told(
     with pytest.raises(PredictionError, match=r"ids more than once: 'a'"):
         append("a", "b", "a")
     append("d", "c", "b", "a")
-    assert (tmp_path / "x").read_text() == "name,kind\na,3\nb,2\nc,1\nd,0\n"
+    assert (tmp_path / "x").read_text() == "name,kind\nc,1\na,3\nb,2\nd,0\n"
 
 
 @single
