@@ -31,6 +31,8 @@ from runtime.weighted_sum import WeightedSum
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+SPLITS = ("train", "validation", "test", "predict")
+
 _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
@@ -81,10 +83,10 @@ def check_components(loaded: LoadedConfiguration) -> None:
         check(key, section, _SAMPLERS, positional=given)
 
     check(("model",), values.model, _MODELS)
-    for name in ("train", "validation", "test"):
-        split: Split | None = getattr(values.data, name)
-        check(("data", name), split, _DATA)
-        check_function(("data", name, "transform"), split.transform if split is not None else None)
+    for name in SPLITS:
+        split = split_section(loaded, name)
+        check(split_key(name), split, _DATA)
+        check_function((*split_key(name), "transform"), split.transform if split is not None else None)
     check_function(("data", "collate"), values.data.collate)
     for name in ("sampler", "batch_sampler"):
         check_sampler(("data", name), getattr(values.data, name))
@@ -204,22 +206,23 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
     Args:
         batch_size: samples that are cut up together, where it is a stream.
     """
-    split: Split | None = getattr(loaded.values.data, name)
+    key, split = split_key(name), split_section(loaded, name)
     if split is None:
         return None
     with preserved_random_state(_CPU):
         # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
         seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 1), _CPU)
-        source = _build(loaded, ("data", name), split, namespaces=_DATA)
-    check_samples(source, f"data.{name}", sharded_by=split.sharded_by)
+        source = _build(loaded, key, split, namespaces=_DATA)
+    check_samples(source, ".".join(key), sharded_by=split.sharded_by)
     data = loaded.values.data
     functions: dict[str, Any] = {
-        "transform": _function(loaded, ("data", name, "transform"), split.transform) if split.transform else None,
+        "transform": _function(loaded, (*key, "transform"), split.transform) if split.transform else None,
         "collate": _function(loaded, ("data", "collate"), data.collate) if data.collate else None,
     }
     if split.sharded_by == "dataset" and name != "train":
-        key = ("data", name, "sharded_by")
-        raise _wrong(loaded, key, "must be runtime here: every sample counts once, on any number of ranks")
+        raise _wrong(
+            loaded, (*key, "sharded_by"), "must be runtime here: every sample counts once, on any number of ranks"
+        )
     if split.sharded_by is None:
         return Samples(source, seed=loaded.values.seed, **functions)
     return StreamSamples(
@@ -244,6 +247,18 @@ def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
                 loaded, ("data", name), "a stream has its own order; shuffle in the data set and leave this out"
             )
     return StreamedData(samples)
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Return the key of a split's section."""
+    return ("prediction", "data") if name == "predict" else ("data", name)
+
+
+def split_section(loaded: LoadedConfiguration, name: str) -> Split | None:
+    """Return a split's section, or None where the configuration has none."""
+    section, key = split_key(name)
+    split: Split | None = getattr(getattr(loaded.values, section), key)
+    return split
 
 
 def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoader:

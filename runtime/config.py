@@ -311,7 +311,7 @@ class Strategy(Section):
     kind: Literal["ddp"] = free("ddp")
     """``ddp``: every process holds the whole model (also with one process)."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
-    """Processes that must be running; any other number is refused. Default: what the launcher asked for."""
+    """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
     ddp: DistributedDataParallel = DistributedDataParallel()
     """Options of DistributedDataParallel."""
 
@@ -327,6 +327,35 @@ class Evaluation(Section):
     """Name in the results to torchmetrics class."""
     metrics_on_train: bool = free(False)
     """Also compute the metrics on the training batches, at every report (in training mode, before each update)."""
+
+
+class Prediction(Section):
+    """What ``lockstep predict`` predicts, and what it writes. Nothing here changes the training."""
+
+    data: Annotated[Split, _TARGET_ALONE] | None = None
+    """What is predicted; it needs no target. Default: ``data.test``."""
+    columns: dict[str, str] = {}
+    """Name in the file to what it holds: ``id``, ``index``, ``prediction``, ``class``, ``probability``, ``probabilities``,
+    ``output``, ``top_classes``, ``top_probabilities``, or what the objective's ``predictions`` gives besides. Several numbers
+    a sample make several columns: ``{}`` in the name stands for the class or number, ``NAME_{}`` where it is left out.
+    Default: id, prediction and, for classes, probability."""
+    labels: list[str | int] = []
+    """Names of the classes, in their order; ``prediction`` then writes names. Default: the class's number."""
+    top_k: int | None = Field(None, ge=1)
+    """How many ``top_classes`` and ``top_probabilities`` there are, the best first."""
+    sample_submission: str | None = None
+    """CSV file whose columns, ids and order are kept, and whose values are replaced. Relative to the working folder. Its id
+    is the column that holds ``id``. Default: the data set's own order."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        tops = [name for name, value in self.columns.items() if value in ("top_classes", "top_probabilities")]
+        return refuse(
+            self,
+            (self.top_k and not tops, "top_k", "no column holds top_classes or top_probabilities"),
+            (tops and not self.top_k, "top_k", f"say how many classes column {tops[:1]} holds"),
+            (len({str(label) for label in self.labels}) < len(self.labels), "labels", "a name is there twice"),
+        )
 
 
 class Spike(Section):
@@ -469,6 +498,8 @@ class RunConfiguration(Section):
     """How the processes share the work."""
     evaluation: Evaluation = Evaluation()
     """When and how the validation data is evaluated."""
+    prediction: Prediction = free(Prediction())
+    """What ``lockstep predict`` predicts and writes."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved."""
     reporting: Reporting = Reporting()

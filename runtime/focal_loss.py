@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -104,3 +105,11 @@ class FocalLoss(SupervisedObjective):
         if binary and bool(counted.all()):  # the shape (batch, labels) says how many labels there are
             return probabilities, target.long()
         return probabilities[counted], target[counted].long()
+
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output and probabilities: of (batch,) logits that of a yes, of (batch, classes, …) the classes', last."""
+        scores = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        if scores.ndim == 1:
+            return {"output": scores, "probability": scores.sigmoid()}
+        scores = scores.movedim(1, -1)
+        return {"output": scores, "probabilities": scores.softmax(-1)}

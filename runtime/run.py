@@ -365,8 +365,13 @@ class Run:
         averaging, section = self._state.averaging, self._values.averaging
         self._times.enter("evaluate", self._progress.step)
         averaged = averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
+
+        def before_round() -> bool:
+            self._times.enter("evaluate", self._progress.step)  # a sign of life: an evaluation may take long
+            return self._stop_wished()
+
         with averaged, self._garbage.paused():
-            return evaluator.evaluate(self._stop_wished)
+            return evaluator.evaluate(before_round)
 
     def _evaluate_test(self) -> bool:
         """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""
