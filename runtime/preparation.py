@@ -25,6 +25,7 @@ from runtime.facts import versions
 from runtime.fitting import fitting_micro_size
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
+from runtime.objective_assembly import build_objective
 from runtime.progress import Progress
 from runtime.reporting import JsonLines, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
@@ -142,7 +143,7 @@ class _Fresh:
 
 
 def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
-    model, objective = assembly.build_model(loaded), assembly.build_objective(loaded)
+    model, objective = assembly.build_model(loaded), build_objective(loaded)
     if loaded.values.batch_norm == "sync":
         if strategy.device.type != "cuda":
             raise ConfigurationError([loaded.problem(("batch_norm",), "sync needs GPUs; use local")])

@@ -55,6 +55,7 @@ LAYERS = [
     ],
     ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "verdicts", "loop"],
     [
+        "objective_assembly",
         "assembly",
         "resumption",
         "facts",
