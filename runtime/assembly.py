@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +14,15 @@ from torch.optim import Optimizer
 from runtime import component
 from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_factory
 from runtime.component import ComponentError
-from runtime.config import ComponentSection, LossPart, Split
+from runtime.config import ComponentSection, Split
 from runtime.config_file import LoadedConfiguration
-from runtime.errors import ConfigurationError, MissingDependencyError, ObjectiveError, Problem
-from runtime.fields import Fields
-from runtime.losses import refusal, torch_loss
-from runtime.objective import Objective
+from runtime.errors import ConfigurationError, MissingDependencyError, Problem
+from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
 from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.streams import StreamSamples
 from runtime.training_data import MappedData, StreamedData, TrainingData
-from runtime.weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -36,7 +32,6 @@ SPLITS = ("train", "validation", "test", "predict")
 _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
-_OBJECTIVES = ("runtime.losses", "runtime.focal_loss", "runtime.pairwise_loss", "torch.nn")
 _OPTIMIZERS = ("torch.optim",)
 _SCHEDULERS = ("torch.optim.lr_scheduler",)
 _METRICS = ("torchmetrics",)
@@ -90,9 +85,9 @@ def check_components(loaded: LoadedConfiguration) -> None:
     check_function(("data", "collate"), values.data.collate)
     for name in ("sampler", "batch_sampler"):
         check_sampler(("data", name), getattr(values.data, name))
-    for key, loss in _losses(loaded):
-        check(key, loss, _OBJECTIVES)
-        mistakes.extend((key, mistake) for mistake in _refused_loss(loaded, loss))
+    for key, loss in losses_of(loaded):
+        check(key, loss, OBJECTIVES)
+        mistakes.extend((key, mistake) for mistake in refused_loss(loaded, loss))
     check(("optimizer",), values.optimizer, _OPTIMIZERS, positional=1)
     for number, group in enumerate(values.optimizer.groups):
         key = ("optimizer", "groups", str(number))
@@ -125,79 +120,6 @@ def build_model(loaded: LoadedConfiguration) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise _wrong(loaded, ("model", "target"), f"is a {type(model).__name__}, not a torch.nn.Module")
     return model
-
-
-def build_objective(loaded: LoadedConfiguration) -> Objective:
-    """Build the objective from an Objective class or one of torch's losses, under the run's seed."""
-    with preserved_random_state(_CPU):
-        seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 2), _CPU)
-        return _objective(loaded)
-
-
-def _objective(loaded: LoadedConfiguration) -> Objective:
-    values = loaded.values
-    fields = Fields(**values.data.fields.model_dump(), output=values.model.output)
-    built: dict[str, Objective] = {}
-    for key, section in _losses(loaded):
-        loss = _loss(loaded, key, section)
-        loss.fields = fields
-        weight_key: tuple[str, ...] = ("data", "fields", "weight")
-        if isinstance(section, LossPart):
-            own = {**section.fields.model_dump(), "output": section.output}
-            loss.fields = replace(fields, **{name: part for name, part in own.items() if part is not None})
-            weight_key = (*key, "fields", "weight") if section.fields.weight is not None else weight_key
-        if loss.fields.weight is not None and not loss.reads_sample_weights:
-            raise _wrong(
-                loaded,
-                weight_key,
-                f"{section.target} does not read it; multiply by self.fields.weight_of(batch) in its forward and weight, and "
-                "say reads_sample_weights = True",
-            )
-        built[key[-1]] = loss
-    if not values.objective.losses:
-        return built["objective"]
-    total = WeightedSum(built, {name: part.weight for name, part in values.objective.losses.items()})
-    total.fields = fields
-    return total
-
-
-def _losses(loaded: LoadedConfiguration) -> Iterator[tuple[tuple[str, ...], ComponentSection]]:
-    section = loaded.values.objective
-    if section.target is not None:
-        yield ("objective",), ComponentSection(target=section.target, args=section.args)
-    for name, part in section.losses.items():
-        yield ("objective", "losses", name), part
-
-
-def _loss(loaded: LoadedConfiguration, key: tuple[str, ...], section: ComponentSection) -> Objective:
-    try:
-        found = component.locate(section.target, namespaces=_OBJECTIVES, code=loaded.code)
-        if _is_foreign_loss(found):
-            arguments = component.resolved(section.args, code=loaded.code)
-            built: Any = component.call(torch_loss, section.target, found, arguments)
-        else:
-            built = component.build(section.target, section.args, namespaces=_OBJECTIVES, code=loaded.code)
-    except ComponentError as mistake:
-        raise _wrong(loaded, (*key, *mistake.path), mistake.what) from mistake
-    except ObjectiveError as error:
-        raise _wrong(loaded, key, str(error)) from error
-    if not isinstance(built, Objective):
-        raise _wrong(loaded, (*key, "target"), f"is a {type(built).__name__}, not a runtime.objective.Objective")
-    return built
-
-
-def _is_foreign_loss(found: Any) -> bool:
-    return inspect.isclass(found) and issubclass(found, nn.Module) and not issubclass(found, Objective)
-
-
-def _refused_loss(loaded: LoadedConfiguration, section: ComponentSection) -> Iterator[ComponentError]:
-    try:
-        found = component.locate(section.target, namespaces=_OBJECTIVES, code=loaded.code)
-    except ComponentError:
-        return  # told already
-    what = refusal(found, section.args) if _is_foreign_loss(found) else None
-    if what is not None:
-        yield ComponentError(what)
 
 
 def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) -> Samples | StreamSamples | None:

@@ -25,6 +25,7 @@ from runtime.facts import versions
 from runtime.fitting import fitting_micro_size
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
+from runtime.objective_assembly import build_objective
 from runtime.progress import Progress
 from runtime.reporting import JsonLines, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
@@ -160,7 +161,7 @@ class _Fresh:
 
 def build_module(loaded: LoadedConfiguration, strategy: Strategy, *, training: bool = True) -> TrainingModule:
     """Build model and objective, on the device; synchronised BatchNorm and its GPUs are for training alone."""
-    model, objective = assembly.build_model(loaded), assembly.build_objective(loaded)
+    model, objective = assembly.build_model(loaded), build_objective(loaded)
     if loaded.values.batch_norm == "sync" and training:
         if strategy.device.type != "cuda":
             raise ConfigurationError([loaded.problem(("batch_norm",), "sync needs GPUs; use local")])

@@ -19,6 +19,7 @@ from runtime.determinism import default_determinism
 from runtime.facts import inexact_choices
 from runtime.metrics import MetricSet
 from runtime.objective import Objective, TrainingModule
+from runtime.objective_assembly import build_objective
 from runtime.training_data import TrainingData
 from runtime.weighted_sum import WeightedSum
 
@@ -36,7 +37,7 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
     assembly.check_components(loaded)
     console = Console(highlight=False, soft_wrap=True)
     data = assembly.build_training_data(loaded)
-    module = TrainingModule(assembly.build_model(loaded), assembly.build_objective(loaded))
+    module = TrainingModule(assembly.build_model(loaded), build_objective(loaded))
     optimizer = assembly.build_optimizer(loaded, module)
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")

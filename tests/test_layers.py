@@ -68,6 +68,7 @@ LAYERS = [
         "loop",
     ],
     [
+        "objective_assembly",
         "assembly",
         "resumption",
         "facts",
