@@ -98,7 +98,10 @@ def _train(
     finally:
         watch.stop()
     exit_code = 0 if result.outcome == "finished" else 75
-    _write_outcome(loaded, strategy.rank, {"outcome": result.outcome, "exit_code": exit_code, "step": result.step})
+    told = {"message": result.message} if result.message else {}
+    _write_outcome(
+        loaded, strategy.rank, {"outcome": result.outcome, "exit_code": exit_code, "step": result.step, **told}
+    )
     return result
 
 

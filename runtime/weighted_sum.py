@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.objective import Loss, Objective, Weight
 from runtime.supervised import SupervisedObjective
@@ -80,3 +80,7 @@ class WeightedSum(Objective):
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return what the first loss gives the metrics."""
         return next(iter(self.parts.values())).metric_inputs(output, batch)
+
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which elements of the first loss's target metrics see."""
+        return next(iter(self.parts.values())).metric_mask(batch)
