@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,3 +143,38 @@ def test_curves_have_their_points_and_the_names_of_their_classes() -> None:
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 1.0], [0.25, 1.0]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("recall", "precision")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+@pytest.mark.single
+def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime.config import WeightsAndBiases
+    from runtime.wandb_tracker import WandbTracker
+
+    logged: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=logged.append, define_metric=lambda *_, **__: None, finish=lambda **_: None)
+    fake = SimpleNamespace(
+        init=lambda **_: run, Settings=dict, Image=lambda path: ("image", path), Table=lambda **given: ("table", given)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    told: list[str] = []
+    figures = tracker(tmp_path, told)
+    wandb = WandbTracker(
+        WeightsAndBiases(mode="offline"),
+        name="run",
+        run_id="id",
+        folder=tmp_path,
+        configuration={},
+        warn=told.append,
+        classes=FOUND,
+        pictures=figures.pictures,
+    )
+    figures.evaluation("validation", 7, 1, RESULTS)
+    wandb.evaluation("validation", 7, 1, RESULTS)
+    assert not told
+    numbers, pictures = logged
+    assert numbers == {"epoch": 1, "validation/loss": 0.5, "step": 7}
+    folder = tmp_path / "figures" / "step-00000007"
+    assert pictures["validation/confusion"] == ("image", str(folder / "validation-confusion.png"))
+    assert pictures["validation/roc"] == ("image", str(folder / "validation-roc.png"))
+    rows = [["cat", 4, 0.75], ["[dog]", 4, 0.5]]
+    assert pictures["validation/classes"] == ("table", {"columns": ["class", "targets", "recall"], "data": rows})
