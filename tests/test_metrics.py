@@ -326,6 +326,30 @@ def test_a_group_of_another_shape_is_named() -> None:
         metrics.update(assembly.build_objective(loaded), torch.randn(3), batch)
 
 
+@pytest.mark.single
+@pytest.mark.parametrize(
+    ("objective", "shape"), [("MSELoss", (4, 2)), ("FocalLoss", (4, 2)), ("NextTokenLoss", (4, 2, 11))]
+)
+def test_the_group_of_a_sample_that_weighs_nothing_is_left_out_with_it(objective: str, shape: tuple[int, ...]) -> None:
+    seen: list[Any] = []
+
+    def update(self: Any, preds: Any, target: Any, indexes: Any) -> None:
+        seen.append((target, indexes))
+
+    fields = {"target": "y", "weight": "w", "group": "who"}
+    config = configuration("unused", data={"train": "tiny:points", "fields": fields}, objective=objective)
+    target = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
+    target = target.float() if objective == "MSELoss" else target
+    batch = {"y": target, "w": torch.tensor([1.0, 0.0, 2.0, 1.0]), "who": torch.tensor([5, 6, 7, 8])}
+    MetricSet({"own": Probe.make(update)}, CPU).update(
+        assembly.build_objective(load(config)), torch.zeros(shape), batch
+    )
+    ((targets, indexes),) = seen
+    assert indexes.shape == targets.shape
+    assert indexes.flatten().tolist() == [5, 5, 7, 7, 8, 8]
+    assert targets.flatten().tolist() == target[[0, 2, 3]].flatten().tolist()
+
+
 # Memory
 
 
