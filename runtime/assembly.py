@@ -16,7 +16,7 @@ from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_
 from runtime.component import ComponentError
 from runtime.config import ComponentSection, Split
 from runtime.config_file import LoadedConfiguration
-from runtime.errors import ConfigurationError, MissingDependencyError, Problem
+from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError, Problem
 from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
 from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
@@ -34,7 +34,18 @@ _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
 _OPTIMIZERS = ("torch.optim",)
 _SCHEDULERS = ("torch.optim.lr_scheduler",)
-_METRICS = ("torchmetrics",)
+_METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
+    "torchmetrics.classification",
+    "torchmetrics.regression",
+    "torchmetrics.retrieval",
+    "torchmetrics.text",
+    "torchmetrics.aggregation",
+    "torchmetrics.clustering",
+    "torchmetrics.nominal",
+    "torchmetrics.segmentation",
+    "torchmetrics.image",
+    "torchmetrics",
+)
 _SAMPLERS = ("torch.utils.data",)
 
 
@@ -303,12 +314,28 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
         return {}  # importing torchmetrics takes seconds
     from torchmetrics import Metric
 
-    metrics = {}
+    from runtime.class_results import num_classes_of
+    from runtime.metric_inputs import feed_of
+
+    metrics: dict[str, Metric] = {}
     for name, section in loaded.values.evaluation.metrics.items():
         key = ("evaluation", "metrics", name)
-        metrics[name] = _build(loaded, key, section, namespaces=_METRICS)
-        if not isinstance(metrics[name], Metric):
+        metric = metrics[name] = _build(loaded, key, section, namespaces=_METRICS)
+        if not isinstance(metric, Metric):
             raise _wrong(loaded, (*key, "target"), "is not a torchmetrics.Metric")
+        try:
+            feed = feed_of(metric)
+        except EvaluationError as error:
+            raise _wrong(loaded, (*key, "target"), str(error)) from error
+        if feed.needs_group and loaded.values.data.fields.group is None:
+            what = f"{section.target} looks at each query by itself: say in data.fields.group which part of a batch names it"
+            raise _wrong(loaded, key, what)
+    names = loaded.values.evaluation.class_names
+    sizes = {size for metric in metrics.values() if (size := num_classes_of(metric)) is not None}
+    if names is not None and sizes != {len(names)}:
+        found = " or ".join(map(str, sorted(sizes))) or "no"
+        what = f"{len(names)} names, but the metrics tell {found} classes apart"
+        raise _wrong(loaded, ("evaluation", "class_names"), what)
     return metrics
 
 

@@ -249,6 +249,22 @@ class Averaging(Section):
     """Evaluate the averaged weights rather than the raw ones."""
 
 
+class EarlyStopping(Section):
+    """Ends a run whose evaluations no longer improve.
+
+    The state of the best one is saved and kept, whatever ``checkpoint`` says. Raising ``patience`` continues the run.
+    """
+
+    metric: str = Field(json_schema_extra={"resume": "free"})
+    """The validation result that is watched, such as ``loss`` or ``accuracy``."""
+    mode: Literal["min", "max"] = Field(json_schema_extra={"resume": "free"})
+    """Whether lower or higher is better."""
+    patience: int = Field(3, ge=1, json_schema_extra={"resume": "free"})
+    """Evaluations in a row without an improvement."""
+    min_delta: float = Field(0.0, ge=0, json_schema_extra={"resume": "free"})
+    """What a result must be better by than the best one to count as an improvement."""
+
+
 class Limit(Section):
     """When the run is finished (exactly one of ``epochs`` and ``steps``), and how long one start of it may take."""
 
@@ -258,6 +274,8 @@ class Limit(Section):
     """Global batches."""
     time: Time | None = free(None)
     """Time this start may take, such as ``3h55m``; the run then saves, early enough to be done by then, and can go on later."""
+    early_stopping: EarlyStopping | None = free(None)
+    """Finish before the limit once a result no longer improves. Default: off."""
     grace_seconds: float = Field(120.0, gt=0, json_schema_extra={"resume": "free"})
     """Longest time from being asked to stop until the last save is done; then the process leaves without one."""
     silence_seconds: float = Field(60.0, ge=1, json_schema_extra={"resume": "free"})
@@ -325,6 +343,10 @@ class Evaluation(Section):
     """Samples in one forward pass. Default: the largest slot of training."""
     metrics: dict[str, Component] = free({})
     """Name in the results to torchmetrics class."""
+    class_names: Annotated[list[str], Field(min_length=1)] | None = free(None)
+    """What tables and pictures call the classes. Default: their numbers."""
+    pictures: bool = free(True)
+    """Draw confusion matrices and curves, where such metrics are asked for, into the run folder's ``figures``."""
     metrics_on_train: bool = free(False)
     """Also compute the metrics on the training batches, at every report (in training mode, before each update)."""
 
@@ -507,11 +529,20 @@ class RunConfiguration(Section):
     resume: Annotated[Resume, _MODE_ALONE] = Resume()
     """Whether a run folder's state is continued; ``auto``, ``never`` and ``must`` may be written directly."""
 
+    @property
+    def best(self) -> list[Best]:
+        """What checkpoints are kept for being the best by: what the configuration says, and what early stopping watches."""
+        watched, best = self.limit.early_stopping, self.checkpoint.best
+        if watched is None or any((b.metric, b.mode) == (watched.metric, watched.mode) for b in best):
+            return best
+        return [*best, Best(metric=watched.metric, mode=watched.mode)]
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         known = {"loss", *self.objective.losses, *self.evaluation.metrics}
         unknown = f"known results: {', '.join(sorted(known))}"
         schedule, validation = self.schedule or Schedule(warmup_steps=1), self.data.validation
+        stopping = self.limit.early_stopping
         plateau = (schedule.target or "").endswith("ReduceLROnPlateau")
         return refuse(
             self,
@@ -542,6 +573,23 @@ class RunConfiguration(Section):
                 plateau != (schedule.monitor is not None),
                 "schedule.monitor",
                 "'monitor' goes with ReduceLROnPlateau, and it needs one",
+            ),
+            (
+                stopping and validation is None,
+                "limit.early_stopping",
+                "early stopping needs data.validation",
+            ),
+            (
+                stopping
+                and ":" not in (self.objective.target or "")
+                and stopping.metric.partition("/")[0] not in known,
+                "limit.early_stopping.metric",  # the parts of a user's objective are known at the first evaluation only
+                f"no result is called {stopping and stopping.metric!r}; {unknown}",
+            ),
+            (
+                self.evaluation.class_names and not self.evaluation.metrics,
+                "evaluation.class_names",
+                "there are no evaluation.metrics whose classes they could name",
             ),
             (plateau and validation is None, "schedule.target", "ReduceLROnPlateau needs data.validation"),
             (

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
-from runtime.supervised import SupervisedObjective
+from runtime.supervised import SupervisedObjective, counted_of
 
 
 class FocalLoss(SupervisedObjective):
@@ -94,6 +94,10 @@ class FocalLoss(SupervisedObjective):
     def count(self, target: Any) -> float:
         """Return the targets that are not ignored."""
         return float((target != self._ignore_index).sum())
+
+    def metric_mask(self, batch: Any) -> Tensor:
+        """Return which targets metrics see."""
+        return counted_of(self.fields.target_of(batch), self._ignore_index, super().metric_mask(batch))
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return probabilities and integer targets, those that do not count left out."""

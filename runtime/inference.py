@@ -54,6 +54,7 @@ class Inferred:
         samples: in the data.
         results: of an evaluation.
         output: the file that was written, if any.
+        message: nothing.
     """
 
     outcome: Literal["finished", "stopped"]
@@ -65,6 +66,7 @@ class Inferred:
     samples: int
     results: Mapping[str, Result] = field(default_factory=dict)
     output: Path | None = None
+    message: str = ""
 
     def __str__(self) -> str:
         data = ".".join(assembly.split_key(self.split))

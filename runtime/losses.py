@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
 from runtime.objective import Objective, shown
-from runtime.supervised import PerSampleObjective, SupervisedObjective
+from runtime.supervised import PerSampleObjective, SupervisedObjective, counted_of
 
 EXCLUDED = {  # losses of torch that cannot be objectives, and why
     "NLLLoss2d": "it is an old name of NLLLoss; use that",
@@ -243,6 +243,11 @@ class ClassificationLoss(TorchLoss):
     def _probabilities(self, scores: Tensor) -> Tensor:
         scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
         return scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)
+
+    def metric_mask(self, batch: Any) -> Tensor:
+        """Return which targets metrics see."""
+        _, target = self.predictions(None, self.fields.target_of(batch))
+        return counted_of(target, self._ignore_index, super().metric_mask(batch))
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return scores, classes last, and class indices."""

@@ -106,6 +106,10 @@ class Objective(nn.Module):
         """
         return {"output": output}
 
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which elements of the target ``metric_inputs`` keeps, in the target's shape; None if it keeps them all."""
+        return None
+
     @property
     def counts_samples(self) -> bool:
         """Tell whether the weight is the number of samples, which the order tells without reading data."""

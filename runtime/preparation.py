@@ -14,14 +14,17 @@ from torch import nn
 from runtime import assembly, yaml_file
 from runtime.averaging import ExponentialMovingAverage
 from runtime.batches import Samples, Sharing, default_slots
+from runtime.class_results import ClassResults
 from runtime.comparison import code_digest, compare, shapes
 from runtime.config_file import LoadedConfiguration, flatten
 from runtime.console import ConsoleTracker
 from runtime.control import sum_over_ranks
 from runtime.divergence import Divergence
+from runtime.early_stopping import EarlyStopping
 from runtime.errors import ConfigurationError, DataError, RunFolderError
 from runtime.evaluation import Evaluator
 from runtime.facts import versions
+from runtime.figures import FiguresTracker
 from runtime.fitting import fitting_micro_size
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
@@ -80,7 +83,9 @@ def prepare(
         sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
         tell=warn,
     )
-    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, Progress())
+    stopping = loaded.values.limit.early_stopping
+    early_stopping = EarlyStopping(stopping) if stopping is not None else None
+    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, Progress())
     return Prepared(data, identity, sharing, state)
 
 
@@ -138,13 +143,23 @@ def build_trackers(
         records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
-    trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress), records]
+    section = loaded.values.evaluation
+    classes = ClassResults.of(assembly.build_metrics(loaded), section.class_names)
+    figures = FiguresTracker(folder, classes, pictures=section.pictures, resumed_step=progress.step, warn=warn)
+    trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress, classes=classes), records, figures]
     if reporting.wandb is not None:
         from runtime.wandb_tracker import WandbTracker
 
         trackers.append(
             WandbTracker(
-                reporting.wandb, name=loaded.name, run_id=run_id, folder=folder, configuration=resolved, warn=warn
+                reporting.wandb,
+                name=loaded.name,
+                run_id=run_id,
+                folder=folder,
+                configuration=resolved,
+                warn=warn,
+                classes=classes,
+                pictures=figures.pictures,
             )
         )
     return trackers

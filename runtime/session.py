@@ -44,6 +44,11 @@ class Finished(Protocol):
         """Global batches consumed by the model."""
         ...
 
+    @property
+    def message(self) -> str:
+        """Why it ended, where that does not go without saying."""
+        ...
+
 
 _R = TypeVar("_R", bound=Finished)
 
@@ -207,7 +212,8 @@ def _together(
         finally:
             watch.stop()
         exit_code = 0 if result.outcome == "finished" else 75
-        tell({"outcome": result.outcome, "exit_code": exit_code, "step": result.step})
+        told = {"message": result.message} if result.message else {}
+        tell({"outcome": result.outcome, "exit_code": exit_code, "step": result.step, **told})
         return result
 
 

@@ -118,8 +118,12 @@ def _memory(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer
     )
     metrics = MetricSet(assembly.build_metrics(loaded), _CPU)
     if metrics:
-        growing = f"; grows with the data: {', '.join(metrics.growing)}" if metrics.growing else ""
-        yield "metric state", f"{_bytes(metrics.state_bytes)}{growing}"
+        growing = ", ".join(
+            f"{name} ({argument}: 200 would bound it)" if argument else name
+            for name, argument in metrics.growing.items()
+        )
+        grows = f"; grows with the data: {growing}" if growing else ""
+        yield "metric state", f"{_bytes(metrics.state_bytes)}{grows}"
 
 
 def _optimizer_bytes(optimizer: Optimizer) -> str:

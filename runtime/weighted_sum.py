@@ -84,3 +84,7 @@ class WeightedSum(Objective):
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return what the first loss gives the metrics."""
         return next(iter(self.parts.values())).metric_inputs(output, batch)
+
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which elements of the first loss's target metrics see."""
+        return next(iter(self.parts.values())).metric_mask(batch)
