@@ -21,9 +21,10 @@ from runtime.errors import ConfigurationError, MissingDependencyError, Objective
 from runtime.fields import Fields
 from runtime.losses import refusal, torch_loss
 from runtime.objective import Objective
-from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
+from runtime.optimization import fused_arguments, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.schedule import Schedule, length_argument
 from runtime.streams import StreamSamples
 from runtime.training_data import MappedData, StreamedData, TrainingData
 from runtime.weighted_sum import WeightedSum

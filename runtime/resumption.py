@@ -14,8 +14,8 @@ from runtime.config_file import LoadedConfiguration, exact_keys
 from runtime.divergence import Divergence
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
-from runtime.optimization import Schedule
 from runtime.progress import Progress
+from runtime.schedule import Schedule
 from runtime.strategies import Strategy
 
 

@@ -29,6 +29,7 @@ LAYERS = [
         "pairwise_loss",
         "weighted_sum",
         "optimization",
+        "schedule",
         "averaging",
         "control",
         "comparison",
