@@ -222,11 +222,13 @@ class Schedule(Section):
     """
 
     target: str | None = Field(None, min_length=1)
-    """A class of torch.optim.lr_scheduler, or ``package.module:Name``. Default: constant after the warm-up."""
+    """A class of torch.optim.lr_scheduler, ``WarmupStableDecay``, or ``package.module:Name``. Default: constant after the
+    warm-up."""
     args: dict[str, Any] = {}
-    """Keyword arguments of the scheduler."""
+    """Keyword arguments of the scheduler. Functions are given by target; the ``schedulers`` of SequentialLR and
+    ChainedScheduler are a list of ``{target, args}``."""
     interval: Literal["step", "epoch"] = "step"
-    """What the scheduler counts: applied updates, or epochs."""
+    """What the scheduler counts: applied updates, or epochs. (ReduceLROnPlateau counts evaluations.)"""
     warmup_steps: int = Field(0, ge=0)
     """Applied updates over which the rate rises linearly to the schedule's start; the schedule begins after them."""
     monitor: str | None = None
@@ -235,7 +237,20 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         nothing = self.target is None and (self.args or not self.warmup_steps)
-        return refuse(self, (nothing, "target", "needs a target, or warmup_steps alone"))
+        return refuse(
+            self,
+            (nothing, "target", "needs a target, or warmup_steps alone"),
+            (
+                self.interval == "epoch" and (self.target is None or self.watches),
+                "interval",
+                "ReduceLROnPlateau counts evaluations, and a warm-up alone counts updates; leave 'interval' out",
+            ),
+        )
+
+    @property
+    def watches(self) -> bool:
+        """Tell whether the scheduler follows evaluations."""
+        return (self.target or "").endswith("ReduceLROnPlateau")
 
 
 class Averaging(Section):
@@ -481,7 +496,7 @@ class RunConfiguration(Section):
         known = {"loss", *self.objective.losses, *self.evaluation.metrics}
         unknown = f"known results: {', '.join(sorted(known))}"
         schedule, validation = self.schedule or Schedule(warmup_steps=1), self.data.validation
-        plateau = (schedule.target or "").endswith("ReduceLROnPlateau")
+        plateau = schedule.watches
         return refuse(
             self,
             (

@@ -30,6 +30,7 @@ LAYERS = [
         "weighted_sum",
         "optimization",
         "schedule",
+        "schedulers",
         "averaging",
         "control",
         "comparison",
