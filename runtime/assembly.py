@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import SWALR
 
 from runtime import component, schedulers
 from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_factory
 from runtime.component import ComponentError
-from runtime.config import ComponentSection, LossPart, Split
+from runtime.config import Anneal, Averaging, ComponentSection, LossPart, Split
 from runtime.config import Schedule as ScheduleSection
 from runtime.config_file import LoadedConfiguration
 from runtime.errors import ConfigurationError, MissingDependencyError, ObjectiveError, Problem
@@ -26,7 +27,7 @@ from runtime.objective import Objective
 from runtime.optimization import fused_arguments, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
-from runtime.schedule import Schedule
+from runtime.schedule import Schedule, Successor
 from runtime.streams import StreamSamples
 from runtime.training_data import MappedData, StreamedData, TrainingData
 from runtime.weighted_sum import WeightedSum
@@ -320,16 +321,29 @@ def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: in
     Args:
         length: see :func:`schedule_length`.
     """
-    section = loaded.values.schedule
+    section, averaging = loaded.values.schedule, loaded.values.averaging
     if section is None:
-        return Schedule(optimizer)
+        return Schedule(optimizer, successor=_successor(averaging, optimizer))
+    scheduler = None if section.target is None else _scheduler(loaded, section, optimizer, length)
     return Schedule(
         optimizer,
-        None if section.target is None else _scheduler(loaded, section, optimizer, length),
+        scheduler,
         interval=section.interval,
         warmup_steps=section.warmup_steps,
         monitor=section.monitor,
+        successor=_successor(averaging, optimizer),
     )
+
+
+def _successor(averaging: Averaging | None, optimizer: Optimizer) -> Successor | None:
+    """Build what the rate follows while late weights are averaged; torch wants it built after the first scheduler."""
+    if averaging is None or averaging.start is None or averaging.learning_rate is None:
+        return None
+    anneal = averaging.anneal or Anneal(epochs=10)
+    length = anneal.epochs or anneal.steps
+    assert length is not None
+    scheduler = SWALR(optimizer, averaging.learning_rate, anneal_epochs=length, anneal_strategy=anneal.strategy)
+    return Successor(scheduler, averaging.start, "epoch" if anneal.epochs else "step")
 
 
 def _scheduler(loaded: LoadedConfiguration, section: ScheduleSection, optimizer: Optimizer, length: int | None) -> Any:

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from runtime import assembly, yaml_file
-from runtime.averaging import ExponentialMovingAverage
+from runtime.averaged_evaluation import AveragedEvaluation
+from runtime.averaging import WeightAverage
+from runtime.batch_statistics import BatchStatistics
 from runtime.batches import Sharing, default_slots
 from runtime.comparison import code_digest, compare, shapes
 from runtime.config_file import LoadedConfiguration, flatten
@@ -72,7 +74,7 @@ def prepare(
     optimizer = assembly.build_optimizer(loaded, module)
     schedule = assembly.build_schedule(loaded, optimizer, length)
     section = loaded.values.averaging
-    averaging = ExponentialMovingAverage(module, section.decay) if section is not None else None
+    averaging = WeightAverage(module, section) if section is not None else None
     divergence = Divergence(
         loaded.values.divergence,
         sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
@@ -100,6 +102,41 @@ def build_evaluator(
         make_loader=assembly.build_loader(loaded, strategy.device),
         seed=values.seed,
     )
+
+
+def build_averaged_evaluation(
+    loaded: LoadedConfiguration,
+    prepared: Prepared,
+    strategy: Strategy,
+    *,
+    enter: Callable[[], None],
+    tell: Callable[[str], None],
+) -> AveragedEvaluation:
+    """Build what decides which weights are evaluated.
+
+    Args:
+        enter: told each global batch of a pass for BatchNorm statistics.
+        tell: told where the averaged weights begin to be evaluated.
+
+    Raises:
+        ConfigurationError: the average would need BatchNorm statistics that cannot be computed.
+    """
+    section, average, data, statistics = loaded.values.averaging, prepared.state.averaging, prepared.data, None
+    if isinstance(data, MappedData):
+        statistics = BatchStatistics(
+            data.samples,
+            data.order,
+            sharing=prepared.sharing,
+            strategy=strategy,
+            make_loader=assembly.build_loader(loaded, strategy.device),
+            seed=loaded.values.seed,
+            enter=enter,
+        )
+    elif average is not None and average.has_statistics:
+        what = "swa cannot compute BatchNorm statistics over a stream; use ema, or a model without BatchNorm"
+        raise ConfigurationError([loaded.problem(("averaging", "kind"), what)])
+    wanted = section is not None and section.evaluate
+    return AveragedEvaluation(average, wanted=wanted, statistics=statistics, tell=tell)
 
 
 def build_trackers(

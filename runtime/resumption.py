@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from runtime.attempts import Rollback
-from runtime.averaging import ExponentialMovingAverage
+from runtime.averaging import WeightAverage
 from runtime.config_file import LoadedConfiguration, exact_keys
 from runtime.divergence import Divergence
 from runtime.errors import CheckpointError, RunFolderError
@@ -26,7 +26,7 @@ class RunState:
     module: TrainingModule
     optimizer: Optimizer
     schedule: Schedule
-    averaging: ExponentialMovingAverage | None
+    averaging: WeightAverage | None
     strategy: Strategy
     divergence: Divergence
     progress: Progress

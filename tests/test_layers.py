@@ -55,7 +55,7 @@ LAYERS = [
         "meters",
         "fitting",
     ],
-    ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "verdicts", "loop"],
+    ["divergence", "run_folder", "reporting", "console", "wandb_tracker", "evaluation", "batch_statistics", "averaged_evaluation", "verdicts", "loop"],
     [
         "assembly",
         "resumption",
