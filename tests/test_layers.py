@@ -63,6 +63,7 @@ LAYERS = [
         "preparation",
         "run",
         "session",
+        "curve",
         "show",
         "launching",
         "inspection",
