@@ -64,7 +64,7 @@ def drawn(curve: Curve, *, width: int = 44, height: int = 9) -> Iterator[str]:
     """
     highest = max(max(rates) for rates in curve.rates)
     lowest = min(min(rates) for rates in curve.rates)
-    bottom = 0.0 if lowest < highest / 2 or lowest == highest else lowest
+    bottom = 0.0 if lowest <= highest / 2 or lowest == highest else lowest
     cells = [[0] * width for _ in range(height)]
     for rates in curve.rates:
         _dot(cells, rates, bottom=bottom, top=highest)
