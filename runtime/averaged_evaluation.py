@@ -35,14 +35,19 @@ class AveragedEvaluation:
         self._tell: Callable[[str], None] | None = tell
 
     def evaluate(
-        self, evaluator: Evaluator | None, progress: Progress, *, last: bool, stop_wished: Callable[[], bool]
+        self,
+        evaluator: Evaluator | None,
+        progress: Progress,
+        *,
+        last: Callable[[], bool],
+        stop_wished: Callable[[], bool],
     ) -> dict[str, Result] | None:
         """Return an evaluation's results, none without an evaluator; None if it was cut short.
 
         Collective: every rank must call this.
 
         Args:
-            last: whether the run ends here; the average then gets its statistics even if it is not evaluated.
+            last: tells whether the run ends here; the average then gets its statistics even if it is not evaluated.
             stop_wished: not asked where nothing is evaluated: there would be no evaluation to catch up with.
         """
         if evaluator is None:
@@ -50,7 +55,7 @@ class AveragedEvaluation:
         average = self._average
         if average is None or average.count == 0:
             return evaluator.evaluate(stop_wished) if evaluator is not None else {}
-        if (self._wanted or last) and average.lacks_statistics and not self._computed(average, progress, stop_wished):
+        if average.lacks_statistics and (self._wanted or last()) and not self._computed(average, progress, stop_wished):
             return None
         if evaluator is None:
             return {}

@@ -126,7 +126,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def _take_in(self) -> None:
-        averages, weights = list(self._average.values()), [p.data for p in self._parameters.values()]
+        averages: list[Tensor] = list(self._average.values())
+        weights: list[Tensor] = list(self._parameters.values())
         if self.count == 0:
             torch._foreach_copy_(averages, weights)
         elif self._section.kind == "swa":

@@ -32,7 +32,7 @@ from runtime.reporting import JsonLines, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
 from runtime.serialization import replace_file
 from runtime.strategies import Strategy
-from runtime.training_data import TrainingData
+from runtime.training_data import MappedData, TrainingData
 
 _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
 

@@ -365,7 +365,7 @@ class Run:
         self._times.enter("evaluate", self._progress.step)
         with self._garbage.paused():
             return self._weights.evaluate(
-                evaluator, self._progress, last=self._nothing_left(), stop_wished=self._stop_wished
+                evaluator, self._progress, last=self._nothing_left, stop_wished=self._stop_wished
             )
 
     def _statistics_go_on(self) -> None:

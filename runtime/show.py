@@ -19,6 +19,7 @@ from runtime.config import Anneal
 from runtime.config_file import LoadedConfiguration
 from runtime.curve import Curve, drawn, save_picture, simulate
 from runtime.determinism import default_determinism
+from runtime.errors import ConfigurationError, DataError, Problem
 from runtime.facts import inexact_choices
 from runtime.metrics import MetricSet
 from runtime.objective import Objective, TrainingModule
@@ -41,6 +42,8 @@ def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = 
     assembly.check_components(loaded)
     console = Console(highlight=False, soft_wrap=True)
     data = assembly.build_training_data(loaded)
+    if data.steps_per_epoch == 0:
+        raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     module = TrainingModule(assembly.build_model(loaded), assembly.build_objective(loaded))
     optimizer = assembly.build_optimizer(loaded, module)
 

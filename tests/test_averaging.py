@@ -147,6 +147,14 @@ def test_swa_by_steps_is_torchs_loop_by_hand(pool: ProcessPool, tmp_path: Path) 
     assert [rates[0], *reported_rates(tmp_path)][:-1] == pytest.approx(rates, rel=1e-12)
 
 
+@single
+def test_a_start_in_steps_at_the_end_of_an_epoch_is_that_start_in_epochs(pool: ProcessPool, tmp_path: Path) -> None:
+    pool.run(observe, 1, run(tmp_path, {**SWA, "start": f"{2 * PER_EPOCH} steps"}))
+    truth, rates = swa_by_hand("cos", start=2)
+    assert_close(exported(tmp_path), truth.state_dict())
+    assert [rates[0], *reported_rates(tmp_path)][:-1] == pytest.approx(rates, rel=1e-12)
+
+
 @WORLDS
 def test_ema_is_torchs_averaged_model(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     model = initial()
