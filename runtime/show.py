@@ -214,10 +214,20 @@ def _averaging(loaded: LoadedConfiguration, module: nn.Module) -> Iterator[tuple
     lines = [f"{what} after {often}{begin}; {'it is' if section.evaluate else 'the raw weights are'} evaluated"]
     if section.kind == "swa" and batch_norms(module):
         when = "before each evaluation of it and " if section.evaluate else ""
-        lines.append(
-            f"its BatchNorm statistics take a forward pass over the training data, {when}at the end"
-        )
+        lines.append(f"its BatchNorm statistics take a forward pass over the training data, {when}at the end")
     yield "averaging", "\n".join(lines)
+
+
+def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:
+    """Say what each loss sum is divided by."""
+    parts = objective.parts if isinstance(objective, WeightedSum) else {loaded.values.objective.target or "": objective}
+    for name, part in parts.items():
+        section = loaded.values.objective.losses.get(name)
+        what = f"{section.weight:g} x {name} ({section.target})" if section is not None else name
+        weighed = f", each counting its weight (data.fields.weight: {part.fields.weight})" * (
+            part.fields.weight is not None
+        )
+        yield f"{what}: the sum over the global batch / its {part.unit}{weighed}"
 
 
 def _parameters(module: TrainingModule) -> Iterator[str]:
