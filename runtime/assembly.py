@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import SWALR
 
-from runtime import component
+from runtime import component, schedulers
 from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_factory
 from runtime.component import ComponentError
-from runtime.config import ComponentSection, Split
+from runtime.config import Anneal, Averaging, ComponentSection, Split
+from runtime.config import Schedule as ScheduleSection
 from runtime.config_file import LoadedConfiguration
 from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError, Problem
 from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
-from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
+from runtime.optimization import fused_arguments, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.schedule import Schedule, Successor
 from runtime.streams import StreamSamples
 from runtime.training_data import MappedData, StreamedData, TrainingData
 
@@ -33,7 +37,6 @@ _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
 _OPTIMIZERS = ("torch.optim",)
-_SCHEDULERS = ("torch.optim.lr_scheduler",)
 _METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
     "torchmetrics.classification",
     "torchmetrics.regression",
@@ -113,8 +116,10 @@ def check_components(loaded: LoadedConfiguration) -> None:
             )
             if mistake.path[-1] in group.args
         ]
-    scheduler = _scheduler(loaded)
-    check(("schedule",), scheduler, _SCHEDULERS, positional=1, filled_in=_length_arguments(loaded))
+    if values.schedule is not None and values.schedule.target is not None:
+        target, args, filled_in = values.schedule.target, values.schedule.args, _length_arguments(loaded)
+        found = schedulers.check(target, args, code=loaded.code, filled_in=filled_in)
+        mistakes.extend((("schedule",), mistake) for mistake in found)
     for name, metric in values.evaluation.metrics.items():
         check(("evaluation", "metrics", name), metric, _METRICS)
     if values.reporting.wandb is not None and find_spec("wandb") is None:
@@ -264,20 +269,49 @@ def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: in
     Args:
         length: see :func:`schedule_length`.
     """
-    section, target = loaded.values.schedule, _scheduler(loaded)
+    section, averaging = loaded.values.schedule, loaded.values.averaging
     if section is None:
-        return Schedule(optimizer)
-    scheduler = None
-    if target is not None:
-        extra = dict.fromkeys(_length_arguments(loaded), length)
-        scheduler = _build(loaded, ("schedule",), target, optimizer, namespaces=_SCHEDULERS, extra=extra)
+        return Schedule(optimizer, successor=_successor(averaging, optimizer))
+    scheduler = None if section.target is None else _scheduler(loaded, section, optimizer, length)
     return Schedule(
         optimizer,
         scheduler,
         interval=section.interval,
         warmup_steps=section.warmup_steps,
         monitor=section.monitor,
+        successor=_successor(averaging, optimizer),
     )
+
+
+def _successor(averaging: Averaging | None, optimizer: Optimizer) -> Successor | None:
+    """Build what the rate follows while late weights are averaged; torch wants it built after the first scheduler."""
+    if averaging is None or averaging.start is None or averaging.learning_rate is None:
+        return None
+    anneal = averaging.anneal or Anneal(epochs=10)
+    length = anneal.epochs or anneal.steps
+    assert length is not None
+    scheduler = SWALR(optimizer, averaging.learning_rate, anneal_epochs=length, anneal_strategy=anneal.strategy)
+    return Successor(scheduler, averaging.start, "epoch" if anneal.epochs else "step")
+
+
+def _scheduler(loaded: LoadedConfiguration, section: ScheduleSection, optimizer: Optimizer, length: int | None) -> Any:
+    assert section.target is not None
+    arguments = {**section.args, **dict.fromkeys(_length_arguments(loaded), length)}
+    try:
+        scheduler = schedulers.build(section.target, arguments, optimizer, code=loaded.code)
+    except ComponentError as mistake:
+        raise _wrong(loaded, ("schedule", *mistake.path), mistake.what) from mistake
+    if isinstance(scheduler, ReduceLROnPlateau) != section.watches:
+        raise _wrong(
+            loaded,
+            ("schedule", "target"),
+            f"makes a {type(scheduler).__name__}; a class that follows evaluations is known by a name that ends in "
+            "ReduceLROnPlateau",
+        )
+    if isinstance(scheduler, OneCycleLR) and length is not None and scheduler.total_steps < length:
+        what = f"OneCycleLR ends after {scheduler.total_steps} {section.interval}s, and the run has {length} for it"
+        raise _wrong(loaded, ("schedule", "args"), what)
+    return scheduler
 
 
 def schedule_length(loaded: LoadedConfiguration, steps_per_epoch: int | None) -> int | None:
@@ -373,22 +407,15 @@ def _names_first_parameter(loaded: LoadedConfiguration, section: ComponentSectio
     return first in section.args
 
 
-def _scheduler(loaded: LoadedConfiguration) -> ComponentSection | None:
+def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
     section = loaded.values.schedule
     if section is None or section.target is None:
-        return None
-    return ComponentSection(target=section.target, args=section.args)
-
-
-def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
-    section = _scheduler(loaded)
-    if section is None:
         return []
     try:
-        found = component.locate(section.target, namespaces=_SCHEDULERS, code=loaded.code)
+        found = component.locate(section.target, namespaces=schedulers.NAMESPACES, code=loaded.code)
     except ComponentError:
         return []  # told by check_components
-    name = length_argument(found, section.args)
+    name = schedulers.length_argument(found, section.args) if callable(found) else None
     return [name] if name else []
 
 

@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="say what a run will be, without running it")
     _add_config(show)
+    show.add_argument(
+        "--curve",
+        metavar="FILE",
+        type=Path,
+        help="draw the learning rate as a picture (.png, .svg, .pdf; needs matplotlib)",
+    )
     show.set_defaults(run=_show)
 
     for act, summary in (
@@ -155,7 +161,7 @@ def _show(options: argparse.Namespace) -> int:
 
     from runtime.show import show
 
-    show(loaded, options.processes or loaded.values.strategy.world_size or 1)
+    show(loaded, options.processes or loaded.values.strategy.world_size or 1, picture=options.curve)
     return 0
 
 

@@ -222,11 +222,13 @@ class Schedule(Section):
     """
 
     target: str | None = Field(None, min_length=1)
-    """A class of torch.optim.lr_scheduler, or ``package.module:Name``. Default: constant after the warm-up."""
+    """A class of torch.optim.lr_scheduler, ``WarmupStableDecay``, or ``package.module:Name``. Default: constant after the
+    warm-up."""
     args: dict[str, Any] = {}
-    """Keyword arguments of the scheduler."""
+    """Keyword arguments of the scheduler. Functions are given by target; the ``schedulers`` of SequentialLR and
+    ChainedScheduler are a list of ``{target, args}``."""
     interval: Literal["step", "epoch"] = "step"
-    """What the scheduler counts: applied updates, or epochs."""
+    """What the scheduler counts: applied updates, or epochs. (ReduceLROnPlateau counts evaluations.)"""
     warmup_steps: int = Field(0, ge=0)
     """Applied updates over which the rate rises linearly to the schedule's start; the schedule begins after them."""
     monitor: str | None = None
@@ -235,18 +237,88 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         nothing = self.target is None and (self.args or not self.warmup_steps)
-        return refuse(self, (nothing, "target", "needs a target, or warmup_steps alone"))
+        return refuse(
+            self,
+            (nothing, "target", "needs a target, or warmup_steps alone"),
+            (
+                self.interval == "epoch" and (self.target is None or self.watches),
+                "interval",
+                "ReduceLROnPlateau counts evaluations, and a warm-up alone counts updates; leave 'interval' out",
+            ),
+        )
+
+    @property
+    def watches(self) -> bool:
+        """Tell whether the scheduler follows evaluations."""
+        return (self.target or "").endswith("ReduceLROnPlateau")
+
+
+class Anneal(Section):
+    """How the learning rate goes to that of stochastic weight averaging (torch's SWALR)."""
+
+    epochs: int | None = Field(None, ge=1)
+    """Epochs that it takes."""
+    steps: int | None = Field(None, ge=1)
+    """Applied updates that it takes, in place of ``epochs``."""
+    strategy: Literal["cos", "linear"] = "cos"
+    """Along a cosine, or a straight line."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        return refuse(self, ((self.epochs is None) == (self.steps is None), "", "give either 'epochs' or 'steps'"))
 
 
 class Averaging(Section):
     """A running average of the weights, kept beside them."""
 
-    kind: Literal["ema"] = "ema"
-    """``ema``: exponential moving average of parameters, advanced with each applied update."""
-    decay: float = Field(0.999, gt=0, lt=1)
-    """How much of the average is kept at each update."""
+    kind: Literal["ema", "swa"] = "ema"
+    """``ema``: exponential moving average; ``swa``: the mean of the weights at the end of each of the last epochs."""
+    decay: float | None = Field(None, gt=0, lt=1)
+    """``ema``: how much of the average is kept each time. Default: 0.999."""
+    warmup: bool = False
+    """``ema``: keep less at first, the smaller of ``decay`` and (1 + n) / (10 + n) after n times."""
+    start: Every | None = None
+    """How much of the run comes before; steps are applied updates. ``swa`` needs it. Default: nothing."""
+    every: Every | None = None
+    """How often weights are taken in; steps are applied updates. Default: 1 step with ``ema``, 1 epoch with ``swa``."""
+    learning_rate: float | None = Field(None, gt=0)
+    """``swa``: what the rates of all parameter groups go to from ``start`` on, in place of the schedule's. Default: the
+    schedule goes on."""
+    anneal: Anneal | None = None
+    """``swa``: how they go to ``learning_rate``. Default: over 10 epochs, along a cosine."""
     evaluate: bool = True
-    """Evaluate the averaged weights rather than the raw ones."""
+    """Evaluate the averaged weights, as soon as there are any, rather than the raw ones."""
+
+    @property
+    def ema_decay(self) -> float:
+        """How much of an exponential average is kept."""
+        return 0.999 if self.decay is None else self.decay
+
+    @property
+    def interval(self) -> Interval:
+        """How often weights are taken in."""
+        return self.every or Interval(1, "epoch" if self.kind == "swa" else "step")
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        swa = self.kind == "swa"
+        return refuse(
+            self,
+            *(
+                (swa and value, key, f"'{key}' belongs to kind: ema")
+                for key, value in (("decay", self.decay), ("warmup", self.warmup))
+            ),
+            *(
+                (not swa and value, key, f"'{key}' belongs to kind: swa")
+                for key, value in (("learning_rate", self.learning_rate), ("anneal", self.anneal))
+            ),
+            (swa and self.start is None, "start", "swa averages late weights: say from when on, such as '10 epochs'"),
+            (
+                swa and self.anneal and self.learning_rate is None,
+                "anneal",
+                "there is no 'learning_rate' to anneal to; give one, or leave 'anneal' out",
+            ),
+        )
 
 
 class EarlyStopping(Section):
@@ -543,7 +615,9 @@ class RunConfiguration(Section):
         unknown = f"known results: {', '.join(sorted(known))}"
         schedule, validation = self.schedule or Schedule(warmup_steps=1), self.data.validation
         stopping = self.limit.early_stopping
-        plateau = (schedule.target or "").endswith("ReduceLROnPlateau")
+        start = self.averaging.start if self.averaging is not None else None
+        end = (self.limit.steps if start.unit == "step" else self.limit.epochs) if start is not None else None
+        plateau = schedule.watches
         return refuse(
             self,
             (
@@ -568,6 +642,11 @@ class RunConfiguration(Section):
                 self.checkpoint.best and validation is None,
                 "checkpoint.best",
                 "the best checkpoint needs data.validation",
+            ),
+            (
+                start is not None and end is not None and start.count >= end,
+                "averaging.start",
+                f"{start} is not before the end of the run, so nothing would be averaged",
             ),
             (
                 plateau != (schedule.monitor is not None),

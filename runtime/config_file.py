@@ -251,7 +251,7 @@ def _suggest(path: tuple[str, ...]) -> str:
         return near
     elsewhere = [key for key in _all_paths(RunConfiguration) if key.split(".")[-1] == path[-1]]
     if elsewhere:
-        return f"; did you mean {elsewhere[0]!r}?"
+        return f"; did you mean {min(elsewhere, key=lambda key: key.count('.'))!r}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 

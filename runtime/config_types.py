@@ -58,6 +58,10 @@ class Interval:
             return step % self.count == 0
         return epoch_ends and epoch % self.count == 0
 
+    def reached(self, *, steps: int, epochs: int) -> bool:
+        """Tell whether as much is over, when so many steps and epochs are."""
+        return (steps if self.unit == "step" else epochs) >= self.count
+
     @classmethod
     def parse(cls, value: Any) -> Any:
         """Read ``"200 steps"`` or ``"1 epoch"``."""

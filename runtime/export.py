@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runtime.averaging import averaged_state
 from runtime.checkpoint import damage_of
 from runtime.errors import CheckpointError, ConfigurationError, Problem
 from runtime.inspection import is_checkpoint, newest_whole
@@ -70,13 +71,13 @@ def export(
     Args:
         source: a checkpoint; or a run folder, whose newest whole checkpoint is taken.
         out: ends in ``.safetensors``, ``.pt`` or ``.pth``.
-        weights: ``averaged`` takes the running average of each parameter, and the raw buffers.
+        weights: ``averaged`` takes the running average of each parameter, and with ``swa`` its BatchNorm statistics.
         force: write over a file that is there.
         warn: told what else a person should know.
 
     Raises:
         ConfigurationError: ``out`` ends otherwise.
-        CheckpointError: the checkpoint is not whole or has no average; or ``out`` is there or cannot be written.
+        CheckpointError: the checkpoint is not whole, or its average is not; or ``out`` is there or cannot be written.
         RunFolderError: there is no such folder.
     """
     _check_target(out, force=force)
@@ -135,22 +136,13 @@ def _raw(checkpoint: Path, tree: Mapping[str, Any], *, warn: Callable[[str], Non
 
 
 def _averaged(state: Mapping[str, Tensor], checkpoint: Path, tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Put the average in the place of each parameter, under all names that it is tied to.
-
-    A tied weight is averaged under its first name only.
-    """
     stored = tree["training"].get("averaging")
-    if stored is None:
-        raise CheckpointError(f"{checkpoint} holds no averaged weights (the YAML's averaging was not set)")
-    average: dict[str, Tensor] = join_state(stored, load_file(checkpoint / "training.safetensors"))
-    ours = {name.removeprefix("model."): a for name, a in average.items() if name.startswith("model.")}
-    strange = [name for name in ours if name not in state]
-    if strange:
-        raise CheckpointError(
-            f"{checkpoint}: there is an average of {', '.join(strange)}, which the state dict has not"
-        )
-    of_raw = {id(state[name]): a for name, a in ours.items()}
-    return {name: of_raw.get(id(raw), raw) for name, raw in state.items()}
+    if stored is not None:
+        stored = join_state(stored, load_file(checkpoint / "training.safetensors"))
+    try:
+        return averaged_state(state, stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint} {error}") from None
 
 
 def _metadata(checkpoint: Path, tree: Mapping[str, Any], weights: str) -> dict[str, str]:
@@ -169,7 +161,8 @@ def _metadata(checkpoint: Path, tree: Mapping[str, Any], weights: str) -> dict[s
         metadata["run"] = configuration["name"]
     if tree["results"]:
         metadata["results"] = json.dumps(tree["results"])
-        evaluates_average = (configuration.get("averaging") or {}).get("evaluate", False)
+        averages = bool((training.get("averaging") or {}).get("count", 0))
+        evaluates_average = averages and (configuration.get("averaging") or {}).get("evaluate", False)
         metadata["results_of"] = "averaged" if evaluates_average else "raw"
     return metadata
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from runtime import assembly
-from runtime.averaging import ExponentialMovingAverage
+from runtime.averaging import WeightAverage
 from runtime.batches import Samples, fingerprint
 from runtime.checkpoint import Checkpoint, Weights, load_weights
 from runtime.columns import ColumnBuilder, Columns
@@ -123,6 +123,10 @@ class Inference:
         more = {"--split": split, "--weights": which, "command": request.act}
         compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
         averaging = _restored(module, weights, build_averaging(loaded, module) if which == "averaged" else None)
+        if averaging is not None and averaging.count == 0:
+            if request.weights == "averaged":
+                raise CheckpointError("the checkpoint was made before averaging.start and holds no averaged weights yet")
+            averaging, which = None, "raw"  # as the run's own evaluations did
         strategy.prepare_evaluation(module)
         done = Inferred(
             "finished",
@@ -312,9 +316,7 @@ def print_results(done: Inferred, reported: Mapping[str, Result]) -> None:
         console.print(f"written to {done.output}", soft_wrap=True, markup=False)
 
 
-def _restored(
-    module: TrainingModule, weights: Weights, averaging: ExponentialMovingAverage | None
-) -> ExponentialMovingAverage | None:
+def _restored(module: TrainingModule, weights: Weights, averaging: WeightAverage | None) -> WeightAverage | None:
     """Give the module the checkpoint's raw weights, and the average its own, to be swapped in.
 
     Raises:
@@ -327,6 +329,11 @@ def _restored(
             raise CheckpointError("the checkpoint holds no averaged weights; evaluate the raw ones: --weights raw")
         if averaging is not None and weights.averaging is not None:
             averaging.load_state_dict(weights.averaging)
+            if averaging.lacks_statistics:
+                raise CheckpointError(
+                    "the averaged weights' BatchNorm statistics were still to be computed at this checkpoint; take one that "
+                    "follows an evaluation, or the raw weights: --weights raw"
+                )
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"the checkpoint does not fit the configuration's model or objective: {error}") from error
     return averaging

@@ -13,9 +13,9 @@ from runtime.divergence import Divergence
 from runtime.garbage import GarbageCollection
 from runtime.meters import PhaseTimes, TrainingMeter
 from runtime.metrics import Result
-from runtime.optimization import Schedule
 from runtime.progress import Progress
 from runtime.randomness import Purpose, derive, seed_everything
+from runtime.schedule import Schedule
 from runtime.strategies import Strategy, Update
 from runtime.verdicts import Verdicts
 

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from runtime import assembly, yaml_file
-from runtime.averaging import ExponentialMovingAverage
+from runtime.averaged_evaluation import AveragedEvaluation
+from runtime.averaging import WeightAverage
+from runtime.batch_statistics import BatchStatistics
 from runtime.batches import Samples, Sharing, default_slots
 from runtime.class_results import ClassResults
 from runtime.comparison import code_digest, compare, shapes
@@ -35,7 +37,7 @@ from runtime.resumption import Identity, RunState, check_identity, slots_on_resu
 from runtime.serialization import replace_file
 from runtime.strategies import Strategy
 from runtime.streams import StreamSamples
-from runtime.training_data import TrainingData
+from runtime.training_data import MappedData, TrainingData
 
 _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
 
@@ -89,10 +91,10 @@ def prepare(
     return Prepared(data, identity, sharing, state)
 
 
-def build_averaging(loaded: LoadedConfiguration, module: TrainingModule) -> ExponentialMovingAverage | None:
+def build_averaging(loaded: LoadedConfiguration, module: TrainingModule) -> WeightAverage | None:
     """Build the running average of a module's weights, or None if the configuration wants none."""
     section = loaded.values.averaging
-    return ExponentialMovingAverage(module, section.decay) if section is not None else None
+    return WeightAverage(module, section) if section is not None else None
 
 
 def build_evaluator(
@@ -122,6 +124,41 @@ def evaluator_of(
         make_loader=assembly.build_loader(loaded, strategy.device),
         seed=values.seed,
     )
+
+
+def build_averaged_evaluation(
+    loaded: LoadedConfiguration,
+    prepared: Prepared,
+    strategy: Strategy,
+    *,
+    enter: Callable[[], None],
+    tell: Callable[[str], None],
+) -> AveragedEvaluation:
+    """Build what decides which weights are evaluated.
+
+    Args:
+        enter: told each global batch of a pass for BatchNorm statistics.
+        tell: told where the averaged weights begin to be evaluated.
+
+    Raises:
+        ConfigurationError: the average would need BatchNorm statistics that cannot be computed.
+    """
+    section, average, data, statistics = loaded.values.averaging, prepared.state.averaging, prepared.data, None
+    if isinstance(data, MappedData):
+        statistics = BatchStatistics(
+            data.samples,
+            data.order,
+            sharing=prepared.sharing,
+            strategy=strategy,
+            make_loader=assembly.build_loader(loaded, strategy.device),
+            seed=loaded.values.seed,
+            enter=enter,
+        )
+    elif average is not None and average.has_statistics:
+        what = "swa cannot compute BatchNorm statistics over a stream; use ema, or a model without BatchNorm"
+        raise ConfigurationError([loaded.problem(("averaging", "kind"), what)])
+    wanted = section is not None and section.evaluate
+    return AveragedEvaluation(average, wanted=wanted, statistics=statistics, tell=tell)
 
 
 def build_trackers(

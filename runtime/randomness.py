@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     EVALUATION = 5
     DRAW = 6
     STREAM = 7
+    STATISTICS = 8
 
 
 _PYTHON: Any = random._inst  # the generator behind random.random()

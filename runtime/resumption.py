@@ -9,14 +9,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 from runtime.attempts import Rollback
-from runtime.averaging import ExponentialMovingAverage
+from runtime.averaging import WeightAverage
 from runtime.config_file import LoadedConfiguration, exact_keys
 from runtime.divergence import Divergence
 from runtime.early_stopping import EarlyStopping
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
-from runtime.optimization import Schedule
 from runtime.progress import Progress
+from runtime.schedule import Schedule
 from runtime.strategies import Strategy
 
 
@@ -27,7 +27,7 @@ class RunState:
     module: TrainingModule
     optimizer: Optimizer
     schedule: Schedule
-    averaging: ExponentialMovingAverage | None
+    averaging: WeightAverage | None
     strategy: Strategy
     divergence: Divergence
     early_stopping: EarlyStopping | None

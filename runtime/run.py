@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from runtime.loop import Parts, train
 from runtime.meters import PhaseTimes, TrainingMeter
 from runtime.metrics import MetricSet, Result
 from runtime.objective import TrainingModule
-from runtime.preparation import build_evaluator, build_trackers, prepare
+from runtime.preparation import Prepared, build_averaged_evaluation, build_evaluator, build_trackers, prepare
 from runtime.reporting import Reporter
 from runtime.run_folder import STOP_FILE, Found, RunFolder
 from runtime.stopping import StopWish
@@ -113,7 +113,7 @@ class Run:
                 self._go_on_from(found, stored)
             self._open_reporter(stack)
             try:
-                return self._train(prepared.state.module)
+                return self._train(prepared)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -134,13 +134,17 @@ class Run:
         self._results = dict(found.results)
         self._evaluated_step = self._progress.step if found.results else -1
 
-    def _train(self, module: TrainingModule) -> RunResult:
+    def _train(self, prepared: Prepared) -> RunResult:
         strategy, progress = self._strategy, self._progress
+        module = prepared.state.module
         strategy.prepare(module, self._state.optimizer)
         was_over = self._nothing_left() and not progress.evaluation_due
         self._validation, self._test = (
             build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
             build_evaluator(self._loaded, strategy, "test", slots=self._sharing.slots),
+        )
+        self._weights = build_averaged_evaluation(
+            self._loaded, prepared, strategy, enter=self._statistics_go_on, tell=self._reporter.message
         )
         if was_over:
             why, keys = self._why_early() or f"{progress.step} steps", "limit.epochs or limit.steps"
@@ -285,7 +289,7 @@ class Run:
             )
 
     def _evaluate(self, window: Window) -> dict[str, Result] | None:
-        if self._validation is None or not self._is_due(self._values.evaluation.every, window):
+        if not self._is_due(self._values.evaluation.every, window) or not (self._validation or window.run_ends):
             return None
         self._meter.pause()
         results = self._validate()
@@ -294,10 +298,9 @@ class Run:
 
     def _validate(self) -> dict[str, Result] | None:
         """Evaluate, or note that the evaluation was cut short and is still to come."""
-        assert self._validation is not None
         results = self._evaluated(self._validation)
         self._progress.evaluation_due = results is None
-        if results is not None:
+        if results:
             self._results, self._evaluated_step = results, self._progress.step
             self._reporter.evaluation("validation", self._progress.step, self._progress.epoch, results)
         return results
@@ -318,9 +321,6 @@ class Run:
 
     def _catch_up_evaluation(self) -> bool:
         """Do what was cut short when the run was left; return whether it was done this time."""
-        if self._validation is None:
-            self._progress.evaluation_due = False
-            return True
         results = self._validate()
         if results is None:
             return False
@@ -386,17 +386,19 @@ class Run:
             return lambda cursor, steps: step + steps >= last
         return lambda cursor, steps: cursor.epoch >= (limit.epochs or 0)
 
-    def _evaluated(self, evaluator: Evaluator) -> dict[str, Result] | None:
-        averaging, section = self._state.averaging, self._values.averaging
+    def _evaluated(self, evaluator: Evaluator | None) -> dict[str, Result] | None:
         self._times.enter("evaluate", self._progress.step)
-        averaged = averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
 
         def before_round() -> bool:
             self._times.enter("evaluate", self._progress.step)  # a sign of life: an evaluation may take long
             return self._stop_wished()
 
-        with averaged, self._garbage.paused():
-            return evaluator.evaluate(before_round)
+        with self._garbage.paused():
+            return self._weights.evaluate(evaluator, self._progress, last=self._nothing_left, stop_wished=before_round)
+
+    def _statistics_go_on(self) -> None:
+        for phase in ("statistics", "evaluate"):  # a pass may be long, and is no hang
+            self._times.enter(phase, self._progress.step)
 
     def _evaluate_test(self) -> bool:
         """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,9 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runtime import assembly, yaml_file
+from runtime.averaging import batch_norms
 from runtime.batches import default_slots
+from runtime.config import Anneal
 from runtime.config_file import LoadedConfiguration
+from runtime.curve import Curve, drawn, save_picture, simulate
 from runtime.determinism import default_determinism
+from runtime.errors import ConfigurationError, DataError, Problem
 from runtime.facts import inexact_choices
 from runtime.metrics import MetricSet
 from runtime.objective import Objective, TrainingModule
@@ -24,12 +28,14 @@ from runtime.training_data import TrainingData
 from runtime.weighted_sum import WeightedSum
 
 _CPU = torch.device("cpu")
-_SIMULATED_STEPS = 100_000
-_RATES = 8
+_UNKNOWN_END = "how many steps there are shows when the stream ends"
 
 
-def show(loaded: LoadedConfiguration, processes: int) -> None:
+def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = None) -> None:
     """Print what a configuration means for a number of processes.
+
+    Args:
+        picture: file that the learning rate's curve is drawn to.
 
     Raises:
         LockstepError: the configuration or the data is wrong.
@@ -37,23 +43,33 @@ def show(loaded: LoadedConfiguration, processes: int) -> None:
     assembly.check_components(loaded)
     console = Console(highlight=False, soft_wrap=True)
     data = assembly.build_training_data(loaded)
+    if data.steps_per_epoch == 0:
+        raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     module = TrainingModule(assembly.build_model(loaded), build_objective(loaded))
     optimizer = assembly.build_optimizer(loaded, module)
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
+    memory = list(_memory(loaded, module, optimizer))
+    curve = _curve(loaded, optimizer, data)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
         *_steps(loaded, data),
         *_slots(loaded, processes),
-        *_memory(loaded, module, optimizer),
+        *memory,
         ("loss", "\n".join(_losses(loaded, module.objective))),
-        ("learning rate", "\n".join(_rates(loaded, optimizer, data))),
+        ("learning rate", "\n".join(_schedule(loaded, curve, draw=console.encoding.startswith("utf")))),
+        *_averaging(loaded, module),
         ("parameters", "\n".join(_parameters(module))),
         ("exactness", "\n".join(_promises(loaded, module))),
     ):
         table.add_row(f"[bold]{label}[/]", text)
     console.print(table)
+    if picture is not None and curve is None:
+        raise ConfigurationError([Problem("command line", "--curve", f"{_UNKNOWN_END}; give limit.steps")])
+    if picture is not None and curve is not None:
+        save_picture(curve, picture, title=f"{loaded.name}: learning rate")
+        console.print(f"\nwritten: {picture}")
 
 
 def _steps(loaded: LoadedConfiguration, data: TrainingData) -> Iterator[tuple[str, str]]:
@@ -140,30 +156,71 @@ def _optimizer_bytes(optimizer: Optimizer) -> str:
     return _bytes(sum(t.nbytes for t in tensors))
 
 
-def _rates(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData) -> Iterator[str]:
-    schedule = loaded.values.schedule
+def _curve(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData) -> Curve | None:
+    """Simulate the schedule, or return None where nobody knows for how long; the optimizer is not used afterwards."""
     per_epoch, total = data.steps_per_epoch, _total_steps(loaded, data)
-    simulated = assembly.build_schedule(loaded, optimizer, assembly.schedule_length(loaded, per_epoch))
-    if schedule is None or schedule.monitor:
-        yield f"{simulated.learning_rates[0]:.3g}" + (f", until {schedule.monitor} stops improving" if schedule else "")
-        return
     if total is None:
-        yield f"{simulated.learning_rates[0]:.3g} at first (how many steps there are shows when the stream ends)"
+        return None
+    schedule = assembly.build_schedule(loaded, optimizer, assembly.schedule_length(loaded, per_epoch))
+    curve = simulate(schedule, steps=total, steps_per_epoch=per_epoch)
+    section, averaging = loaded.values.schedule, loaded.values.averaging
+    if section is not None and section.warmup_steps:
+        curve.marks[section.warmup_steps] = "warmed up"
+    if averaging is not None and averaging.start is not None:
+        start = averaging.start
+        at = start.count * (per_epoch or total + 1) if start.unit == "epoch" else start.count
+        curve.marks[at] = "averaging begins"
+    curve.marks = {step: what for step, what in curve.marks.items() if step <= len(curve.rates[0])}
+    return curve
+
+
+def _schedule(loaded: LoadedConfiguration, curve: Curve | None, *, draw: bool) -> Iterator[str]:
+    section, averaging = loaded.values.schedule, loaded.values.averaging
+    counted = {"step": "each applied update", "epoch": "each epoch"}
+    if section is None:
+        yield "constant"
+    else:
+        warmed = f" after a linear warm-up of {section.warmup_steps:,} updates" if section.warmup_steps else ""
+        when = "each evaluation" if section.watches else counted[section.interval]
+        yield (f"{section.target}, stepped after {when}" if section.target else "constant") + warmed
+    if averaging is not None and averaging.learning_rate is not None:
+        anneal = averaging.anneal or Anneal(epochs=10)
+        length = f"{anneal.epochs or anneal.steps} {'epochs' if anneal.epochs else 'updates'}"
+        yield f"after {averaging.start}: to {averaging.learning_rate:.3g} over {length} ({anneal.strategy}), and constant"
+    if curve is None:
+        yield f"({_UNKNOWN_END})"
         return
-    steps = min(total, _SIMULATED_STEPS)
-    wanted = {round(i * (steps - 1) / (_RATES - 1)) for i in range(_RATES)} | {min(schedule.warmup_steps, steps - 1)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch misses the optimizer's steps
-        for step in range(steps):
-            if step in wanted:
-                yield f"step {step + 1:>8,}  {simulated.learning_rates[0]:.3e}"
-            simulated.after_update()
-            if per_epoch and (step + 1) % per_epoch == 0:
-                simulated.after_epoch()
-    if steps < total:
-        yield f"(the first {steps:,} of {total:,} steps)"
+    for rates, groups in zip(curve.rates, curve.groups, strict=True):
+        several = f"{groups} parameter group{'s' * (groups > 1)}: " if len(curve.rates) > 1 else ""
+        highest = max(rates)
+        at = "" if min(rates) == highest else f", highest {highest:.3g} at step {rates.index(highest) + 1:,}"
+        yield f"{several}first {rates[0]:.3g}{at}, last {rates[-1]:.3g}"
+    if draw:
+        yield ""
+        yield from drawn(curve)
+    if section is not None and section.watches:
+        yield f"(drawn as if {section.monitor} never stopped improving; it is multiplied by 'factor' where it does)"
+    if curve.total > len(curve.rates[0]):
+        yield f"(the first {len(curve.rates[0]):,} of {curve.total:,} steps)"
     if assembly.follows_limit(loaded):
         yield "its length follows from the limit, which then cannot be raised later"
+
+
+def _averaging(loaded: LoadedConfiguration, module: nn.Module) -> Iterator[tuple[str, str]]:
+    section = loaded.values.averaging
+    if section is None:
+        return
+    unit = "update" if section.interval.unit == "step" else "epoch"
+    often = f"each {unit}" if section.interval.count == 1 else f"every {section.interval.count} {unit}s"
+    start = section.start
+    begin = f", from {'update' if start.unit == 'step' else 'epoch'} {start.count + 1:,} on" if start else ""
+    warm = ", less at first" if section.warmup else ""
+    what = "mean of the weights" if section.kind == "swa" else f"exponential average (decay {section.ema_decay}{warm})"
+    lines = [f"{what} after {often}{begin}; {'it is' if section.evaluate else 'the raw weights are'} evaluated"]
+    if section.kind == "swa" and batch_norms(module):
+        when = "before each evaluation of it and " if section.evaluate else ""
+        lines.append(f"its BatchNorm statistics take a forward pass over the training data, {when}at the end")
+    yield "averaging", "\n".join(lines)
 
 
 def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from runtime.averaging import ExponentialMovingAverage
+from runtime.averaging import WeightAverage
 from runtime.batches import Window
 from runtime.divergence import Divergence
 from runtime.meters import TrainingMeter
-from runtime.optimization import Schedule
 from runtime.progress import Progress
+from runtime.schedule import Schedule
 from runtime.strategies import Strategy, Update
 
 
@@ -39,7 +39,7 @@ class Verdicts:
         *,
         strategy: Strategy,
         schedule: Schedule,
-        averaging: ExponentialMovingAverage | None,
+        averaging: WeightAverage | None,
         divergence: Divergence,
         progress: Progress,
         meter: TrainingMeter,
@@ -75,3 +75,5 @@ class Verdicts:
                 self._averaging.update()
         if window.epoch_ends:
             self._schedule.after_epoch()
+            if self._averaging is not None:
+                self._averaging.after_epoch()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runtime import export as module
-from runtime.averaging import ExponentialMovingAverage
+from runtime.averaging import WeightAverage
 from runtime.cli import main
+from runtime.config import Averaging
 from runtime.errors import CheckpointError, ConfigurationError
 from runtime.export import export
 from runtime.objective import TrainingModule
@@ -69,6 +70,11 @@ def exported(source: Path, out: Path, **options: Any) -> dict[str, Tensor]:
 def written(path: Path, model: dict[str, Any], **training: Any) -> Path:
     state = {"model": model, "training": training}
     return folder(path).write(HostBuffers().copy(state, step=3, attempt=0, epoch=2, results={}))
+
+
+def kept(average: dict[str, Tensor]) -> dict[str, Any]:
+    """What a checkpoint holds of an average."""
+    return {"average": average, "count": 1, "statistics": {}, "statistics_of": None}
 
 
 def assert_same_bits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -125,6 +131,7 @@ def test_the_average_is_that_of_the_raw_weights_of_all_steps(run: tuple[Path, di
     raw = [exported(c, tmp_path / f"raw{i}.pt") for i, c in enumerate(checkpoints)]
     averaged = [exported(c, tmp_path / f"averaged{i}.pt", weights="averaged") for i, c in enumerate(checkpoints)]
     for name in ("net.0.weight", "net.4.bias", "net.1.weight"):
+        assert torch.equal(averaged[0][name], raw[0][name])
         for before, now, weight in zip(averaged, averaged[1:], raw[1:], strict=False):
             assert torch.allclose(now[name], 0.8 * before[name] + 0.2 * weight[name], rtol=1e-12, atol=0)
     for name in ("net.1.running_mean", "net.1.running_var", "net.1.num_batches_tracked"):
@@ -171,12 +178,13 @@ def test_every_type_and_shape_comes_out_bit_for_bit(tmp_path: Path, suffix: str)
 @pytest.mark.parametrize("weights", ["raw", "averaged"])
 def test_tied_weights_are_under_both_names(tmp_path: Path, suffix: str, weights: str) -> None:
     training_module = TrainingModule(Tied(), tiny.PairObjective())
-    average = ExponentialMovingAverage(training_module, 0.5)
-    with torch.no_grad():
-        for parameter in training_module.parameters():
-            parameter += 1
-        training_module.model.norm.running_mean += 7
-    average.update()
+    average = WeightAverage(training_module, Averaging(decay=0.5))
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in training_module.parameters():
+                parameter += 1
+            training_module.model.norm.running_mean += 7
+        average.update()
     model = training_module.model.state_dict()
     checkpoint = written(tmp_path / "c", model, averaging=average.state_dict())
     expected = {name: tensor.clone() for name, tensor in model.items()}
@@ -195,7 +203,7 @@ def test_a_torch_file_holds_no_more_than_its_tensors(tmp_path: Path) -> None:
     big = {"weight": torch.zeros(100_000)}
     module_of_one = TrainingModule(nn.Linear(1, 1), tiny.PairObjective())
     average = {"model.weight": torch.ones(100_000), "objective.temperature": module_of_one.objective.temperature}
-    checkpoint = written(tmp_path / "c", big, averaging=average, optimizer={"state": torch.zeros(500_000)})
+    checkpoint = written(tmp_path / "c", big, averaging=kept(average), optimizer={"state": torch.zeros(500_000)})
     for weights in ("raw", "averaged"):
         state = exported(checkpoint, tmp_path / "w.pt", weights=weights, force=True)
         assert list(state) == ["weight"]
@@ -219,7 +227,7 @@ def test_a_checkpoint_without_an_average_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_average_that_does_not_fit_the_names_is_refused(tmp_path: Path) -> None:
-    checkpoint = written(tmp_path / "c", {"w": torch.zeros(1)}, averaging={"model.v": torch.ones(1)})
+    checkpoint = written(tmp_path / "c", {"w": torch.zeros(1)}, averaging=kept({"model.v": torch.ones(1)}))
     with pytest.raises(CheckpointError, match="an average of v"):
         exported(checkpoint, tmp_path / "w.pt", weights="averaged")
 

@@ -348,7 +348,7 @@ def saved_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def averages(folder: Path) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in saved(folder, STEPS)["averaging"].items()}
+    return {name: value.numpy().tobytes() for name, value in saved(folder, STEPS)["averaging"]["average"].items()}
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
