@@ -1,4 +1,4 @@
-"""What turns gradients into updates: parameter groups, the optimizer, and the learning-rate schedule.
+"""What turns gradients into updates: fused kernels and the learning-rate schedule.
 
 The schedule wraps any torch scheduler. It is built on the bare optimizer and never prepared by Accelerate, which would
 step it once per process. It advances with applied updates (or with epochs) only.
@@ -6,10 +6,9 @@ step it once per process. It advances with applied updates (or with epochs) only
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,37 +20,6 @@ from runtime.errors import DivergenceError
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LENGTHS = ("T_max", "total_steps", "total_iters")
-
-
-def parameter_groups(
-    module: nn.Module, groups: Sequence[tuple[Sequence[str], Mapping[str, Any]]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Share the trainable parameters out over optimizer groups.
-
-    Args:
-        module: a TrainingModule; names are matched without the leading ``model.``.
-        groups: patterns and optimizer arguments; the first group that matches a name takes it.
-
-    Returns:
-        torch's parameter groups, the unmatched parameters last; and the patterns that matched nothing.
-    """
-    shared: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
-    used: set[str] = set()
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        number = len(groups)
-        for candidate, (patterns, _) in enumerate(groups):
-            matching = [p for p in patterns if fnmatch.fnmatchcase(name.removeprefix("model."), p)]
-            used.update(matching)
-            if matching:
-                number = candidate
-                break
-        shared[number].append(parameter)
-    arguments: list[Mapping[str, Any]] = [args for _, args in groups] + [{}]
-    made = [{"params": params, **args} for params, args in zip(shared, arguments, strict=True) if params]
-    unused = [pattern for patterns, _ in groups for pattern in patterns if pattern not in used]
-    return made, unused
 
 
 def fused_arguments(

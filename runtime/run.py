@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from runtime.control import Agreement, sum_over_ranks
 from runtime.divergence import RollbackWanted
 from runtime.errors import OutOfMemoryError
 from runtime.evaluation import Evaluator
+from runtime.evaluation_weights import end_training, evaluated_weights
 from runtime.facts import start_facts, versions
 from runtime.fitting import is_out_of_memory, out_of_memory
 from runtime.garbage import GarbageCollection
@@ -104,7 +105,9 @@ class Run:
             self._stop_wish.watch_file(self._folder.path / STOP_FILE)
             found = self._folder.newest(self._values.resume)
             stored = load_state(found.path) if found is not None else None
-            prepared = prepare(self._loaded, self._strategy, stored[1] if stored else None, self._warn)
+            before = stored[1] if stored else None
+            prepared = prepare(self._loaded, self._strategy, before, self._warn, self._reporter.message)
+            self._freezing = prepared.freezing
             self._data, self._identity, self._sharing = prepared.data, prepared.identity, prepared.sharing
             self._state, self._progress = prepared.state, prepared.state.progress
             if found is not None and stored is not None:
@@ -134,6 +137,7 @@ class Run:
 
     def _train(self, module: TrainingModule) -> RunResult:
         strategy, progress = self._strategy, self._progress
+        self._freezing.apply(progress.cursor.epoch)
         strategy.prepare(module, self._state.optimizer)
         self._validation, self._test = (
             build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
@@ -166,7 +170,7 @@ class Run:
                 self._strategy.warm_up(self._reading.filler)
                 self._warmed_up = True
             module.train()
-            return train(self._reading.windows, self._parts(module))
+            return train(self._unfreezing(self._reading.windows), self._parts(module))
         except RollbackWanted as wanted:
             self._roll_back(wanted)
             return None
@@ -188,6 +192,16 @@ class Run:
             skipped=self._progress.skipped_batches,
             places=self._places,
         )
+
+    def _unfreezing(self, windows: Iterable[Window]) -> Iterator[Window]:
+        """Yield windows, each once what its epoch trains is trainable. Collective."""
+        for window in windows:
+            if self._freezing.apply(window.cursor.epoch):
+                self._strategy.rewrap()
+                self._strategy.warm_up(self._reading.filler)
+                trainable = sum(p.numel() for p in self._state.module.parameters() if p.requires_grad)
+                self._reporter.message(f"epoch {window.cursor.epoch + 1}: {trainable:,} parameters are trained")
+            yield window
 
     def _sum_weights(self, weights: Tensor) -> Tensor:
         self._times.enter("weigh", self._progress.step + 1)  # here the ranks wait for the slowest reader
@@ -365,7 +379,7 @@ class Run:
         averaging, section = self._state.averaging, self._values.averaging
         self._times.enter("evaluate", self._progress.step)
         averaged = averaging.swapped_in() if averaging and section and section.evaluate else nullcontext()
-        with averaged, self._garbage.paused():
+        with averaged, evaluated_weights(self._state.optimizer), self._garbage.paused():
             return evaluator.evaluate(self._stop_wished)
 
     def _evaluate_test(self) -> bool:
@@ -408,6 +422,7 @@ class Run:
     def _close(self, outcome: Literal["finished", "stopped"]) -> RunResult:
         self._stop_wish.moved()
         self._folder.finish_saving()
+        end_training(self._state.optimizer)
         if outcome == "stopped":
             self._reporter.message(
                 f"Stopped by {self._stop_wish.reason or 'another rank'} after step {self._progress.step}, saved; "

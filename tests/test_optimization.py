@@ -11,8 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from runtime.errors import DivergenceError
-from runtime.objective import Objective, TrainingModule
-from runtime.optimization import Schedule, fused_arguments, length_argument, parameter_groups
+from runtime.optimization import Schedule, fused_arguments, length_argument
 from runtime.serialization import join_state, split_state
 
 pytestmark = pytest.mark.single
@@ -104,20 +103,6 @@ def test_the_length_of_the_run_is_filled_in_only_where_it_is_required() -> None:
     assert length_argument(lr_scheduler.OneCycleLR, {"epochs": 1, "steps_per_epoch": 2}) is None
     assert length_argument(lr_scheduler.PolynomialLR, {}) is None  # it has a default of its own
     assert length_argument(lr_scheduler.StepLR, {}) is None
-
-
-def test_each_parameter_is_in_the_first_group_that_matches() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1))
-    model[2].bias.requires_grad_(False)
-    groups, unused = parameter_groups(
-        TrainingModule(model, Objective()),
-        [(["*.bias"], {"weight_decay": 0.0}), (["1.*", "nothing"], {"lr": 0.5})],
-    )
-    sizes = [
-        (sum(p.numel() for p in group["params"]), {k: v for k, v in group.items() if k != "params"}) for group in groups
-    ]
-    assert sizes == [(6, {"weight_decay": 0.0}), (3, {"lr": 0.5}), (9, {})]
-    assert unused == ["nothing"]
 
 
 def test_fused_is_chosen_where_torch_has_it_and_the_user_did_not_choose() -> None:

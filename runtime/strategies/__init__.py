@@ -69,6 +69,10 @@ class Strategy(Protocol):
         """Wrap module and optimizer, which is already on the device. Collective."""
         ...
 
+    def rewrap(self) -> None:
+        """Wrap the module anew, after what is trainable has changed; warm up again after it. Collective."""
+        ...
+
     def warm_up(self, filler: Any) -> None:
         """Run one filler through forward and backward, leaving no trace, so that later steps add in one order. Collective."""
         ...
