@@ -113,6 +113,31 @@ def test_unfreezing_gives_every_number_of_processes_the_same_weights(
     assert shared[0]["norms"] == pytest.approx(alone["norms"], rel=1e-10)
 
 
+def wrappers_alive(config: dict[str, Any]) -> list[int]:
+    """Train, and return how many of the earlier wrappers are alive whenever the module is wrapped."""
+    import weakref
+
+    from runtime.strategies.accelerated import AcceleratedStrategy
+
+    wrap, made, alive = AcceleratedStrategy._wrap, [], []
+
+    def noting(self: Any) -> None:
+        alive.append(sum(reference() is not None for reference in made))
+        wrap(self)
+        made.append(weakref.ref(self._wrapped))
+
+    AcceleratedStrategy._wrap = noting  # type: ignore[method-assign]
+    try:
+        observe(config)
+    finally:
+        AcceleratedStrategy._wrap = wrap  # type: ignore[method-assign]
+    return alive
+
+
+def test_the_wrapper_before_is_gone_when_the_module_is_wrapped_anew(pool: ProcessPool, tmp_path: Path) -> None:
+    assert pool.run(wrappers_alive, 2, thawing(tmp_path)) == [[0, 0, 0]] * 2
+
+
 @pytest.mark.parametrize(
     ("world_size", "stops"),
     [

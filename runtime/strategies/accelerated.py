@@ -122,7 +122,8 @@ class AcceleratedStrategy:
     def rewrap(self) -> None:
         """Wrap the module anew, after what is trainable has changed. Collective.
 
-        DDP reduces what was trainable when it was made; its reducer must be gone before the next one hooks the same parameters.
+        DDP reduces what was trainable when it was made. The one before is collected first, so that its buckets and its hooks on
+        the parameters do not stay.
         """
         self.discard()
         self._wrapped = None
