@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,7 +170,7 @@ class Run:
                 self._strategy.warm_up(self._reading.filler)
                 self._warmed_up = True
             module.train()
-            return train(self._unfreezing(self._reading.windows), self._parts(module))
+            return train(self._unfreezing(self._reading), self._parts(module))
         except RollbackWanted as wanted:
             self._roll_back(wanted)
             return None
@@ -193,12 +193,12 @@ class Run:
             places=self._places,
         )
 
-    def _unfreezing(self, windows: Iterable[Window]) -> Iterator[Window]:
+    def _unfreezing(self, reading: Reading) -> Iterator[Window]:
         """Yield windows, each once what its epoch trains is trainable. Collective."""
-        for window in windows:
+        for window in reading.windows:
             if self._freezing.apply(window.cursor.epoch):
                 self._strategy.rewrap()
-                self._strategy.warm_up(self._reading.filler)
+                self._strategy.warm_up(reading.filler)
                 trainable = sum(p.numel() for p in self._state.module.parameters() if p.requires_grad)
                 self._reporter.message(f"epoch {window.cursor.epoch + 1}: {trainable:,} parameters are trained")
             yield window

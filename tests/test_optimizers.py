@@ -52,7 +52,7 @@ def built(config: dict[str, Any]) -> tuple[LoadedConfiguration, nn.Module]:
 
 
 def batches(config: dict[str, Any], steps: int = STEPS) -> Any:
-    samples = assembly.build_samples(load(config), "train")
+    samples = assembly.build_samples(load(config), "train", batch_size=BATCH)
     assert samples is not None
     inputs, target = samples.source.tensors
     for step in range(steps):
@@ -356,7 +356,7 @@ def test_schedule_free_weights_are_averaged_where_they_are_evaluated_and_saved(
         optimizer.step()
     training = {f"model.{name}": p.detach().clone() for name, p in by_hand.named_parameters()}
     optimizer.eval()
-    validation = assembly.build_samples(loaded, "validation")
+    validation = assembly.build_samples(loaded, "validation", batch_size=BATCH)
     assert validation is not None
     inputs, target = validation.source.tensors
     expected = F.cross_entropy(by_hand(inputs), target).item()
