@@ -13,16 +13,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
-from runtime import component, schedulers
+from runtime import component, optimizer_building, schedulers
 from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_factory
 from runtime.component import ComponentError
 from runtime.config import Anneal, Averaging, ComponentSection, Split
 from runtime.config import Schedule as ScheduleSection
 from runtime.config_file import LoadedConfiguration
 from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError, Problem
+from runtime.evaluation_weights import switches
+from runtime.freezing import Freezing
+from runtime.objective import TrainingModule
 from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
-from runtime.optimization import fused_arguments, parameter_groups
+from runtime.optimizer_building import check_optimizer
 from runtime.order import IndexOrder, Order, SamplerOrder
+from runtime.parameter_groups import ParameterGroup
+from runtime.pretrained import WeightsReport, load_weights, weights_digest
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.schedule import Schedule, Successor
 from runtime.streams import StreamSamples
@@ -36,7 +41,6 @@ SPLITS = ("train", "validation", "test", "predict")
 _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
-_OPTIMIZERS = ("torch.optim",)
 _METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
     "torchmetrics.classification",
     "torchmetrics.regression",
@@ -102,20 +106,7 @@ def check_components(loaded: LoadedConfiguration) -> None:
     for key, loss in losses_of(loaded):
         check(key, loss, OBJECTIVES)
         mistakes.extend((key, mistake) for mistake in refused_loss(loaded, loss))
-    check(("optimizer",), values.optimizer, _OPTIMIZERS, positional=1)
-    for number, group in enumerate(values.optimizer.groups):
-        key = ("optimizer", "groups", str(number))
-        mistakes += [
-            (key, mistake)
-            for mistake in component.check(
-                values.optimizer.target,
-                {**values.optimizer.args, **group.args},
-                namespaces=_OPTIMIZERS,
-                code=loaded.code,
-                positional=1,
-            )
-            if mistake.path[-1] in group.args
-        ]
+    mistakes += [(("optimizer",), mistake) for mistake in check_optimizer(values.optimizer, loaded.code)]
     if values.schedule is not None and values.schedule.target is not None:
         target, args, filled_in = values.schedule.target, values.schedule.args, _length_arguments(loaded)
         found = schedulers.check(target, args, code=loaded.code, filled_in=filled_in)
@@ -245,22 +236,50 @@ def build_order(loaded: LoadedConfiguration, samples: Samples) -> Order:
 
 def build_optimizer(loaded: LoadedConfiguration, module: nn.Module) -> Optimizer:
     """Build the optimizer over a TrainingModule's trainable parameters, fused where torch can."""
-    section = loaded.values.optimizer
-    groups, unused = parameter_groups(module, [(group.match, group.args) for group in section.groups])
-    if unused:
-        patterns = ", ".join(repr(pattern) for pattern in unused)
-        raise _wrong(
-            loaded,
-            ("optimizer", "groups"),
-            f"no trainable parameter matches {patterns}; `lockstep show` lists the names",
-        )
-    if not groups:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
         raise _wrong(loaded, ("model",), "has no trainable parameters")
-    found = component.locate(section.target, namespaces=_OPTIMIZERS, code=loaded.code)
-    fused = fused_arguments(found, section.args, [p for p in module.parameters() if p.requires_grad])
-    optimizer = _build(loaded, ("optimizer",), section, groups, namespaces=_OPTIMIZERS, extra=fused)
-    assert isinstance(optimizer, Optimizer)
+    try:
+        optimizer = optimizer_building.build(loaded.values.optimizer, module, loaded.code)
+    except ComponentError as mistake:
+        raise _wrong(loaded, ("optimizer", *mistake.path), mistake.what) from mistake
+    if switches(optimizer) and loaded.values.averaging is not None:
+        raise _wrong(loaded, ("averaging",), f"{type(optimizer).__name__} averages by itself; leave 'averaging' out")
     return optimizer
+
+
+def parameter_groups(loaded: LoadedConfiguration, module: nn.Module) -> list[ParameterGroup]:
+    """Return what :func:`build_optimizer` makes groups of, in the order of the optimizer's groups."""
+    return optimizer_building.groups_of(loaded.values.optimizer, module, loaded.code)
+
+
+def build_freezing(loaded: LoadedConfiguration, module: TrainingModule) -> Freezing:
+    """Build what freezes and unfreezes parameters; nothing is frozen by it yet."""
+    section = loaded.values.model
+    stages = [(stage.epoch, stage.match) for stage in section.unfreeze]
+    try:
+        freezing = Freezing(module, freeze=section.freeze, unfreeze=stages, mode=section.frozen_mode)
+    except ComponentError as mistake:
+        raise _wrong(loaded, ("model", *mistake.path), mistake.what) from mistake
+    if not freezing.trains_at_first:
+        raise _wrong(loaded, ("model", "freeze"), "leaves no parameter to train in the first epoch")
+    return freezing
+
+
+def load_pretrained(loaded: LoadedConfiguration, model: nn.Module) -> WeightsReport | None:
+    """Load the weights that a run starts from, if the configuration names any, and return what became of them."""
+    section = loaded.values.model.weights
+    if section is None:
+        return None
+    try:
+        return load_weights(model, section, loaded.beside(section.file))
+    except ComponentError as mistake:
+        raise _wrong(loaded, ("model", "weights", *mistake.path), mistake.what) from mistake
+
+
+def pretrained_digest(loaded: LoadedConfiguration) -> str | None:
+    """Return the digest of the weights that a run starts from; None if there are none, or they are gone."""
+    section = loaded.values.model.weights
+    return weights_digest(loaded.beside(section.file)) if section is not None else None
 
 
 def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: int | None) -> Schedule:

@@ -28,11 +28,56 @@ class ComponentSection(Section):
 Component = Annotated[ComponentSection, _TARGET_ALONE]
 
 
+class Weights(Section):
+    """Weights that the run starts from; a resumed run takes its checkpoint's."""
+
+    file: str = Field(min_length=1, json_schema_extra={"resume": "free"})
+    """A safetensors or torch file, or a folder with ``model.safetensors`` (a checkpoint); relative to the YAML file. The file
+    may move between two starts of a run, but not change."""
+    entry: str | None = None
+    """Where a torch file holds the state dict, such as ``state_dict`` or ``model.weights``. Default: it is one itself."""
+    strip: str | None = Field(None, min_length=1)
+    """What is taken off the front of the file's names, such as ``module.``."""
+    prefix: str | None = Field(None, min_length=1)
+    """What is then put in front of them, such as ``backbone.``."""
+    ignore: list[str] = []
+    """Patterns of the model's names that stay as they were built, such as those of a new head."""
+
+
+class Unfreezing(Section):
+    """What is trained from the start of an epoch on."""
+
+    epoch: int = Field(ge=2)
+    """The epoch, counted from 1."""
+    match: list[str] = Field(min_length=1)
+    """Patterns of frozen parameters."""
+
+
+_FILE_ALONE = Shorthand(lambda value: {"file": value} if isinstance(value, str) else value, {"type": "string"})
+
+
 class Model(ComponentSection):
-    """A torch module."""
+    """A torch module: built, then given weights, then frozen in parts."""
 
     output: str | int | None = None
     """Which part of what the model returns is its output: a key, attribute (``logits``) or position. Default: all of it."""
+    weights: Annotated[Weights, _FILE_ALONE] | None = None
+    """Pretrained weights; a path alone stands for ``file``. Default: as the model was built."""
+    freeze: list[str] = []
+    """Patterns of parameters that are not trained: ``backbone.*``; a later ``!backbone.norm.*`` takes names back."""
+    unfreeze: list[Unfreezing] = []
+    """Frozen parameters that are trained from later epochs on."""
+    frozen_mode: Literal["eval", "train"] = "eval"
+    """Mode of modules all of whose parameters are frozen; ``eval``: BatchNorm statistics stand still, dropout is off."""
+
+    @model_validator(mode="after")
+    def _freezes(self) -> Self:
+        nothing = "does nothing without model.freeze"
+        return refuse(
+            self,
+            (self.unfreeze and not self.freeze, "unfreeze", nothing),
+            (self.frozen_mode != "eval" and not self.freeze, "frozen_mode", nothing),
+        )
 
 
 class Fields(Section):
@@ -203,6 +248,40 @@ class Group(Section):
     """Patterns of parameter names, as in a shell: ``*.bias``. The first group that matches a name takes it."""
     args: dict[str, Any] = {}
     """What differs from the optimizer's own arguments, such as ``weight_decay: 0``."""
+    target: str | None = Field(None, min_length=1)
+    """Another optimizer for these parameters, as AdamW beside Muon; ``args`` are then all of its arguments."""
+
+
+class NoDecay(Section):
+    """Parameters without weight decay, whichever group they are in; a group's own ``weight_decay`` stands."""
+
+    biases_and_norms: bool = True
+    """Parameters of at most one dimension, and all of normalisation layers."""
+    embeddings: bool = False
+    """Those of embedding layers."""
+    match: list[str] = []
+    """Patterns of others."""
+
+
+_PATTERNS_ALONE = Shorthand(
+    lambda value: {"biases_and_norms": False, "match": value} if isinstance(value, list) else value,
+    {"type": "array", "items": {"type": "string"}},
+)
+
+
+class LayerDecay(Section):
+    """Smaller learning rates towards the input: each layer multiplies the rate of the one above by ``factor``."""
+
+    factor: float = Field(gt=0, lt=1)
+    """What the rate is multiplied by at each layer."""
+    layers: list[str] = Field(min_length=1)
+    """Patterns from the input to the output; ``encoder.layer.{i}.*`` stands for as many layers as there are numbers. Other
+    parameters, a new head, keep the whole rate, as does the last layer where there are no others."""
+
+    @model_validator(mode="after")
+    def _one_number(self) -> Self:
+        several = next((pattern for pattern in self.layers if pattern.count("{i}") > 1), None)
+        return refuse(self, (several, "layers", f"{several!r} has more than one {{i}}"))
 
 
 class Optimizer(ComponentSection):
@@ -210,8 +289,19 @@ class Optimizer(ComponentSection):
 
     max_grad_norm: float | None = Field(None, gt=0)
     """Scale the gradient down to this 2-norm where it is longer. Default: no clipping."""
+    max_grad_value: float | None = Field(None, gt=0)
+    """Clamp each element of the global batch's gradient to plus or minus this. Default: no clipping."""
     groups: list[Group] = []
     """Parameters with other arguments; what no group matches gets ``args``."""
+    no_decay: Annotated[Annotated[NoDecay | None, _ON_OR_OFF], _PATTERNS_ALONE] = None
+    """Parameters without weight decay; ``true``: biases and norms; a list: the patterns alone. Default: all decay."""
+    layer_decay: LayerDecay | None = None
+    """Layer-wise learning rates. Default: one rate."""
+
+    @model_validator(mode="after")
+    def _clips_once(self) -> Self:
+        both = self.max_grad_norm is not None and self.max_grad_value is not None
+        return refuse(self, (both, "max_grad_value", "clip by norm or by value, not both; leave one of the two out"))
 
 
 class Schedule(Section):
@@ -672,8 +762,22 @@ class RunConfiguration(Section):
             ),
             (plateau and validation is None, "schedule.target", "ReduceLROnPlateau needs data.validation"),
             (
+                self._one_rate_for_all(),
+                "schedule.args.max_lr",
+                "is one rate for all groups, and would write over the rates of optimizer.groups and layer_decay: give a list, "
+                "with a rate for each group in the order in which `lockstep show` lists them",
+            ),
+            (
                 schedule.monitor not in (None, *known),
                 "schedule.monitor",
                 f"no result is called {schedule.monitor!r}; {unknown}",
             ),
         )
+
+    def _one_rate_for_all(self) -> bool:
+        """Tell whether the schedule would write over rates that differ between groups."""
+        schedule, optimizer = self.schedule, self.optimizer
+        if schedule is None or (schedule.target or "").rpartition(":")[2] not in ("OneCycleLR", "CyclicLR"):
+            return False
+        rates = optimizer.layer_decay is not None or any("lr" in group.args for group in optimizer.groups)
+        return rates and not isinstance(schedule.args.get("max_lr"), list)

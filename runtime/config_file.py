@@ -46,6 +46,11 @@ class LoadedConfiguration:
         base = self.source.resolve().parent if self.source else Path.cwd()
         return (base / self.values.code).resolve() if self.values.code else base
 
+    def beside(self, path: str) -> Path:
+        """Return a path that was written in the configuration: relative ones are relative to the YAML file."""
+        base = self.source.resolve().parent if self.source else Path.cwd()
+        return base / Path(path).expanduser()
+
     def problem(self, key: Sequence[str], what: str) -> Problem:
         """Make a problem out of a key that is wrong, with the line it was written in."""
         return Problem(_where(self.lines, tuple(key)), ".".join(key), what)

@@ -69,6 +69,11 @@ def inexact_choices(loaded: LoadedConfiguration, objective: Objective) -> list[s
         parts = objective.parts if isinstance(objective, WeightedSum) else {}
         which = ", ".join(name for name, part in parts.items() if part.couples_samples) or values.objective.target
         found.append(f"objective: {which} couples the samples of a slot, so the result depends on K (batch.slots)")
+    targets = [values.optimizer.target, *(group.target for group in values.optimizer.groups)]
+    if any((target or "").rpartition(":")[2] == "Muon" for target in targets):
+        found.append(
+            "optimizer: Muon computes in bfloat16, which makes much of rounding: other world sizes agree to 1e-2"
+        )
     if values.precision != "fp32":
         found.append(f"precision: {values.precision} rounds differently on each kind of device")
     if values.matmul != "highest":

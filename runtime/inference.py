@@ -125,7 +125,9 @@ class Inference:
         averaging = _restored(module, weights, build_averaging(loaded, module) if which == "averaged" else None)
         if averaging is not None and averaging.count == 0:
             if request.weights == "averaged":
-                raise CheckpointError("the checkpoint was made before averaging.start and holds no averaged weights yet")
+                raise CheckpointError(
+                    "the checkpoint was made before averaging.start and holds no averaged weights yet"
+                )
             averaging, which = None, "raw"  # as the run's own evaluations did
         strategy.prepare_evaluation(module)
         done = Inferred(

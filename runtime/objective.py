@@ -11,8 +11,8 @@ both are one-dimensional, and what is minimised is the sum of the quotients.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -117,12 +117,25 @@ class Objective(nn.Module):
 
 
 class TrainingModule(nn.Module):
-    """Model and objective as the one module that a strategy prepares."""
+    """Model and objective as the one module that a strategy prepares.
+
+    Attributes:
+        frozen: parts of it that stay in evaluation mode.
+    """
+
+    frozen: Sequence[nn.Module] = ()
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode, frozen parts excepted."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(self, batch: Any, filler: bool = False) -> Loss:
         """Return the loss of a microbatch; for a filler a zero that reaches every trainable parameter.

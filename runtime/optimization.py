@@ -1,10 +1,9 @@
-"""What turns gradients into updates: parameter groups and the optimizer's fused kernels."""
+"""Which of torch's fused kernels an optimizer takes."""
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,37 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def parameter_groups(
-    module: nn.Module, groups: Sequence[tuple[Sequence[str], Mapping[str, Any]]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Share the trainable parameters out over optimizer groups.
-
-    Args:
-        module: a TrainingModule; names are matched without the leading ``model.``.
-        groups: patterns and optimizer arguments; the first group that matches a name takes it.
-
-    Returns:
-        torch's parameter groups, the unmatched parameters last; and the patterns that matched nothing.
-    """
-    shared: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
-    used: set[str] = set()
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        number = len(groups)
-        for candidate, (patterns, _) in enumerate(groups):
-            matching = [p for p in patterns if fnmatch.fnmatchcase(name.removeprefix("model."), p)]
-            used.update(matching)
-            if matching:
-                number = candidate
-                break
-        shared[number].append(parameter)
-    arguments: list[Mapping[str, Any]] = [args for _, args in groups] + [{}]
-    made = [{"params": params, **args} for params, args in zip(shared, arguments, strict=True) if params]
-    unused = [pattern for patterns, _ in groups for pattern in patterns if pattern not in used]
-    return made, unused
 
 
 def fused_arguments(

@@ -25,9 +25,11 @@ from runtime.divergence import Divergence
 from runtime.early_stopping import EarlyStopping
 from runtime.errors import ConfigurationError, DataError, RunFolderError
 from runtime.evaluation import Evaluator
+from runtime.evaluation_weights import begin_training
 from runtime.facts import versions
 from runtime.figures import FiguresTracker
 from runtime.fitting import fitting_micro_size
+from runtime.freezing import Freezing
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
 from runtime.objective_assembly import build_objective
@@ -50,6 +52,7 @@ class Prepared:
     identity: Identity
     sharing: Sharing
     state: RunState
+    freezing: Freezing
 
 
 def prepare(
@@ -57,27 +60,34 @@ def prepare(
     strategy: Strategy,
     stored: Mapping[str, Any] | None,
     warn: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> Prepared:
     """Build a run's parts. Collective: every rank must call this.
 
     Args:
         stored: training state of the checkpoint that the run goes on from; its identity is what must fit.
         warn: told what gives up exactness.
+        tell: told what became of the weights that the run starts from.
 
     Raises:
         LockstepError: what is wrong with configuration, data, or the ranks' agreement.
     """
-    module = build_module(loaded, strategy)
+    weights = assembly.pretrained_digest(loaded)
+    module = build_module(loaded, strategy, tell=tell if stored is None else None)
+    freezing = assembly.build_freezing(loaded, module)
+    freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
     data = assembly.build_training_data(loaded)
-    workers = loaded.values.data.loader.num_workers
-    compare_ranks(loaded, strategy, module, data.identity((strategy.world_size, workers)))
+    told = data.identity((strategy.world_size, loaded.values.data.loader.num_workers))
+    compare_ranks(loaded, strategy, module, told, {"the weights of model.weights": weights})
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     length = assembly.schedule_length(loaded, data.steps_per_epoch)
-    identity = _identity(loaded, strategy, _Fresh(module, data, length), stored, warn)
+    identity = _identity(loaded, strategy, _Fresh(module, data, length, weights), stored, warn)
     sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
     assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
     optimizer = assembly.build_optimizer(loaded, module)
+    begin_training(optimizer)
+    freezing.apply(0)
     schedule = assembly.build_schedule(loaded, optimizer, length)
     averaging = build_averaging(loaded, module)
     divergence = Divergence(
@@ -88,7 +98,7 @@ def prepare(
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
     state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, Progress())
-    return Prepared(data, identity, sharing, state)
+    return Prepared(data, identity, sharing, state, freezing)
 
 
 def build_averaging(loaded: LoadedConfiguration, module: TrainingModule) -> WeightAverage | None:
@@ -204,16 +214,31 @@ def build_trackers(
 
 @dataclass(frozen=True)
 class _Fresh:
-    """What K is found with at a first start, and what identifies the data."""
+    """What K is found with at a first start, and what identifies the data and the weights."""
 
     module: TrainingModule
     data: TrainingData
     schedule_length: int | None
+    weights: str | None
 
 
-def build_module(loaded: LoadedConfiguration, strategy: Strategy, *, training: bool = True) -> TrainingModule:
-    """Build model and objective, on the device; synchronised BatchNorm and its GPUs are for training alone."""
+def build_module(
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    *,
+    training: bool = True,
+    tell: Callable[[str], None] | None = None,
+) -> TrainingModule:
+    """Build model and objective, on the device.
+
+    Args:
+        training: synchronised BatchNorm and its GPUs are for training alone.
+        tell: at a first start, told what became of the weights that the model starts from.
+    """
     model, objective = assembly.build_model(loaded), build_objective(loaded)
+    report = assembly.load_pretrained(loaded, model) if tell is not None else None
+    if tell is not None and report is not None:
+        tell(str(report))
     if loaded.values.batch_norm == "sync" and training:
         if strategy.device.type != "cuda":
             raise ConfigurationError([loaded.problem(("batch_norm",), "sync needs GPUs; use local")])
@@ -269,11 +294,12 @@ def _identity(
         raise ConfigurationError([loaded.problem(("batch", "global_size"), what)])
     data = fresh.data.identity((world_size, loaded.values.data.loader.num_workers))
     length = fresh.schedule_length if assembly.follows_limit(loaded) else None
+    weights = fresh.weights
     if stored is None:
         slots = batch.slots or default_slots(batch.global_size, _micro_size(loaded, strategy, fresh), world_size)
-        return Identity(loaded.resolved(), slots, data, length, secrets.token_hex(4))
+        return Identity(loaded.resolved(), slots, data, length, secrets.token_hex(4), weights)
     identity = Identity(**stored["identity"])
-    check_identity(identity, loaded, data=data, schedule_length=length)
+    check_identity(identity, loaded, data=data, schedule_length=length, weights=weights)
     slots = slots_on_resumption(identity.slots, loaded)
     threads, before = torch.get_num_threads(), stored["made_by"].get("threads")
     if strategy.device.type == "cpu" and threads != before:
@@ -285,7 +311,7 @@ def _identity(
             f"K changes from {identity.slots} to {slots}: from here on only models without randomness or batch statistics "
             "in the forward pass keep the answer"
         )
-    return Identity(loaded.resolved(), slots, data, length, identity.tracker_id)
+    return Identity(loaded.resolved(), slots, data, length, identity.tracker_id, weights or identity.weights)
 
 
 def _micro_size(loaded: LoadedConfiguration, strategy: Strategy, fresh: _Fresh) -> int:

@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 
 from runtime.attempts import Rollback
 from runtime.averaging import WeightAverage
+from runtime.combined import load_exactly
 from runtime.config_file import LoadedConfiguration, exact_keys
 from runtime.divergence import Divergence
 from runtime.early_stopping import EarlyStopping
 from runtime.errors import CheckpointError, RunFolderError
+from runtime.evaluation_weights import cloned, evaluated_weights, load_training_weights, training_weights
 from runtime.objective import TrainingModule
 from runtime.progress import Progress
 from runtime.schedule import Schedule
@@ -34,9 +36,18 @@ class RunState:
     progress: Progress
 
     def collect(self) -> dict[str, dict[str, Any]]:
-        """Return the model's state dict and everything else (``training``), as tensors and plain data."""
+        """Return the model's state dict and everything else (``training``), as tensors and plain data.
+
+        Where the optimizer has other weights for evaluation, those are the model's, and training's are beside them.
+        """
+        weights = training_weights(self.optimizer, self.module)
+        model, objective = self.module.model.state_dict(), self.module.objective.state_dict()
+        if weights is not None:
+            with evaluated_weights(self.optimizer):
+                model, objective = cloned(model), cloned(objective)
         training = {
-            "objective": self.module.objective.state_dict(),
+            "objective": objective,
+            "weights": weights,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "averaging": None if self.averaging is None else self.averaging.state_dict(),
@@ -45,7 +56,7 @@ class RunState:
             "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             "progress": self.progress.state_dict(),
         }
-        return {"model": self.module.model.state_dict(), "training": training}
+        return {"model": model, "training": training}
 
     def restore(self, model: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Go on from a state. The schedule comes after the optimizer, whose rates it knows without its warm-up factor.
@@ -62,7 +73,8 @@ class RunState:
         try:
             self.module.model.load_state_dict(model)
             self.module.objective.load_state_dict(training["objective"])
-            self.optimizer.load_state_dict(training["optimizer"])
+            load_exactly(self.optimizer, training["optimizer"])
+            load_training_weights(training.get("weights"), self.module)
             self.schedule.load_state_dict(training["schedule"])
             if self.averaging is not None and training["averaging"] is not None:
                 self.averaging.load_state_dict(training["averaging"])
@@ -92,6 +104,7 @@ class Identity:
         data: the training data's fingerprint.
         schedule_length: what the schedule was told the run's length is, if that followed from the limit.
         tracker_id: W&B's run id.
+        weights: digest of the file that the model's weights were loaded from at the first start.
     """
 
     configuration: Mapping[str, Any]
@@ -99,10 +112,16 @@ class Identity:
     data: Mapping[str, Any]
     schedule_length: int | None
     tracker_id: str
+    weights: str | None = None
 
 
 def check_identity(
-    stored: Identity, loaded: LoadedConfiguration, *, data: Mapping[str, Any], schedule_length: int | None
+    stored: Identity,
+    loaded: LoadedConfiguration,
+    *,
+    data: Mapping[str, Any],
+    schedule_length: int | None,
+    weights: str | None,
 ) -> None:
     """Compare what a checkpoint was made with and what is asked for now.
 
@@ -123,6 +142,9 @@ def check_identity(
             f"limit: the schedule's length followed from it: was {stored.schedule_length}, is {schedule_length} "
             "(give schedule.args a length of its own to be free to change the limit)"
         )
+    gone = weights is None and loaded.values.model.weights is not None  # it is no longer needed
+    if stored.weights != weights and not gone and not _allowed("model.weights", allowed):
+        changes.append(f"model.weights: the file's digest was {stored.weights}, is {weights}")
     if dict(stored.data) != dict(data) and not _allowed("data", allowed):
         changes.append(f"data.train: was {dict(stored.data)}, is {dict(data)}")
     if changes:

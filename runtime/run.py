@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from runtime.control import Agreement, sum_over_ranks
 from runtime.divergence import RollbackWanted
 from runtime.errors import OutOfMemoryError
 from runtime.evaluation import Evaluator
+from runtime.evaluation_weights import end_training, evaluated_weights
 from runtime.facts import start_facts, versions
 from runtime.fitting import is_out_of_memory, out_of_memory
 from runtime.garbage import GarbageCollection
@@ -106,7 +107,9 @@ class Run:
             self._stop_wish.watch_file(self._folder.path / STOP_FILE)
             found = self._folder.newest(self._values.resume)
             stored = load_state(found.path) if found is not None else None
-            prepared = prepare(self._loaded, self._strategy, stored[1] if stored else None, self._warn)
+            before = stored[1] if stored else None
+            prepared = prepare(self._loaded, self._strategy, before, self._warn, self._reporter.message)
+            self._freezing = prepared.freezing
             self._data, self._identity, self._sharing = prepared.data, prepared.identity, prepared.sharing
             self._state, self._progress = prepared.state, prepared.state.progress
             if found is not None and stored is not None:
@@ -137,6 +140,7 @@ class Run:
     def _train(self, prepared: Prepared) -> RunResult:
         strategy, progress = self._strategy, self._progress
         module = prepared.state.module
+        self._freezing.apply(progress.cursor.epoch)
         strategy.prepare(module, self._state.optimizer)
         was_over = self._nothing_left() and not progress.evaluation_due
         self._validation, self._test = (
@@ -175,7 +179,7 @@ class Run:
                 self._strategy.warm_up(self._reading.filler)
                 self._warmed_up = True
             module.train()
-            return train(self._reading.windows, self._parts(module))
+            return train(self._unfreezing(self._reading), self._parts(module))
         except RollbackWanted as wanted:
             self._roll_back(wanted)
             return None
@@ -197,6 +201,16 @@ class Run:
             skipped=self._progress.skipped_batches,
             places=self._places,
         )
+
+    def _unfreezing(self, reading: Reading) -> Iterator[Window]:
+        """Yield windows, each once what its epoch trains is trainable. Collective."""
+        for window in reading.windows:
+            if self._freezing.apply(window.cursor.epoch):
+                self._strategy.rewrap()
+                self._strategy.warm_up(reading.filler)
+                trainable = sum(p.numel() for p in self._state.module.parameters() if p.requires_grad)
+                self._reporter.message(f"epoch {window.cursor.epoch + 1}: {trainable:,} parameters are trained")
+            yield window
 
     def _sum_weights(self, weights: Tensor) -> Tensor:
         self._times.enter("weigh", self._progress.step + 1)  # here the ranks wait for the slowest reader
@@ -393,7 +407,7 @@ class Run:
             self._times.enter("evaluate", self._progress.step)  # a sign of life: an evaluation may take long
             return self._stop_wished()
 
-        with self._garbage.paused():
+        with evaluated_weights(self._state.optimizer), self._garbage.paused():
             return self._weights.evaluate(evaluator, self._progress, last=self._nothing_left, stop_wished=before_round)
 
     def _statistics_go_on(self) -> None:
@@ -440,6 +454,7 @@ class Run:
     def _close(self, outcome: Literal["finished", "stopped"]) -> RunResult:
         self._stop_wish.moved()
         self._folder.finish_saving()
+        end_training(self._state.optimizer)
         if outcome == "stopped":
             self._reporter.message(
                 f"Stopped by {self._stop_wish.reason or 'another rank'} after step {self._progress.step}, saved; "

@@ -233,7 +233,10 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
     stall_seconds = values.limit.stall_seconds
     try:
         strategy = AcceleratedStrategy(
-            precision=values.precision, options=values.strategy.ddp, timeout_seconds=stall_seconds
+            precision=values.precision,
+            options=values.strategy.ddp,
+            max_grad_value=values.optimizer.max_grad_value,
+            timeout_seconds=stall_seconds,
         )
     except DistError as error:
         address, port = environment.store_address()

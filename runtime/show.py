@@ -15,12 +15,15 @@ from torch.optim import Optimizer
 from runtime import assembly, yaml_file
 from runtime.averaging import batch_norms
 from runtime.batches import default_slots
+from runtime.combined import members
 from runtime.config import Anneal
 from runtime.config_file import LoadedConfiguration
 from runtime.curve import Curve, drawn, save_picture, simulate
 from runtime.determinism import default_determinism
 from runtime.errors import ConfigurationError, DataError, Problem
+from runtime.evaluation_weights import begin_training
 from runtime.facts import inexact_choices
+from runtime.freezing import Freezing
 from runtime.metrics import MetricSet
 from runtime.objective import Objective, TrainingModule
 from runtime.objective_assembly import build_objective
@@ -45,8 +48,13 @@ def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = 
     data = assembly.build_training_data(loaded)
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
-    module = TrainingModule(assembly.build_model(loaded), build_objective(loaded))
+    model = assembly.build_model(loaded)
+    weights = assembly.load_pretrained(loaded, model)
+    module = TrainingModule(model, build_objective(loaded))
+    freezing = assembly.build_freezing(loaded, module)
+    freezing.unfreeze_all()
     optimizer = assembly.build_optimizer(loaded, module)
+    groups = list(_groups(loaded, module, optimizer))
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
@@ -60,7 +68,9 @@ def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = 
         ("loss", "\n".join(_losses(loaded, module.objective))),
         ("learning rate", "\n".join(_schedule(loaded, curve, draw=console.encoding.startswith("utf")))),
         *_averaging(loaded, module),
-        ("parameters", "\n".join(_parameters(module))),
+        ("optimizer", "\n".join(groups)),
+        *([("weights", str(weights))] if weights is not None else []),
+        ("parameters", "\n".join(_parameters(loaded, module, freezing))),
         ("exactness", "\n".join(_promises(loaded, module))),
     ):
         table.add_row(f"[bold]{label}[/]", text)
@@ -146,12 +156,14 @@ def _optimizer_bytes(optimizer: Optimizer) -> str:
     """Measure the state after one step of zero gradients; the model is not used afterwards."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
+        begin_training(optimizer)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     except Exception:  # an optimizer of the user's may want a closure
         return "unknown"
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    states = [state for member in members(optimizer) for state in member.state.values()]
+    tensors = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     optimizer.zero_grad(set_to_none=True)
     return _bytes(sum(t.nbytes for t in tensors))
 
@@ -235,13 +247,33 @@ def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:
         yield f"{what}: the sum over the global batch / its {part.unit}{weighed}"
 
 
-def _parameters(module: TrainingModule) -> Iterator[str]:
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in module.parameters()) - trainable
-    yield f"{trainable:,} trainable, {frozen:,} frozen"
-    for name, parameter in module.named_parameters():
-        shape = " x ".join(map(str, parameter.shape)) or "scalar"
-        yield f"  {name.removeprefix('model.')}  {shape}" + ("" if parameter.requires_grad else "  (frozen)")
+def _groups(loaded: LoadedConfiguration, module: TrainingModule, optimizer: Optimizer) -> Iterator[str]:
+    """One line for each parameter group, in the order of a scheduler's lists."""
+    labelled = iter(assembly.parameter_groups(loaded, module))
+    for member in members(optimizer):
+        yield type(member).__name__
+        for group in member.param_groups:
+            label, size = next(labelled).label, sum(p.numel() for p in group["params"])
+            decay = f"weight decay {group['weight_decay']:.3g}" if "weight_decay" in group else "no weight decay"
+            yield f"  {label}: {size:,} parameters, lr {float(group['lr']):.3g}, {decay}"
+
+
+def _parameters(loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
+    for epoch in (0, *freezing.epochs):
+        freezing.apply(epoch)
+        trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in module.parameters()) - trainable
+        reached = loaded.values.limit.epochs is None or epoch < loaded.values.limit.epochs
+        from_here = (
+            f" from epoch {epoch + 1} on{'' if reached else ' (which limit.epochs does not reach)'}" if epoch else ""
+        )
+        yield f"{trainable:,} trainable, {frozen:,} frozen{from_here}"
+    freezing.apply(0)
+    for full, parameter in module.named_parameters():
+        name, shape = full.removeprefix("model."), " x ".join(map(str, parameter.shape)) or "scalar"
+        since = freezing.trained_from(name)
+        until = "" if math.isinf(since) else f" until epoch {since:g}"
+        yield f"  {name}  {shape}" + ("" if parameter.requires_grad else f"  (frozen{until})")
 
 
 def _promises(loaded: LoadedConfiguration, module: TrainingModule) -> Iterator[str]:

@@ -73,6 +73,10 @@ class Strategy(Protocol):
         """Take a module, already on the device, that is called and not trained: nothing is wrapped or reduced."""
         ...
 
+    def rewrap(self) -> None:
+        """Wrap the module anew, after what is trainable has changed; warm up again after it. Collective."""
+        ...
+
     def warm_up(self, filler: Any) -> None:
         """Run one filler through forward and backward, leaving no trace, so that later steps add in one order. Collective."""
         ...

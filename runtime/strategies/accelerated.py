@@ -7,6 +7,7 @@ microbatches, and cost 0.1 to 0.2 ms a step.
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from runtime.config import DistributedDataParallel
@@ -44,6 +45,7 @@ class AcceleratedStrategy:
     Args:
         precision: of forward and backward passes.
         options: of DistributedDataParallel.
+        max_grad_value: what elements of the gradient are clamped to, on either side of zero.
         timeout_seconds: longest wait for the other ranks, to come together and in a collective.
 
     Raises:
@@ -56,7 +58,12 @@ class AcceleratedStrategy:
     skipping_devices: tuple[str, ...] = ("cuda",)
 
     def __init__(
-        self, *, precision: Precision, options: DistributedDataParallel, timeout_seconds: float = 1800.0
+        self,
+        *,
+        precision: Precision,
+        options: DistributedDataParallel,
+        max_grad_value: float | None = None,
+        timeout_seconds: float = 1800.0,
     ) -> None:
         hooks = {None: "no", "fp16": "fp16", "bf16": "bf16"}
         self._owns_state = not PartialState._shared_state
@@ -89,6 +96,7 @@ class AcceleratedStrategy:
         self._optimizer: Optimizer | None = None
         self._optimizer_step: Callable[[], Any] | None = None
         self._hook = options.communication_hook
+        self._max_grad_value = max_grad_value
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
         """Wrap module and optimizer. Collective.
@@ -105,15 +113,34 @@ class AcceleratedStrategy:
                 ]
             )
         self._module = module
-        self._parameters = [p for p in module.parameters() if p.requires_grad]  # walking the module costs 50 µs a step
+        self._wrap()
+        # It is on the device already; placing it again would load its state again, and cast it.
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer, device_placement=False).optimizer
+        assert self._optimizer is not None
+        self._optimizer_step = bare_step(self._optimizer)
+
+    def rewrap(self) -> None:
+        """Wrap the module anew, after what is trainable has changed. Collective.
+
+        DDP reduces what was trainable when it was made. The one before is collected first, so that its buckets and its hooks on
+        the parameters do not stay.
+        """
+        self.discard()
+        self._wrapped = None
+        gc.unfreeze()  # what existed when the training loop began would not be searched
+        self._accelerator.free_memory()
+        gc.freeze()
+        self._wrap()
+
+    def _wrap(self) -> None:
+        assert self._module is not None
+        self._parameters = [p for p in self._module.parameters() if p.requires_grad]  # walking it costs 50 µs a step
         self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
         self._all_fp32 = self._uniform and self._parameters[0].dtype == torch.float32
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            wrapped, prepared = self._accelerator.prepare(module, optimizer)
-        self._wrapped, self._optimizer = wrapped, prepared.optimizer
-        self._optimizer_step = bare_step(prepared.optimizer)
+            self._wrapped = self._accelerator.prepare(self._module)
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
         """Take a module that is called and not trained."""
@@ -182,8 +209,7 @@ class AcceleratedStrategy:
             return self._step_on_device(gradients, max_grad_norm, grad_norm, judged_by_norm=judged_by_norm)
         finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else all_finite(gradients)
         if finite:
-            if max_grad_norm is not None and grad_norm is not None:
-                clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
+            self._clip(max_grad_norm, grad_norm)
             if self._scaler is not None:
                 self._scaler.step(self._optimizer)
             else:
@@ -205,13 +231,18 @@ class AcceleratedStrategy:
             found += ~torch.isfinite(grad_norm)
         else:
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, found.new_ones(()))
-        if max_grad_norm is not None and grad_norm is not None:
-            clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
+        self._clip(max_grad_norm, grad_norm)
         optimizer.found_inf = found
         self._optimizer_step()
         del optimizer.found_inf
         self.discard()
         return Update(skipped=DeviceFlag(found), judged=True, grad_norm=grad_norm)
+
+    def _clip(self, max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
+        if max_grad_norm is not None and grad_norm is not None:
+            clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
+        elif self._max_grad_value is not None:
+            clip_grad_value_(self._parameters, self._max_grad_value)
 
     def _skips_on_device(self) -> bool:
         """Tell whether the optimizer leaves everything bit for bit as it is when told of a non-finite gradient.

@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import schedulefree
 import torch
 from tiny import Deep, points
 from torch import Tensor, nn
@@ -95,11 +94,3 @@ class GoodBatches:
 
     def __iter__(self) -> Any:
         return iter([ids(0, batch).tolist() for batch in range(SIZE // BATCH) if batch not in self.without])
-
-
-class ScheduleFree(schedulefree.AdamWScheduleFree):
-    """Schedule-free AdamW, in training mode from the start."""
-
-    def __init__(self, params: Any, lr: float = 0.01) -> None:
-        super().__init__(params, lr=lr)
-        self.train()
