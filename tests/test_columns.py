@@ -20,7 +20,8 @@ from runtime.columns import ColumnBuilder, ids_of, model_arguments
 from runtime.config import Prediction
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, PredictionError, Problem
 from runtime.fields import Fields
-from runtime.objective import NextTokenLoss, Objective, torch_loss
+from runtime.losses import NextTokenLoss, torch_loss
+from runtime.objective import Objective
 from runtime.predictions_file import CsvFile, JsonLinesFile, ParquetFile, PredictionsFile
 
 pytestmark = pytest.mark.single
