@@ -12,9 +12,9 @@ class JobSpec:
     """One run to start.
 
     Args:
-        script: path of the entry point, ``runtime/train.py``.
-        config: path of the YAML file.
-        overrides: ``key.path=value``.
+        script: path of the entry point, such as ``runtime/train.py``.
+        config: path of the YAML file, or of a run folder where the entry point takes one.
+        overrides: ``key.path=value``, and the entry point's options.
         processes: in all.
         use_gpus: whether each process gets a GPU.
     """

@@ -10,8 +10,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 from launch.job import JobSpec
+
+_UNSHOWN = ("LOCKSTEP_LAUNCH", "LOCKSTEP_OUTCOME")  # of use to whoever waits for the command, not to who repeats it
 
 
 def command(job: JobSpec, *, python: str, port: int, num_threads: int) -> list[str]:
@@ -38,12 +41,13 @@ def command(job: JobSpec, *, python: str, port: int, num_threads: int) -> list[s
     ]  # fmt: skip
 
 
-def environment(job: JobSpec, *, launch: str, num_threads: int) -> dict[str, str]:
+def environment(job: JobSpec, *, launch: str, num_threads: int, outcome: Path | None = None) -> dict[str, str]:
     """Return the variables to add to the job's environment.
 
     Args:
         launch: token of this launch, which comes back in the run's outcome.
         num_threads: of each process.
+        outcome: file that the outcome comes back in, where that is not the run folder's.
     """
     added = {
         "LOCKSTEP_WORLD_SIZE": str(job.processes),  # the runtime refuses any other
@@ -52,10 +56,12 @@ def environment(job: JobSpec, *, launch: str, num_threads: int) -> dict[str, str
     }
     if not job.use_gpus:
         added["ACCELERATE_USE_CPU"] = "true"
+    if outcome is not None:
+        added["LOCKSTEP_OUTCOME"] = str(outcome)
     return added
 
 
 def shown(command: Sequence[str], environment: dict[str, str]) -> str:
     """Return a command as one line for a shell."""
-    visible = {key: value for key, value in environment.items() if key != "LOCKSTEP_LAUNCH"}
+    visible = {key: value for key, value in environment.items() if key not in _UNSHOWN}
     return shlex.join([*(f"{key}={value}" for key, value in visible.items()), *command])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +16,39 @@ from torch.optim.swa_utils import SWALR
 from runtime import component, schedulers
 from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_factory
 from runtime.component import ComponentError
-from runtime.config import Anneal, Averaging, ComponentSection, LossPart, Split
+from runtime.config import Anneal, Averaging, ComponentSection, Split
 from runtime.config import Schedule as ScheduleSection
 from runtime.config_file import LoadedConfiguration
-from runtime.errors import ConfigurationError, MissingDependencyError, ObjectiveError, Problem
-from runtime.fields import Fields
-from runtime.losses import refusal, torch_loss
-from runtime.objective import Objective
+from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError, Problem
+from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
 from runtime.optimization import fused_arguments, parameter_groups
 from runtime.order import IndexOrder, Order, SamplerOrder
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.schedule import Schedule, Successor
 from runtime.streams import StreamSamples
 from runtime.training_data import MappedData, StreamedData, TrainingData
-from runtime.weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+SPLITS = ("train", "validation", "test", "predict")
+
 _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
 _DATA = ("runtime.data_sources",)
-_OBJECTIVES = ("runtime.losses", "runtime.focal_loss", "runtime.pairwise_loss", "torch.nn")
 _OPTIMIZERS = ("torch.optim",)
-_METRICS = ("torchmetrics",)
+_METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
+    "torchmetrics.classification",
+    "torchmetrics.regression",
+    "torchmetrics.retrieval",
+    "torchmetrics.text",
+    "torchmetrics.aggregation",
+    "torchmetrics.clustering",
+    "torchmetrics.nominal",
+    "torchmetrics.segmentation",
+    "torchmetrics.image",
+    "torchmetrics",
+)
 _SAMPLERS = ("torch.utils.data",)
 
 
@@ -84,16 +92,16 @@ def check_components(loaded: LoadedConfiguration) -> None:
         check(key, section, _SAMPLERS, positional=given)
 
     check(("model",), values.model, _MODELS)
-    for name in ("train", "validation", "test"):
-        split: Split | None = getattr(values.data, name)
-        check(("data", name), split, _DATA)
-        check_function(("data", name, "transform"), split.transform if split is not None else None)
+    for name in SPLITS:
+        split = split_section(loaded, name)
+        check(split_key(name), split, _DATA)
+        check_function((*split_key(name), "transform"), split.transform if split is not None else None)
     check_function(("data", "collate"), values.data.collate)
     for name in ("sampler", "batch_sampler"):
         check_sampler(("data", name), getattr(values.data, name))
-    for key, loss in _losses(loaded):
-        check(key, loss, _OBJECTIVES)
-        mistakes.extend((key, mistake) for mistake in _refused_loss(loaded, loss))
+    for key, loss in losses_of(loaded):
+        check(key, loss, OBJECTIVES)
+        mistakes.extend((key, mistake) for mistake in refused_loss(loaded, loss))
     check(("optimizer",), values.optimizer, _OPTIMIZERS, positional=1)
     for number, group in enumerate(values.optimizer.groups):
         key = ("optimizer", "groups", str(number))
@@ -130,101 +138,29 @@ def build_model(loaded: LoadedConfiguration) -> nn.Module:
     return model
 
 
-def build_objective(loaded: LoadedConfiguration) -> Objective:
-    """Build the objective from an Objective class or one of torch's losses, under the run's seed."""
-    with preserved_random_state(_CPU):
-        seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 2), _CPU)
-        return _objective(loaded)
-
-
-def _objective(loaded: LoadedConfiguration) -> Objective:
-    values = loaded.values
-    fields = Fields(**values.data.fields.model_dump(), output=values.model.output)
-    built: dict[str, Objective] = {}
-    for key, section in _losses(loaded):
-        loss = _loss(loaded, key, section)
-        loss.fields = fields
-        weight_key: tuple[str, ...] = ("data", "fields", "weight")
-        if isinstance(section, LossPart):
-            own = {**section.fields.model_dump(), "output": section.output}
-            loss.fields = replace(fields, **{name: part for name, part in own.items() if part is not None})
-            weight_key = (*key, "fields", "weight") if section.fields.weight is not None else weight_key
-        if loss.fields.weight is not None and not loss.reads_sample_weights:
-            raise _wrong(
-                loaded,
-                weight_key,
-                f"{section.target} does not read it; multiply by self.fields.weight_of(batch) in its forward and weight, and "
-                "say reads_sample_weights = True",
-            )
-        built[key[-1]] = loss
-    if not values.objective.losses:
-        return built["objective"]
-    total = WeightedSum(built, {name: part.weight for name, part in values.objective.losses.items()})
-    total.fields = fields
-    return total
-
-
-def _losses(loaded: LoadedConfiguration) -> Iterator[tuple[tuple[str, ...], ComponentSection]]:
-    section = loaded.values.objective
-    if section.target is not None:
-        yield ("objective",), ComponentSection(target=section.target, args=section.args)
-    for name, part in section.losses.items():
-        yield ("objective", "losses", name), part
-
-
-def _loss(loaded: LoadedConfiguration, key: tuple[str, ...], section: ComponentSection) -> Objective:
-    try:
-        found = component.locate(section.target, namespaces=_OBJECTIVES, code=loaded.code)
-        if _is_foreign_loss(found):
-            arguments = component.resolved(section.args, code=loaded.code)
-            built: Any = component.call(torch_loss, section.target, found, arguments)
-        else:
-            built = component.build(section.target, section.args, namespaces=_OBJECTIVES, code=loaded.code)
-    except ComponentError as mistake:
-        raise _wrong(loaded, (*key, *mistake.path), mistake.what) from mistake
-    except ObjectiveError as error:
-        raise _wrong(loaded, key, str(error)) from error
-    if not isinstance(built, Objective):
-        raise _wrong(loaded, (*key, "target"), f"is a {type(built).__name__}, not a runtime.objective.Objective")
-    return built
-
-
-def _is_foreign_loss(found: Any) -> bool:
-    return inspect.isclass(found) and issubclass(found, nn.Module) and not issubclass(found, Objective)
-
-
-def _refused_loss(loaded: LoadedConfiguration, section: ComponentSection) -> Iterator[ComponentError]:
-    try:
-        found = component.locate(section.target, namespaces=_OBJECTIVES, code=loaded.code)
-    except ComponentError:
-        return  # told already
-    what = refusal(found, section.args) if _is_foreign_loss(found) else None
-    if what is not None:
-        yield ComponentError(what)
-
-
 def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) -> Samples | StreamSamples | None:
     """Build one split's data set, or None where the configuration has none.
 
     Args:
         batch_size: samples that are cut up together, where it is a stream.
     """
-    split: Split | None = getattr(loaded.values.data, name)
+    key, split = split_key(name), split_section(loaded, name)
     if split is None:
         return None
     with preserved_random_state(_CPU):
         # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
         seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 1), _CPU)
-        source = _build(loaded, ("data", name), split, namespaces=_DATA)
-    check_samples(source, f"data.{name}", sharded_by=split.sharded_by)
+        source = _build(loaded, key, split, namespaces=_DATA)
+    check_samples(source, ".".join(key), sharded_by=split.sharded_by)
     data = loaded.values.data
     functions: dict[str, Any] = {
-        "transform": _function(loaded, ("data", name, "transform"), split.transform) if split.transform else None,
+        "transform": _function(loaded, (*key, "transform"), split.transform) if split.transform else None,
         "collate": _function(loaded, ("data", "collate"), data.collate) if data.collate else None,
     }
     if split.sharded_by == "dataset" and name != "train":
-        key = ("data", name, "sharded_by")
-        raise _wrong(loaded, key, "must be runtime here: every sample counts once, on any number of ranks")
+        raise _wrong(
+            loaded, (*key, "sharded_by"), "must be runtime here: every sample counts once, on any number of ranks"
+        )
     if split.sharded_by is None:
         return Samples(source, seed=loaded.values.seed, **functions)
     return StreamSamples(
@@ -249,6 +185,18 @@ def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
                 loaded, ("data", name), "a stream has its own order; shuffle in the data set and leave this out"
             )
     return StreamedData(samples)
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Return the key of a split's section."""
+    return ("prediction", "data") if name == "predict" else ("data", name)
+
+
+def split_section(loaded: LoadedConfiguration, name: str) -> Split | None:
+    """Return a split's section, or None where the configuration has none."""
+    section, key = split_key(name)
+    split: Split | None = getattr(getattr(loaded.values, section), key)
+    return split
 
 
 def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoader:
@@ -400,12 +348,28 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
         return {}  # importing torchmetrics takes seconds
     from torchmetrics import Metric
 
-    metrics = {}
+    from runtime.class_results import num_classes_of
+    from runtime.metric_inputs import feed_of
+
+    metrics: dict[str, Metric] = {}
     for name, section in loaded.values.evaluation.metrics.items():
         key = ("evaluation", "metrics", name)
-        metrics[name] = _build(loaded, key, section, namespaces=_METRICS)
-        if not isinstance(metrics[name], Metric):
+        metric = metrics[name] = _build(loaded, key, section, namespaces=_METRICS)
+        if not isinstance(metric, Metric):
             raise _wrong(loaded, (*key, "target"), "is not a torchmetrics.Metric")
+        try:
+            feed = feed_of(metric)
+        except EvaluationError as error:
+            raise _wrong(loaded, (*key, "target"), str(error)) from error
+        if feed.needs_group and loaded.values.data.fields.group is None:
+            what = f"{section.target} looks at each query by itself: say in data.fields.group which part of a batch names it"
+            raise _wrong(loaded, key, what)
+    names = loaded.values.evaluation.class_names
+    sizes = {size for metric in metrics.values() if (size := num_classes_of(metric)) is not None}
+    if names is not None and sizes != {len(names)}:
+        found = " or ".join(map(str, sorted(sizes))) or "no"
+        what = f"{len(names)} names, but the metrics tell {found} classes apart"
+        raise _wrong(loaded, ("evaluation", "class_names"), what)
     return metrics
 
 

@@ -411,7 +411,10 @@ def _listed(ids: Sequence[int] | Ids) -> str:
 
 def fingerprint(source: Any) -> dict[str, Any]:
     """Return what identifies a data set on resumption: its length and its own ``fingerprint``, if it has one."""
-    return {"samples": len(source), "id": getattr(source, "fingerprint", None)}
+    return {
+        "samples": len(source) if hasattr(source, "__getitem__") else None,
+        "id": getattr(source, "fingerprint", None),
+    }
 
 
 def check_samples(source: Any, key: str, *, sharded_by: str | None = None) -> None:

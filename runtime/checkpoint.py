@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from runtime.attempts import Attempts
@@ -232,6 +233,58 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model = join_state(tree["model"], load_file(path / "model.safetensors"))
     training = join_state(tree["training"], load_file(path / "training.safetensors"))
     return model, training
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of a checkpoint is needed to call its model.
+
+    Args:
+        model: its state dict, the raw weights.
+        objective: the objective's own.
+        averaging: state of the running average; None where there was none.
+        identity: what the run was, with ``slots`` and ``configuration``.
+    """
+
+    model: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    averaging: Mapping[str, Any] | None
+    identity: Mapping[str, Any]
+
+
+def load_weights(path: Path) -> Weights:
+    """Return what is needed to call the model of a verified checkpoint, on the CPU; the optimizer's state is not read.
+
+    Raises:
+        CheckpointError: a file of it is gone.
+    """
+    try:
+        tree = json.loads((path / "state.json").read_text())
+        training = tree["training"]
+        model = join_state(tree["model"], load_file(path / "model.safetensors"))
+        with safe_open(path / "training.safetensors", framework="pt") as file:
+            parts = {part: join_state(training[part], _Lazy(file)) for part in ("objective", "averaging")}
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
+        ) from error
+    return Weights(model, parts["objective"], parts["averaging"], training["identity"])
+
+
+class _Lazy(Mapping[str, Any]):
+    """The tensors of a safetensors file, read when they are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Any:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
 
 
 def damage_of(path: Path) -> str | None:

@@ -8,17 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
 from runtime.errors import LockstepError
+
+_STOPPED = (
+    "exit code: 0 done; 75 stopped, with nothing written (the same command begins anew); 2 configuration; 1 failure"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    for argument in rest:  # argparse gives up on positional arguments that follow an option
-        if argument.startswith("-") or "=" not in argument or not hasattr(options, "overrides"):
-            parser.error(f"unrecognized argument: {argument}")
-        options.overrides.append(argument)
+    options = parsed(parser, arguments)
     try:
         code: int = options.run(options)
     except LockstepError as error:
@@ -46,6 +47,15 @@ def _parser() -> argparse.ArgumentParser:
         help="draw the learning rate as a picture (.png, .svg, .pdf; needs matplotlib)",
     )
     show.set_defaults(run=_show)
+
+    for act, summary in (
+        ("evaluate", "evaluate a checkpoint"),
+        ("predict", "write a checkpoint's predictions to a file"),
+    ):
+        inference = commands.add_parser(act, help=summary, description=DESCRIPTIONS[act], epilog=_STOPPED)
+        add_inference(inference, act)
+        _add_processes(inference)
+        inference.set_defaults(run=_infer, act=act)
 
     checkpoints = commands.add_parser(
         "checkpoints",
@@ -90,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="change single keys")
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         metavar="N",
@@ -117,6 +131,27 @@ def _train(options: argparse.Namespace) -> int:
     gpus = num_gpus()
     processes = options.processes or loaded.values.strategy.world_size or max(1, gpus)
     return train_locally(loaded, options.config, options.overrides, processes=processes, use_gpus=gpus >= processes)
+
+
+def _infer(options: argparse.Namespace) -> int:
+    from runtime.config_file import load_run
+
+    loaded = load_run(options.source, options.overrides)
+
+    from runtime.assembly import check_components
+    from runtime.launching import infer_locally, num_gpus
+    from runtime.request import Request, check_request
+
+    check_components(loaded)
+    chosen = chosen_options(options)
+    check_request(loaded, Request(options.act, **chosen))
+    flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None and not isinstance(value, bool)]
+    flags += ["--force"] if options.force else []
+    gpus = num_gpus()
+    processes = options.processes or max(1, gpus)
+    return infer_locally(
+        options.act, options.source, [*options.overrides, *flags], processes=processes, use_gpus=gpus >= processes
+    )
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -321,6 +321,22 @@ class Averaging(Section):
         )
 
 
+class EarlyStopping(Section):
+    """Ends a run whose evaluations no longer improve.
+
+    The state of the best one is saved and kept, whatever ``checkpoint`` says. Raising ``patience`` continues the run.
+    """
+
+    metric: str = Field(json_schema_extra={"resume": "free"})
+    """The validation result that is watched, such as ``loss`` or ``accuracy``."""
+    mode: Literal["min", "max"] = Field(json_schema_extra={"resume": "free"})
+    """Whether lower or higher is better."""
+    patience: int = Field(3, ge=1, json_schema_extra={"resume": "free"})
+    """Evaluations in a row without an improvement."""
+    min_delta: float = Field(0.0, ge=0, json_schema_extra={"resume": "free"})
+    """What a result must be better by than the best one to count as an improvement."""
+
+
 class Limit(Section):
     """When the run is finished (exactly one of ``epochs`` and ``steps``), and how long one start of it may take."""
 
@@ -330,6 +346,8 @@ class Limit(Section):
     """Global batches."""
     time: Time | None = free(None)
     """Time this start may take, such as ``3h55m``; the run then saves, early enough to be done by then, and can go on later."""
+    early_stopping: EarlyStopping | None = free(None)
+    """Finish before the limit once a result no longer improves. Default: off."""
     grace_seconds: float = Field(120.0, gt=0, json_schema_extra={"resume": "free"})
     """Longest time from being asked to stop until the last save is done; then the process leaves without one."""
     silence_seconds: float = Field(60.0, ge=1, json_schema_extra={"resume": "free"})
@@ -383,7 +401,7 @@ class Strategy(Section):
     kind: Literal["ddp"] = free("ddp")
     """``ddp``: every process holds the whole model (also with one process)."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
-    """Processes that must be running; any other number is refused. Default: what the launcher asked for."""
+    """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
     ddp: DistributedDataParallel = DistributedDataParallel()
     """Options of DistributedDataParallel."""
 
@@ -397,8 +415,41 @@ class Evaluation(Section):
     """Samples in one forward pass. Default: the largest slot of training."""
     metrics: dict[str, Component] = free({})
     """Name in the results to torchmetrics class."""
+    class_names: Annotated[list[str], Field(min_length=1)] | None = free(None)
+    """What tables and pictures call the classes. Default: their numbers."""
+    pictures: bool = free(True)
+    """Draw confusion matrices and curves, where such metrics are asked for, into the run folder's ``figures``."""
     metrics_on_train: bool = free(False)
     """Also compute the metrics on the training batches, at every report (in training mode, before each update)."""
+
+
+class Prediction(Section):
+    """What ``lockstep predict`` predicts, and what it writes. Nothing here changes the training."""
+
+    data: Annotated[Split, _TARGET_ALONE] | None = None
+    """What is predicted; it needs no target. Default: ``data.test``."""
+    columns: dict[str, str] = {}
+    """Name in the file to what it holds: ``id``, ``index``, ``prediction``, ``class``, ``probability``, ``probabilities``,
+    ``output``, ``top_classes``, ``top_probabilities``, or what the objective's ``predictions`` gives besides. Several numbers
+    a sample make several columns: ``{}`` in the name stands for the class or number, ``NAME_{}`` where it is left out.
+    Default: id, prediction and, for classes, probability."""
+    labels: list[str | int] = []
+    """Names of the classes, in their order; ``prediction`` then writes names. Default: the class's number."""
+    top_k: int | None = Field(None, ge=1)
+    """How many ``top_classes`` and ``top_probabilities`` there are, the best first."""
+    sample_submission: str | None = None
+    """CSV file whose columns, ids and order are kept, and whose values are replaced. Relative to the working folder. Its id
+    is the column that holds ``id``. Default: the data set's own order."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        tops = [name for name, value in self.columns.items() if value in ("top_classes", "top_probabilities")]
+        return refuse(
+            self,
+            (self.top_k and not tops, "top_k", "no column holds top_classes or top_probabilities"),
+            (tops and not self.top_k, "top_k", f"say how many classes column {tops[:1]} holds"),
+            (len({str(label) for label in self.labels}) < len(self.labels), "labels", "a name is there twice"),
+        )
 
 
 class Spike(Section):
@@ -541,12 +592,22 @@ class RunConfiguration(Section):
     """How the processes share the work."""
     evaluation: Evaluation = Evaluation()
     """When and how the validation data is evaluated."""
+    prediction: Prediction = free(Prediction())
+    """What ``lockstep predict`` predicts and writes."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved."""
     reporting: Reporting = Reporting()
     """What is told while the run goes on."""
     resume: Annotated[Resume, _MODE_ALONE] = Resume()
     """Whether a run folder's state is continued; ``auto``, ``never`` and ``must`` may be written directly."""
+
+    @property
+    def best(self) -> list[Best]:
+        """What checkpoints are kept for being the best by: what the configuration says, and what early stopping watches."""
+        watched, best = self.limit.early_stopping, self.checkpoint.best
+        if watched is None or any((b.metric, b.mode) == (watched.metric, watched.mode) for b in best):
+            return best
+        return [*best, Best(metric=watched.metric, mode=watched.mode)]
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -556,6 +617,7 @@ class RunConfiguration(Section):
         start = self.averaging.start if self.averaging is not None else None
         end = (self.limit.steps if start.unit == "step" else self.limit.epochs) if start is not None else None
         plateau = schedule.watches
+        stopping = self.limit.early_stopping
         return refuse(
             self,
             (
@@ -590,6 +652,23 @@ class RunConfiguration(Section):
                 plateau != (schedule.monitor is not None),
                 "schedule.monitor",
                 "'monitor' goes with ReduceLROnPlateau, and it needs one",
+            ),
+            (
+                stopping and validation is None,
+                "limit.early_stopping",
+                "early stopping needs data.validation",
+            ),
+            (
+                stopping
+                and ":" not in (self.objective.target or "")
+                and stopping.metric.partition("/")[0] not in known,
+                "limit.early_stopping.metric",  # the parts of a user's objective are known at the first evaluation only
+                f"no result is called {stopping and stopping.metric!r}; {unknown}",
+            ),
+            (
+                self.evaluation.class_names and not self.evaluation.metrics,
+                "evaluation.class_names",
+                "there are no evaluation.metrics whose classes they could name",
             ),
             (plateau and validation is None, "schedule.target", "ReduceLROnPlateau needs data.validation"),
             (

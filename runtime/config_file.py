@@ -6,7 +6,7 @@ The order is defaults, YAML, then ``key.path=value``. Nothing here imports torch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -18,6 +18,7 @@ from runtime.errors import ConfigurationError, Problem
 from runtime.yaml_file import read_file, read_value
 
 _YES_AND_NO = ("yes", "no", "on", "off")
+HIDDEN = "(hidden)"
 SECRET_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
@@ -80,6 +81,30 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     return LoadedConfiguration(values, path, lines)
 
 
+def load_run(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfiguration:
+    """Like :func:`load`; and takes a run folder, with the configuration that the run was last started with.
+
+    Raises:
+        ConfigurationError: every mistake found; or the folder is no run's, or its configuration is not complete.
+    """
+    if isinstance(source, Mapping) or not Path(source).is_dir():
+        return load(source, overrides)
+    path = Path(source) / "config.yaml"
+    if not path.is_file():
+        problem = "is a folder without a config.yaml: name a run folder, or a YAML file"
+        raise ConfigurationError([Problem(str(source), "", problem)])
+    if any(override.partition("=")[0] == "output" for override in overrides):
+        raise ConfigurationError(
+            [Problem("command line", "output", f"is {source}; leave it out, or name the YAML file")]
+        )
+    loaded = load(path, overrides)
+    hidden = [key for key, value in flatten(loaded.values.model_dump()).items() if value == HIDDEN]
+    if hidden:
+        what = f"is a secret, which run folders do not hold: give {hidden[0]}=…, or name the run's own YAML file"
+        raise ConfigurationError([loaded.problem(key.split("."), what) for key in hidden])
+    return replace(loaded, values=loaded.values.model_copy(update={"output": str(source)}))
+
+
 def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten resolved values to the keys on which the run's result depends."""
     free_keys = set(_free_paths(RunConfiguration))
@@ -105,7 +130,7 @@ def without_secrets(value: Any) -> Any:
     """Copy nested values, hiding those whose key ends like a secret's."""
     if isinstance(value, Mapping):
         return {
-            key: "(hidden)"
+            key: HIDDEN
             if isinstance(inner, str) and str(key).upper().endswith(SECRET_ENDINGS)
             else without_secrets(inner)
             for key, inner in value.items()

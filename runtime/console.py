@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,10 +18,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from runtime.class_results import ClassResults
 from runtime.metrics import Result
 
 _RATES = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
 _UNSHOWN = {*_RATES, "peak_memory_bytes", "data_share", "slowest_rank", "slowest_rank_excess"}  # metrics.jsonl has them
+_CLASSES = 40  # of a table per class
 _ROWS = 12  # of the final table; the whole history is in metrics.jsonl
 
 
@@ -29,9 +32,11 @@ class ConsoleTracker:
 
     Args:
         progress: whether to draw a bar, if the output is a terminal.
+        classes: finds the results per class.
     """
 
-    def __init__(self, *, progress: bool) -> None:
+    def __init__(self, *, progress: bool, classes: ClassResults) -> None:
+        self._classes = classes
         self._console = Console(highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -98,7 +103,25 @@ class ConsoleTracker:
             self._bar = None
         if self._rows and outcome != "failed":
             self._console.print(self._table())
+            for split, results in {split: results for split, *_, results in self._rows}.items():  # the last of each
+                table = self._class_table(split, results)
+                if table is not None:
+                    self._console.print(table)
         self._rows = []
+
+    def _class_table(self, split: str, results: Mapping[str, Result]) -> Table | None:
+        found = self._classes.table(results)
+        if found is None:
+            return None
+        headings, rows = found
+        left_out = max(0, len(rows) - _CLASSES)
+        caption = f"and {left_out} more; all of them are in the run folder's figures" if left_out else None
+        table = Table(title=f"{split}, per class", title_justify="left", caption=caption, caption_justify="left")
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "class" else "right")
+        for name, *values in rows[:_CLASSES]:
+            table.add_row(escape(name), *(_number(float(value)) for value in values))
+        return table
 
     def _table(self) -> Table:
         table = Table()

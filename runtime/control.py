@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from runtime.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DivergenceError,
+    LockstepError,
+    PredictionError,
+    Problem,
+    RunFolderError,
+)
 
 _SECONDS_BETWEEN = 0.25  # a wish waits this long at most; the all-reduce then costs nothing to speak of
 _MOST_STEPS_BETWEEN = 64
@@ -87,6 +97,28 @@ def from_rank_0(value: Any, device: torch.device) -> Any:
     return json.loads(bytes(buffer.cpu().tolist()))
 
 
+def on_rank_0(act: Callable[[], Any], *, rank: int, device: torch.device) -> Any:
+    """Return on all ranks what rank 0 got, which JSON can hold, or raise on all what it raised of ours.
+
+    Collective: every rank must call this.
+    """
+    reply: dict[str, Any] = {}
+    if rank == 0:
+        try:
+            reply = {"value": act()}
+        except ConfigurationError as error:
+            reply = {"problems": [vars(problem) for problem in error.problems]}
+        except LockstepError as error:
+            reply = {"error": type(error).__name__, "message": str(error)}
+    reply = from_rank_0(reply, device)
+    if "problems" in reply:
+        raise ConfigurationError([Problem(**problem) for problem in reply["problems"]])
+    if "error" in reply:
+        told = (CheckpointError, DivergenceError, PredictionError, RunFolderError)
+        raise {kind.__name__: kind for kind in told}.get(reply["error"], LockstepError)(reply["message"])
+    return reply["value"]
+
+
 def gather_bytes(payload: bytes, device: torch.device) -> list[bytes]:
     """Return every rank's bytes, in rank order, on every rank. Collective: every rank must call this."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -101,6 +133,22 @@ def gather_bytes(payload: bytes, device: torch.device) -> list[bytes]:
     buffers = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(buffers, own)
     return [buffer[: int(n)].cpu().numpy().tobytes() for buffer, n in zip(buffers, lengths, strict=True)]
+
+
+def gather_on_rank_0(payload: bytes, device: torch.device) -> list[bytes]:
+    """Return every rank's bytes, in rank order, on rank 0; nothing elsewhere. Collective: every rank must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [payload]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
+    dist.all_gather(lengths, torch.tensor([len(payload)], device=device))
+    longest = max(int(n) for n in lengths)
+    own = torch.zeros(longest, dtype=torch.uint8)
+    own[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+    own = own.to(device)
+    buffers = [torch.empty_like(own) for _ in range(world_size)] if rank == 0 else None
+    dist.gather(own, buffers, 0)
+    return [buffer[: int(n)].cpu().numpy().tobytes() for buffer, n in zip(buffers or [], lengths, strict=False)]
 
 
 def sum_by_name(values: Mapping[str, float], device: torch.device) -> dict[str, float]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from runtime import environment
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError
@@ -23,6 +26,77 @@ def main(arguments: Sequence[str]) -> int:
     except LockstepError as error:
         return _tell(error)
     return 0
+
+
+def infer(act: Literal["evaluate", "predict"], arguments: Sequence[str]) -> int:
+    """Evaluate or predict as one of the launched processes.
+
+    Returns:
+        The exit code: 0 finished, 75 stopped, 2 configuration, 1 failure; ``accelerate launch`` makes 1 of all but 0.
+    """
+    parser = argparse.ArgumentParser(prog=f"accelerate launch runtime/{act}.py", description=DESCRIPTIONS[act])
+    add_inference(parser, act)
+    options = parsed(parser, arguments)
+    from runtime import session
+
+    try:
+        done = (session.evaluate if act == "evaluate" else session.predict)(
+            options.source, *options.overrides, **chosen_options(options)
+        )
+    except LockstepError as error:
+        return _tell(error)
+    return 0 if done.outcome == "finished" else 75
+
+
+DESCRIPTIONS = {
+    "evaluate": "Evaluate a checkpoint of a run, exactly: every sample once, on any number of processes.",
+    "predict": "Write a checkpoint's predictions to a file: in the data set's order, each sample once.",
+}
+
+
+def add_inference(parser: argparse.ArgumentParser, act: str) -> None:
+    """Add the arguments of ``evaluate`` and ``predict``, the same for the entry point and for ``lockstep``."""
+    predicts = act == "predict"
+    parser.add_argument("source", metavar="CONFIG|RUN", type=Path, help="YAML file of the run, or its run folder")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="change single keys")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        default="newest",
+        help="newest (the default), best:METRIC, or the path of a checkpoint; its every byte is verified",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation", "test", "predict"),
+        help=f"default: {'predict (prediction.data)' if predicts else 'validation'}, or test where there is none",
+    )
+    parser.add_argument(
+        "--weights", choices=("raw", "averaged"), help="default: those that the run evaluates (averaging.evaluate)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help=".csv, .jsonl or .parquet (default: predictions.csv in the run folder)"
+        if predicts
+        else "JSON file to write",
+    )
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+
+
+def chosen_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return those options that are not overrides, by name."""
+    return {name: getattr(options, name) for name in ("checkpoint", "split", "weights", "output", "force")}
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line on which ``key.path=value`` may also follow options, where argparse gives up on it."""
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        if argument.startswith("-") or "=" not in argument or not hasattr(options, "overrides"):
+            parser.error(f"unrecognized argument: {argument}")
+        options.overrides.append(argument)
+    return options
 
 
 def _tell(error: LockstepError) -> int:

@@ -2,6 +2,7 @@
 
 LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
 LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
+LOCKSTEP_OUTCOME        file in which evaluate.py and predict.py leave their outcome; runs leave theirs in the run folder
 LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
 WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
@@ -11,6 +12,7 @@ TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no S
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from runtime.errors import WorldSizeError
 
@@ -25,6 +27,12 @@ def rank() -> int:
 def launch_token() -> str | None:
     """The token of the launch that started this process."""
     return os.environ.get("LOCKSTEP_LAUNCH")
+
+
+def outcome_file() -> Path | None:
+    """The file in which an evaluation or a prediction leaves its outcome."""
+    path = os.environ.get("LOCKSTEP_OUTCOME")
+    return Path(path) if path else None
 
 
 def is_watched() -> bool:

@@ -12,6 +12,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
+ ├── PredictionError              predictions cannot be written where, or into what, they are to go
  └── PeerError                    another rank left; its own message tells why
 """
 
@@ -110,6 +111,10 @@ class EvaluationError(LockstepError):
     """An evaluation is not exact, or a metric refused its input."""
 
 
+class PredictionError(LockstepError):
+    """Predictions cannot be written where, or into what, they are to go."""
+
+
 class PeerError(LockstepError):
     """Contact with another rank was lost."""
 
@@ -121,5 +126,6 @@ EQUAL_ON_ALL_RANKS = (
     CheckpointError,
     DivergenceError,
     RanksDifferError,
+    PredictionError,
 )
 """What every rank raises at the same place, so that rank 0 tells it for all."""

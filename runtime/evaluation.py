@@ -100,7 +100,7 @@ class Evaluator:
             for name, part in sums.items():
                 totals[name] = totals.get(name, 0) + part.double()
             if self._metrics:
-                self._metrics.update(*objective.metric_inputs(loss.output, batch))
+                self._metrics.update(objective, loss.output, batch)
         weights = weight if isinstance(weight, tuple) else (weight,)
         return totals | {f"{_WEIGHT}{number}": part for number, part in enumerate(weights)}
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,8 @@ from runtime.averaging import averaged_state
 from runtime.checkpoint import damage_of
 from runtime.errors import CheckpointError, ConfigurationError, Problem
 from runtime.inspection import is_checkpoint, newest_whole
-from runtime.serialization import join_state, sync_folder
+from runtime.serialization import join_state
+from runtime.unfinished import hidden_folder, put_in_place
 
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 
@@ -169,29 +168,21 @@ def _metadata(checkpoint: Path, tree: Mapping[str, Any], weights: str) -> dict[s
 
 
 def _write(out: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool) -> int:
-    """Write beside the target, read back, rename; return the size in bytes.
-
-    The temporary place is a hidden folder, since safetensors makes a temporary file of its own, which a kill would leave.
-    """
-    hidden = out.with_name(f"{_hidden(out)}{os.getpid()}")
-    written = hidden / out.name
+    """Write beside the target, read back, rename; return the size in bytes."""
     try:
-        _clear_left_behind(out)
-        hidden.mkdir()
-        _save(written, state, metadata)
-        difference = _difference(state, _read(written))
-        if difference is not None:
-            raise CheckpointError(f"{out} is not written: {difference} when it was read back")
-        num_bytes = written.stat().st_size
-        _check_target(out, force=force)  # once more: it may have come meanwhile
-        os.replace(written, out)
-        sync_folder(out.parent)
+        with hidden_folder(out) as hidden:
+            written = hidden / out.name
+            _save(written, state, metadata)
+            difference = _difference(state, _read(written))
+            if difference is not None:
+                raise CheckpointError(f"{out} is not written: {difference} when it was read back")
+            num_bytes = written.stat().st_size
+            _check_target(out, force=force)  # once more: it may have come meanwhile
+            put_in_place(written, out)
     except (OSError, SafetensorError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides the disk's answer
         reason = getattr(cause, "strerror", None) or cause
         raise CheckpointError(f"{out} could not be written: {reason}; no half file is left") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     return num_bytes
 
 
@@ -237,25 +228,3 @@ def _difference(state: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> str 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _clear_left_behind(out: Path) -> None:
-    """Remove what killed exports to the same file, on this host, have left."""
-    for path in out.parent.iterdir():
-        owner = path.name.removeprefix(_hidden(out))
-        if path.name != owner and owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _hidden(out: Path) -> str:
-    return f".{out.name}.partial-{socket.gethostname()}-"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's
-    return pid != os.getpid()  # an earlier process of the same number, then

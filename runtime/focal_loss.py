@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
-from runtime.supervised import SupervisedObjective
+from runtime.supervised import SupervisedObjective, counted_of
 
 
 class FocalLoss(SupervisedObjective):
@@ -94,6 +95,10 @@ class FocalLoss(SupervisedObjective):
         """Return the targets that are not ignored."""
         return float((target != self._ignore_index).sum())
 
+    def metric_mask(self, batch: Any) -> Tensor:
+        """Return which targets metrics see."""
+        return counted_of(self.fields.target_of(batch), self._ignore_index, super().metric_mask(batch))
+
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return probabilities and integer targets, those that do not count left out."""
         binary = output.shape == self.fields.target_of(batch).shape
@@ -104,3 +109,11 @@ class FocalLoss(SupervisedObjective):
         if binary and bool(counted.all()):  # the shape (batch, labels) says how many labels there are
             return probabilities, target.long()
         return probabilities[counted], target[counted].long()
+
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output and probabilities: of (batch,) logits that of a yes, of (batch, classes, …) the classes', last."""
+        scores = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        if scores.ndim == 1:
+            return {"output": scores, "probability": scores.sigmoid()}
+        scores = scores.movedim(1, -1)
+        return {"output": scores, "probabilities": scores.softmax(-1)}

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import runtime
 from launch.job import JobSpec
 from launch.local import command, environment, shown
 from runtime.config_file import LoadedConfiguration
-from runtime.session import read_outcome
+from runtime.session import OUTCOME, read_outcome
 
 _LAUNCHER = str(Path("accelerate", "commands", "launch.py"))
 
@@ -35,15 +36,35 @@ def train_locally(
     loaded: LoadedConfiguration, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool
 ) -> int:
     """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure."""
-    script = Path(runtime.__path__[0]) / "train.py"
-    job = JobSpec(script, config, overrides, processes, use_gpus)
-    threads = _num_threads(processes)
+    job = JobSpec(_script("train"), config, overrides, processes, use_gpus)
+    return _launched(job, loaded.output / OUTCOME)
+
+
+def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes: int, use_gpus: bool) -> int:
+    """Like :func:`train_locally` for ``evaluate`` and ``predict``, whose outcome is not the run's.
+
+    Args:
+        source: YAML file or run folder.
+        arguments: ``key.path=value``, and options.
+    """
+    job = JobSpec(_script(act), source, arguments, processes, use_gpus)
+    with TemporaryDirectory(prefix="lockstep-") as folder:
+        outcome = Path(folder) / OUTCOME
+        return _launched(job, outcome, added_outcome=outcome)
+
+
+def _script(act: str) -> Path:
+    return Path(runtime.__path__[0]) / f"{act}.py"
+
+
+def _launched(job: JobSpec, outcome_file: Path, *, added_outcome: Path | None = None) -> int:
+    threads = _num_threads(job.processes)
     token = secrets.token_hex(8)
-    added = environment(job, launch=token, num_threads=threads)
+    added = environment(job, launch=token, num_threads=threads, outcome=added_outcome)
     line = command(job, python=sys.executable, port=_free_port(), num_threads=threads)
     print(shown(line, added), file=sys.stderr, flush=True)
     code = _run(line, {**os.environ, **added})
-    outcome = read_outcome(loaded.output, token)
+    outcome = read_outcome(outcome_file, token)
     return int(outcome["exit_code"]) if outcome else (1 if code else 0)
 
 

@@ -31,6 +31,7 @@ class Parts:
             ranks.
         report: tells the meter's figures, if they are due.
         evaluate: evaluates, if it is due, and returns the results; sets ``progress.evaluation_due`` if it was cut short.
+        enough: judges results for early stopping and tells whether the run is to end; equal on all ranks.
         save: saves, if it is due or the run is being left.
     """
 
@@ -51,6 +52,7 @@ class Parts:
     is_due: Callable[[Window], bool]
     report: Callable[[Window], None]
     evaluate: Callable[[Window], dict[str, Result] | None]
+    enough: Callable[[dict[str, Result]], bool]
     save: Callable[[Window, bool], None]
 
 
@@ -97,11 +99,15 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         parts.report(window)
         enter("evaluate", step)
         results = parts.evaluate(window)
+        enough = False
         if results is not None:
             parts.schedule.after_evaluation(results)
+            enough = parts.enough(results)
         leaving |= progress.evaluation_due  # all ranks left the evaluation early, to leave
         enter("save", step)
-        parts.save(window, leaving)
+        parts.save(window, leaving or enough)
+        if enough:
+            return "finished"
         if leaving:
             return "stopped"
         enter("data", step + 1)

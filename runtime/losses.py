@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
 from runtime.objective import Objective, shown
-from runtime.supervised import PerSampleObjective, SupervisedObjective
+from runtime.supervised import PerSampleObjective, SupervisedObjective, counted_of
 
 EXCLUDED = {  # losses of torch that cannot be objectives, and why
     "NLLLoss2d": "it is an old name of NLLLoss; use that",
@@ -119,7 +119,14 @@ class BinaryLoss(TorchLoss):
         """Return probabilities and 0 or 1."""
         if isinstance(self.loss, nn.SoftMarginLoss):  # its targets are -1 and 1
             return output.sigmoid(), (target > 0).long()
-        return (output if isinstance(self.loss, nn.BCELoss) else output.sigmoid()), target.long()
+        return self._probabilities(output), target.long()
+
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output and the probability of a yes."""
+        return {"output": output, "probability": self._probabilities(output)}
+
+    def _probabilities(self, output: Tensor) -> Tensor:
+        return output if isinstance(self.loss, nn.BCELoss) else output.sigmoid()
 
 
 class PoissonLoss(TorchLoss):
@@ -127,7 +134,11 @@ class PoissonLoss(TorchLoss):
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return rates and counts."""
-        return (output.exp() if self.loss.log_input else output), target
+        return self.predicted(output)["output"], target
+
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the rate as the output."""
+        return {"output": output.exp() if self.loss.log_input else output}
 
 
 class GaussianLoss(TorchLoss):
@@ -143,6 +154,11 @@ class GaussianLoss(TorchLoss):
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return means and target."""
         return self.several(output)[0], target
+
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the mean as the output, and the variance."""
+        mean, variance = self.several(output)
+        return {"output": mean, "variance": variance}
 
 
 class RankingLoss(TorchLoss):
@@ -217,8 +233,21 @@ class ClassificationLoss(TorchLoss):
         scores, target = super().metric_inputs(output.movedim(self._class_dim, -1), batch)
         scores, target = scores.flatten(0, -2), target.flatten()
         counted = target != self._ignore_index
-        scores = scores[counted].float() if scores.dtype in (torch.float16, torch.bfloat16) else scores[counted]
-        return (scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)), target[counted]
+        return self._probabilities(scores[counted]), target[counted]
+
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output and the classes' probabilities, both with the classes last."""
+        scores = output.movedim(self._class_dim, -1)
+        return {"output": scores, "probabilities": self._probabilities(scores)}
+
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        return scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)
+
+    def metric_mask(self, batch: Any) -> Tensor:
+        """Return which targets metrics see."""
+        _, target = self.predictions(None, self.fields.target_of(batch))
+        return counted_of(target, self._ignore_index, super().metric_mask(batch))
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return scores, classes last, and class indices."""
@@ -298,6 +327,10 @@ class MultiClassMarginLoss(PerSampleLoss):
         """Return scores that sum to 1, and class indices."""
         return output.softmax(-1), target
 
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output, and scores that sum to 1."""
+        return {"output": output, "probabilities": output.softmax(-1)}
+
 
 class MultiLabelLoss(PerSampleLoss):
     """MultiLabelSoftMarginLoss and MultiLabelMarginLoss. Output: scores (batch, classes).
@@ -311,6 +344,10 @@ class MultiLabelLoss(PerSampleLoss):
             listed = (target >= 0).cumprod(1)  # what is behind the first -1 does not count
             target = torch.zeros_like(target).scatter_add_(1, target.clamp(min=0), listed).clamp(max=1)
         return output.sigmoid(), target.long()
+
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return the output, and a probability, or a score within [0, 1], for each label."""
+        return {"output": output, "probability": output.sigmoid()}
 
 
 class PairLoss(PerSampleLoss):

@@ -75,7 +75,7 @@ class TrainingMeter:
             value = value.detach()
             self._step[name] = self._step[name] + value if name in self._step else value
         if self._metrics:
-            self._metrics.update(*self._objective.metric_inputs(_detached(loss.output), batch))
+            self._metrics.update(self._objective, _detached(loss.output), batch)
 
     def step_loss(self, weight: Weight) -> float:
         """Return the part of the current step's mean loss that this rank's slots make up. Waits for the device.

@@ -97,6 +97,19 @@ class Objective(nn.Module):
         """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
         return output, self.fields.target_of(batch)
 
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return what can be written of the model's output, by name; one row a sample.
+
+        Without a target, so that data of which nothing is known can be predicted. ``probabilities``: (batch, classes), one
+        class is right; ``probability``: (batch,) or (batch, labels), of a yes; from these ``class`` and the best classes
+        follow. Any other name can be written too.
+        """
+        return {"output": output}
+
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which elements of the target ``metric_inputs`` keeps, in the target's shape; None if it keeps them all."""
+        return None
+
     @property
     def counts_samples(self) -> bool:
         """Tell whether the weight is the number of samples, which the order tells without reading data."""

@@ -62,6 +62,13 @@ class BPRLoss(PerSampleObjective):
         counted = spread(self.fields.weight_of(batch) != 0, output.shape, widen=False)
         return output[counted], relevant[counted]
 
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which samples metrics see, None if it is all."""
+        if self._is_rated(batch) or self.fields.weight is None:
+            return super().metric_mask(batch)
+        weights: Tensor = self.fields.weight_of(batch)
+        return spread(weights != 0, weights.shape[:1], widen=False)
+
     def _weighed(self, losses: Tensor, batch: Any, output: Tensor) -> Loss:
         if self.fields.weight is not None:
             losses = losses * spread(self.fields.weight_of(batch), losses.shape).to(losses.dtype)

@@ -15,23 +15,28 @@ from runtime import assembly, yaml_file
 from runtime.averaged_evaluation import AveragedEvaluation
 from runtime.averaging import WeightAverage
 from runtime.batch_statistics import BatchStatistics
-from runtime.batches import Sharing, default_slots
+from runtime.batches import Samples, Sharing, default_slots
+from runtime.class_results import ClassResults
 from runtime.comparison import code_digest, compare, shapes
 from runtime.config_file import LoadedConfiguration, flatten
 from runtime.console import ConsoleTracker
 from runtime.control import sum_over_ranks
 from runtime.divergence import Divergence
+from runtime.early_stopping import EarlyStopping
 from runtime.errors import ConfigurationError, DataError, RunFolderError
 from runtime.evaluation import Evaluator
 from runtime.facts import versions
+from runtime.figures import FiguresTracker
 from runtime.fitting import fitting_micro_size
 from runtime.metrics import MetricSet
 from runtime.objective import TrainingModule
+from runtime.objective_assembly import build_objective
 from runtime.progress import Progress
 from runtime.reporting import JsonLines, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
 from runtime.serialization import replace_file
 from runtime.strategies import Strategy
+from runtime.streams import StreamSamples
 from runtime.training_data import MappedData, TrainingData
 
 _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
@@ -62,9 +67,10 @@ def prepare(
     Raises:
         LockstepError: what is wrong with configuration, data, or the ranks' agreement.
     """
-    module = _module(loaded, strategy)
+    module = build_module(loaded, strategy)
     data = assembly.build_training_data(loaded)
-    _compare_ranks(loaded, strategy, module, data)
+    workers = loaded.values.data.loader.num_workers
+    compare_ranks(loaded, strategy, module, data.identity((strategy.world_size, workers)))
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     length = assembly.schedule_length(loaded, data.steps_per_epoch)
@@ -73,30 +79,46 @@ def prepare(
     assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
     optimizer = assembly.build_optimizer(loaded, module)
     schedule = assembly.build_schedule(loaded, optimizer, length)
-    section = loaded.values.averaging
-    averaging = WeightAverage(module, section) if section is not None else None
+    averaging = build_averaging(loaded, module)
     divergence = Divergence(
         loaded.values.divergence,
         sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
         tell=warn,
     )
-    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, Progress())
+    stopping = loaded.values.limit.early_stopping
+    early_stopping = EarlyStopping(stopping) if stopping is not None else None
+    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, Progress())
     return Prepared(data, identity, sharing, state)
+
+
+def build_averaging(loaded: LoadedConfiguration, module: TrainingModule) -> WeightAverage | None:
+    """Build the running average of a module's weights, or None if the configuration wants none."""
+    section = loaded.values.averaging
+    return WeightAverage(module, section) if section is not None else None
 
 
 def build_evaluator(
     loaded: LoadedConfiguration, strategy: Strategy, name: Literal["validation", "test"], *, slots: int
 ) -> Evaluator | None:
     """Build the evaluator of one split, or None if there is no such data."""
+    samples = assembly.build_samples(loaded, name, batch_size=evaluation_micro_size(loaded, slots))
+    return evaluator_of(samples, loaded, strategy, name, slots=slots) if samples is not None else None
+
+
+def evaluation_micro_size(loaded: LoadedConfiguration, slots: int) -> int:
+    """Return how many samples one forward pass takes in evaluation and prediction."""
+    return loaded.values.evaluation.micro_size or -(-loaded.values.batch.global_size // slots)
+
+
+def evaluator_of(
+    samples: Samples | StreamSamples, loaded: LoadedConfiguration, strategy: Strategy, name: str, *, slots: int
+) -> Evaluator:
+    """Build the evaluator of samples that have been built."""
     values = loaded.values
-    micro_size = values.evaluation.micro_size or -(-values.batch.global_size // slots)
-    samples = assembly.build_samples(loaded, name, batch_size=micro_size)
-    if samples is None:
-        return None
     return Evaluator(
         name,
         samples,
-        micro_size=micro_size,
+        micro_size=evaluation_micro_size(loaded, slots),
         strategy=strategy,
         metrics=MetricSet(assembly.build_metrics(loaded), strategy.device),
         make_loader=assembly.build_loader(loaded, strategy.device),
@@ -152,18 +174,29 @@ def build_trackers(
     """
     folder, reporting, resolved = loaded.output, loaded.values.reporting, loaded.resolved()
     try:
-        replace_file(folder / "config.yaml", yaml_file.dump(resolved))
+        # The code's folder as it is: the one of this file is the run folder.
+        replace_file(folder / "config.yaml", yaml_file.dump({**resolved, "code": str(loaded.code)}))
         path, due = folder / "metrics.jsonl", progress.evaluation_due
         records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
-    trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress), records]
+    section = loaded.values.evaluation
+    classes = ClassResults.of(assembly.build_metrics(loaded), section.class_names)
+    figures = FiguresTracker(folder, classes, pictures=section.pictures, resumed_step=progress.step, warn=warn)
+    trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress, classes=classes), records, figures]
     if reporting.wandb is not None:
         from runtime.wandb_tracker import WandbTracker
 
         trackers.append(
             WandbTracker(
-                reporting.wandb, name=loaded.name, run_id=run_id, folder=folder, configuration=resolved, warn=warn
+                reporting.wandb,
+                name=loaded.name,
+                run_id=run_id,
+                folder=folder,
+                configuration=resolved,
+                warn=warn,
+                classes=classes,
+                pictures=figures.pictures,
             )
         )
     return trackers
@@ -178,9 +211,10 @@ class _Fresh:
     schedule_length: int | None
 
 
-def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
-    model, objective = assembly.build_model(loaded), assembly.build_objective(loaded)
-    if loaded.values.batch_norm == "sync":
+def build_module(loaded: LoadedConfiguration, strategy: Strategy, *, training: bool = True) -> TrainingModule:
+    """Build model and objective, on the device; synchronised BatchNorm and its GPUs are for training alone."""
+    model, objective = assembly.build_model(loaded), build_objective(loaded)
+    if loaded.values.batch_norm == "sync" and training:
         if strategy.device.type != "cuda":
             raise ConfigurationError([loaded.problem(("batch_norm",), "sync needs GPUs; use local")])
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -194,14 +228,30 @@ def _module(loaded: LoadedConfiguration, strategy: Strategy) -> TrainingModule:
     return TrainingModule(model, objective).to(strategy.device)
 
 
-def _compare_ranks(loaded: LoadedConfiguration, strategy: Strategy, module: TrainingModule, data: TrainingData) -> None:
+def compare_ranks(
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    module: TrainingModule,
+    data: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse ranks that were started differently. Collective: every rank must call this.
+
+    Args:
+        data: what identifies the data.
+        more: what else must be equal.
+
+    Raises:
+        RanksDifferError: naming the rank and the difference.
+    """
     # Free keys as well: evaluating or reporting at another interval, a rank would enter a collective alone.
     facts = {
         **{f"configuration {k}": v for k, v in flatten(loaded.resolved()).items() if not k.startswith(_OF_ONE_RANK)},
         **versions(),
         "code": code_digest(loaded.code),
-        "data": data.identity((strategy.world_size, loaded.values.data.loader.num_workers)),
+        "data": dict(data),
         "parameter shapes": shapes(module),
+        **(more or {}),
     }
     compare(facts, host=socket.gethostname(), device=strategy.device)
 

@@ -12,6 +12,7 @@ from runtime.attempts import Rollback
 from runtime.averaging import WeightAverage
 from runtime.config_file import LoadedConfiguration, exact_keys
 from runtime.divergence import Divergence
+from runtime.early_stopping import EarlyStopping
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
 from runtime.progress import Progress
@@ -29,6 +30,7 @@ class RunState:
     averaging: WeightAverage | None
     strategy: Strategy
     divergence: Divergence
+    early_stopping: EarlyStopping | None
     progress: Progress
 
     def collect(self) -> dict[str, dict[str, Any]]:
@@ -40,6 +42,7 @@ class RunState:
             "averaging": None if self.averaging is None else self.averaging.state_dict(),
             "strategy": dict(self.strategy.state()),
             "divergence": self.divergence.state_dict(),
+            "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             "progress": self.progress.state_dict(),
         }
         return {"model": self.module.model.state_dict(), "training": training}
@@ -67,6 +70,8 @@ class RunState:
             raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
         self.strategy.load_state(training["strategy"])
         self.divergence.load_state_dict(training["divergence"])
+        if self.early_stopping is not None:
+            self.early_stopping.load_state_dict(training["early_stopping"])
         self.progress.load_state_dict(training["progress"])
 
     def follow(self, rollbacks: Iterable[Rollback]) -> None:

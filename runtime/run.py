@@ -52,6 +52,7 @@ class RunResult:
         results: of the last evaluation of the validation data; ``test/…`` of the test data. Equal on every rank.
         folder: the run folder.
         model: the trained model.
+        message: why it finished before its limit, if it did.
     """
 
     outcome: Literal["finished", "stopped"]
@@ -59,6 +60,7 @@ class RunResult:
     results: Mapping[str, Result]
     folder: Path
     model: nn.Module
+    message: str = ""
 
 
 class Run:
@@ -92,7 +94,7 @@ class Run:
             loaded.output,
             rank=strategy.rank,
             device=strategy.device,
-            section=self._values.checkpoint,
+            section=self._values.checkpoint.model_copy(update={"best": self._values.best}),
             warn=self._warn,
         )
 
@@ -136,6 +138,7 @@ class Run:
         strategy, progress = self._strategy, self._progress
         module = prepared.state.module
         strategy.prepare(module, self._state.optimizer)
+        was_over = self._nothing_left() and not progress.evaluation_due
         self._validation, self._test = (
             build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
             build_evaluator(self._loaded, strategy, "test", slots=self._sharing.slots),
@@ -143,10 +146,10 @@ class Run:
         self._weights = build_averaged_evaluation(
             self._loaded, prepared, strategy, enter=self._statistics_go_on, tell=self._reporter.message
         )
-        if self._nothing_left() and not progress.evaluation_due:
-            self._reporter.message(
-                f"This run is finished: {progress.step} steps. To go on, raise limit.epochs or limit.steps."
-            )
+        if was_over:
+            why, keys = self._why_early() or f"{progress.step} steps", "limit.epochs or limit.steps"
+            keys = "limit.early_stopping.patience" if self._why_early() else keys
+            self._reporter.message(f"This run is finished: {why}. To go on, raise {keys}.")
         elif self._values.divergence.rolls_back and progress.step == 0:
             self._save_state()  # so that there is always something to return to
         self._agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
@@ -158,6 +161,8 @@ class Run:
                     outcome = "stopped"
                 else:
                     outcome = "finished" if self._nothing_left() else self._trained(module)
+        if self._why_early() and not was_over:
+            self._reporter.message(f"This run is finished: {self._why_early()}.")
         if outcome == "finished" and not self._evaluate_test():
             outcome = "stopped"
         return self._close(outcome)
@@ -231,6 +236,7 @@ class Run:
             is_due=self._is_anything_due,
             report=self._report,
             evaluate=self._evaluate,
+            enough=self._enough,
             save=self._save,
         )
 
@@ -299,12 +305,27 @@ class Run:
             self._reporter.evaluation("validation", self._progress.step, self._progress.epoch, results)
         return results
 
+    def _enough(self, results: Mapping[str, Result]) -> bool:
+        """Judge results for early stopping; they are equal on every rank."""
+        stopping = self._state.early_stopping
+        if stopping is None:
+            return False
+        stopping.after_evaluation(results, self._progress.step)
+        return stopping.exhausted
+
+    def _why_early(self) -> str:
+        """Say why the run ends before its limit, if it does."""
+        stopping = self._state.early_stopping
+        early = stopping is not None and stopping.exhausted and not self._limit_reached()
+        return f"stopped early, after step {self._progress.step}: {stopping.reason}" if stopping and early else ""
+
     def _catch_up_evaluation(self) -> bool:
         """Do what was cut short when the run was left; return whether it was done this time."""
         results = self._validate()
         if results is None:
             return False
         self._state.schedule.after_evaluation(results)
+        self._enough(results)
         self._save_state()
         return True
 
@@ -350,6 +371,10 @@ class Run:
         return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
 
     def _nothing_left(self) -> bool:
+        stopping = self._state.early_stopping
+        return (stopping is not None and stopping.exhausted) or self._limit_reached()
+
+    def _limit_reached(self) -> bool:
         cursor = self._data.upcoming(self._progress.cursor, self._progress.skipped_batches)
         return self._limit_from_here()(cursor, 0)
 
@@ -363,14 +388,19 @@ class Run:
 
     def _evaluated(self, evaluator: Evaluator | None) -> dict[str, Result] | None:
         self._times.enter("evaluate", self._progress.step)
+
+        def before_round() -> bool:
+            self._times.enter("evaluate", self._progress.step)  # a sign of life: an evaluation may take long
+            return self._stop_wished()
+
         with self._garbage.paused():
-            return self._weights.evaluate(
-                evaluator, self._progress, last=self._nothing_left, stop_wished=self._stop_wished
-            )
+            return self._weights.evaluate(evaluator, self._progress, last=self._may_be_over, stop_wished=before_round)
+
+    def _may_be_over(self) -> bool:
+        return self._state.early_stopping is not None or self._nothing_left()
 
     def _statistics_go_on(self) -> None:
-        for phase in ("statistics", "evaluate"):  # a pass may be long, and is no hang
-            self._times.enter(phase, self._progress.step)
+        self._times.enter("evaluate", self._progress.step)  # a sign of life, as above
 
     def _evaluate_test(self) -> bool:
         """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""
@@ -421,4 +451,6 @@ class Run:
             self._reporter.message(text)
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
-        return RunResult(outcome, self._progress.step, self._results, self._folder.path, self._state.module.model)
+        message = self._why_early() if outcome == "finished" else ""
+        model = self._state.module.model
+        return RunResult(outcome, self._progress.step, self._results, self._folder.path, model, message)

@@ -20,9 +20,9 @@ from runtime.best import BestResults
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.config import Checkpoint as CheckpointSection
 from runtime.config import Resume
-from runtime.control import from_rank_0
+from runtime.control import on_rank_0
 from runtime.divergence import RollbackWanted
-from runtime.errors import CheckpointError, DivergenceError, LockstepError, RunFolderError
+from runtime.errors import CheckpointError, DivergenceError, RunFolderError
 from runtime.fence import Fence
 from runtime.saving import BackgroundSaving
 from runtime.serialization import make_folder
@@ -259,19 +259,14 @@ class RunFolder:
 
     def _on_rank_0(self, act: Callable[[], Any]) -> Any:
         """Return on all ranks what rank 0 got, or raise on all what it raised. Collective."""
-        reply: dict[str, Any] = {}
-        if self._rank == 0:
+
+        def told() -> Any:
             try:
-                reply = {"value": act()}
-            except LockstepError as error:
-                reply = {"error": type(error).__name__, "message": str(error)}
+                return act()
             except OSError as error:
-                reply = {"error": "RunFolderError", "message": f"{self.path}: {error.strerror or error}"}
-        reply = from_rank_0(reply, self._device)
-        if "error" in reply:
-            kinds = {kind.__name__: kind for kind in (CheckpointError, DivergenceError, RunFolderError)}
-            raise kinds.get(reply["error"], LockstepError)(reply["message"])
-        return reply["value"]
+                raise RunFolderError(f"{self.path}: {error.strerror or error}") from error
+
+        return on_rank_0(told, rank=self._rank, device=self._device)
 
 
 def _say_at_once(text: str) -> None:

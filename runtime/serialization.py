@@ -141,11 +141,11 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or as it was before."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
     partial = path.with_name(f".{path.name}.{threading.get_native_id()}")  # which is the process's in its main thread
     try:
-        write_durably(partial, text.encode())
+        write_durably(partial, content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
         sync_folder(path.parent)
     finally:

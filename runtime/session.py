@@ -1,7 +1,9 @@
 """From Python to a run: the world checked, signals taken over, processes joined, and all of it undone at the end.
 
-from runtime.session import train
+from runtime.session import evaluate, predict, train
 result = train("configs/digits.yaml", "limit.epochs=3")
+evaluate("runs/digits", checkpoint="best:accuracy").results
+predict("runs/digits", split="validation", output="digits.csv")
 """
 
 from __future__ import annotations
@@ -9,21 +11,60 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime import environment
-from runtime.config_file import LoadedConfiguration, load
+from runtime.config_file import LoadedConfiguration, load, load_run
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
 from runtime.stopping import StopWish
 
 if TYPE_CHECKING:
+    from runtime.inference import Inferred
     from runtime.run import RunResult
+    from runtime.strategies import Strategy
     from runtime.watch import Watch
 
 OUTCOME = "outcome.json"
+
+
+class Finished(Protocol):
+    """What an act of several processes ends with."""
+
+    @property
+    def outcome(self) -> Literal["finished", "stopped"]:
+        """Whether it was done, or is to be gone on with."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Global batches consumed by the model."""
+        ...
+
+    @property
+    def message(self) -> str:
+        """Why it ended, where that does not go without saying."""
+        ...
+
+
+_R = TypeVar("_R", bound=Finished)
+
+
+@dataclass
+class Processes:
+    """The processes that have come together, as one of them sees them.
+
+    Attributes:
+        may_tell: whether rank 0 may leave word of another rank's failure; the run folder may be another job's by then.
+    """
+
+    strategy: Strategy
+    stop_wish: StopWish
+    watch: Watch
+    may_tell: Callable[[], bool] = lambda: True
 
 
 def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
@@ -38,17 +79,146 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
     """
     since = time.monotonic()
     loaded = load(source, overrides)
-    requested = environment.requested_world_size(loaded.values.strategy.world_size)
+
+    def act(processes: Processes) -> RunResult:
+        from runtime.run import Run
+
+        run = Run(loaded, processes.strategy, processes.stop_wish, processes.watch.position)
+        processes.may_tell = run.owns_folder
+        if loaded.values.limit.time is not None:
+            processes.stop_wish.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)
+        return run.train()
+
+    return _together(loaded, act, outcome_file=loaded.output / OUTCOME, world_size=loaded.values.strategy.world_size)
+
+
+def evaluate(
+    source: Path | str | Mapping[str, Any],
+    *overrides: str,
+    checkpoint: str = "newest",
+    split: str | None = None,
+    weights: Literal["raw", "averaged"] | None = None,
+    output: Path | str | None = None,
+    force: bool = False,
+) -> Inferred:
+    """Evaluate a checkpoint of a run, exactly, in this process or as one of several.
+
+    Args:
+        source: path of the YAML file or of the run folder, or the YAML's content as a mapping.
+        overrides: ``key.path=value``.
+        checkpoint: ``newest``, ``best:METRIC``, or the path of a checkpoint.
+        split: ``validation`` (the default), ``test``, ``train`` or ``predict``.
+        weights: default: what the run's own evaluations took (``averaging.evaluate``).
+        output: JSON file to write.
+        force: write over a file that is there.
+
+    Raises:
+        LockstepError: whatever is wrong, as one message.
+    """
+    asked = {"checkpoint": checkpoint, "split": split, "weights": weights, "force": force}
+    return _infer("evaluate", source, overrides, output, asked)
+
+
+def predict(
+    source: Path | str | Mapping[str, Any],
+    *overrides: str,
+    checkpoint: str = "newest",
+    split: str | None = None,
+    weights: Literal["raw", "averaged"] | None = None,
+    output: Path | str | None = None,
+    force: bool = False,
+) -> Inferred:
+    """Write a checkpoint's predictions to a file, in this process or as one of several.
+
+    Args:
+        source: path of the YAML file or of the run folder, or the YAML's content as a mapping.
+        overrides: ``key.path=value``.
+        checkpoint: ``newest``, ``best:METRIC``, or the path of a checkpoint.
+        split: default: ``prediction.data``, else ``data.test``.
+        weights: default: what the run's own evaluations took (``averaging.evaluate``).
+        output: .csv, .jsonl or .parquet. Default: ``predictions.csv`` in the run folder.
+        force: write over a file that is there.
+
+    Raises:
+        LockstepError: whatever is wrong, as one message.
+    """
+    asked = {"checkpoint": checkpoint, "split": split, "weights": weights, "force": force}
+    return _infer("predict", source, overrides, output, asked)
+
+
+def _infer(
+    act: Literal["evaluate", "predict"],
+    source: Path | str | Mapping[str, Any],
+    overrides: Sequence[str],
+    output: Path | str | None,
+    asked: Mapping[str, Any],
+) -> Inferred:
+    loaded = load_run(source, overrides)
+
+    def infer(processes: Processes) -> Inferred:
+        from runtime.inference import Inference
+        from runtime.request import Request
+
+        request = Request(act, output=Path(output) if output is not None else None, **asked)
+        done = Inference(loaded, request, processes.strategy, processes.stop_wish, processes.watch.position).run()
+        processes.strategy.barrier()  # the launcher ends all once one has left in failure, which a stop is to it
+        return done
+
+    return _together(loaded, infer, outcome_file=environment.outcome_file(), world_size=None)
+
+
+def _together(
+    loaded: LoadedConfiguration,
+    act: Callable[[Processes], _R],
+    *,
+    outcome_file: Path | None,
+    world_size: int | None,
+) -> _R:
+    """Let all processes act together: signals taken over, ranks watched, the outcome left for the launcher.
+
+    Args:
+        outcome_file: where to leave it, if anywhere.
+        world_size: as configured.
+    """
+    requested = environment.requested_world_size(world_size)
     stop_wish = StopWish(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
         stop_wish.install()  # before torch is imported, which takes seconds
         stack.callback(stop_wish.uninstall)
-        return _train(loaded, requested, stop_wish, stack, since)
+        processes = _joined(loaded, requested, stop_wish, stack)
+        strategy, watch = processes.strategy, processes.watch
+
+        def tell(outcome: dict[str, Any]) -> None:
+            _write_outcome(outcome_file, strategy.rank, outcome)
+
+        def tell_of_others(reason: str) -> None:
+            if processes.may_tell():
+                tell({"outcome": "failed", "exit_code": 1, "message": reason})
+
+        stop_wish.on_leave = lambda: tell({"outcome": "stopped", "exit_code": 75, "message": "left without a save"})
+        watch.on_leave = tell_of_others
+        watch.start()
+        try:
+            result = act(processes)
+        except BaseException as error:
+            lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(error)
+            if not isinstance(error, EQUAL_ON_ALL_RANKS):
+                watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
+            exit_code = error.exit_code if isinstance(error, LockstepError) else 1
+            tell({"outcome": "failed", "exit_code": exit_code, "message": str(error)})
+            if lost_contact:
+                raise PeerError("lost contact with another rank, whose own message tells why") from error
+            raise
+        finally:
+            watch.stop()
+        exit_code = 0 if result.outcome == "finished" else 75
+        told = {"message": result.message} if result.message else {}
+        tell({"outcome": result.outcome, "exit_code": exit_code, "step": result.step, **told})
+        return result
 
 
-def _train(
-    loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack, since: float
-) -> RunResult:
+def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack) -> Processes:
+    """Check the components, join the process group, and make the watch over it, which is not started yet."""
     from runtime.assembly import check_components
     from runtime.determinism import default_determinism, determinism
 
@@ -58,7 +228,6 @@ def _train(
 
     from torch.distributed import DistError
 
-    from runtime.run import Run
     from runtime.strategies.accelerated import AcceleratedStrategy
 
     stall_seconds = values.limit.stall_seconds
@@ -73,33 +242,7 @@ def _train(
         ) from error
     stack.callback(strategy.close)
     environment.check_world_size(requested, strategy.world_size)
-    stop_wish.on_leave = lambda: _write_outcome(
-        loaded, strategy.rank, {"outcome": "stopped", "exit_code": 75, "message": "left without a save"}
-    )
-    watch = _watch(loaded, rank=strategy.rank, world_size=strategy.world_size)
-    run = Run(loaded, strategy, stop_wish, watch.position)
-    watch.on_leave = lambda reason: _write_outcome(
-        loaded, strategy.rank, {"outcome": "failed", "exit_code": 1, "message": reason}, owned=run.owns_folder
-    )
-    if values.limit.time is not None:
-        stop_wish.limit_time(values.limit.time.seconds, since, run.leaving_seconds)
-    watch.start()
-    try:
-        result = run.train()
-    except BaseException as error:
-        lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(error)
-        if not isinstance(error, EQUAL_ON_ALL_RANKS):
-            watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
-        exit_code = error.exit_code if isinstance(error, LockstepError) else 1
-        _write_outcome(loaded, strategy.rank, {"outcome": "failed", "exit_code": exit_code, "message": str(error)})
-        if lost_contact:
-            raise PeerError("lost contact with another rank, whose own message tells why") from error
-        raise
-    finally:
-        watch.stop()
-    exit_code = 0 if result.outcome == "finished" else 75
-    _write_outcome(loaded, strategy.rank, {"outcome": result.outcome, "exit_code": exit_code, "step": result.step})
-    return result
+    return Processes(strategy, stop_wish, _watch(loaded, rank=strategy.rank, world_size=strategy.world_size))
 
 
 def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
@@ -118,25 +261,23 @@ def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
     )
 
 
-def read_outcome(folder: Path, launch: str) -> dict[str, Any] | None:
+def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
     """Return what became of one launch, or None if it left no word."""
     try:
-        outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
+        outcome: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
     return outcome if outcome.get("launch") == launch else None
 
 
-def _write_outcome(
-    loaded: LoadedConfiguration, rank: int, outcome: dict[str, Any], *, owned: Callable[[], bool] = lambda: True
-) -> None:
+def _write_outcome(path: Path | None, rank: int, outcome: dict[str, Any]) -> None:
     """Leave word for the launcher: exit codes do not survive ``accelerate launch``."""
-    if rank != 0 or not loaded.output.is_dir() or not owned():
+    if rank != 0 or path is None or not path.parent.is_dir():
         return
     from runtime.serialization import replace_file
 
     with suppress(OSError):  # the disk is full or gone, which the run's own message tells
-        replace_file(loaded.output / OUTCOME, json.dumps({**outcome, "launch": environment.launch_token()}))
+        replace_file(path, json.dumps({**outcome, "launch": environment.launch_token()}))
 
 
 def _lost_contact(error: RuntimeError) -> bool:

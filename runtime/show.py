@@ -23,6 +23,7 @@ from runtime.errors import ConfigurationError, DataError, Problem
 from runtime.facts import inexact_choices
 from runtime.metrics import MetricSet
 from runtime.objective import Objective, TrainingModule
+from runtime.objective_assembly import build_objective
 from runtime.training_data import TrainingData
 from runtime.weighted_sum import WeightedSum
 
@@ -44,7 +45,7 @@ def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = 
     data = assembly.build_training_data(loaded)
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
-    module = TrainingModule(assembly.build_model(loaded), assembly.build_objective(loaded))
+    module = TrainingModule(assembly.build_model(loaded), build_objective(loaded))
     optimizer = assembly.build_optimizer(loaded, module)
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
@@ -133,8 +134,12 @@ def _memory(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer
     )
     metrics = MetricSet(assembly.build_metrics(loaded), _CPU)
     if metrics:
-        growing = f"; grows with the data: {', '.join(metrics.growing)}" if metrics.growing else ""
-        yield "metric state", f"{_bytes(metrics.state_bytes)}{growing}"
+        growing = ", ".join(
+            f"{name} ({argument}: 200 would bound it)" if argument else name
+            for name, argument in metrics.growing.items()
+        )
+        grows = f"; grows with the data: {growing}" if growing else ""
+        yield "metric state", f"{_bytes(metrics.state_bytes)}{grows}"
 
 
 def _optimizer_bytes(optimizer: Optimizer) -> str:

@@ -94,6 +94,12 @@ class SupervisedObjective(Objective):
         counted = self.fields.weight_of(batch) != 0
         return tuple(value[spread(counted, value.shape, widen=False)] for value in inputs)
 
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which samples, or elements of the target, metrics see: those whose weight is not 0; None if it is all."""
+        if self.fields.weight is None or not self.has_target:
+            return None
+        return spread(self.fields.weight_of(batch) != 0, self.fields.target_of(batch).shape, widen=False)
+
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return what metrics are updated with; samples in the first dimension of each."""
         return output, target
@@ -138,6 +144,12 @@ class PerSampleObjective(SupervisedObjective):
         """Return the sum of the samples' weights."""
         weights = sample_weights(self.fields.weight_of(batch))
         return float(spread(weights, weights.shape[:1]).sum())
+
+
+def counted_of(target: Tensor, ignored: int, of_samples: Tensor | None) -> Tensor:
+    """Return which targets are neither ignored nor left out by what a mask says of samples or of targets."""
+    counted = target != ignored
+    return counted if of_samples is None else counted & spread(of_samples, target.shape)
 
 
 def sample_weights(weights: Any) -> Tensor:

@@ -8,6 +8,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
+from runtime.class_results import ClassResults
 from runtime.config import WeightsAndBiases
 from runtime.errors import MissingDependencyError
 from runtime.metrics import Result
@@ -23,6 +24,8 @@ class WandbTracker:
         folder: the run folder.
         configuration: the resolved configuration.
         warn: told what W&B could not do.
+        classes: finds the results per class.
+        pictures: returns the pictures of the evaluation of a split after a step.
     """
 
     def __init__(
@@ -34,12 +37,16 @@ class WandbTracker:
         folder: Path,
         configuration: Mapping[str, Any],
         warn: Callable[[str], None],
+        classes: ClassResults,
+        pictures: Callable[[str, int], Mapping[str, Path]],
     ) -> None:
         try:
             import wandb
         except ImportError:
             raise MissingDependencyError("wandb", "reporting.wandb", "wandb") from None
         self._warn = warn
+        self._classes = classes
+        self._pictures = pictures
         self._run: Any = None
         try:
             self._run = wandb.init(
@@ -70,6 +77,20 @@ class WandbTracker:
     def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
         """Log the results of an evaluation."""
         self._log(step, {"epoch": epoch, **{f"{split}/{name}": value for name, value in results.items()}})
+        if self._run is not None:
+            self._guarded(lambda: self._log_figures(split, step, results))
+
+    def _log_figures(self, split: str, step: int, results: Mapping[str, Result]) -> None:
+        import wandb
+
+        figures: dict[str, Any] = {
+            f"{split}/{name}": wandb.Image(str(path)) for name, path in self._pictures(split, step).items()
+        }
+        table = self._classes.table(results)
+        if table is not None:
+            figures[f"{split}/classes"] = wandb.Table(columns=list[str | int](table[0]), data=table[1])
+        if figures:
+            self._run.log({**figures, "step": step})
 
     def rewind(self, step: int) -> None:
         """Nothing: W&B keeps what it was told, and shows what is logged for a step again beside it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.objective import Loss, Objective, Weight
 from runtime.supervised import SupervisedObjective
@@ -77,6 +77,14 @@ class WeightedSum(Objective):
         means = {name: total / of for name, total in sums.items() if (of := weights[name.partition("/")[0]]) > 0}
         return {"loss": sum(self._factors[name] * means[name] for name in self._factors if name in means), **means}
 
+    def predicted(self, output: Any) -> Mapping[str, Tensor]:
+        """Return what the first loss says of the output."""
+        return next(iter(self.parts.values())).predicted(output)
+
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return what the first loss gives the metrics."""
         return next(iter(self.parts.values())).metric_inputs(output, batch)
+
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which elements of the first loss's target metrics see."""
+        return next(iter(self.parts.values())).metric_mask(batch)

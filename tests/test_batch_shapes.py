@@ -196,11 +196,12 @@ WRONG: list[Any] = [
 def test_mistakes_are_told_with_their_key(tmp_path: Path, changes: dict[str, Any], key: str, words: str) -> None:
     from runtime import assembly
     from runtime.config_file import load
+    from runtime.objective_assembly import build_objective
 
     with pytest.raises(ConfigurationError) as raised:
         loaded = load(configuration(tmp_path, **(BASE | changes)))
         assembly.check_components(loaded)
-        assembly.build_objective(loaded)
+        build_objective(loaded)
     problems = {problem.key: problem.what for problem in raised.value.problems}
     assert key in problems, problems
     assert words in problems[key]

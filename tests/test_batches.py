@@ -250,7 +250,7 @@ def test_global_weights_are_the_same_number_for_any_sharing_out(ahead: int) -> N
                 )
             )
             shares.append(blocks)
-        return [torch.stack(blocks).sum(0).sum(1).tolist() for blocks in zip(*shares, strict=True)]
+        return [torch.stack(blocks).sum(0).flatten(1).sum(1).tolist() for blocks in zip(*shares, strict=True)]
 
     assert weights(1) == weights(2) == weights(3)
     assert sum(w for block in weights(1) for w in block) == pytest.approx(float(weight_of.sum()))

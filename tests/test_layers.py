@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors"],
     ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
-    ["randomness", "determinism", "stopping", "serialization", "fence", "watch"],
+    ["randomness", "determinism", "stopping", "serialization", "unfinished", "fence", "watch"],
     [
         "order",
         "batches",
@@ -46,6 +46,9 @@ LAYERS = [
         "strategies.finite",
         "strategies.accelerated",
         "buffers",
+        "class_results",
+        "metric_inputs",
+        "shared_states",
         "metrics",
         "best",
         "attempts",
@@ -57,31 +60,41 @@ LAYERS = [
     ],
     [
         "divergence",
+        "early_stopping",
         "run_folder",
         "reporting",
         "console",
+        "figures",
         "wandb_tracker",
         "evaluation",
+        "columns",
+        "prediction",
+        "predictions_file",
+        "submission",
         "batch_statistics",
         "averaged_evaluation",
         "verdicts",
         "loop",
     ],
     [
+        "objective_assembly",
         "assembly",
         "resumption",
         "facts",
         "preparation",
+        "inspection",
+        "selection",
+        "request",
+        "inference",
         "run",
         "session",
         "curve",
         "show",
         "launching",
-        "inspection",
         "checkpoint_table",
         "export",
     ],
-    ["entry", "train", "cli"],
+    ["entry", "train", "evaluate", "predict", "cli"],
 ]
 APART = ("model_zoo", "data_sources")  # used by name from a YAML; they may import errors alone
 POSITION = {name: (number, place) for number, layer in enumerate(LAYERS) for place, name in enumerate(layer)}
@@ -143,19 +156,22 @@ def test_no_module_bears_a_name_of_the_standard_library() -> None:
     assert not ours & set(sys.stdlib_module_names)
 
 
-def test_train_takes_its_own_folder_off_the_path_before_it_imports_anything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("act", ["train", "evaluate", "predict"])
+def test_an_entry_point_takes_its_own_folder_off_the_path_before_it_imports_anything(tmp_path: Path, act: str) -> None:
     """Modules of ours that bear a dependency's name would otherwise be imported in its place."""
     probe = (
-        "import runpy, sys; sys.argv = ['train.py']\n"
+        f"import runpy, sys; sys.argv = ['{act}.py', '--help']\n"
         f"sys.path.insert(0, {str(ROOT / 'runtime')!r})\n"
-        "try: runpy.run_path(sys.path[0] + '/train.py', run_name='__main__')\n"
+        f"try: runpy.run_path(sys.path[0] + '/{act}.py', run_name='__main__')\n"
         "except SystemExit: pass\n"
         f"assert {str(ROOT / 'runtime')!r} not in sys.path, sys.path\n"
+        "from importlib.util import find_spec\n"
+        "assert not find_spec('predict') and 'runtime' not in str(find_spec('evaluate'))\n"
         "import runtime; print(runtime.__doc__)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Lockstep")
+    assert done.stdout.splitlines()[-1].startswith("Lockstep")
 
 
 def test_another_package_called_runtime_is_named(tmp_path: Path) -> None:

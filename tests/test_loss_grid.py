@@ -111,6 +111,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from runtime.config_file import load
     from runtime.control import sum_over_ranks
     from runtime.objective import TrainingModule
+    from runtime.objective_assembly import build_objective
     from runtime.strategies.accelerated import AcceleratedStrategy
 
     def new_strategy() -> AcceleratedStrategy:
@@ -120,8 +121,8 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for config in configs:
         loaded = load(config)
         component.add_code_folder(loaded.code)
-        module = TrainingModule(assembly.build_model(loaded), assembly.build_objective(loaded))
-        samples, strategy = assembly.build_samples(loaded, "train"), new_strategy()
+        module = TrainingModule(assembly.build_model(loaded), build_objective(loaded))
+        samples, strategy = assembly.build_samples(loaded, "train", batch_size=16), new_strategy()
         assert samples is not None
         strategy.prepare(module, assembly.build_optimizer(loaded, module))
         windows = Windows(

@@ -69,6 +69,10 @@ class Strategy(Protocol):
         """Wrap module and optimizer, which is already on the device. Collective."""
         ...
 
+    def prepare_evaluation(self, module: TrainingModule) -> None:
+        """Take a module, already on the device, that is called and not trained: nothing is wrapped or reduced."""
+        ...
+
     def warm_up(self, filler: Any) -> None:
         """Run one filler through forward and backward, leaving no trace, so that later steps add in one order. Collective."""
         ...

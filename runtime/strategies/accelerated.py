@@ -115,6 +115,10 @@ class AcceleratedStrategy:
         self._wrapped, self._optimizer = wrapped, prepared.optimizer
         self._optimizer_step = bare_step(prepared.optimizer)
 
+    def prepare_evaluation(self, module: TrainingModule) -> None:
+        """Take a module that is called and not trained."""
+        self._module = module
+
     def warm_up(self, filler: Any) -> None:
         """Run one filler through forward and backward. Collective.
 
