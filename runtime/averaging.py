@@ -157,6 +157,24 @@ def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     return {name: norm for name, norm in found.items() if norm.running_mean is not None}
 
 
+def checked(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the state of a :class:`WeightAverage`, as a checkpoint holds it, if there is an average that can be used.
+
+    Raises:
+        CheckpointError: there is none yet, or it has no statistics; the message goes on behind the checkpoint's name.
+    """
+    if stored is None:
+        raise CheckpointError("holds no averaged weights (the YAML's averaging was not set)")
+    if stored["count"] == 0:
+        raise CheckpointError("holds no averaged weights yet: it was made before averaging.start")
+    if stored["statistics_of"] not in (None, stored["count"]):
+        raise CheckpointError(
+            "holds averaged weights whose BatchNorm statistics were still to be computed: that is done before each evaluation "
+            "of the average, and at the end of the run; take a checkpoint from there"
+        )
+    return stored
+
+
 def averaged_state(model: Mapping[str, Tensor], stored: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """Return a model's state dict with the average in the place of each parameter, and with its own BatchNorm statistics.
 
@@ -168,15 +186,7 @@ def averaged_state(model: Mapping[str, Tensor], stored: Mapping[str, Any] | None
     Raises:
         CheckpointError: there is no average, it does not fit the model, or it has no statistics.
     """
-    if stored is None:
-        raise CheckpointError("holds no averaged weights (the YAML's averaging was not set)")
-    if stored["count"] == 0:
-        raise CheckpointError("holds no averaged weights yet: it was made before averaging.start")
-    if stored["statistics_of"] not in (None, stored["count"]):
-        raise CheckpointError(
-            "holds averaged weights whose BatchNorm statistics were still to be computed: that is done before each evaluation "
-            "of the average, and at the end of the run; take a checkpoint from there"
-        )
+    stored = checked(stored)
     values = {**stored["average"], **stored["statistics"]}
     ours = {name.removeprefix("model."): value for name, value in values.items() if name.startswith("model.")}
     strange = [name for name in ours if name not in model]

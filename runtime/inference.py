@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from runtime import assembly
-from runtime.averaging import WeightAverage
+from runtime.averaging import WeightAverage, checked
 from runtime.batches import Samples, fingerprint
 from runtime.checkpoint import Checkpoint, Weights, load_weights
 from runtime.columns import ColumnBuilder, Columns
@@ -122,13 +122,9 @@ class Inference:
             )
         more = {"--split": split, "--weights": which, "command": request.act}
         compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
+        if request.weights is None and not (weights.averaging or {}).get("count"):
+            which = "raw"  # as the run's own evaluations did before averaging.start
         averaging = _restored(module, weights, build_averaging(loaded, module) if which == "averaged" else None)
-        if averaging is not None and averaging.count == 0:
-            if request.weights == "averaged":
-                raise CheckpointError(
-                    "the checkpoint was made before averaging.start and holds no averaged weights yet"
-                )
-            averaging, which = None, "raw"  # as the run's own evaluations did
         strategy.prepare_evaluation(module)
         done = Inferred(
             "finished",
@@ -327,18 +323,18 @@ def _restored(module: TrainingModule, weights: Weights, averaging: WeightAverage
     try:
         module.model.load_state_dict(weights.model)
         module.objective.load_state_dict(weights.objective)
-        if averaging is not None and weights.averaging is None:
-            raise CheckpointError("the checkpoint holds no averaged weights; evaluate the raw ones: --weights raw")
-        if averaging is not None and weights.averaging is not None:
-            averaging.load_state_dict(weights.averaging)
-            if averaging.lacks_statistics:
-                raise CheckpointError(
-                    "the averaged weights' BatchNorm statistics were still to be computed at this checkpoint; take one that "
-                    "follows an evaluation, or the raw weights: --weights raw"
-                )
+        if averaging is not None:
+            averaging.load_state_dict(_usable(weights.averaging))
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"the checkpoint does not fit the configuration's model or objective: {error}") from error
     return averaging
+
+
+def _usable(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    try:
+        return checked(stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {error}; evaluate the raw weights: --weights raw") from None
 
 
 def _without_nan(value: Any) -> Any:

@@ -408,11 +408,13 @@ class Run:
             return self._stop_wished()
 
         with evaluated_weights(self._state.optimizer), self._garbage.paused():
-            return self._weights.evaluate(evaluator, self._progress, last=self._nothing_left, stop_wished=before_round)
+            return self._weights.evaluate(evaluator, self._progress, last=self._may_be_over, stop_wished=before_round)
+
+    def _may_be_over(self) -> bool:
+        return self._state.early_stopping is not None or self._nothing_left()
 
     def _statistics_go_on(self) -> None:
-        for phase in ("statistics", "evaluate"):  # a pass may be long, and is no hang
-            self._times.enter(phase, self._progress.step)
+        self._times.enter("evaluate", self._progress.step)  # a sign of life, as above
 
     def _evaluate_test(self) -> bool:
         """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""

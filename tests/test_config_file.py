@@ -153,8 +153,8 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(
 
 
 def test_an_unknown_key_like_no_other_is_told_with_those_that_are_known(tmp_path: Path) -> None:
-    _, _, what = only_mistake(tmp_path, GOOD + "limit: {zzz: 1}\n")
-    assert "epochs, steps, time" in what
+    _, _, what = only_mistake(tmp_path, GOOD + "strategy: {zzz: 1}\n")
+    assert "kind, world_size, ddp" in what
 
 
 @pytest.mark.parametrize("key", ["1", "true", "~", "1.5"])
