@@ -13,6 +13,7 @@ from runtime import assembly
 from runtime.batches import slots_of_rank
 from runtime.config_file import load
 from runtime.metrics import MetricSet
+from runtime.objective_assembly import build_objective
 from tests.observed import configuration
 
 SIZE = 1003
@@ -166,7 +167,7 @@ def measure(sizes: tuple[int, ...]) -> dict[int, dict[str, dict[str, Any]]]:
 
 def _measured(task: str, size: int, world_size: int, rank: int) -> dict[str, Any]:
     loaded = load_task(task)
-    objective, metrics = assembly.build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
+    objective, metrics = build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
     output, batch = data(task, size)
     micro_size = 96 if size > 10 else 1
     for number in slots_of_rank(-(-size // micro_size), world_size, rank):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import runtime.metrics
-from runtime import assembly
 from runtime.metric_inputs import feed_of
 from runtime.metrics import MetricSet
+from runtime.objective_assembly import build_objective
 from tests.measured_metrics import CPU, data, load_task
 
 pytestmark = pytest.mark.single
@@ -67,7 +67,7 @@ def made(found: type[Any]) -> Any:
 
 def measured(found: type[Any], task: str, cuts: list[list[slice]], monkeypatch: pytest.MonkeyPatch) -> Any:
     """What ranks with these batches get."""
-    objective, ranks = assembly.build_objective(load_task(task)), [MetricSet({"it": made(found)}, CPU) for _ in cuts]
+    objective, ranks = build_objective(load_task(task)), [MetricSet({"it": made(found)}, CPU) for _ in cuts]
     output, batch = data(task, SIZE)
     for rank, batches in zip(ranks, cuts, strict=True):
         for ids in batches:

@@ -19,6 +19,7 @@ from runtime.class_results import MOST_POINTS
 from runtime.config_file import load
 from runtime.errors import ConfigurationError, EvaluationError
 from runtime.metrics import MetricSet
+from runtime.objective_assembly import build_objective
 from tests.measured_metrics import CPU, MANY, SIZE, TASKS, data, load_task, measure, metric
 from tests.observed import configuration
 from tests.process_pool import ProcessPool
@@ -204,7 +205,7 @@ def test_a_mean_over_batches_would_be_another_value(name: str) -> None:
     values = []
     for ids in (slice(start, start + 96) for start in range(0, SIZE, 96)):
         metrics = MetricSet(assembly.build_metrics(loaded), CPU)
-        metrics.update(assembly.build_objective(loaded), output[ids], {k: v[ids] for k, v in batch.items()})
+        metrics.update(build_objective(loaded), output[ids], {k: v[ids] for k, v in batch.items()})
         values.append(metrics.compute()["it"])
     assert np.mean(values) != pytest.approx(expected("many")[name], rel=1e-3)
 
@@ -237,7 +238,7 @@ def test_metrics_of_one_state_are_updated_and_kept_once() -> None:
 def test_states_that_are_equal_after_the_first_batch_only_are_not_shared() -> None:
     """torchmetrics' MetricCollection would take top-1 for top-2 accuracy from here on."""
     loaded = load_task("many", accuracy=TASKS["many"][1]["accuracy"], top2=TASKS["many"][1]["top2"])
-    objective, metrics = assembly.build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
+    objective, metrics = build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
     metrics.update(objective, torch.eye(5), {"inputs": None, "target": torch.arange(5)})
     metrics.update(objective, torch.eye(5).roll(1, 0) + torch.eye(5) / 2, {"inputs": None, "target": torch.arange(5)})
     assert metrics.compute() == {"accuracy": 0.5, "top2": 1.0}
@@ -266,7 +267,7 @@ def test_a_users_metric_is_fed_by_the_names_of_its_parameters() -> None:
     from runtime.fields import Fields
 
     loaded = load_task("tokens")
-    objective = assembly.build_objective(loaded)
+    objective = build_objective(loaded)
     objective.fields = Fields(inputs="x", target="y", weight="w", group="who")
     output, target = torch.randn(2, 3, 11), torch.tensor([[1, -100, 2], [-100, -100, 3]])
     batch = {"x": output, "y": target, "w": torch.tensor([0.5, 2.0]), "who": ["anna", "bert"]}
@@ -281,7 +282,7 @@ def test_a_users_metric_is_fed_by_the_names_of_its_parameters() -> None:
 @pytest.mark.single
 def test_a_batch_without_any_counted_target_is_left_out() -> None:
     loaded = load_task("tokens")
-    objective, metrics = assembly.build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
+    objective, metrics = build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
     output = torch.randn(1, 2, 11)
     metrics.update(objective, output, {"inputs": None, "target": torch.full((1, 2), -100)})
     assert metrics.compute() == {}
@@ -320,10 +321,10 @@ def test_a_group_of_another_shape_is_named() -> None:
     batch = {"inputs": None, "target": torch.ones(3), "group": torch.zeros(2)}
     metrics = MetricSet(assembly.build_metrics(loaded), CPU)
     with pytest.raises(EvaluationError, match="whole numbers or names"):
-        metrics.update(assembly.build_objective(loaded), torch.randn(3), batch)
+        metrics.update(build_objective(loaded), torch.randn(3), batch)
     batch["group"] = torch.zeros(2, dtype=torch.long)
     with pytest.raises(EvaluationError, match=r"data.fields.group has the shape \(2,\), the target \(3,\)"):
-        metrics.update(assembly.build_objective(loaded), torch.randn(3), batch)
+        metrics.update(build_objective(loaded), torch.randn(3), batch)
 
 
 @pytest.mark.single
@@ -341,9 +342,7 @@ def test_the_group_of_a_sample_that_weighs_nothing_is_left_out_with_it(objective
     target = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
     target = target.float() if objective == "MSELoss" else target
     batch = {"y": target, "w": torch.tensor([1.0, 0.0, 2.0, 1.0]), "who": torch.tensor([5, 6, 7, 8])}
-    MetricSet({"own": Probe.make(update)}, CPU).update(
-        assembly.build_objective(load(config)), torch.zeros(shape), batch
-    )
+    MetricSet({"own": Probe.make(update)}, CPU).update(build_objective(load(config)), torch.zeros(shape), batch)
     ((targets, indexes),) = seen
     assert indexes.shape == targets.shape
     assert indexes.flatten().tolist() == [5, 5, 7, 7, 8, 8]
@@ -382,7 +381,7 @@ class Largest(TorchDispatchMode):
 def test_binned_curves_take_little_memory_under_deterministic_algorithms() -> None:
     """torchmetrics compares 16 x 5 x 100 values with 2,000 bins there."""
     loaded = load_task("many", binned=metric("AUROC", **MANY, thresholds=100))
-    objective, metrics = assembly.build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
+    objective, metrics = build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
     output, batch = data("many", 16)
     torch.use_deterministic_algorithms(True)
     try:
