@@ -22,7 +22,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 
 import runtime
 from runtime.data_sources import SourceCode, diabetes, digits
-from runtime.data_sources.source_code import END_OF_DOCUMENT, IGNORED, VOCAB_SIZE
+from runtime.data_sources.source_code import END_OF_DOCUMENT, VOCAB_SIZE
+from runtime.data_sources.token_chunks import IGNORED
 from runtime.errors import DataError, MissingDependencyError
 
 pytestmark = pytest.mark.single

@@ -1,7 +1,24 @@
-"""Data that needs no download: each source is one file and gives a map-style data set per split."""
+"""Data by short name: readers of the user's files, and data that needs no download; map-style, one file each."""
 
+from runtime.data_sources.arrays import Arrays
 from runtime.data_sources.diabetes import diabetes
 from runtime.data_sources.digits import digits
+from runtime.data_sources.idx import Idx
+from runtime.data_sources.images import ImageFolder
 from runtime.data_sources.source_code import SourceCode
+from runtime.data_sources.tables import Table
+from runtime.data_sources.text import LabelledTexts, TextLines
+from runtime.data_sources.token_file import TokenFile
 
-__all__ = ["SourceCode", "diabetes", "digits"]
+__all__ = [
+    "Arrays",
+    "Idx",
+    "ImageFolder",
+    "LabelledTexts",
+    "SourceCode",
+    "Table",
+    "TextLines",
+    "TokenFile",
+    "diabetes",
+    "digits",
+]

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from runtime.data_sources.token_chunks import Chunks
 from runtime.errors import DataError
 
 END_OF_DOCUMENT = 256  # the token after the 256 byte values
 VOCAB_SIZE = 257
-IGNORED = -100  # ``ignore_index`` of torch's cross-entropy: a target that is none
 
 # Not the library's own source, or tests of it: as much text again, much of it tables of literals.
 EXCLUDED_FOLDERS = frozenset(
@@ -107,15 +106,12 @@ class SourceCode(Dataset[tuple[Tensor, Tensor]]):
         _ensure_token_file(self._path, documents)
         self._tokens = self._open()
 
-        self._starts, self._ends = _bounds(documents, split, validation_fraction, seed)
-        num_chunks = -((self._starts - self._ends) // context_length)  # rounded up
-        # Chunk i belongs to the first document whose chunks end after i.
-        self._chunk_ends = np.cumsum(num_chunks)
-        self._first_chunks = self._chunk_ends - num_chunks
+        starts, ends = _bounds(documents, split, validation_fraction, seed)
+        self._chunks = Chunks(starts, ends, context_length)
 
     def __len__(self) -> int:
         """Return the number of chunks in all documents of this split."""
-        return int(self._chunk_ends[-1])
+        return len(self._chunks)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of one chunk, each (context_length,) int64.
@@ -134,17 +130,7 @@ class SourceCode(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             IndexError: there is no such chunk; negative indices are not supported.
         """
-        chunks = np.asarray(indices, dtype=np.int64)
-        if chunks.size and not (chunks.min() >= 0 and chunks.max() < len(self)):
-            raise IndexError(f"indices must lie between 0 and {len(self) - 1}")
-        document = np.searchsorted(self._chunk_ends, chunks, side="right")
-        start = self._starts[document] + self.context_length * (chunks - self._first_chunks[document])
-        end = self._ends[document][:, np.newaxis]
-        positions = start[:, np.newaxis] + np.arange(self.context_length + 1)
-        # All that lies beyond the document's end reads as its end-of-document token.
-        tokens = self._tokens[np.minimum(positions, end)].astype(np.int64)
-        targets = np.where(positions[:, 1:] <= end, tokens[:, 1:], IGNORED)
-        return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets)
+        return self._chunks.read(self._tokens, indices)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tokens out: a loader worker maps the file again."""

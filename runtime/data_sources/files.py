@@ -1,0 +1,82 @@
+"""Files of the user's: found, or missed in one message; and what identifies their content."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import DataError
+
+_BLOCK_BYTES = 1 << 16
+_BLOCKS = 64
+
+
+def existing(path: str | Path, *, folder: bool = False, provided_by: str | None = None) -> Path:
+    """Return the path of a file (or folder) that is there; ``~`` is the home folder.
+
+    Args:
+        provided_by: the command that brings the file, for the message.
+
+    Raises:
+        DataError: it is missing; names the nearest name beside it, or the first folder that is missing.
+    """
+    wanted = Path(path).expanduser()
+    if wanted.is_dir() if folder else wanted.is_file():
+        return wanted
+    kind = "folder" if folder else "file"
+    if wanted.exists():
+        what = f"{wanted} is a {'file' if folder else 'folder'}, and a {kind} is needed"
+    else:
+        parent = wanted.parent
+        while not parent.is_dir() and parent != parent.parent:
+            parent = parent.parent
+        what = f"there is no {kind} {wanted}"
+        missing = wanted.relative_to(parent).parts[0]
+        what += nearest(missing, [found.name for found in parent.iterdir()], quoted=str(parent / "{}"))
+        if parent != wanted.parent:
+            what += f" (there is no folder {parent / missing})"
+        elif not wanted.is_absolute():
+            what += f" (relative to {Path.cwd()})"
+    raise DataError(what + (f"; to get it: {provided_by}" if provided_by else ""))
+
+
+def nearest(name: str, known: Iterable[str], *, quoted: str = "{}") -> str:
+    """Return ``; did you mean 'x'?`` for the nearest of the known names, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{quoted.format(found[0])}'?" if found else ""
+
+
+def digest(*paths: Path) -> str:
+    """Return what identifies the content of files: of large ones size and 64 blocks of 64 KiB, of others every byte.
+
+    So it takes milliseconds for a file larger than memory; a change between the blocks goes unseen.
+    """
+    hashed = blake2b(digest_size=16)
+    for path in paths:
+        size = path.stat().st_size
+        hashed.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if size <= _BLOCKS * _BLOCK_BYTES:
+                hashed.update(file.read())
+                continue
+            for start in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS).astype(int).tolist():
+                file.seek(start)
+                hashed.update(file.read(_BLOCK_BYTES))
+    return hashed.hexdigest()
+
+
+def rows_within(indices: Any, size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return indices as an array: (n,) int64.
+
+    Raises:
+        IndexError: one lies outside [0, size); negative indices are not supported.
+    """
+    rows = np.asarray(indices, dtype=np.int64)
+    if rows.size and not (rows.min() >= 0 and rows.max() < size):
+        raise IndexError(f"indices must lie between 0 and {size - 1}")
+    return rows

@@ -1,0 +1,127 @@
+"""Images in one folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from runtime.data_sources.files import existing
+from runtime.errors import DataError, MissingDependencyError
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class ImageFolder(Dataset[dict[str, Any]]):
+    """Images under ``folder/CLASS/``, at any depth; classes are numbered by the folders' sorted names.
+
+    Random crops and flips are ``data.train.transform: {target: Augment, …}``, under each sample's own seed. Needs
+    ``pip install pillow``.
+
+    Args:
+        folder: holds one folder per class. Files of other kinds than images are passed over.
+        size: height and width; the image is scaled until both are covered, and its middle cut out. Default: as they are,
+            which needs images of one size, or a transform that makes them so.
+        channels: 3 for RGB, 1 for grey. Transparent pixels become white.
+        mean: of each channel, subtracted from values between 0 and 1. Default: nothing is.
+        std: of each channel, divided by.
+        provided_by: the command that brings the folder, for the message when it is missing.
+
+    A sample is ``{inputs: (channels, height, width) float32, target: int64 scalar}``.
+
+    Raises:
+        DataError: the folder or its classes are missing, a class has no image, or a file cannot be read as one.
+        MissingDependencyError: Pillow is not installed.
+    """
+
+    deterministic = True
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        size: Sequence[int] | None = None,
+        channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        provided_by: str | None = None,
+    ) -> None:
+        if channels not in (1, 3):
+            raise DataError(f"channels={channels}: use 3 (RGB) or 1 (grey)")
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise DataError(f"size={list(size)}: give [height, width]")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != channels:
+                raise DataError(f"{name}={list(values)}: give one number for each of {channels} channels")
+        try:
+            import PIL.Image  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("pillow", "reading images", "images") from error
+        self._folder = existing(folder, folder=True, provided_by=provided_by)
+        self._size, self._mode = size, "RGB" if channels == 3 else "L"
+        self._mean = torch.tensor(mean or [0.0] * channels).view(-1, 1, 1)
+        self._std = torch.tensor(std or [1.0] * channels).view(-1, 1, 1)
+        self.classes, self._paths, self._labels = _listed(self._folder)
+        listed = "\n".join(f"{path}:{(self._folder / path).stat().st_size}" for path in self._paths)
+        named = blake2b(listed.encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"images {named} size={size} channels={channels} mean={mean} std={std}"
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one image and the number of its class."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"indices must lie between 0 and {len(self) - 1}")
+        pixels = self._pixels(self._folder / self._paths[index])
+        return {"inputs": (pixels - self._mean) / self._std, "target": int(self._labels[index])}
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return the class number of every image (``target``), or the name of the folder within it (``folder``)."""
+        if name == "folder":
+            return np.array([str(Path(path).parent) for path in self._paths])
+        if name != "target":
+            raise DataError(f"there is no column {name!r}; there are 'target' and 'folder'")
+        return self._labels
+
+    def _pixels(self, path: Path) -> Tensor:
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = image.convert(self._mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path} cannot be read as an image: {error}") from error
+        if self._size is not None:
+            height, width = self._size
+            image = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
+        values = np.asarray(image, dtype=np.float32)
+        values = values[np.newaxis] if values.ndim == 2 else np.moveaxis(values, -1, 0)
+        return torch.from_numpy(np.ascontiguousarray(values)) / 255
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str], NDArray[np.int64]]:
+    """Return the classes, and the relative path and class number of each image, in sorted order."""
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise DataError(f"{folder} holds no folder; one for each class is needed")
+    paths: list[str] = []
+    labels: list[int] = []
+    for number, name in enumerate(classes):
+        found = [path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+        if not found:
+            raise DataError(f"class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))})")
+        paths += sorted(path.relative_to(folder).as_posix() for path in found)
+        labels += [number] * len(found)
+    return classes, paths, np.array(labels, dtype=np.int64)

@@ -1,0 +1,343 @@
+"""Tables: numeric and categorical columns of a CSV or Parquet file, prepared by what the training rows say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from runtime.data_sources.columns import (
+    Columns,
+    Numbers,
+    Texts,
+    csv_names,
+    is_parquet,
+    parquet_names,
+    read_csv,
+    read_parquet,
+)
+from runtime.data_sources.files import digest, existing, rows_within
+from runtime.errors import DataError
+
+MISSING = ("", "NA", "NaN", "nan", "null")
+_TASKS = ("regression", "binary", "classification")
+
+
+class Table(Dataset[dict[str, Any]]):
+    """Rows of a CSV file, whose first line names the columns, or of a Parquet file (``pip install pyarrow``), in memory.
+
+    Numbers are filled where missing and standardised; categories are numbered or made one-hot. What that takes (means,
+    standard deviations, categories) is fitted on training rows only: the runtime calls ``fit`` with them and gives the
+    result, ``fitted``, to the other splits. A category that no training row has reads as unknown: all zeros, or code 0.
+
+    Args:
+        path: the file.
+        target: column to predict, or columns (regression). Default: none, for data to predict.
+        task: ``regression``: float32 (targets,). ``binary``: 0 or 1, float32 (1,). ``classification``: int64 scalar.
+            Classes are the sorted values of the training rows.
+        numeric: columns of numbers. Default: every column that is named nowhere else.
+        categorical: columns of categories. A missing value is a category of its own.
+        keep: columns handed on as parts of their own names, for ``data.fields.id``, ``group`` or ``weight``: int64,
+            float64, or texts.
+        categorical_as: ``one_hot``: behind the numbers in ``inputs``. ``codes``: the batch has ``numeric`` and
+            ``categorical`` ((columns,) int64, 0 for unknown, for embeddings) in place of ``inputs``.
+        missing: ``error``: a missing number is refused. ``mean``, ``median``: filled with that of the training rows.
+        indicators: one more input for each numeric column: 1 where the number was missing.
+        missing_values: what else counts as missing; a Parquet file's nulls always do.
+        standardize: numbers to mean 0 and standard deviation 1 over the training rows.
+        standardize_target: the same for a regression's target; predictions are then in those units.
+        delimiter: between two values of a CSV file. Default: a comma.
+        encoding: of a CSV file. Default: UTF-8.
+        preprocessing: a ``preprocessing.json`` of an earlier run's folder, used in place of fitting.
+        provided_by: the command that brings the file, for the message when it is missing.
+
+    Raises:
+        DataError: the file or a column is missing, or a value is none of its kind; names file, line and column.
+    """
+
+    deterministic = True
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        target: str | Sequence[str] | None = None,
+        task: Literal["regression", "binary", "classification"] | None = None,
+        numeric: Sequence[str] | None = None,
+        categorical: Sequence[str] = (),
+        keep: Sequence[str] = (),
+        categorical_as: Literal["one_hot", "codes"] = "one_hot",
+        missing: Literal["error", "mean", "median"] = "error",
+        indicators: bool = False,
+        missing_values: Sequence[str] = MISSING,
+        standardize: bool = True,
+        standardize_target: bool = False,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        preprocessing: str | None = None,
+        provided_by: str | None = None,
+    ) -> None:
+        self._path = existing(path, provided_by=provided_by)
+        self._is_parquet = is_parquet(self._path)
+        if self._is_parquet and (delimiter or encoding):
+            raise DataError(f"{self._path} is a Parquet file; leave 'delimiter' and 'encoding' out")
+        self._csv = {"delimiter": delimiter or ",", "encoding": encoding or "utf-8"}
+        self._targets = [target] if isinstance(target, str) else list(target or ())
+        self._task = task
+        self._check_choices(categorical_as, missing, standardize_target)
+        used = [*self._targets, *categorical, *keep]
+        self._numeric = [name for name in self._names() if name not in used] if numeric is None else list(numeric)
+        self._categorical, self._keep = list(categorical), list(keep)
+        named = [*self._numeric, *used]
+        for name in named:
+            if named.count(name) > 1:
+                raise DataError(f"column {name!r} is named twice among numeric, categorical, keep and target")
+        self._codes, self._missing, self._indicators = categorical_as == "codes", missing, indicators
+        self._standardize, self._standardize_target = standardize, standardize_target
+        regression = self._targets if task == "regression" else []
+        self._columns = self._read(
+            numbers=[*self._numeric, *regression],
+            texts=[name for name in used if name not in regression],
+            missing=missing_values,
+        )
+        self._kept = {name: _as_numbers(self._text(name)) for name in self._keep}
+        self._file_digest = digest(self._path)
+        self._size = len(next(iter(self._columns.values()))) if self._columns else 0
+        self._preprocessing = None if preprocessing is None else existing(preprocessing)
+        self._fitted: dict[str, Any] | None = None
+        self._check_whole()
+        if self._preprocessing is not None:
+            self.adopt(_read_json(self._preprocessing))
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def fingerprint(self) -> str:
+        """Content of the file, and what was fitted."""
+        fitted = blake2b(json.dumps(self.fitted, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return f"table {self._file_digest} {fitted}"
+
+    @property
+    def fitted(self) -> dict[str, Any]:
+        """What the training rows say, as JSON can hold it. Fitted on all rows if nobody has called ``fit``."""
+        if self._fitted is None:
+            self.fit(np.arange(len(self), dtype=np.int64))
+        assert self._fitted is not None
+        return self._fitted
+
+    @property
+    def features(self) -> list[str]:
+        """What each of the ``inputs`` is (of ``numeric``, where categories are codes)."""
+        indicators = [f"{name} missing" for name in self._numeric] if self._indicators else []
+        one_hot = [f"{name}={value}" for name, values in self.fitted["categories"].items() for value in values]
+        return [*self._numeric, *indicators, *([] if self._codes else one_hot)]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the target's classes, in order."""
+        return list(self.fitted["classes"])
+
+    def fit(self, rows: NDArray[np.int64]) -> None:
+        """Take fill values, means, deviations, categories and classes from these rows; ``preprocessing`` comes first.
+
+        Raises:
+            DataError: a numeric column has no number in them, or a target has another number of classes than the task.
+        """
+        if self._preprocessing is not None:
+            return
+        fitted: dict[str, Any] = {"numeric": {}, "categories": {}, "target": {}, "classes": []}
+        for name in self._numeric:
+            values = self._numbers(name)[rows]
+            there = values[~np.isnan(values)]
+            if not there.size:
+                raise DataError(f"{self._path}: column {name!r} has no number in the training rows")
+            fill = float(np.median(there) if self._missing == "median" else there.mean())
+            fitted["numeric"][name] = {"fill": fill, **_scale(np.where(np.isnan(values), fill, values))}
+        for name in self._categorical:
+            found = set(self._text(name).of(rows))
+            fitted["categories"][name] = sorted(found - {None}) + ([None] if None in found else [])  # type: ignore[type-var]
+        if self._task == "regression":
+            fitted["target"] = {name: _scale(self._numbers(name)[rows]) for name in self._targets}
+        elif self._task is not None:
+            fitted["classes"] = _sorted_labels({str(label) for label in self._text(self._targets[0]).of(rows)})
+            if self._task == "binary" and len(fitted["classes"]) != 2:
+                raise DataError(
+                    f"{self._path}: column {self._targets[0]!r} has {len(fitted['classes'])} classes in the training "
+                    "rows; 'binary' needs two"
+                )
+        self.adopt(fitted)
+
+    def adopt(self, fitted: Mapping[str, Any]) -> None:
+        """Prepare rows by what another split, or an earlier run, was fitted with.
+
+        Raises:
+            DataError: it is of other columns.
+        """
+        for kind, names in (("numeric", self._numeric), ("categories", self._categorical)):
+            if list(fitted.get(kind, {})) != names:
+                raise DataError(
+                    f"{self._path}: what was fitted has the {kind} columns {list(fitted.get(kind, {}))}, this table has {names}"
+                )
+        self._fitted = dict(fitted)
+        self._places = {}
+        for name, values in fitted["categories"].items():
+            place = {value: number for number, value in enumerate(values, start=1)}
+            known: list[str | None] = [*self._text(name).known, None]  # code -1 is the last
+            self._places[name] = np.array([place.get(value, 0) for value in known], dtype=np.int64)
+        if self._targets and self._task != "regression":
+            place = {value: number for number, value in enumerate(fitted["classes"])}
+            labels = self._text(self._targets[0]).known
+            self._classes_of = np.array([place.get(label, -1) for label in labels], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the parts of one row."""
+        return {name: part[0] for name, part in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        """Return a finished batch: ``inputs`` (rows, features) float32 or the two parts of codes; ``target``; what is kept."""
+        rows, fitted = rows_within(indices, len(self)), self.fitted
+        numbers = np.empty((len(rows), len(self._numeric)))
+        for place, name in enumerate(self._numeric):
+            numbers[:, place] = self._numbers(name)[rows]
+        absent = np.isnan(numbers)
+        if self._numeric:
+            stated = fitted["numeric"].values()
+            numbers = np.where(absent, [column["fill"] for column in stated], numbers)
+            if self._standardize:
+                numbers = (numbers - [column["mean"] for column in stated]) / [column["std"] for column in stated]
+        if self._indicators:
+            numbers = np.concatenate([numbers, absent], axis=1)
+        codes = [places[self._text(name).codes[rows]] for name, places in self._places.items()]
+        batch: dict[str, Any] = {}
+        if self._codes:
+            batch["numeric"] = torch.from_numpy(numbers.astype(np.float32))
+            batch["categorical"] = torch.from_numpy(
+                np.stack(codes, axis=1) if codes else np.zeros((len(rows), 0), np.int64)
+            )
+        else:
+            widths = [len(values) for values in fitted["categories"].values()]
+            hot = [np.eye(width + 1)[code][:, 1:] for code, width in zip(codes, widths, strict=True)]
+            batch["inputs"] = torch.from_numpy(np.concatenate([numbers, *hot], axis=1).astype(np.float32))
+        if self._targets:
+            batch["target"] = self.targets(rows)
+        return {**batch, **{name: _rows_of(values, rows) for name, values in self._kept.items()}}
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return a column as it stands in the file: numbers, or texts."""
+        if name not in self._columns:
+            raise DataError(f"column {name!r} of {self._path} was not read; name it under 'keep'")
+        found = self._columns[name]
+        return found.values if isinstance(found, Numbers) else np.array([*found.known, ""], dtype=object)[found.codes]
+
+    def targets(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return the targets of some rows, as the task has them.
+
+        Raises:
+            DataError: a row's class is none of the training rows'.
+        """
+        if self._task == "regression":
+            values = np.stack([self._numbers(name)[rows] for name in self._targets], axis=1)
+            if self._standardize_target:
+                stated = self.fitted["target"].values()
+                values = (values - [column["mean"] for column in stated]) / [column["std"] for column in stated]
+            return torch.from_numpy(values.astype(np.float32))
+        text = self._text(self._targets[0])
+        classes = self._classes_of[text.codes[rows]]
+        if (classes < 0).any():
+            label = text.of(rows)[int(np.argmin(classes))]
+            raise DataError(
+                f"{self._path}: column {self._targets[0]!r} has {label!r}, which no training row has "
+                f"(they have {', '.join(map(repr, self.classes[:10]))})"
+            )
+        return torch.from_numpy(classes[:, np.newaxis].astype(np.float32) if self._task == "binary" else classes)
+
+    def _numbers(self, name: str) -> NDArray[np.float64]:
+        column = self._columns[name]
+        assert isinstance(column, Numbers)
+        return column.values
+
+    def _text(self, name: str) -> Texts:
+        column = self._columns[name]
+        assert isinstance(column, Texts)
+        return column
+
+    def _check_choices(self, categorical_as: str, missing: str, standardize_target: bool) -> None:
+        if (self._task is None) != (not self._targets) or self._task not in (None, *_TASKS):
+            raise DataError(f"'target' goes with 'task', one of {', '.join(_TASKS)}")
+        if self._task != "regression" and len(self._targets) > 1:
+            raise DataError(f"{self._task} has one target, not {len(self._targets)}")
+        if categorical_as not in ("one_hot", "codes"):
+            raise DataError(f"categorical_as={categorical_as!r}: use 'one_hot' or 'codes'")
+        if missing not in ("error", "mean", "median"):
+            raise DataError(f"missing={missing!r}: use 'error', 'mean' or 'median'")
+        if standardize_target and self._task != "regression":
+            raise DataError("standardize_target: only a regression's target can be standardised")
+
+    def _check_whole(self) -> None:
+        """Refuse missing targets, and missing numbers unless they are to be filled."""
+        needed = [*(self._numeric if self._missing == "error" else ()), *self._targets]
+        for name in needed:
+            column = self._columns[name]
+            absent = np.isnan(column.values) if isinstance(column, Numbers) else column.codes < 0
+            if absent.any():
+                cure = "" if name in self._targets else ": say missing: mean (or median)"
+                raise DataError(
+                    f"{self._path}: column {name!r} has no value in {int(absent.sum())} of {len(absent)} rows, first in "
+                    f"row {int(np.argmax(absent))} (counted from 0){cure}"
+                )
+
+    def _names(self) -> list[str]:
+        return parquet_names(self._path) if self._is_parquet else csv_names(self._path, **self._csv)
+
+    def _read(self, *, numbers: Sequence[str], texts: Sequence[str], missing: Sequence[str]) -> Columns:
+        if self._is_parquet:
+            return read_parquet(self._path, numbers=numbers, texts=texts, missing=missing)
+        return read_csv(self._path, numbers=numbers, texts=texts, missing=missing, **self._csv)
+
+
+def _scale(values: NDArray[np.float64]) -> dict[str, float]:
+    """Return mean and deviation; a constant column is only shifted."""
+    std = float(values.std())
+    return {"mean": float(values.mean()), "std": std if std > 0 else 1.0}
+
+
+def _sorted_labels(labels: set[str]) -> list[str]:
+    """Sort class names, as numbers if all of them are: 2 before 10."""
+    try:
+        return sorted(labels, key=float)
+    except ValueError:
+        return sorted(labels)
+
+
+def _as_numbers(texts: Texts) -> NDArray[Any] | Texts:
+    """Return a kept column as int64, float64, or as the texts it is."""
+    for kind in (np.int64, np.float64):
+        try:
+            known = np.array([kind(value) for value in texts.known], dtype=kind)
+        except (ValueError, OverflowError):
+            continue
+        if (texts.codes >= 0).all():
+            found: NDArray[Any] = known[texts.codes]
+            return found
+    return texts
+
+
+def _rows_of(values: NDArray[Any] | Texts, rows: NDArray[np.int64]) -> Any:
+    return values.of(rows) if isinstance(values, Texts) else torch.from_numpy(values[rows])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON file: {error}") from error
+    return found

@@ -1,0 +1,192 @@
+"""Texts: the lines of a file, or texts with labels from a CSV or Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from runtime.data_sources.files import digest, existing, rows_within
+from runtime.data_sources.tables import Table
+from runtime.errors import DataError
+
+Tokenizer = Callable[[list[str]], Mapping[str, Any]]
+
+
+class _Texts(Dataset[dict[str, Any]]):
+    """Texts that are tokenised a whole microbatch at a time, or a sample at a time for a collate function that pads."""
+
+    deterministic = True
+
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Tokenizer | str | None, options: Mapping[str, Any] | None
+    ) -> None:
+        if not (tokenizer in (None, "bytes") or callable(tokenizer)):
+            raise DataError(
+                f"tokenizer {tokenizer!r} is unknown: use 'bytes', or a component that is called with texts"
+            )
+        if options and not callable(tokenizer):
+            raise DataError("'tokenize' needs a tokenizer to be given to")
+        self._texts = texts
+        self._tokenizer = tokenizer
+        self._options = dict(options or {})
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one sample."""
+        return self._samples([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        """Return a finished batch from a tokenizer that gives tensors, else a list of samples."""
+        if not callable(self._tokenizer):
+            return self._samples(indices)
+        rows = rows_within(indices, len(self))
+        tokens = dict(self._tokenizer([self._texts[i] for i in rows.tolist()], **self._options))
+        if not all(isinstance(part, torch.Tensor) for part in tokens.values()):
+            return [
+                {**{name: part[place] for name, part in tokens.items()}, **self._labels([row])[0]}
+                for place, row in enumerate(rows.tolist())
+            ]
+        labels = self._labels(rows.tolist())
+        parts = {name: torch.tensor([label[name] for label in labels]) for name in labels[0]} if labels else {}
+        return {**tokens, **parts}
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return the ``length`` of every text, in characters."""
+        if name != "length":
+            raise DataError(f"there is no column {name!r}; there is 'length'")
+        return np.array([len(text) for text in self._texts], dtype=np.int64)
+
+    def _samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = rows_within(indices, len(self)).tolist()
+        texts = [self._texts[i] for i in rows]
+        if callable(self._tokenizer):
+            tokens = [
+                {name: part[0] for name, part in self._tokenizer([text], **self._options).items()} for text in texts
+            ]
+        elif self._tokenizer == "bytes":
+            tokens = [{"inputs": torch.tensor(list(text.encode()), dtype=torch.int64)} for text in texts]
+        else:
+            tokens = [{"inputs": text} for text in texts]
+        return [{**found, **label} for found, label in zip(tokens, self._labels(rows), strict=True)]
+
+    def _labels(self, rows: list[int]) -> list[dict[str, Any]]:
+        return [{} for _ in rows]
+
+
+class TextLines(_Texts):
+    """The lines of a text file, without empty ones.
+
+    Args:
+        path: the file, in memory.
+        tokenizer: ``bytes``: a sample is ``{inputs: (bytes,) int64}``, of varying length, for
+            ``data.collate: {target: Padded}``. A component, such as ``{target: "transformers:AutoTokenizer.from_pretrained",
+            args: {…}}``, is called with a list of texts. Default: ``{inputs: the text}``.
+        tokenize: arguments of that call, such as ``{padding: true, truncation: true, return_tensors: pt}``.
+        encoding: of the file.
+        provided_by: the command that brings the file, for the message when it is missing.
+
+    Raises:
+        DataError: the file is missing or of another encoding.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        tokenizer: Tokenizer | str | None = None,
+        tokenize: Mapping[str, Any] | None = None,
+        encoding: str = "utf-8",
+        provided_by: str | None = None,
+    ) -> None:
+        found = existing(path, provided_by=provided_by)
+        try:
+            content = found.read_bytes().decode(encoding)
+        except (UnicodeDecodeError, LookupError) as error:
+            raise DataError(f"{found} cannot be read as {encoding}: {error}") from error
+        # Not str.splitlines: it would also cut at form feeds and the like.
+        lines = [line.removesuffix("\r") for line in content.split("\n")]
+        super().__init__([line for line in lines if line], tokenizer, tokenize)
+        self.fingerprint = f"lines {digest(found)} {encoding}"
+
+
+class LabelledTexts(_Texts):
+    """Texts with a class each, from two columns of a CSV or Parquet file.
+
+    Args:
+        path: the file, in memory.
+        text: the column of texts.
+        target: the column of classes, numbered in the sorted order of the training rows' values. Default: none.
+        tokenizer: see :class:`TextLines`; the class is the part ``target``, an int64 scalar.
+        tokenize: arguments of the tokenizer's call.
+        delimiter: between two values of a CSV file. Default: a comma.
+        encoding: of a CSV file. Default: UTF-8.
+        provided_by: the command that brings the file, for the message when it is missing.
+
+    Raises:
+        DataError: the file, a column or a class is missing.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        text: str,
+        target: str | None = None,
+        tokenizer: Tokenizer | str | None = None,
+        tokenize: Mapping[str, Any] | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        provided_by: str | None = None,
+    ) -> None:
+        self._table = Table(
+            path,
+            target=target,
+            task="classification" if target is not None else None,
+            numeric=(),
+            keep=[text],
+            missing_values=("",),
+            delimiter=delimiter,
+            encoding=encoding,
+            provided_by=provided_by,
+        )
+        self._has_target = target is not None
+        super().__init__(self._table.column(text).tolist(), tokenizer, tokenize)
+
+    @property
+    def fingerprint(self) -> str:
+        """Content of the file, and its classes."""
+        return f"texts {self._table.fingerprint}"
+
+    @property
+    def fitted(self) -> dict[str, Any]:
+        """The classes of the training rows."""
+        return self._table.fitted
+
+    def fit(self, rows: NDArray[np.int64]) -> None:
+        """Number the classes of these rows."""
+        self._table.fit(rows)
+
+    def adopt(self, fitted: Mapping[str, Any]) -> None:
+        """Number the classes as another split does."""
+        self._table.adopt(fitted)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in order."""
+        return self._table.classes
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return the ``length`` of every text in characters, or a column of the file."""
+        return super().column(name) if name == "length" else self._table.column(name)
+
+    def _labels(self, rows: list[int]) -> list[dict[str, Any]]:
+        if not self._has_target:
+            return super()._labels(rows)
+        return [{"target": label} for label in self._table.targets(np.array(rows, dtype=np.int64)).tolist()]
