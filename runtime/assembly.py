@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
-from runtime import component, optimizer_building, schedulers
-from runtime.batches import MakeLoader, Samples, Sharing, check_samples, loader_factory
+from runtime import component, optimizer_building, schedulers, sources
+from runtime.batches import MakeLoader, Samples, Sharing, loader_factory
+from runtime.building import build as _build
+from runtime.building import function as _function
+from runtime.building import wrong as _wrong
 from runtime.component import ComponentError
-from runtime.config import Anneal, Averaging, ComponentSection, Split
+from runtime.config import Anneal, Averaging
 from runtime.config import Schedule as ScheduleSection
 from runtime.config_file import LoadedConfiguration
-from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError, Problem
+from runtime.config_types import ComponentSection
+from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError
 from runtime.evaluation_weights import switches
 from runtime.freezing import Freezing
 from runtime.objective import TrainingModule
 from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
 from runtime.optimizer_building import check_optimizer
-from runtime.order import IndexOrder, Order, SamplerOrder
 from runtime.parameter_groups import ParameterGroup
 from runtime.pretrained import WeightsReport, load_weights, weights_digest
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -36,11 +39,10 @@ from runtime.training_data import MappedData, StreamedData, TrainingData
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-SPLITS = ("train", "validation", "test", "predict")
-
 _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
-_DATA = ("runtime.data_sources",)
+_TRANSFORMS = ("runtime.transforms",)
+_COLLATES = ("runtime.collating",)
 _METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
     "torchmetrics.classification",
     "torchmetrics.regression",
@@ -53,7 +55,6 @@ _METRICS = (  # torchmetrics itself comes last: some of its own names are deprec
     "torchmetrics.image",
     "torchmetrics",
 )
-_SAMPLERS = ("torch.utils.data",)
 
 
 def check_components(loaded: LoadedConfiguration) -> None:
@@ -73,34 +74,40 @@ def check_components(loaded: LoadedConfiguration) -> None:
             found = component.check(section.target, section.args, namespaces=namespaces, code=loaded.code, **options)
             mistakes.extend((key, mistake) for mistake in found)
 
-    def check_function(key: tuple[str, ...], section: ComponentSection | None) -> None:
+    def check_function(key: tuple[str, ...], section: ComponentSection | None, namespaces: Sequence[str] = ()) -> None:
         """A function without arguments is handed on as it is, so its signature says nothing."""
         if section is None:
             return
         try:
-            found = component.locate(section.target, code=loaded.code)
+            found = component.locate(section.target, namespaces=namespaces, code=loaded.code)
         except ComponentError as mistake:
             mistakes.append((key, mistake))
             return
         if section.args or inspect.isclass(found):
-            check(key, section)
+            check(key, section, namespaces)
 
     def check_sampler(key: tuple[str, ...], section: ComponentSection | None) -> None:
         if section is None:
             return
         try:
-            given = 0 if _names_first_parameter(loaded, section) else 1
+            given = 0 if sources.names_first_parameter(loaded, section) else 1
         except ComponentError as mistake:
             mistakes.append((key, mistake))
             return
-        check(key, section, _SAMPLERS, positional=given)
+        check(key, section, sources.SAMPLERS, positional=given)
 
     check(("model",), values.model, _MODELS)
-    for name in SPLITS:
-        split = split_section(loaded, name)
-        check(split_key(name), split, _DATA)
-        check_function((*split_key(name), "transform"), split.transform if split is not None else None)
-    check_function(("data", "collate"), values.data.collate)
+    for name in sources.SPLITS:
+        split = sources.split_section(loaded, name)
+        check(sources.split_key(name), split, sources.NAMESPACES)
+        transform = split.transform if split is not None else None
+        check_function((*sources.split_key(name), "transform"), transform, _TRANSFORMS)
+    if values.data.split is not None:
+        check_function(("data", "split", "transform"), values.data.split.transform, _TRANSFORMS)
+    check_function(("data", "collate"), values.data.collate, _COLLATES)
+    check_function(("data", "loader", "worker_init"), values.data.loader.worker_init)
+    for key, where in sources.value_components(values.data):
+        check_function(key, where)
     for name in ("sampler", "batch_sampler"):
         check_sampler(("data", name), getattr(values.data, name))
     for key, loss in losses_of(loaded):
@@ -135,25 +142,22 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
     Args:
         batch_size: samples that are cut up together, where it is a stream.
     """
-    key, split = split_key(name), split_section(loaded, name)
-    if split is None:
+    source = sources.build_source(loaded, name)
+    if source is None:
         return None
-    with preserved_random_state(_CPU):
-        # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
-        seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 1), _CPU)
-        source = _build(loaded, key, split, namespaces=_DATA)
-    check_samples(source, ".".join(key), sharded_by=split.sharded_by)
-    data = loaded.values.data
+    data, split = loaded.values.data, sources.split_section(loaded, name)
+    key = sources.split_key(name) if split is not None else ("data", "split")
+    transform = split.transform if split is not None else data.split.transform if data.split is not None else None
     functions: dict[str, Any] = {
-        "transform": _function(loaded, (*key, "transform"), split.transform) if split.transform else None,
-        "collate": _function(loaded, ("data", "collate"), data.collate) if data.collate else None,
+        "transform": _function(loaded, (*key, "transform"), transform, namespaces=_TRANSFORMS) if transform else None,
+        "collate": _function(loaded, ("data", "collate"), data.collate, namespaces=_COLLATES) if data.collate else None,
     }
+    if split is None or split.sharded_by is None:
+        return Samples(source, seed=loaded.values.seed, **functions)
     if split.sharded_by == "dataset" and name != "train":
         raise _wrong(
             loaded, (*key, "sharded_by"), "must be runtime here: every sample counts once, on any number of ranks"
         )
-    if split.sharded_by is None:
-        return Samples(source, seed=loaded.values.seed, **functions)
     return StreamSamples(
         source,
         sharded_by=split.sharded_by,
@@ -169,25 +173,13 @@ def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
     samples = build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
     assert samples is not None
     if isinstance(samples, Samples):
-        return MappedData(samples, build_order(loaded, samples))
-    for name in ("shuffle", "sampler", "batch_sampler"):
+        return MappedData(samples, sources.build_order(loaded, samples.source))
+    for name in ("shuffle", "sampler", "batch_sampler", "group_by_length", "budget", "balance", "weights"):
         if getattr(loaded.values.data, name):
             raise _wrong(
                 loaded, ("data", name), "a stream has its own order; shuffle in the data set and leave this out"
             )
     return StreamedData(samples)
-
-
-def split_key(name: str) -> tuple[str, str]:
-    """Return the key of a split's section."""
-    return ("prediction", "data") if name == "predict" else ("data", name)
-
-
-def split_section(loaded: LoadedConfiguration, name: str) -> Split | None:
-    """Return a split's section, or None where the configuration has none."""
-    section, key = split_key(name)
-    split: Split | None = getattr(getattr(loaded.values, section), key)
-    return split
 
 
 def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoader:
@@ -199,6 +191,9 @@ def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoade
         pin_memory=device.type == "cuda" if section.pin_memory is None else section.pin_memory,
         timeout_seconds=section.timeout_seconds,
         start_method=section.start_method,
+        worker_init=_function(loaded, ("data", "loader", "worker_init"), section.worker_init)
+        if section.worker_init
+        else None,
     )
 
 
@@ -211,27 +206,6 @@ def check_batch_norm(loaded: LoadedConfiguration, sharing: Sharing, *, smallest_
             "sync needs a real slot on every rank in every forward pass: let the world size divide batch.slots "
             f"(now {sharing.slots}), and set data.drop_last if an epoch's last batch (now {smallest_batch} samples) is smaller",
         )
-
-
-def build_order(loaded: LoadedConfiguration, samples: Samples) -> Order:
-    """Build the order of the training samples."""
-    values, data = loaded.values, loaded.values.data
-    size = values.batch.global_size
-    section = data.sampler or data.batch_sampler
-    if section is None:
-        return IndexOrder(
-            len(samples), batch_size=size, seed=values.seed, shuffle=data.shuffle is not False, drop_last=data.drop_last
-        )
-    key = ("data", "sampler" if data.sampler else "batch_sampler")
-    given = () if _names_first_parameter(loaded, section) else (samples.source,)
-    sampler = _build(loaded, key, section, *given, namespaces=_SAMPLERS)
-    return SamplerOrder(
-        sampler,
-        num_samples=len(samples),
-        batch_size=size if data.sampler else None,
-        seed=values.seed,
-        drop_last=data.drop_last,
-    )
 
 
 def build_optimizer(loaded: LoadedConfiguration, module: nn.Module) -> Optimizer:
@@ -333,13 +307,13 @@ def _scheduler(loaded: LoadedConfiguration, section: ScheduleSection, optimizer:
     return scheduler
 
 
-def schedule_length(loaded: LoadedConfiguration, steps_per_epoch: int | None) -> int | None:
+def schedule_length(loaded: LoadedConfiguration, data: TrainingData) -> int | None:
     """Return how many epochs, or steps after the warm-up, the scheduler counts in the whole run; None where nobody knows.
 
     Raises:
         ConfigurationError: nobody knows, and the scheduler was to be told.
     """
-    limit, section = loaded.values.limit, loaded.values.schedule
+    limit, section, steps_per_epoch = loaded.values.limit, loaded.values.schedule, data.steps_per_epoch
     by_epoch = section is not None and section.interval == "epoch"
     if steps_per_epoch is None and (limit.epochs is None if by_epoch else limit.steps is None):
         if follows_limit(loaded):
@@ -352,7 +326,7 @@ def schedule_length(loaded: LoadedConfiguration, steps_per_epoch: int | None) ->
         return None
     if by_epoch:
         return limit.epochs or -(-(limit.steps or 0) // (steps_per_epoch or 1))
-    steps = limit.steps or (limit.epochs or 0) * (steps_per_epoch or 0)
+    steps = limit.steps or data.num_steps(limit.epochs or 0) or 0
     return max(1, steps - (section.warmup_steps if section else 0))
 
 
@@ -392,40 +366,6 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
     return metrics
 
 
-def _build(
-    loaded: LoadedConfiguration,
-    key: tuple[str, ...],
-    section: ComponentSection,
-    *given: Any,
-    namespaces: Sequence[str] = (),
-    extra: Mapping[str, Any] | None = None,
-) -> Any:
-    arguments = {**section.args, **(extra or {})}
-    try:
-        return component.build(section.target, arguments, *given, namespaces=namespaces, code=loaded.code)
-    except ComponentError as mistake:
-        raise _wrong(loaded, key + mistake.path, mistake.what) from mistake
-
-
-def _function(loaded: LoadedConfiguration, key: tuple[str, ...], section: ComponentSection) -> Callable[..., Any]:
-    """A class is instantiated; a function without arguments is taken as it is, with arguments it makes the function."""
-    try:
-        found = component.locate(section.target, code=loaded.code)
-    except ComponentError as mistake:
-        raise _wrong(loaded, key + mistake.path, mistake.what) from mistake
-    made = _build(loaded, key, section) if inspect.isclass(found) or section.args else found
-    if not callable(made):
-        raise _wrong(loaded, (*key, "target"), f"is a {type(made).__name__}, which cannot be called")
-    function: Callable[..., Any] = made
-    return function
-
-
-def _names_first_parameter(loaded: LoadedConfiguration, section: ComponentSection) -> bool:
-    found = component.locate(section.target, namespaces=_SAMPLERS, code=loaded.code)
-    first = next(iter(inspect.signature(found).parameters), None)
-    return first in section.args
-
-
 def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
     section = loaded.values.schedule
     if section is None or section.target is None:
@@ -436,8 +376,3 @@ def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
         return []  # told by check_components
     name = schedulers.length_argument(found, section.args) if callable(found) else None
     return [name] if name else []
-
-
-def _wrong(loaded: LoadedConfiguration, key: tuple[str, ...], what: str) -> ConfigurationError:
-    problem: Problem = loaded.problem(key, what)
-    return ConfigurationError([problem])

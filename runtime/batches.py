@@ -245,6 +245,7 @@ def loader_factory(
     pin_memory: bool,
     timeout_seconds: int,
     start_method: str | None,
+    worker_init: Callable[[int], Any] | None = None,
 ) -> MakeLoader:
     """Return a maker of loaders with these options; a worker is told nothing, so it has no state of its own.
 
@@ -260,7 +261,7 @@ def loader_factory(
         pin_memory=pin_memory,
         timeout=timeout_seconds if num_workers else 0,
         multiprocessing_context=start_method if num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_start_worker, worker_init),
         generator=torch.Generator(),  # otherwise the loader draws its base seed from the default generator
     )
 
@@ -398,10 +399,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(own: Callable[[int], Any] | None, worker: int) -> None:
     """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if own is not None:
+        own(worker)
 
 
 def _listed(ids: Sequence[int] | Ids) -> str:

@@ -10,22 +10,21 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from runtime.config_types import Every, Interval, Section, Shorthand, Time, free, refuse
+from runtime.config_data import Balance, Budget, HoldOut, LengthGroups, SampleWeights, alone
+from runtime.config_types import (
+    TARGET_ALONE,
+    Component,
+    ComponentSection,
+    Every,
+    Interval,
+    Section,
+    Shorthand,
+    Time,
+    free,
+    refuse,
+)
 
-_TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
 _ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
-
-
-class ComponentSection(Section):
-    """A class or function and the arguments it is called with."""
-
-    target: str = Field(min_length=1)
-    """``package.module:Name``, or a short name of torch, torchmetrics or Lockstep."""
-    args: dict[str, Any] = {}
-    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
-
-
-Component = Annotated[ComponentSection, _TARGET_ALONE]
 
 
 class Weights(Section):
@@ -150,7 +149,9 @@ class Split(ComponentSection):
 
 
 class Loader(Section):
-    """torch's DataLoader. Nothing here changes the result, only the speed."""
+    """torch's DataLoader. Nothing here changes the result, only the speed. Workers always live as long as the run
+    (``persistent_workers``).
+    """
 
     num_workers: int = Field(0, ge=0, json_schema_extra={"resume": "free"})
     """Worker processes per rank; 0 loads in the training process."""
@@ -162,17 +163,28 @@ class Loader(Section):
     """Longest wait for a worker; 0 waits for ever."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = free(None)
     """How workers are started. Default: Python's."""
+    worker_init: Component | None = free(None)
+    """``worker_init_fn``: called in each worker with its number. It cannot change a sample's seed, which is set later."""
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> Self:
+        return refuse(
+            self,
+            (self.worker_init and not self.num_workers, "worker_init", "there are no workers: num_workers is 0"),
+        )
 
 
 class Data(Section):
     """Which data is trained on and evaluated on."""
 
-    train: Annotated[Split, _TARGET_ALONE]
+    train: Annotated[Split, TARGET_ALONE]
     """What is trained on."""
-    validation: Annotated[Split, _TARGET_ALONE] | None = None
+    validation: Annotated[Split, TARGET_ALONE] | None = None
     """What is evaluated at intervals."""
-    test: Annotated[Split, _TARGET_ALONE] | None = None
+    test: Annotated[Split, TARGET_ALONE] | None = None
     """What is evaluated once, at the end of the run."""
+    split: HoldOut | None = None
+    """Parts of ``data.train`` held out at random, in place of ``data.validation`` and ``data.test``. Default: none."""
     fields: Fields = Fields()
     """Which part of a batch is what."""
     shuffle: bool | None = None
@@ -181,6 +193,14 @@ class Data(Section):
     """A torch Sampler over training indices, called with the data set, drawn once per epoch under the epoch's seed."""
     batch_sampler: Component | None = None
     """A torch batch sampler, called with the data set; each of its batches is one global batch."""
+    group_by_length: Annotated[LengthGroups, alone("lengths")] | None = None
+    """Batches of samples of similar length."""
+    budget: Budget | None = None
+    """Global batches of as many samples as a budget of tokens allows."""
+    balance: Annotated[Balance, alone("classes")] | None = None
+    """Every class drawn equally often."""
+    weights: Annotated[SampleWeights, alone("values")] | None = None
+    """Samples drawn with replacement, in proportion to a weight."""
     drop_last: bool = False
     """Leave out each epoch's last, smaller global batch."""
     collate: Component | None = None
@@ -188,17 +208,43 @@ class Data(Section):
     loader: Loader = Loader()
     """How samples are read."""
 
+    def has(self, part: Literal["validation", "test"]) -> bool:
+        """Tell whether there is such data, of its own or held out."""
+        held_out = self.split is not None and getattr(self.split, part) is not None
+        return getattr(self, part) is not None or held_out
+
     @model_validator(mode="after")
     def _one_order(self) -> Self:
-        own_order = self.sampler or self.batch_sampler
+        orders = ("sampler", "batch_sampler", "group_by_length", "budget", "balance", "weights")
+        given = [name for name in orders if getattr(self, name) is not None]
+        decides = ["the sampler" if name.endswith("sampler") else repr(name) for name in given if name != "budget"]
+        own_batches = [name for name in given if name in ("batch_sampler", "budget")]
         return refuse(
             self,
-            (self.sampler and self.batch_sampler, "sampler", "give 'sampler' or 'batch_sampler', not both"),
-            (own_order and self.shuffle is not None, "shuffle", "the sampler decides the order; leave 'shuffle' out"),
             (
-                self.batch_sampler and self.drop_last,
+                len(given) > 1,
+                given[0] if given else "",
+                f"give {' or '.join(map(repr, given))}, not {'both' if len(given) == 2 else 'all'}",
+            ),
+            (
+                decides and self.shuffle is not None,
+                "shuffle",
+                f"{' and '.join(decides)} decides the order; leave 'shuffle' out",
+            ),
+            (
+                own_batches and self.drop_last,
                 "drop_last",
-                "the batch sampler makes the batches; leave 'drop_last' out",
+                f"{' and '.join(map(repr, own_batches))} makes the batches; leave 'drop_last' out",
+            ),
+            *(
+                (
+                    self.split is not None
+                    and getattr(self.split, part) is not None
+                    and getattr(self, part) is not None,
+                    part,
+                    f"data.split holds out data for {part}; give one of the two",
+                )
+                for part in ("validation", "test")
             ),
         )
 
@@ -516,7 +562,7 @@ class Evaluation(Section):
 class Prediction(Section):
     """What ``lockstep predict`` predicts, and what it writes. Nothing here changes the training."""
 
-    data: Annotated[Split, _TARGET_ALONE] | None = None
+    data: Annotated[Split, TARGET_ALONE] | None = None
     """What is predicted; it needs no target. Default: ``data.test``."""
     columns: dict[str, str] = {}
     """Name in the file to what it holds: ``id``, ``index``, ``prediction``, ``class``, ``probability``, ``probabilities``,
@@ -648,17 +694,17 @@ class RunConfiguration(Section):
     """Run folder; ``{name}`` is the run's name. Relative to the working folder."""
     code: str | None = free(None)
     """Folder of the user's own modules, relative to the YAML file. Default: the YAML file's folder."""
-    model: Annotated[Model, _TARGET_ALONE]
+    model: Annotated[Model, TARGET_ALONE]
     """What is trained."""
     data: Data
     """What is trained on and evaluated on."""
     batch: Batch
     """How many samples one update sees."""
-    objective: Annotated[Objective, _TARGET_ALONE]
+    objective: Annotated[Objective, TARGET_ALONE]
     """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target; or several."""
     optimizer: Optimizer
     """How parameters are updated."""
-    schedule: Annotated[Schedule, _TARGET_ALONE] | None = None
+    schedule: Annotated[Schedule, TARGET_ALONE] | None = None
     """How the learning rate changes. Default: it does not."""
     averaging: Averaging | None = None
     """A running average of the weights. Default: none."""
@@ -703,7 +749,7 @@ class RunConfiguration(Section):
     def _sections_agree(self) -> Self:
         known = {"loss", *self.objective.losses, *self.evaluation.metrics}
         unknown = f"known results: {', '.join(sorted(known))}"
-        schedule, validation = self.schedule or Schedule(warmup_steps=1), self.data.validation
+        schedule, validated = self.schedule or Schedule(warmup_steps=1), self.data.has("validation")
         stopping = self.limit.early_stopping
         start = self.averaging.start if self.averaging is not None else None
         end = (self.limit.steps if start.unit == "step" else self.limit.epochs) if start is not None else None
@@ -729,7 +775,7 @@ class RunConfiguration(Section):
                 for number, best in enumerate(self.checkpoint.best)
             ),
             (
-                self.checkpoint.best and validation is None,
+                self.checkpoint.best and not validated,
                 "checkpoint.best",
                 "the best checkpoint needs data.validation",
             ),
@@ -744,7 +790,7 @@ class RunConfiguration(Section):
                 "'monitor' goes with ReduceLROnPlateau, and it needs one",
             ),
             (
-                stopping and validation is None,
+                stopping and not validated,
                 "limit.early_stopping",
                 "early stopping needs data.validation",
             ),
@@ -760,7 +806,7 @@ class RunConfiguration(Section):
                 "evaluation.class_names",
                 "there are no evaluation.metrics whose classes they could name",
             ),
-            (plateau and validation is None, "schedule.target", "ReduceLROnPlateau needs data.validation"),
+            (plateau and not validated, "schedule.target", "ReduceLROnPlateau needs data.validation"),
             (
                 self._one_rate_for_all(),
                 "schedule.args.max_lr",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -29,6 +30,8 @@ class LoadedConfiguration:
     values: RunConfiguration
     source: Path | None
     lines: Mapping[tuple[str, ...], str]
+    sources: dict[str, Any] = dataclass_field(init=False, default_factory=dict, compare=False, repr=False)
+    """Data sets that have been built of it: the parts of one split share what they are part of."""
 
     @property
     def name(self) -> str:

@@ -130,3 +130,19 @@ class Shorthand:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Allow both ways."""
         return {"anyOf": [handler(schema), self.schema]}
+
+
+TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
+"""A component's target may be written alone."""
+
+
+class ComponentSection(Section):
+    """A class or function and the arguments it is called with."""
+
+    target: str = Field(min_length=1)
+    """``package.module:Name``, or a short name of torch, torchmetrics or Lockstep."""
+    args: dict[str, Any] = {}
+    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
+
+
+Component = Annotated[ComponentSection, TARGET_ALONE]

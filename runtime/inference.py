@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from runtime import assembly
+from runtime import assembly, sources
 from runtime.averaging import WeightAverage, checked
 from runtime.batches import Samples, fingerprint
 from runtime.checkpoint import Checkpoint, Weights, load_weights
@@ -69,7 +69,7 @@ class Inferred:
     message: str = ""
 
     def __str__(self) -> str:
-        data = ".".join(assembly.split_key(self.split))
+        data = ".".join(sources.split_key(self.split))
         return (
             f"{self.checkpoint.name} (step {self.step}, epoch {self.epoch}), {self.weights} weights, on {self.samples:,} "
             f"samples of {data}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from runtime import assembly, yaml_file
+from runtime import assembly, sources, yaml_file
 from runtime.averaged_evaluation import AveragedEvaluation
 from runtime.averaging import WeightAverage
 from runtime.batch_statistics import BatchStatistics
@@ -81,7 +82,7 @@ def prepare(
     compare_ranks(loaded, strategy, module, told, {"the weights of model.weights": weights})
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
-    length = assembly.schedule_length(loaded, data.steps_per_epoch)
+    length = assembly.schedule_length(loaded, data)
     identity = _identity(loaded, strategy, _Fresh(module, data, length, weights), stored, warn)
     sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
     assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
@@ -188,6 +189,9 @@ def build_trackers(
         replace_file(folder / "config.yaml", yaml_file.dump({**resolved, "code": str(loaded.code)}))
         path, due = folder / "metrics.jsonl", progress.evaluation_due
         records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
+        fitted = sources.fitted_on_training(loaded)
+        if fitted is not None:
+            replace_file(folder / "preprocessing.json", json.dumps(fitted, indent=1))
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
     section = loaded.values.evaluation

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     DRAW = 6
     STREAM = 7
     STATISTICS = 8
+    SPLIT = 9
 
 
 _PYTHON: Any = random._inst  # the generator behind random.random()

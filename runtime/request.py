@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime import assembly
+from runtime import sources
 from runtime.config_file import LoadedConfiguration
 from runtime.errors import ConfigurationError, Problem
 from runtime.predictions_file import check_target, format_of
@@ -50,12 +50,12 @@ class Request:
         Raises:
             ConfigurationError: there is no such data.
         """
-        there = [name for name in assembly.SPLITS if assembly.split_section(loaded, name) is not None]
+        there = [name for name in sources.SPLITS if sources.has_split(loaded, name)]
         for name in _DEFAULT_SPLITS[self.act] if self.split is None else (self.split,):
             if name in there:
                 return name
         default = "data.validation or data.test" if self.act == "evaluate" else "prediction.data or data.test"
-        missing = default if self.split is None else ".".join(assembly.split_key(self.split))
+        missing = default if self.split is None else ".".join(sources.split_key(self.split))
         what = f"there is no {missing} in the configuration; it has: {', '.join(there)}"
         raise ConfigurationError([Problem("command line", "--split", what)])
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from runtime import assembly, yaml_file
+from runtime import assembly, sources, yaml_file
 from runtime.averaging import batch_norms
 from runtime.batches import default_slots
 from runtime.combined import members
@@ -90,14 +90,21 @@ def _steps(loaded: LoadedConfiguration, data: TrainingData) -> Iterator[tuple[st
         yield "data", "a stream: its length shows when it ends"
         yield "steps", f"{total:,} in all" if total else f"as many as {limit.epochs} passes over the stream have"
         return
-    yield "data", f"{num_samples:,} training samples"
+    held_out = ""
+    for name in ("validation", "test") if loaded.values.data.split is not None else ():
+        other = sources.build_source(loaded, name)
+        held_out += f", {len(other):,} for {name}" if other is not None else ""
+    yield "data", f"{num_samples:,} training samples{held_out}"
     yield (
         "steps",
         f"{per_epoch:,} per epoch, {total:,} in all"
         + (f" ({(total or 0) / per_epoch:.1f} epochs)" if limit.steps else ""),
     )
     last = data.smallest_batch if per_epoch else 0
-    if loaded.values.data.drop_last:
+    section = loaded.values.data
+    if section.budget is not None:
+        yield "smallest batch", f"{last} samples, in the first epoch; epochs may differ in their steps"
+    elif section.drop_last and not (section.balance or section.weights):
         yield "left out", f"{num_samples % size} samples of each epoch (data.drop_last)"
     elif last != size:
         yield "last batch", f"{last} samples, divided by their own weight"
@@ -173,7 +180,7 @@ def _curve(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData
     per_epoch, total = data.steps_per_epoch, _total_steps(loaded, data)
     if total is None:
         return None
-    schedule = assembly.build_schedule(loaded, optimizer, assembly.schedule_length(loaded, per_epoch))
+    schedule = assembly.build_schedule(loaded, optimizer, assembly.schedule_length(loaded, data))
     curve = simulate(schedule, steps=total, steps_per_epoch=per_epoch)
     section, averaging = loaded.values.schedule, loaded.values.averaging
     if section is not None and section.warmup_steps:

@@ -26,6 +26,7 @@ from runtime.batches import (
     upcoming,
     with_weights,
 )
+from runtime.batching import BudgetOrder
 from runtime.control import gather_bytes
 from runtime.errors import DataError
 from runtime.order import Order
@@ -83,10 +84,18 @@ class MappedData:
         """Global batches of the first epoch; None where nobody knows."""
         return self.order.num_batches(0)
 
+    def num_steps(self, epochs: int) -> int | None:
+        """Global batches of so many epochs, which may differ in length; None where nobody knows."""
+        if isinstance(self.order, BudgetOrder):  # others differ only by a user's own sampler
+            return sum(self.order.num_batches(epoch) for epoch in range(epochs))
+        return epochs * self.order.num_batches(0)
+
     @property
     def smallest_batch(self) -> int:
-        """Samples of the first epoch's last global batch, as far as is known."""
-        return len(self.order.batch(0, self.order.num_batches(0) - 1))
+        """Samples of the first epoch's smallest global batch, as far as is known."""
+        last = self.order.num_batches(0) - 1
+        first = 0 if isinstance(self.order, BudgetOrder) else last
+        return min(len(self.order.batch(0, index)) for index in range(first, last + 1))
 
     def identity(self, sharing: tuple[int, int]) -> dict[str, Any]:
         """Return what must be the same on resumption, given ranks and workers."""
@@ -135,6 +144,10 @@ class StreamedData:
     num_samples: int | None = None
     steps_per_epoch: int | None = None
     smallest_batch = 1
+
+    def num_steps(self, epochs: int) -> int | None:
+        """See :class:`MappedData`."""
+        return None
 
     def __init__(self, samples: StreamSamples) -> None:
         self.samples = samples

@@ -16,10 +16,16 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from layers below its own; within a layer, only from those before it in the line.
 LAYERS = [
     ["errors"],
-    ["component", "config_types", "config", "yaml_file", "config_file", "environment"],
+    ["component", "config_types", "config_data", "config", "yaml_file", "config_file", "environment"],
     ["randomness", "determinism", "stopping", "serialization", "unfinished", "fence", "watch"],
     [
         "order",
+        "splitting",
+        "sample_values",
+        "batching",
+        "collating",
+        "transforms",
+        "hugging_face",
         "batches",
         "fields",
         "objective",
@@ -85,6 +91,8 @@ LAYERS = [
     ],
     [
         "objective_assembly",
+        "building",
+        "sources",
         "assembly",
         "resumption",
         "facts",

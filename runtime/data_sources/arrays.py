@@ -61,7 +61,8 @@ class Arrays(Dataset[dict[str, Tensor]]):
                 f"the arrays differ in length: {', '.join(f'{n} has {size}' for n, size in lengths.items())}"
             )
         self._size = next(iter(lengths.values()))
-        self.fingerprint = f"arrays {digest(*dict.fromkeys(path for path, _ in self._places.values()))} {sorted(parts)}"
+        members = {name: member for name, (_, member) in self._places.items()}
+        self.fingerprint = f"arrays {digest(*dict.fromkeys(path for path, _ in self._places.values()))} {members}"
 
     def __len__(self) -> int:
         return self._size

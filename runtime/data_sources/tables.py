@@ -121,6 +121,11 @@ class Table(Dataset[dict[str, Any]]):
         return self._size
 
     @property
+    def prepared(self) -> bool:
+        """Whether ``preprocessing`` says how rows are prepared, and no training row needs to."""
+        return self._preprocessing is not None
+
+    @property
     def fingerprint(self) -> str:
         """Content of the file, and what was fitted."""
         fitted = blake2b(json.dumps(self.fitted, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -244,10 +249,11 @@ class Table(Dataset[dict[str, Any]]):
         Raises:
             DataError: a row's class is none of the training rows'.
         """
+        fitted = self.fitted
         if self._task == "regression":
             values = np.stack([self._numbers(name)[rows] for name in self._targets], axis=1)
             if self._standardize_target:
-                stated = self.fitted["target"].values()
+                stated = fitted["target"].values()
                 values = (values - [column["mean"] for column in stated]) / [column["std"] for column in stated]
             return torch.from_numpy(values.astype(np.float32))
         text = self._text(self._targets[0])
