@@ -28,9 +28,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from runtime.batches import Cursor, Samples, Sharing, Windows, loader_factory
+from runtime.batches import Cursor, Sharing, Windows
 from runtime.checkpoint import CheckpointFolder
+from runtime.loading import loader_factory
 from runtime.order import IndexOrder
+from runtime.samples import Samples
 from runtime.saving import BackgroundSaving
 
 WIDTH = 1024

@@ -14,24 +14,26 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
 from runtime import component, optimizer_building, schedulers, sources
-from runtime.batches import MakeLoader, Samples, Sharing, loader_factory
+from runtime.batches import Sharing
 from runtime.building import build as _build
 from runtime.building import function as _function
 from runtime.building import wrong as _wrong
 from runtime.component import ComponentError
-from runtime.config import Anneal, Averaging
-from runtime.config import Schedule as ScheduleSection
 from runtime.config_file import LoadedConfiguration
+from runtime.config_learning import Anneal, Averaging
+from runtime.config_learning import Schedule as ScheduleSection
 from runtime.config_types import ComponentSection
 from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError
 from runtime.evaluation_weights import switches
 from runtime.freezing import Freezing
+from runtime.loading import MakeLoader, loader_factory
 from runtime.objective import TrainingModule
 from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
 from runtime.optimizer_building import check_optimizer
 from runtime.parameter_groups import ParameterGroup
 from runtime.pretrained import WeightsReport, load_weights, weights_digest
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.samples import Samples
 from runtime.schedule import Schedule, Successor
 from runtime.streams import StreamSamples
 from runtime.training_data import MappedData, StreamedData, TrainingData

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from runtime.config import Averaging
+from runtime.config_learning import Averaging
 from runtime.errors import CheckpointError
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.averaging import batch_norms
-from runtime.batches import Cursor, MakeLoader, Samples, Sharing, Windows
+from runtime.batches import Cursor, Sharing, Windows
 from runtime.control import Agreement, sum_over_ranks
+from runtime.loading import MakeLoader
 from runtime.order import Order
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.samples import Samples
 from runtime.strategies import Strategy
 
 

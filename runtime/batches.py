@@ -6,28 +6,19 @@ loader's index is ``(epoch, ids)``, so that its workers live as long as the run 
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import tee
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from runtime.component import described
-from runtime.errors import DataError, LockstepError
+from runtime.loading import MakeLoader, read
 from runtime.order import Ids, Order
-from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
-
-MakeLoader = Callable[..., Iterable[Any]]
-"""Makes what yields batches, of a data set and a ``batch_sampler`` of :class:`SlotIndex`."""
+from runtime.samples import Samples, SlotIndex
 
 Weigh = Callable[[Any, int], float | tuple[float, ...]]
 """Returns the weight of a batch of so many samples, or several weights."""
-
-_CPU = torch.device("cpu")
 
 
 class Cursor(NamedTuple):
@@ -80,19 +71,6 @@ class Window(NamedTuple):
     weight: float | tuple[float, ...] = 0.0
 
 
-class SlotIndex(NamedTuple):
-    """What the loader's workers are asked for."""
-
-    epoch: int
-    ids: Ids
-
-
-class SampleFailure(NamedTuple):
-    """What a worker hands back in place of a batch when the user's data set raised."""
-
-    message: str
-
-
 def default_slots(global_size: int, micro_size: int, world_size: int) -> int:
     """Return K: the smallest multiple of the world size whose slots respect ``micro_size``."""
     needed = -(-global_size // micro_size)
@@ -107,73 +85,6 @@ def slots_of_rank(slots: int, world_size: int, rank: int) -> range:
 def cut(ids: Ids, slots: int, slot: int) -> Ids:
     """Return the ids of one slot; slots differ by at most one sample, and some are empty if there are fewer ids."""
     return ids[len(ids) * slot // slots : len(ids) * (slot + 1) // slots]
-
-
-class Samples(Dataset[Any]):
-    """A map-style data set as the loader sees it: indexed by :class:`SlotIndex`, giving one collated batch.
-
-    A deterministic data set (``deterministic = True``, or a TensorDataset) is read a whole slot at a time through
-    ``__getitems__``, which may return a list of samples or a finished batch. Any other is read sample by sample, with
-    python, NumPy and torch seeded by (seed, epoch, id) before each, so that random transforms depend on nothing else.
-    """
-
-    def __init__(
-        self,
-        source: Any,
-        *,
-        seed: int,
-        transform: Callable[[Any], Any] | None = None,
-        collate: Callable[[list[Any]], Any] | None = None,
-    ) -> None:
-        self.source = source
-        self._seed = seed
-        self._transform = transform
-        self._collate = collate or default_collate
-        self._own_collate = collate is not None
-        deterministic = isinstance(source, TensorDataset) or bool(getattr(source, "deterministic", False))
-        self._whole_slots = deterministic and transform is None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: SlotIndex) -> Any:
-        return self.__getitems__(index)
-
-    def __getitems__(self, index: SlotIndex) -> Any:
-        """Return one batch, or the failure that kept it from being read."""
-        try:
-            if self._whole_slots:
-                return self._fetch_whole(index.ids)
-            return self._fetch_each(index)
-        except LockstepError as error:
-            return SampleFailure(str(error))
-        except Exception as error:
-            return SampleFailure(f"reading samples {_listed(index.ids)} raised {described(error)}")
-
-    def _fetch_whole(self, ids: Ids) -> Any:
-        if isinstance(self.source, TensorDataset) and not self._own_collate:
-            rows = torch.from_numpy(ids)
-            return tuple(tensor[rows] for tensor in self.source.tensors)
-        if not hasattr(self.source, "__getitems__"):
-            return self._collate([self.source[int(i)] for i in ids])
-        found = self.source.__getitems__(ids.tolist())
-        if isinstance(found, list):
-            return self._collate(found)
-        if self._own_collate:
-            raise DataError(f"{type(self.source).__name__}.__getitems__ gives finished batches; leave data.collate out")
-        return found
-
-    def _fetch_each(self, index: SlotIndex) -> Any:
-        samples = []
-        with preserved_random_state(_CPU):
-            for i in index.ids.tolist():
-                seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, i), _CPU)
-                try:
-                    sample = self.source[i]
-                    samples.append(sample if self._transform is None else self._transform(sample))
-                except Exception as error:
-                    return SampleFailure(f"reading sample {i} of epoch {index.epoch} raised {described(error)}")
-            return self._collate(samples)
 
 
 @dataclass(frozen=True)
@@ -236,61 +147,6 @@ class Windows:
                 ]
             )
             yield window._replace(microbatches=microbatches)
-
-
-def loader_factory(
-    *,
-    num_workers: int,
-    prefetch_factor: int,
-    pin_memory: bool,
-    timeout_seconds: int,
-    start_method: str | None,
-    worker_init: Callable[[int], Any] | None = None,
-) -> MakeLoader:
-    """Return a maker of loaders with these options; a worker is told nothing, so it has no state of its own.
-
-    Without workers and pinned memory there is nothing for a DataLoader to do, and it would cost 50 µs a batch.
-    """
-    if num_workers == 0 and not pin_memory:
-        return read_here
-    return partial(
-        DataLoader,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        pin_memory=pin_memory,
-        timeout=timeout_seconds if num_workers else 0,
-        multiprocessing_context=start_method if num_workers else None,
-        worker_init_fn=partial(_start_worker, worker_init),
-        generator=torch.Generator(),  # otherwise the loader draws its base seed from the default generator
-    )
-
-
-def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Iterator[Any]:
-    """Yield the batches of the given indices, in order.
-
-    Raises:
-        DataError: the data set raised, or a worker died.
-    """
-    batches = iter(make_loader(samples, batch_sampler=indices))
-    for worker in getattr(batches, "_workers", ()):
-        # It ignores SIGTERM, so torch and Python would wait for it for ever.
-        worker._popen.terminate = worker._popen.kill
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise DataError(
-                f"a loader worker was lost ({error}); a killed worker is mostly out of memory or shared memory: "
-                "lower data.loader.num_workers or prefetch_factor"
-            ) from error
-        if isinstance(batch, SampleFailure):
-            raise DataError(batch.message)
-        yield batch
 
 
 def with_weights(
@@ -388,63 +244,3 @@ def _share(samples: int, sharing: Sharing) -> tuple[tuple[Microbatch, ...], int]
     real = [Microbatch(k, sizes[k], None) for k in slots_of_rank(slots, world_size, sharing.rank) if sizes[k]]
     fillers = [Microbatch(-1, 0, None)] * (rounds - len(real))
     return (*real, *fillers), sum(size > 0 for size in sizes)
-
-
-def read_here(samples: Any, *, batch_sampler: Iterator[Any]) -> Iterator[Any]:
-    """Read in this process: a loader without workers."""
-    return map(samples.__getitems__, batch_sampler)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(own: Callable[[int], Any] | None, worker: int) -> None:
-    """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if own is not None:
-        own(worker)
-
-
-def _listed(ids: Sequence[int] | Ids) -> str:
-    shown = ", ".join(str(int(i)) for i in ids[:5])
-    return f"[{shown}, …]" if len(ids) > 5 else f"[{shown}]"
-
-
-def fingerprint(source: Any) -> dict[str, Any]:
-    """Return what identifies a data set on resumption: its length and its own ``fingerprint``, if it has one."""
-    return {
-        "samples": len(source) if hasattr(source, "__getitem__") else None,
-        "id": getattr(source, "fingerprint", None),
-    }
-
-
-def check_samples(source: Any, key: str, *, sharded_by: str | None = None) -> None:
-    """Refuse what is neither a map-style data set nor a stream of which is said who shares it out, or an empty one.
-
-    Raises:
-        DataError: naming the configuration's key.
-    """
-    if isinstance(source, IterableDataset):
-        if sharded_by is None:
-            raise DataError(
-                f"{key}: {type(source).__name__} is a stream (IterableDataset). Say who shares it out over ranks and workers: "
-                f"{key}.sharded_by: runtime (every rank reads all of it and keeps its part; the same answer on any number of "
-                "ranks), or dataset (it does so itself, by torch.distributed and torch's get_worker_info)"
-            )
-        return
-    if sharded_by is not None:
-        raise DataError(
-            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' out"
-        )
-    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
-        raise DataError(
-            f"{key}: {type(source).__name__} has no __getitem__ and __len__; a map-style data set is needed"
-        )
-    try:
-        size = len(source)
-    except Exception as error:
-        raise DataError(f"{key}: the length of {type(source).__name__} raised {described(error)}") from error
-    if size == 0:
-        raise DataError(f"{key}: the data set is empty")

@@ -133,6 +133,7 @@ class Shorthand:
 
 
 TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
+ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
 """A component's target may be written alone."""
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.batches import Samples, SlotIndex, read, slots_of_rank
+from runtime.batches import slots_of_rank
 from runtime.control import Agreement, sum_by_name, sum_over_ranks
 from runtime.errors import EvaluationError
+from runtime.loading import read
 from runtime.metrics import MetricSet, Result
 from runtime.objective import Weight, add_weights
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.samples import Samples, SlotIndex
 from runtime.strategies import Strategy
 from runtime.stream_windows import evaluation_rounds
 from runtime.streams import StreamSamples

@@ -18,7 +18,6 @@ from rich.table import Table
 
 from runtime import assembly, sources
 from runtime.averaging import WeightAverage, checked
-from runtime.batches import Samples, fingerprint
 from runtime.checkpoint import Checkpoint, Weights, load_weights
 from runtime.columns import ColumnBuilder, Columns
 from runtime.config_file import LoadedConfiguration, exact_keys
@@ -31,6 +30,7 @@ from runtime.prediction import Predictor
 from runtime.predictions_file import Format, PredictionsFile, check_target, format_of
 from runtime.preparation import build_averaging, build_module, compare_ranks, evaluation_micro_size, evaluator_of
 from runtime.request import Request, Which, columns_of_sample
+from runtime.samples import Samples, fingerprint
 from runtime.selection import chosen
 from runtime.serialization import replace_file
 from runtime.stopping import StopWish

@@ -12,8 +12,8 @@ from torch import nn
 
 from runtime import component
 from runtime.component import ComponentError
-from runtime.config import LossPart
 from runtime.config_file import LoadedConfiguration
+from runtime.config_learning import LossPart
 from runtime.config_types import ComponentSection
 from runtime.errors import ConfigurationError, ObjectiveError
 from runtime.fields import Fields

@@ -12,7 +12,7 @@ from torch.optim import Muon, Optimizer
 from runtime import component
 from runtime.combined import CombinedOptimizer
 from runtime.component import ComponentError
-from runtime.config import Optimizer as OptimizerSection
+from runtime.config_learning import Optimizer as OptimizerSection
 from runtime.optimization import fused_arguments
 from runtime.parameter_groups import ParameterGroup, parameter_groups
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from runtime.component import ComponentError
-from runtime.config import LayerDecay, NoDecay
-from runtime.config import Optimizer as OptimizerSection
+from runtime.config_learning import LayerDecay, NoDecay
+from runtime.config_learning import Optimizer as OptimizerSection
 from runtime.patterns import described_misses, matches, near_miss, useless
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

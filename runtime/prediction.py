@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.batches import Samples, SlotIndex, read
 from runtime.columns import ColumnBuilder, Columns, ids_of, model_arguments
 from runtime.component import described
 from runtime.control import Agreement, gather_on_rank_0
 from runtime.errors import LockstepError, ObjectiveError
 from runtime.fitting import is_out_of_memory
+from runtime.loading import read
 from runtime.objective import Objective
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.samples import Samples, SlotIndex
 from runtime.strategies import Strategy
 
 

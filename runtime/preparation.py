@@ -16,7 +16,7 @@ from runtime import assembly, sources, yaml_file
 from runtime.averaged_evaluation import AveragedEvaluation
 from runtime.averaging import WeightAverage
 from runtime.batch_statistics import BatchStatistics
-from runtime.batches import Samples, Sharing, default_slots
+from runtime.batches import Sharing, default_slots
 from runtime.class_results import ClassResults
 from runtime.comparison import code_digest, compare, shapes
 from runtime.config_file import LoadedConfiguration, flatten
@@ -37,6 +37,7 @@ from runtime.objective_assembly import build_objective
 from runtime.progress import Progress
 from runtime.reporting import JsonLines, Tracker
 from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
+from runtime.samples import Samples
 from runtime.serialization import replace_file
 from runtime.strategies import Strategy
 from runtime.streams import StreamSamples

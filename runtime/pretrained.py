@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from runtime.checkpoint import damage_of
 from runtime.component import ComponentError, did_you_mean
-from runtime.config import Weights
+from runtime.config_learning import Weights
 from runtime.patterns import described_misses, matches, useless
 from runtime.serialization import checksum, join_state
 

@@ -16,8 +16,8 @@ from runtime import assembly, sources, yaml_file
 from runtime.averaging import batch_norms
 from runtime.batches import default_slots
 from runtime.combined import members
-from runtime.config import Anneal
 from runtime.config_file import LoadedConfiguration
+from runtime.config_learning import Anneal
 from runtime.curve import Curve, drawn, save_picture, simulate
 from runtime.determinism import default_determinism
 from runtime.errors import ConfigurationError, DataError, Problem

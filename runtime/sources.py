@@ -10,10 +10,8 @@ import numpy as np
 import torch
 
 from runtime import building, component
-from runtime.batches import check_samples
 from runtime.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
-from runtime.config import Data, Split
-from runtime.config_data import SampleValues
+from runtime.config_data import Data, SampleValues, Split
 from runtime.config_file import LoadedConfiguration
 from runtime.config_types import ComponentSection
 from runtime.errors import ConfigurationError, DataError
@@ -21,6 +19,7 @@ from runtime.hugging_face import adapted
 from runtime.order import IndexOrder, Order, SamplerOrder, WeightedOrder
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.sample_values import Values, values_of
+from runtime.samples import check_samples
 from runtime.splitting import REST, Subset, split_ids, subset
 
 NAMESPACES = ("runtime.data_sources",)

@@ -13,19 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.batches import (
-    Cursor,
-    MakeLoader,
-    Microbatch,
-    Sharing,
-    Weigh,
-    Window,
-    note_weight,
-    read,
-    slots_of_rank,
-    told_weight,
-)
+from runtime.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, told_weight
 from runtime.errors import DataError, EvaluationError
+from runtime.loading import MakeLoader, read
 from runtime.streams import FIRST, NOTHING, Piece, Place, StreamIndex, StreamSamples
 
 _AHEAD = 4  # steps between two all-reduces, and global batches held

@@ -17,10 +17,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import default_collate, get_worker_info
 
-from runtime.batches import Cursor, SampleFailure
+from runtime.batches import Cursor
 from runtime.component import described
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.samples import SampleFailure
 
 ShardedBy = Literal["runtime", "dataset"]
 

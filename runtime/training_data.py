@@ -11,25 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.batches import (
-    Cursor,
-    MakeLoader,
-    Samples,
-    Sharing,
-    SlotIndex,
-    Weigh,
-    Window,
-    Windows,
-    fingerprint,
-    read,
-    read_here,
-    upcoming,
-    with_weights,
-)
+from runtime.batches import Cursor, Sharing, Weigh, Window, Windows, upcoming, with_weights
 from runtime.batching import BudgetOrder
 from runtime.control import gather_bytes
 from runtime.errors import DataError
+from runtime.loading import MakeLoader, read, read_here
 from runtime.order import Order
+from runtime.samples import Samples, SlotIndex, fingerprint
 from runtime.stream_windows import StreamWindows
 from runtime.streams import Place, ShardedBy, StreamIndex, StreamSamples
 

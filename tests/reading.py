@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from runtime.batches import Cursor, Samples, Sharing, Windows, loader_factory
+from runtime.batches import Cursor, Sharing, Windows
+from runtime.loading import loader_factory
 from runtime.order import Order
+from runtime.samples import Samples
 
 START = Cursor()
 

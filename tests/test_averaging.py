@@ -16,7 +16,7 @@ from runtime.averaging import WeightAverage
 from runtime.batches import cut
 from runtime.checkpoint import load_state
 from runtime.cli import main
-from runtime.config import Averaging
+from runtime.config_learning import Averaging
 from runtime.errors import CheckpointError
 from runtime.export import export
 from runtime.order import IndexOrder

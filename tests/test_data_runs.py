@@ -172,7 +172,7 @@ Rows.__name__ = "Dataset"
 
 @pytest.mark.single
 def test_rows_of_hugging_face_are_fetched_a_microbatch_at_a_time_in_torchs_format() -> None:
-    from runtime.batches import Samples, SlotIndex
+    from runtime.samples import Samples, SlotIndex
 
     found = adapted(Rows(), "data.train")
     batch = Samples(found, seed=0)[SlotIndex(0, np.array([4, 2]))]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from runtime import export as module
 from runtime.averaging import WeightAverage
 from runtime.cli import main
-from runtime.config import Averaging
+from runtime.config_learning import Averaging
 from runtime.errors import CheckpointError, ConfigurationError
 from runtime.export import export
 from runtime.objective import TrainingModule

@@ -16,7 +16,16 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from layers below its own; within a layer, only from those before it in the line.
 LAYERS = [
     ["errors"],
-    ["component", "config_types", "config_data", "config", "yaml_file", "config_file", "environment"],
+    [
+        "component",
+        "config_types",
+        "config_data",
+        "config_learning",
+        "config",
+        "yaml_file",
+        "config_file",
+        "environment",
+    ],
     ["randomness", "determinism", "stopping", "serialization", "unfinished", "fence", "watch"],
     [
         "order",
@@ -26,6 +35,8 @@ LAYERS = [
         "collating",
         "transforms",
         "hugging_face",
+        "samples",
+        "loading",
         "batches",
         "fields",
         "objective",

@@ -106,10 +106,11 @@ TASKS = [
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
     from runtime import assembly, component
-    from runtime.batches import Cursor, Sharing, Windows, read_here, with_weights
+    from runtime.batches import Cursor, Sharing, Windows, with_weights
     from runtime.config import DistributedDataParallel
     from runtime.config_file import load
     from runtime.control import sum_over_ranks
+    from runtime.loading import read_here
     from runtime.objective import TrainingModule
     from runtime.objective_assembly import build_objective
     from runtime.strategies.accelerated import AcceleratedStrategy

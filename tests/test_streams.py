@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.batches import Cursor, Sharing, loader_factory
+from runtime.batches import Cursor, Sharing
 from runtime.errors import DataError
+from runtime.loading import loader_factory
 from runtime.stream_windows import StreamWindows
 from runtime.streams import StreamSamples
 from tests.project.tiny_streams import Numbers, Shares, Stateful
