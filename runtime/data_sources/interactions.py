@@ -105,7 +105,7 @@ class Choices(Dataset[dict[str, Tensor]]):
         waiting = np.arange(len(rows))
         attempt = 0
         while waiting.size:  # a draw that hits a choice is drawn again: one in sixteen on MovieLens
-            drawn = _mixed(seeds[waiting] + np.uint64(attempt) * _GOLDEN) % np.uint64(self.num_items)
+            drawn = _mixed(seeds[waiting] + np.array([attempt], dtype=np.uint64) * _GOLDEN) % np.uint64(self.num_items)
             negatives[waiting] = drawn.astype(np.int64)
             waiting = waiting[_among(self._taken, users[waiting] * self.num_items + negatives[waiting])]
             attempt += 1

@@ -44,7 +44,11 @@ class NGramClassifier(nn.Module):
         # Row 0 is of n-grams that reach into the padding: it counts in no mean.
         self.table = nn.EmbeddingBag(num_buckets + 1, width, mode="mean", padding_idx=0)
         self.layers = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes)
+            nn.Dropout(dropout),
+            nn.Linear(width, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
