@@ -4,6 +4,7 @@ LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
 LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
 LOCKSTEP_OUTCOME        file in which evaluate.py and predict.py leave their outcome; runs leave theirs in the run folder
 LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
+LOCKSTEP_DATA           folder in which data is looked for that is neither where its path says nor in an installed package
 WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
@@ -33,6 +34,12 @@ def outcome_file() -> Path | None:
     """The file in which an evaluation or a prediction leaves its outcome."""
     path = os.environ.get("LOCKSTEP_OUTCOME")
     return Path(path) if path else None
+
+
+def data_folder() -> Path | None:
+    """The folder in which data is looked for last, or None."""
+    folder = os.environ.get("LOCKSTEP_DATA")
+    return Path(folder).expanduser() if folder else None
 
 
 def is_watched() -> bool:

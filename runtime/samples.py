@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
@@ -33,8 +34,9 @@ class Samples(Dataset[Any]):
     """A map-style data set as the loader sees it: indexed by :class:`SlotIndex`, giving one collated batch.
 
     A deterministic data set (``deterministic = True``, or a TensorDataset) is read a whole slot at a time through
-    ``__getitems__``, which may return a list of samples or a finished batch. Any other is read sample by sample, with
-    python, NumPy and torch seeded by (seed, epoch, id) before each, so that random transforms depend on nothing else.
+    ``__getitems__``, which may return a list of samples or a finished batch. So is one that draws by itself from the seeds that
+    it is given (``seeded = True``): ``__getitems__(ids, seeds)``, a uint64 for each sample, of (seed, epoch, id). Any other is
+    read sample by sample, with python, NumPy and torch seeded so before each: random transforms depend on nothing else.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Samples(Dataset[Any]):
         self._collate = collate or default_collate
         self._own_collate = collate is not None
         deterministic = isinstance(source, TensorDataset) or bool(getattr(source, "deterministic", False))
+        self._seeded = bool(getattr(source, "seeded", False)) and transform is None
         self._whole_slots = deterministic and transform is None
 
     def __len__(self) -> int:
@@ -62,6 +65,9 @@ class Samples(Dataset[Any]):
     def __getitems__(self, index: SlotIndex) -> Any:
         """Return one batch, or the failure that kept it from being read."""
         try:
+            if self._seeded:
+                seeds = [derive(self._seed, Purpose.SAMPLE, index.epoch, i) for i in index.ids.tolist()]
+                return self._finished(self.source.__getitems__(index.ids.tolist(), np.array(seeds, dtype=np.uint64)))
             if self._whole_slots:
                 return self._fetch_whole(index.ids)
             return self._fetch_each(index)
@@ -76,7 +82,9 @@ class Samples(Dataset[Any]):
             return tuple(tensor[rows] for tensor in self.source.tensors)
         if not hasattr(self.source, "__getitems__"):
             return self._collate([self.source[int(i)] for i in ids])
-        found = self.source.__getitems__(ids.tolist())
+        return self._finished(self.source.__getitems__(ids.tolist()))
+
+    def _finished(self, found: Any) -> Any:
         if isinstance(found, list):
             return self._collate(found)
         if self._own_collate:

@@ -3,8 +3,11 @@
 from runtime.data_sources.arrays import Arrays
 from runtime.data_sources.diabetes import diabetes
 from runtime.data_sources.digits import digits
+from runtime.data_sources.files import existing_folder
 from runtime.data_sources.idx import Idx
 from runtime.data_sources.images import ImageFolder
+from runtime.data_sources.interactions import Candidates, Choices
+from runtime.data_sources.questions import TrecQuestions
 from runtime.data_sources.source_code import SourceCode
 from runtime.data_sources.tables import Table
 from runtime.data_sources.text import LabelledTexts, TextLines
@@ -12,6 +15,8 @@ from runtime.data_sources.token_file import TokenFile
 
 __all__ = [
     "Arrays",
+    "Candidates",
+    "Choices",
     "Idx",
     "ImageFolder",
     "LabelledTexts",
@@ -19,6 +24,8 @@ __all__ = [
     "Table",
     "TextLines",
     "TokenFile",
+    "TrecQuestions",
     "diabetes",
     "digits",
+    "existing_folder",
 ]

@@ -1,8 +1,10 @@
-"""Files of the user's: found, or missed in one message; and what identifies their content."""
+"""Files of the user's and of installed packages: found, or missed in one message; and what identifies their content."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.machinery
+import sys
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from runtime.environment import data_folder
 from runtime.errors import DataError
 
+PACKAGE = "package:"
 _BLOCK_BYTES = 1 << 16
 _BLOCKS = 64
 
@@ -20,14 +24,22 @@ def existing(path: str | Path, *, folder: bool = False, provided_by: str | None 
     """Return the path of a file (or folder) that is there; ``~`` is the home folder.
 
     Args:
+        path: ``package:NAME/inside/it`` lies in an installed package, which is not imported. What is missing is looked for in
+            the folder that the environment variable ``LOCKSTEP_DATA`` names, too: a package put there by ``pip install
+            --target``, or the whole path, as ``dpkg -x`` unpacks it.
         provided_by: the command that brings the file, for the message.
 
     Raises:
         DataError: it is missing; names the nearest name beside it, or the first folder that is missing.
     """
+    name = str(path)
+    if name.startswith(PACKAGE):
+        return _in_package(name.removeprefix(PACKAGE), folder=folder, provided_by=provided_by)
     wanted = Path(path).expanduser()
-    if wanted.is_dir() if folder else wanted.is_file():
-        return wanted
+    elsewhere = data_folder()
+    for place in (wanted, *([elsewhere / name.lstrip("/")] if elsewhere else ())):
+        if place.is_dir() if folder else place.is_file():
+            return place
     kind = "folder" if folder else "file"
     if wanted.exists():
         what = f"{wanted} is a {'file' if folder else 'folder'}, and a {kind} is needed"
@@ -43,6 +55,29 @@ def existing(path: str | Path, *, folder: bool = False, provided_by: str | None 
         elif not wanted.is_absolute():
             what += f" (relative to {Path.cwd()})"
     raise DataError(what + (f"; to get it: {provided_by}" if provided_by else ""))
+
+
+def existing_folder(path: str, *, provided_by: str | None = None) -> str:
+    """Return the path of a folder as text: for arguments of others' functions, such as ``from_pretrained``."""
+    return str(existing(path, folder=True, provided_by=provided_by))
+
+
+def _in_package(name: str, *, folder: bool, provided_by: str | None) -> Path:
+    package, _, inside = name.partition("/")
+    elsewhere = data_folder()
+    found = False
+    for place in [*sys.path, *([str(elsewhere)] if elsewhere else ())]:
+        # Found, not imported: packages that come with data often need others which nobody has installed.
+        spec = importlib.machinery.PathFinder.find_spec(package, [place])
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            found = True
+            wanted = Path(location) / inside
+            if wanted.is_dir() if folder else wanted.is_file():
+                return wanted
+    cure = f": {provided_by}" if provided_by else ""
+    if found:
+        raise DataError(f"the package {package!r} is installed, but without {inside}; another version has it{cure}")
+    raise DataError(f"the package {package!r}, which has {inside or 'the data'}, is not installed{cure}")
 
 
 def nearest(name: str, known: Iterable[str], *, quoted: str = "{}") -> str:

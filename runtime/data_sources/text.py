@@ -17,7 +17,7 @@ from runtime.errors import DataError
 Tokenizer = Callable[[list[str]], Mapping[str, Any]]
 
 
-class _Texts(Dataset[dict[str, Any]]):
+class Texts(Dataset[dict[str, Any]]):
     """Texts that are tokenised a whole microbatch at a time, or a sample at a time for a collate function that pads."""
 
     deterministic = True
@@ -80,7 +80,7 @@ class _Texts(Dataset[dict[str, Any]]):
         return [{} for _ in rows]
 
 
-class TextLines(_Texts):
+class TextLines(Texts):
     """The lines of a text file, without empty ones.
 
     Args:
@@ -116,7 +116,7 @@ class TextLines(_Texts):
         self.fingerprint = f"lines {digest(found)} {encoding}"
 
 
-class LabelledTexts(_Texts):
+class LabelledTexts(Texts):
     """Texts with a class each, from two columns of a CSV or Parquet file.
 
     Args:

@@ -1,0 +1,236 @@
+"""Users' choices among items, for ranking: triples to train on, and every unseen item of every user to evaluate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from runtime.data_sources.columns import Texts, read_csv
+from runtime.data_sources.files import digest, existing, nearest, rows_within
+from runtime.errors import DataError
+
+_PARTS = ("train", "validation", "test")
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A file of choices, shared out.
+
+    Args:
+        users: (choices,) int64, numbered in the order of their sorted names.
+        items: (choices,) int64, likewise.
+        part: (choices,) int64, position in ``_PARTS``.
+    """
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    part: NDArray[np.int64]
+    num_users: int
+    num_items: int
+    fingerprint: str
+
+    def pairs(self, *parts: int) -> NDArray[np.int64]:
+        """Return sorted numbers of the (user, item) pairs of some parts."""
+        chosen = np.isin(self.part, parts)
+        return np.unique(self.users[chosen] * self.num_items + self.items[chosen])
+
+
+class Choices(Dataset[dict[str, Tensor]]):
+    """What users chose, each with an item that they did not: ``{user, positive, negative}`` for ``BPRLoss``.
+
+    Of each user's choices a random share is held out for validation and for test (:class:`Candidates`). A negative item is
+    drawn evenly from those that are none of the user's training choices, under the sample's seed of each epoch.
+
+    Args:
+        path: a table of choices, one a row, whose first line names the columns; such as RecBole's ``.inter`` files.
+        user: the column of users. They are numbered from 0 in the sorted order of their names (numbers before texts).
+        item: the column of items, likewise.
+        validation: share of each user's choices, rounded down, but at least one if there is another to train on.
+        test: the same.
+        seed: another seed, another split; all parts must be given the same.
+        delimiter: between two values. Default: a tabulator.
+        provided_by: the command that brings the file, for the message when it is missing.
+
+    Raises:
+        DataError: the file or a column is missing, the shares leave nothing to train on, or a user has chosen every item.
+    """
+
+    seeded = True
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        user: str = "user_id:token",
+        item: str = "item_id:token",
+        validation: float = 0.1,
+        test: float = 0.1,
+        seed: int = 0,
+        delimiter: str = "\t",
+        provided_by: str | None = None,
+    ) -> None:
+        read = _read(path, user, item, validation, test, seed, delimiter, provided_by)
+        chosen = read.part == 0
+        self._users, self._items, self.num_items = read.users[chosen], read.items[chosen], read.num_items
+        self._taken = read.pairs(0)
+        if int(np.bincount(self._taken // self.num_items).max()) == self.num_items:
+            raise DataError(f"{path}: a user has chosen every item, so there is no negative one to draw")
+        self.fingerprint = f"choices {read.fingerprint}"
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one sample, its negative item drawn from torch's generator."""
+        seed = torch.randint(2**62, (1,)).numpy().astype(np.uint64)
+        return {name: part[0] for name, part in self.__getitems__([index], seed).items()}
+
+    def __getitems__(self, indices: list[int], seeds: NDArray[np.uint64]) -> dict[str, Tensor]:
+        """Return a finished batch: three times (n,) int64.
+
+        Args:
+            seeds: (n,) of the samples.
+        """
+        rows = rows_within(indices, len(self))
+        users = self._users[rows]
+        negatives = np.empty(len(rows), dtype=np.int64)
+        waiting = np.arange(len(rows))
+        attempt = 0
+        while waiting.size:  # a draw that hits a choice is drawn again: one in sixteen on MovieLens
+            drawn = _mixed(seeds[waiting] + np.array([attempt], dtype=np.uint64) * _GOLDEN) % np.uint64(self.num_items)
+            negatives[waiting] = drawn.astype(np.int64)
+            waiting = waiting[_among(self._taken, users[waiting] * self.num_items + negatives[waiting])]
+            attempt += 1
+        parts = {"user": users, "positive": self._items[rows], "negative": negatives}
+        return {name: torch.from_numpy(part) for name, part in parts.items()}
+
+
+class Candidates(Dataset[dict[str, Tensor]]):
+    """Every item that a user has not chosen before, for ranking in full: ``{user, item, target}``.
+
+    Target 1 is an item of the held-out part, 0 any other. Left out are, of each user, the training choices, for ``test`` those
+    of validation too; and users of whom nothing is held out. ``data.fields.group: user`` ranks by user.
+
+    Args:
+        path: see :class:`Choices`, as for all other arguments, which must be those of the training part.
+        split: ``validation`` or ``test``.
+
+    Raises:
+        DataError: as in :class:`Choices`, or no user has a choice in this part.
+    """
+
+    deterministic = True
+
+    def __init__(
+        self,
+        path: str,
+        split: str,
+        *,
+        user: str = "user_id:token",
+        item: str = "item_id:token",
+        validation: float = 0.1,
+        test: float = 0.1,
+        seed: int = 0,
+        delimiter: str = "\t",
+        provided_by: str | None = None,
+    ) -> None:
+        if split not in _PARTS[1:]:
+            raise DataError(f"split {split!r} is unknown{nearest(split, _PARTS[1:])}; use 'validation' or 'test'")
+        read = _read(path, user, item, validation, test, seed, delimiter, provided_by)
+        number = _PARTS.index(split)
+        relevant = read.pairs(number)
+        if not relevant.size:
+            raise DataError(f"{path}: no user has enough choices to hold one out for {split}")
+        users = np.unique(relevant // read.num_items)
+        every = (users[:, np.newaxis] * read.num_items + np.arange(read.num_items)).reshape(-1)
+        pairs = every[~_among(read.pairs(*range(number)), every)]
+        self._users, self._items = pairs // read.num_items, pairs % read.num_items
+        self._relevant = _among(relevant, pairs).astype(np.int64)
+        self.fingerprint = f"candidates {split} {read.fingerprint}"
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one user with one item."""
+        return {name: part[0] for name, part in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return a finished batch: three times (n,) int64."""
+        rows = rows_within(indices, len(self))
+        parts = {"user": self._users[rows], "item": self._items[rows], "target": self._relevant[rows]}
+        return {name: torch.from_numpy(part) for name, part in parts.items()}
+
+
+def _read(
+    path: str, user: str, item: str, validation: float, test: float, seed: int, delimiter: str, provided_by: str | None
+) -> _Read:
+    for name, share in (("validation", validation), ("test", test)):
+        if not 0 <= share < 1:
+            raise DataError(f"{name}={share}: the share must be at least 0 and below 1")
+    if validation + test >= 1:
+        raise DataError(f"validation={validation} and test={test} leave nothing to train on")
+    found = existing(path, provided_by=provided_by)
+    columns = read_csv(found, numbers=[], texts=[user, item], missing=("",), delimiter=delimiter, encoding="utf-8")
+    (users, num_users), (items, num_items) = (_numbered(found, name, columns[name]) for name in (user, item))
+    part = _shared_out(users, (validation, test), seed)
+    print_of = f"{digest(Path(found))} {user} {item} {validation} {test} {seed}"
+    return _Read(users, items, part, num_users, num_items, print_of)
+
+
+def _numbered(path: Path, name: str, column: Any) -> tuple[NDArray[np.int64], int]:
+    assert isinstance(column, Texts)
+    if (column.codes < 0).any():
+        raise DataError(f"{path}: column {name!r} has no value in row {int(np.argmax(column.codes < 0))} (from 0)")
+    numeric = all(known.isdecimal() for known in column.known)
+    order = sorted(range(len(column.known)), key=lambda n: (int(column.known[n]) if numeric else 0, column.known[n]))
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return place[column.codes], len(order)
+
+
+def _shared_out(users: NDArray[np.int64], shares: tuple[float, float], seed: int) -> NDArray[np.int64]:
+    """Return each choice's part. Sizes are those of RecBole's ratio split by user: rounded down, but at least one."""
+    counter = np.arange(len(users), dtype=np.uint64)
+    keys = _mixed(_mixed(np.array([seed], dtype=np.int64).view(np.uint64)) + counter * _GOLDEN)
+    order = np.lexsort((keys, users))  # by user, and at random within
+    num_choices = np.bincount(users)
+    rest = num_choices.copy()
+    sizes = []
+    for share in reversed(shares):  # the test part first, where there is too little for both
+        size = np.floor(share * num_choices + 1e-9).astype(np.int64)
+        size[(size == 0) & (rest > 1) & (share > 0)] = 1
+        rest -= size
+        sizes.append(size)
+    of_test, of_validation = sizes
+    place = np.arange(len(users)) - np.repeat(np.cumsum(num_choices) - num_choices, num_choices)
+    owner = users[order]
+    part = np.empty(len(users), dtype=np.int64)
+    part[order] = np.where(place < of_test[owner], 2, np.where(place < (of_test + of_validation)[owner], 1, 0))
+    return part
+
+
+def _among(known: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Tell which values are among sorted known ones."""
+    if not known.size:
+        return np.zeros(values.shape, dtype=np.bool_)
+    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    found: NDArray[np.bool_] = known[place] == values
+    return found
+
+
+def _mixed(counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return well-mixed bits (the finaliser of Steele, Lea and Flood 2014, "Fast splittable generators", in Vigna's form)."""
+    bits = counter + _GOLDEN
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))
+    return mixed
