@@ -14,6 +14,7 @@ from runtime.checkpoint import load_state
 from runtime.config_file import load
 from runtime.errors import ConfigurationError
 from runtime.objective import TrainingModule
+from runtime.objective_assembly import build_objective
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_optimizers import BATCH, SIZE, as_observed, batches, built, take_gradient, whole_batches
@@ -50,7 +51,7 @@ def state_of(folder: Path, step: int) -> dict[str, Any]:
 def trained(config: dict[str, Any]) -> list[list[str]]:
     """Names of what is trainable, epoch by epoch."""
     loaded, model = built(config)
-    freezing = assembly.build_freezing(loaded, TrainingModule(model, assembly.build_objective(loaded)))
+    freezing = assembly.build_freezing(loaded, TrainingModule(model, build_objective(loaded)))
     found = []
     for epoch in range(4):
         freezing.apply(epoch)
@@ -107,7 +108,7 @@ def test_unfreezing_gives_every_number_of_processes_the_same_weights(
     assert largest_difference(alone, shared[0]) < 1e-10
     for rank in shared[1:]:
         assert_bitwise_equal(shared[0], rank)
-    ours, theirs = (state_of(tmp_path / name, 3 * EPOCH)["averaging"] for name in ("alone", "shared"))
+    ours, theirs = (state_of(tmp_path / name, 3 * EPOCH)["averaging"]["average"] for name in ("alone", "shared"))
     for name, average in ours.items():
         assert torch.allclose(average, theirs[name], rtol=1e-10, atol=1e-12), name
     assert shared[0]["norms"] == pytest.approx(alone["norms"], rel=1e-10)
@@ -158,8 +159,8 @@ def test_a_run_resumes_bitwise_before_on_and_after_the_edge(
     resumed = pool.run(observe, world_size, config)[0]
     assert_bitwise_equal(whole, resumed)
     assert resumed["losses"] == whole["losses"]
-    for name, average in state_of(tmp_path / "whole", 3 * EPOCH)["averaging"].items():
-        assert torch.equal(average, state_of(tmp_path / "resumed", 3 * EPOCH)["averaging"][name]), name
+    for name, average in state_of(tmp_path / "whole", 3 * EPOCH)["averaging"]["average"].items():
+        assert torch.equal(average, state_of(tmp_path / "resumed", 3 * EPOCH)["averaging"]["average"][name]), name
 
 
 @pytest.mark.single
@@ -220,7 +221,7 @@ def test_frozen_batch_norm_stands_still_until_it_is_unfrozen(
 @pytest.mark.single
 def test_modules_that_are_wholly_frozen_are_in_evaluation_mode_and_no_others(tmp_path: Path) -> None:
     loaded, model = built(normed(tmp_path, freeze=["encoder.layer.0.*", "encoder.layer.1.norm.*", "bins.*"]))
-    module = TrainingModule(model, assembly.build_objective(loaded))
+    module = TrainingModule(model, build_objective(loaded))
     freezing = assembly.build_freezing(loaded, module)
     freezing.apply(0)
     module.eval()
