@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly
-from runtime.batches import Cursor, Window
+from runtime.batches import Window
 from runtime.buffers import BufferRule
 from runtime.checkpoint import load_state
 from runtime.config_file import LoadedConfiguration
-from runtime.config_types import Interval
 from runtime.control import Agreement, sum_over_ranks
 from runtime.divergence import RollbackWanted
 from runtime.errors import OutOfMemoryError
@@ -28,19 +27,18 @@ from runtime.garbage import GarbageCollection
 from runtime.loop import Parts, train
 from runtime.meters import PhaseTimes, TrainingMeter
 from runtime.metrics import MetricSet, Result
+from runtime.milestones import Milestones
 from runtime.objective import TrainingModule
 from runtime.preparation import Prepared, build_averaged_evaluation, build_evaluator, build_trackers, prepare
 from runtime.reporting import Reporter
 from runtime.run_folder import STOP_FILE, Found, RunFolder
 from runtime.stopping import StopWish
+from runtime.stragglers import Stragglers
 from runtime.strategies import Strategy
 from runtime.streams import Place
 from runtime.training_data import How, Reading, StreamedData, places_of, told_places
 from runtime.verdicts import Verdicts
 from runtime.watch import Position
-
-_STRAGGLING = 0.2  # of the time between two reports; less is noise, and so is what shorter times tell
-_STRAGGLING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Run:
         self._reporter = Reporter()
         self._results: dict[str, Result] = {}
         self._evaluated_step = -1
-        self._straggler: Result | None = None
+        self._stragglers = Stragglers()
         self._reading: Reading | None = None
         self._places: dict[int, Place] = {}
         self._told_places: dict[str, Any] = {}
@@ -112,6 +110,14 @@ class Run:
             self._freezing = prepared.freezing
             self._data, self._identity, self._sharing = prepared.data, prepared.identity, prepared.sharing
             self._state, self._progress = prepared.state, prepared.state.progress
+            values = self._values
+            self._milestones = Milestones(
+                values.limit,
+                (values.reporting.every, values.evaluation.every, values.checkpoint.every),
+                data=self._data,
+                progress=self._progress,
+                early_stopping=self._state.early_stopping,
+            )
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             self._open_reporter(stack)
@@ -142,7 +148,7 @@ class Run:
         module = prepared.state.module
         self._freezing.apply(progress.cursor.epoch)
         strategy.prepare(module, self._state.optimizer)
-        was_over = self._nothing_left() and not progress.evaluation_due
+        was_over = self._milestones.over and not progress.evaluation_due
         self._validation, self._test = (
             build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
             build_evaluator(self._loaded, strategy, "test", slots=self._sharing.slots),
@@ -151,8 +157,8 @@ class Run:
             self._loaded, prepared, strategy, enter=self._statistics_go_on, tell=self._reporter.message
         )
         if was_over:
-            why, keys = self._why_early() or f"{progress.step} steps", "limit.epochs or limit.steps"
-            keys = "limit.early_stopping.patience" if self._why_early() else keys
+            why, keys = self._milestones.why_early or f"{progress.step} steps", "limit.epochs or limit.steps"
+            keys = "limit.early_stopping.patience" if self._milestones.why_early else keys
             self._reporter.message(f"This run is finished: {why}. To go on, raise {keys}.")
         elif self._values.divergence.rolls_back and progress.step == 0:
             self._save_state()  # so that there is always something to return to
@@ -164,9 +170,9 @@ class Run:
                 if progress.evaluation_due and not self._catch_up_evaluation():
                     outcome = "stopped"
                 else:
-                    outcome = "finished" if self._nothing_left() else self._trained(module)
-        if self._why_early() and not was_over:
-            self._reporter.message(f"This run is finished: {self._why_early()}.")
+                    outcome = "finished" if self._milestones.over else self._trained(module)
+        if self._milestones.why_early and not was_over:
+            self._reporter.message(f"This run is finished: {self._milestones.why_early}.")
         if outcome == "finished" and not self._evaluate_test():
             outcome = "stopped"
         return self._close(outcome)
@@ -197,7 +203,7 @@ class Run:
         return self._data.read(
             how,
             start=self._progress.cursor,
-            stop=self._limit_from_here(),
+            stop=self._milestones.limit_from_here(),
             skipped=self._progress.skipped_batches,
             places=self._places,
         )
@@ -246,8 +252,8 @@ class Run:
             garbage=self._garbage,
             times=self._times,
             stop_wished=self._stop_wished,
-            will_report=lambda window: self._is_due(self._values.reporting.every, window, ahead=1),
-            is_due=self._is_anything_due,
+            will_report=lambda window: self._milestones.is_due(self._values.reporting.every, window, ahead=1),
+            is_due=self._milestones.is_anything_due,
             report=self._report,
             evaluate=self._evaluate,
             enough=self._enough,
@@ -274,7 +280,7 @@ class Run:
             f"step {wanted.step} (epoch {wanted.cursor.epoch + 1}, batch {wanted.cursor.batch + 1}): {wanted.reason}; back to "
             f"{found.path.name} as attempt {self._progress.attempt}, leaving this batch out"
         )
-        self._progress.evaluation_due |= self._nothing_left()
+        self._progress.evaluation_due |= self._milestones.over
 
     # What the loop calls after each step, on every rank
 
@@ -282,28 +288,17 @@ class Run:
         return bool(self._stop_wish) or self._folder.failing
 
     def _report(self, window: Window) -> None:
-        if self._is_due(self._values.reporting.every, window):
+        if self._milestones.is_due(self._values.reporting.every, window):
             values = {**self._meter.read(), "learning_rate": self._state.schedule.learning_rates[0]}
             self._reporter.train(self._progress.step, window.cursor.epoch + 1, values)
-            self._name_straggler(values)
-
-    def _name_straggler(self, values: Mapping[str, Result]) -> None:
-        """Tell once who holds the others up, until another does."""
-        excess = values.get("slowest_rank_excess", 0.0)
-        if (
-            isinstance(excess, float)
-            and excess > _STRAGGLING
-            and self._meter.seconds > _STRAGGLING_SECONDS
-            and values["slowest_rank"] != self._straggler
-        ):
-            self._straggler = values["slowest_rank"]
-            self._reporter.message(
-                f"rank {self._straggler:g} holds the others up: of the last steps' time it was busy with its own data and "
-                f"forward passes {excess:.0%} more than the middle rank"
-            )
+            straggling = self._stragglers.message(values, self._meter.seconds)
+            if straggling is not None:
+                self._reporter.message(straggling)
 
     def _evaluate(self, window: Window) -> dict[str, Result] | None:
-        if not self._is_due(self._values.evaluation.every, window) or not (self._validation or window.run_ends):
+        if not self._milestones.is_due(self._values.evaluation.every, window) or not (
+            self._validation or window.run_ends
+        ):
             return None
         self._meter.pause()
         results = self._validate()
@@ -327,12 +322,6 @@ class Run:
         stopping.after_evaluation(results, self._progress.step)
         return stopping.exhausted
 
-    def _why_early(self) -> str:
-        """Say why the run ends before its limit, if it does."""
-        stopping = self._state.early_stopping
-        early = stopping is not None and stopping.exhausted and not self._limit_reached()
-        return f"stopped early, after step {self._progress.step}: {stopping.reason}" if stopping and early else ""
-
     def _catch_up_evaluation(self) -> bool:
         """Do what was cut short when the run was left; return whether it was done this time."""
         results = self._validate()
@@ -346,7 +335,7 @@ class Run:
     def _save(self, window: Window, leaving: bool) -> None:
         self._folder.prepare_saving(self._collected)
         best = self._folder.is_best(self._results_of_this_step())
-        if leaving or best or self._is_due(self._values.checkpoint.every, window):
+        if leaving or best or self._milestones.is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
             self._meter.pause()
             self._save_state()
@@ -373,33 +362,6 @@ class Run:
         }
         return state
 
-    def _is_anything_due(self, window: Window) -> bool:
-        values = self._values
-        every = (values.reporting.every, values.evaluation.every, values.checkpoint.every)
-        return any(self._is_due(interval, window) for interval in every)
-
-    def _is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
-        """Tell whether something is due after this window's step, which is counted already unless it lies ahead."""
-        if window.run_ends:
-            return True
-        return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
-
-    def _nothing_left(self) -> bool:
-        stopping = self._state.early_stopping
-        return (stopping is not None and stopping.exhausted) or self._limit_reached()
-
-    def _limit_reached(self) -> bool:
-        cursor = self._data.upcoming(self._progress.cursor, self._progress.skipped_batches)
-        return self._limit_from_here()(cursor, 0)
-
-    def _limit_from_here(self) -> Callable[[Cursor, int], bool]:
-        """Return what tells of a cursor, and of the steps from here to it, whether the limit is reached."""
-        limit, step = self._values.limit, self._progress.step
-        if limit.steps is not None:
-            last = limit.steps
-            return lambda cursor, steps: step + steps >= last
-        return lambda cursor, steps: cursor.epoch >= (limit.epochs or 0)
-
     def _evaluated(self, evaluator: Evaluator | None) -> dict[str, Result] | None:
         self._times.enter("evaluate", self._progress.step)
 
@@ -408,10 +370,9 @@ class Run:
             return self._stop_wished()
 
         with evaluated_weights(self._state.optimizer), self._garbage.paused():
-            return self._weights.evaluate(evaluator, self._progress, last=self._may_be_over, stop_wished=before_round)
-
-    def _may_be_over(self) -> bool:
-        return self._state.early_stopping is not None or self._nothing_left()
+            return self._weights.evaluate(
+                evaluator, self._progress, last=lambda: self._milestones.may_be_over, stop_wished=before_round
+            )
 
     def _statistics_go_on(self) -> None:
         self._times.enter("evaluate", self._progress.step)  # a sign of life, as above
@@ -466,6 +427,6 @@ class Run:
             self._reporter.message(text)
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
-        message = self._why_early() if outcome == "finished" else ""
+        message = self._milestones.why_early if outcome == "finished" else ""
         model = self._state.module.model
         return RunResult(outcome, self._progress.step, self._results, self._folder.path, model, message)

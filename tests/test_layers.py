@@ -85,6 +85,8 @@ LAYERS = [
     [
         "divergence",
         "early_stopping",
+        "milestones",
+        "stragglers",
         "run_folder",
         "reporting",
         "console",
