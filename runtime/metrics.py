@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,7 +127,9 @@ class MetricSet:
         try:
             for part, state in zip(parts, merged, strict=True):
                 state.put_into(part)
-            value = metric.compute()
+            # Retrieval counts the rows of each query: compared with each query they would take gigabytes here, too.
+            with _own_counting(metric) if _is_retrieval(parts[-1]) else nullcontext():
+                value = metric.compute()
         except Exception as error:
             raise EvaluationError(f"metric {name!r} ({type(metric).__name__}) failed: {error}") from error
         finally:

@@ -77,7 +77,16 @@ class Choices(Dataset[dict[str, Tensor]]):
         delimiter: str = "\t",
         provided_by: str | None = None,
     ) -> None:
-        read = _read(path, user, item, validation, test, seed, delimiter, provided_by)
+        read = _read(
+            path,
+            user=user,
+            item=item,
+            validation=validation,
+            test=test,
+            seed=seed,
+            delimiter=delimiter,
+            provided_by=provided_by,
+        )
         chosen = read.part == 0
         self._users, self._items, self.num_items = read.users[chosen], read.items[chosen], read.num_items
         self._taken = read.pairs(0)
@@ -144,7 +153,16 @@ class Candidates(Dataset[dict[str, Tensor]]):
     ) -> None:
         if split not in _PARTS[1:]:
             raise DataError(f"split {split!r} is unknown{nearest(split, _PARTS[1:])}; use 'validation' or 'test'")
-        read = _read(path, user, item, validation, test, seed, delimiter, provided_by)
+        read = _read(
+            path,
+            user=user,
+            item=item,
+            validation=validation,
+            test=test,
+            seed=seed,
+            delimiter=delimiter,
+            provided_by=provided_by,
+        )
         number = _PARTS.index(split)
         relevant = read.pairs(number)
         if not relevant.size:
@@ -171,7 +189,15 @@ class Candidates(Dataset[dict[str, Tensor]]):
 
 
 def _read(
-    path: str, user: str, item: str, validation: float, test: float, seed: int, delimiter: str, provided_by: str | None
+    path: str,
+    *,
+    user: str,
+    item: str,
+    validation: float,
+    test: float,
+    seed: int,
+    delimiter: str,
+    provided_by: str | None,
 ) -> _Read:
     for name, share in (("validation", validation), ("test", test)):
         if not 0 <= share < 1:
