@@ -53,14 +53,14 @@ def initial(config: dict[str, Any], tmp_path: Path) -> torch.nn.Module:
 
 def batches_of(config: dict[str, Any], steps: int) -> list[Any]:
     """The global batches of the first steps, as the order draws them."""
-    from runtime import assembly
+    from runtime import assembly, sources
     from runtime.config_file import load
 
     loaded = load(config)
     assembly.check_components(loaded)
     samples = assembly.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
     assert samples is not None
-    order = assembly.build_order(loaded, samples)
+    order = sources.build_order(loaded, samples.source)
     per_epoch = order.num_batches(0)
     return [samples.source[torch.from_numpy(order.batch(s // per_epoch, s % per_epoch))] for s in range(steps)]
 

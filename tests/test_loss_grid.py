@@ -105,7 +105,7 @@ TASKS = [
 
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
-    from runtime import assembly, component
+    from runtime import assembly, component, sources
     from runtime.batches import Cursor, Sharing, Windows, with_weights
     from runtime.config import DistributedDataParallel
     from runtime.config_file import load
@@ -128,7 +128,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         strategy.prepare(module, assembly.build_optimizer(loaded, module))
         windows = Windows(
             samples,
-            assembly.build_order(loaded, samples),
+            sources.build_order(loaded, samples.source),
             start=Cursor(),
             stop=lambda cursor, steps: steps >= 3,
             sharing=Sharing(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),
