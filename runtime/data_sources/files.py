@@ -37,7 +37,8 @@ def existing(path: str | Path, *, folder: bool = False, provided_by: str | None 
         return _in_package(name.removeprefix(PACKAGE), folder=folder, provided_by=provided_by)
     wanted = Path(path).expanduser()
     elsewhere = data_folder()
-    for place in (wanted, *([elsewhere / name.lstrip("/")] if elsewhere else ())):
+    places: list[Path] = [wanted, *([elsewhere / name.lstrip("/")] if elsewhere else [])]
+    for place in places:
         if place.is_dir() if folder else place.is_file():
             return place
     kind = "folder" if folder else "file"

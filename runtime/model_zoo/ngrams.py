@@ -65,7 +65,8 @@ class NGramClassifier(nn.Module):
 
     def rows(self, inputs: Tensor) -> Tensor:
         """Return the table's row of each n-gram, (batch, max_length * length); 0 where it reaches into the padding."""
-        hashed, found = torch.zeros_like(inputs), []
+        hashed = torch.zeros_like(inputs)
+        found: list[Tensor] = []
         for size in range(self._max_length):
             byte = F.pad(inputs, (0, size))[:, size:]
             hashed = torch.where(byte == 0, -1, (hashed * _FACTOR + byte + 1) % 2_147_483_647)
