@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 @pytest.mark.single
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_shipped_configuration_is_correct_and_names_the_schema(path: Path) -> None:
-    check_components(load(path))
+    loaded = load(path)
+    if "transformers:" not in path.read_text() or find_spec("transformers") is not None:
+        check_components(loaded)
     assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
     assert json.loads((path.parent / "schema.json").read_text()) == json_schema()
 

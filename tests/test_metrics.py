@@ -391,3 +391,25 @@ def test_binned_curves_take_little_memory_under_deterministic_algorithms() -> No
     finally:
         torch.use_deterministic_algorithms(False)
     assert largest.numel <= 16 * 5 * 100
+
+
+@pytest.mark.single
+def test_ranked_queries_take_little_memory_under_deterministic_algorithms() -> None:
+    """torchmetrics compares each of 6,000 rows with each of 300 queries there."""
+    loaded = load_task("two", recall=metric("RetrievalRecall", top_k=3))
+    metrics = MetricSet(assembly.build_metrics(loaded), CPU)
+    output = torch.rand(6000, generator=torch.Generator().manual_seed(0)).logit()
+    group = torch.arange(300).repeat(20)
+    target = torch.zeros(6000)
+    best = [int(torch.where(group == query, output, -torch.inf).argmax()) for query in range(150)]
+    target[best] = 1  # the others have nothing to find
+    metrics.update(build_objective(loaded), output, {"inputs": output, "target": target, "group": group})
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Largest() as largest:
+            results = metrics.compute()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert results["recall"] == pytest.approx(0.5)
+    assert largest.numel <= 10 * 6000
