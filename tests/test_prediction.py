@@ -79,7 +79,7 @@ def by_hand(run: Path, step: int = 6, size: int = SIZE, averaged: bool = False) 
     model = Mlp().eval()
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     if averaged:
-        prefix = "averaging/model."
+        prefix = "averaging/average/model."
         found = load_file(checkpoint / "training.safetensors")
         average = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
         assert average
