@@ -126,7 +126,7 @@ def test_movielens_ranks_better_than_popularity(tmp_path: Path) -> None:
 def test_spam_is_told_from_ham(tmp_path: Path) -> None:
     results = trained("sms_spam", tmp_path)
     assert results["accuracy"] > 0.98
-    assert results["f1"] > 0.93
+    assert results["f1"] > 0.94
 
 
 @pytest.mark.long
