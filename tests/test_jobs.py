@@ -95,7 +95,7 @@ def test_questions_that_are_missing_are_told_so(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.long
 def test_fashion_mnist_after_an_epoch(tmp_path: Path) -> None:
     results = trained("fashion_mnist", tmp_path, "limit.epochs=1")
-    assert results["accuracy"] > 0.85
+    assert results["accuracy"] > 0.84
     assert results["samples"] == 10_000
 
 
