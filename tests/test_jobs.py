@@ -95,7 +95,7 @@ def test_questions_that_are_missing_are_told_so(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.long
 def test_fashion_mnist_after_an_epoch(tmp_path: Path) -> None:
     results = trained("fashion_mnist", tmp_path, "limit.epochs=1")
-    assert results["accuracy"] > 0.85
+    assert results["accuracy"] > 0.84
     assert results["samples"] == 10_000
 
 
@@ -126,7 +126,7 @@ def test_movielens_ranks_better_than_popularity(tmp_path: Path) -> None:
 def test_spam_is_told_from_ham(tmp_path: Path) -> None:
     results = trained("sms_spam", tmp_path)
     assert results["accuracy"] > 0.98
-    assert results["f1"] > 0.93
+    assert results["f1"] > 0.94
 
 
 @pytest.mark.long

@@ -70,8 +70,6 @@ class NGramClassifier(nn.Module):
         for size in range(self._max_length):
             byte = F.pad(inputs, (0, size))[:, size:]
             hashed = torch.where(byte == 0, -1, (hashed * _FACTOR + byte + 1) % 2_147_483_647)
-            if size:
-                hashed = torch.where(found[-1] == 0, -1, hashed)
             # Sizes share the table, so their hashes are told apart by what is added.
             found.append(torch.where(hashed < 0, 0, (hashed + size * 40_503) % self._num_buckets + 1))
         return torch.cat(found, dim=1)
