@@ -210,8 +210,11 @@ class Run:
 
     def _unfreezing(self, reading: Reading) -> Iterator[Window]:
         """Yield windows, each once what its epoch trains is trainable. Collective."""
+        epoch = -1
         for window in reading.windows:
-            if self._freezing.apply(window.cursor.epoch):
+            changed = window.cursor.epoch != epoch and self._freezing.apply(window.cursor.epoch)
+            epoch = window.cursor.epoch
+            if changed:
                 self._strategy.rewrap()
                 self._strategy.warm_up(reading.filler)
                 trainable = sum(p.numel() for p in self._state.module.parameters() if p.requires_grad)

@@ -17,6 +17,7 @@ from runtime.component import add_code_folder
 from runtime.config_file import LoadedConfiguration, load
 from runtime.errors import ConfigurationError
 from runtime.objective import TrainingModule
+from runtime.objective_assembly import build_objective
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping
@@ -154,7 +155,7 @@ def test_muon_names_the_parameters_that_it_does_not_take(tmp_path: Path) -> None
     with pytest.raises(
         ConfigurationError, match=r"matrices only, not first.bias, body.0.bias, head.bias: .*target: AdamW"
     ):
-        assembly.build_optimizer(loaded, TrainingModule(model, assembly.build_objective(loaded)))
+        assembly.build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
@@ -187,7 +188,7 @@ def groups_of(tmp_path: Path, optimizer: dict[str, Any], **changes: Any) -> dict
     changes.setdefault("model", {"target": "tiny_transfer:Classifier", "args": {}})
     loaded, model = built(whole_batches(tmp_path, optimizer, **changes))
     assembly.check_components(loaded)
-    made = assembly.build_optimizer(loaded, TrainingModule(model, assembly.build_objective(loaded)))
+    made = assembly.build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: group for group in made.param_groups for p in group["params"]}
     assert set(found) == set(names.values())

@@ -414,10 +414,12 @@ def test_a_forked_child_can_be_terminated_from_its_first_moment(wish: StopWish) 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers_ignore", [True, False])
 def test_a_signal_to_a_loader_worker_alone_is_no_wish(wish: StopWish, workers_ignore: bool) -> None:
+    from functools import partial
+
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    from runtime.batches import _ignore_signals
+    from runtime.loading import _start_worker
 
     class Workers(Dataset[Any]):
         def __len__(self) -> int:
@@ -435,7 +437,7 @@ def test_a_signal_to_a_loader_worker_alone_is_no_wish(wish: StopWish, workers_ig
         Workers(),
         num_workers=2,
         multiprocessing_context="fork",
-        worker_init_fn=_ignore_signals if workers_ignore else note,
+        worker_init_fn=partial(_start_worker, None) if workers_ignore else note,
     )
     batches = iter(loader)
     first, second = int(next(batches)), int(next(batches))
