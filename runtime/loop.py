@@ -27,8 +27,7 @@ class Parts:
     Args:
         stop_wished: whether this process was asked to stop.
         will_report: tells, before a step is counted, whether figures will be due after it; equal on all ranks.
-        is_due: tells, after a step was counted, whether anything follows that needs to know what became of it; equal on all
-            ranks.
+        is_due: tells, after a step was counted, whether anything follows it; equal on all ranks.
         report: tells the meter's figures, if they are due.
         evaluate: evaluates, if it is due, and returns the results; sets ``progress.evaluation_due`` if it was cut short.
         enough: judges results for early stopping and tells whether the run is to end; equal on all ranks.
@@ -93,8 +92,10 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
         parts.garbage.after_step(progress.step)
 
         leaving = parts.agreement.end()
-        if verdicts.open and (leaving or parts.is_due(window)):
-            verdicts.settle()
+        if not leaving and not parts.is_due(window):  # as behind most steps
+            enter("data", step + 1)
+            continue
+        verdicts.settle()
         enter("report", step)
         parts.report(window)
         enter("evaluate", step)

@@ -31,6 +31,7 @@ class Milestones:
         early_stopping: EarlyStopping | None,
     ) -> None:
         self._limit, self._intervals = limit, intervals
+        self._step_counts = [every.count for every in intervals if every.unit == "step"]
         self._data, self._progress, self._early_stopping = data, progress, early_stopping
 
     def is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
@@ -40,8 +41,11 @@ class Milestones:
         return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
 
     def is_anything_due(self, window: Window) -> bool:
-        """Tell whether anything at all is due after this window's step."""
-        return any(self.is_due(every, window) for every in self._intervals)
+        """Tell whether anything at all is due after this window's step, which is counted already."""
+        if window.run_ends or window.epoch_ends:
+            return any(self.is_due(every, window) for every in self._intervals)
+        step = self._progress.step
+        return any(step % count == 0 for count in self._step_counts)  # asked at every step
 
     @property
     def over(self) -> bool:

@@ -256,7 +256,7 @@ class Run:
             times=self._times,
             stop_wished=self._stop_wished,
             will_report=lambda window: self._milestones.is_due(self._values.reporting.every, window, ahead=1),
-            is_due=self._milestones.is_anything_due,
+            is_due=lambda window: not self._folder.saving_prepared or self._milestones.is_anything_due(window),
             report=self._report,
             evaluate=self._evaluate,
             enough=self._enough,

@@ -131,6 +131,11 @@ class RunFolder:
         return self._best.improved_by(results)
 
     @property
+    def saving_prepared(self) -> bool:
+        """Tell whether :meth:`prepare_saving` was called."""
+        return self._prepared
+
+    @property
     def owned(self) -> bool:
         """Tell whether the folder was opened and no other job has taken it over; known on rank 0 only."""
         if self._fence is None:
