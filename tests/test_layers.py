@@ -41,6 +41,8 @@ LAYERS = [
         "fields",
         "objective",
         "supervised",
+        "torch_losses",
+        "sample_losses",
         "losses",
         "focal_loss",
         "pairwise_loss",
