@@ -117,7 +117,7 @@ class Predictor:
                 else f"a {type(output).__name__}"
             )
             raise ObjectiveError(
-                f"{type(objective).__name__}.predictions raised {described(error)}; the model's output is {kind} (model.output "
+                f"{type(objective).__name__}.predicted raised {described(error)}; the model's output is {kind} (model.output "
                 "says which part of what it returns that is)"
             ) from error
 

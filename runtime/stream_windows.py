@@ -19,6 +19,7 @@ from runtime.loading import MakeLoader, read
 from runtime.streams import FIRST, NOTHING, Piece, Place, StreamIndex, StreamSamples
 
 _AHEAD = 4  # steps between two all-reduces, and global batches held
+_EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
 
 
 class _Row(NamedTuple):
@@ -67,6 +68,11 @@ class StreamWindows:
         num_weights: int | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
+        if samples.sharded_by == "dataset" and sharing.slots < sharing.world_size:
+            raise DataError(
+                f"data.train.sharded_by: dataset needs a slot for each rank, and batch.slots is {sharing.slots} for "
+                f"{sharing.world_size} ranks: what the others read would never be trained on"
+            )
         self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
         self._skipped, self._sharing, self._weigh, self._sum = frozenset(skipped), sharing, weigh, sum_over_ranks
         self._questions = _Questions(samples, start, sharing, max(1, num_workers))
@@ -111,7 +117,7 @@ class StreamWindows:
             for row in self._known_to_all(block):
                 if not row.samples:
                     if row.cursor.batch == 0:
-                        raise DataError("data.train: there is nothing in the stream (or less than one global batch)")
+                        raise DataError(_EMPTY)
                     ended = True
                     break
                 yield row
@@ -131,7 +137,10 @@ class StreamWindows:
 
     def _made_filler(self) -> Any:
         if self._samples.sharded_by == "runtime":
-            return self._piece(self._start, FIRST).batch
+            first = self._piece(self._start, FIRST)
+            if not first.samples:
+                raise DataError(_EMPTY)
+            return first.batch
         self._questions.turn_to(self._start)
         self._first = self._pieces(self._start)
         filler = next((piece.batch for piece in self._first if piece.samples), None)

@@ -148,3 +148,24 @@ def test_what_a_stream_cannot_do_is_said(
     message = failure(config)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": {"target": "tiny_streams:Empty", "sharded_by": "runtime"}}, "nothing in the stream"),
+        (
+            {
+                "source": {"target": "tiny_streams:SharedPoints", "sharded_by": "dataset"},
+                "batch": {"global_size": 16, "slots": 1},
+            },
+            "a slot for each rank",
+        ),
+    ],
+    ids=["empty", "fewer slots than ranks"],
+)
+def test_every_rank_is_told_what_several_ranks_cannot_train_on(
+    pool: ProcessPool, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    for reply in pool.run(failure, 2, run(tmp_path, **changes)):
+        assert words in reply
