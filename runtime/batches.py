@@ -68,7 +68,7 @@ class Window(NamedTuple):
     real_slots: int
     epoch_ends: bool
     run_ends: bool
-    weight: float | tuple[float, ...] = 0.0
+    weight: float | tuple[float, ...]
 
 
 def default_slots(global_size: int, micro_size: int, world_size: int) -> int:
@@ -152,26 +152,22 @@ class Windows:
 def with_weights(
     windows: Iterator[Window],
     *,
-    weigh: Weigh | None,
+    weigh: Weigh,
     num_weights: int | None = None,
     slots: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ahead: int = 8,
 ) -> Iterator[Window]:
-    """Fill in each window's global weight before its first forward pass.
+    """Replace each window's global weight, the number of samples, before its first forward pass.
 
-    Collective: every rank must iterate, at the same pace, unless ``weigh`` is None.
+    Collective: every rank must iterate, at the same pace.
 
     Args:
-        weigh: weight of one batch of so many samples; None if it is the number of samples, which the order tells.
+        weigh: weight of one batch of so many samples.
         num_weights: how many weights a batch has; None: one, as a number.
         sum_over_ranks: sums a float64 tensor over the ranks.
         ahead: steps whose weights travel in one reduction; as many windows are held in memory.
     """
-    if weigh is None:
-        for window in windows:
-            yield window._replace(weight=float(window.samples))
-        return
     while block := [window for _, window in zip(range(ahead), windows, strict=False)]:
         # One row a step, one column a slot: summed in slot order, the weight is the same number for any sharing-out.
         weights = torch.zeros(len(block), slots, num_weights or 1, dtype=torch.float64)
@@ -223,7 +219,9 @@ def _plan(
         steps += 1
         run_ends = stop(next_cursor, steps)
         epoch_ends = next_cursor.epoch > cursor.epoch
-        yield Window(cursor, next_cursor, microbatches, len(ids), real_slots, epoch_ends, run_ends), ids
+        samples = len(ids)
+        weight = float(samples)
+        yield Window(cursor, next_cursor, microbatches, samples, real_slots, epoch_ends, run_ends, weight), ids
         cursor = next_cursor
 
 

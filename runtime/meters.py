@@ -71,11 +71,15 @@ class TrainingMeter:
 
     def add(self, loss: Loss, batch: Any) -> None:
         """Take in one real slot of the current step."""
-        for name, value in (("loss", loss.sum), *loss.parts.items()):
-            value = value.detach()
-            self._step[name] = self._step[name] + value if name in self._step else value
+        self._add("loss", loss.sum)
+        for name, part in loss.parts.items():
+            self._add(name, part)
         if self._metrics:
             self._metrics.update(self._objective, _detached(loss.output), batch)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self._step[name] = self._step[name] + value if name in self._step else value
 
     def step_loss(self, weight: Weight) -> float:
         """Return the part of the current step's mean loss that this rank's slots make up. Waits for the device.

@@ -116,14 +116,16 @@ class MappedData:
             sharing=how.sharing,
             make_loader=how.make_loader,
         )
-        weighted = with_weights(
-            iter(windows),
-            weigh=how.weigh,
-            num_weights=how.num_weights,
-            slots=how.sharing.slots,
-            sum_over_ranks=how.sum_over_ranks,
-        )
-        return Reading(weighted, windows.filler)
+        weighed = iter(windows)
+        if how.weigh is not None:
+            weighed = with_weights(
+                weighed,
+                weigh=how.weigh,
+                num_weights=how.num_weights,
+                slots=how.sharing.slots,
+                sum_over_ranks=how.sum_over_ranks,
+            )
+        return Reading(weighed, windows.filler)
 
 
 class StreamedData:

@@ -50,9 +50,11 @@ class Verdicts:
 
     def add(self, window: Window, update: Update) -> None:
         """Take in the step that was just counted; settle it at once if what became of it is known."""
-        self._open = _Open(window, update, self._progress.step, self._meter.end_step())
+        step, losses = self._progress.step, self._meter.end_step()
         if isinstance(update.skipped, bool):
-            self.settle()
+            self._settle(window, update, step, losses)
+        else:
+            self._open = _Open(window, update, step, losses)
 
     @property
     def open(self) -> bool:
@@ -61,9 +63,11 @@ class Verdicts:
 
     def settle(self) -> None:
         """Let the step's consequences follow, if they have not yet. Waits for the device, for a flag of the step itself."""
-        if self._open is None:
-            return
-        (window, update, step, losses), self._open = self._open, None
+        if self._open is not None:
+            settled, self._open = self._open, None
+            self._settle(*settled)
+
+    def _settle(self, window: Window, update: Update, step: int, losses: dict[str, Tensor]) -> None:
         applied = not update.skipped
         if not applied and update.judged and not self._strategy.skips_overflow:
             self._divergence.decide("the gradient is NaN or infinite", window, step, spike=False)

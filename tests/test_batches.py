@@ -267,9 +267,7 @@ def test_several_weights_are_summed_each_and_nothing_at_all_is_zero() -> None:
 
 def test_the_weight_of_samples_is_known_without_a_reduction() -> None:
     windows = windows_of(Samples(Ids(50), seed=0), slots=4, world_size=3, rank=1, batch_size=12)
-    refuse = lambda block: pytest.fail("no reduction is needed")  # noqa: E731
-    weighted = with_weights(windows, weigh=None, slots=4, sum_over_ranks=refuse)
-    assert [window.weight for window in weighted] == [12, 12, 12, 12, 2]
+    assert [window.weight for window in windows] == [12, 12, 12, 12, 2]
 
 
 def test_seeding_gives_the_numbers_that_users_know_from_each_library() -> None:

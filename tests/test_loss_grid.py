@@ -106,7 +106,7 @@ TASKS = [
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
     from runtime import assembly, component, sources
-    from runtime.batches import Cursor, Sharing, Windows, with_weights
+    from runtime.batches import Cursor, Sharing
     from runtime.config import DistributedDataParallel
     from runtime.config_file import load
     from runtime.control import sum_over_ranks
@@ -114,6 +114,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from runtime.objective import TrainingModule
     from runtime.objective_assembly import build_objective
     from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.training_data import How, MappedData
 
     def new_strategy() -> AcceleratedStrategy:
         return AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())
@@ -126,21 +127,17 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         samples, strategy = assembly.build_samples(loaded, "train", batch_size=16), new_strategy()
         assert samples is not None
         strategy.prepare(module, assembly.build_optimizer(loaded, module))
-        windows = Windows(
-            samples,
-            sources.build_order(loaded, samples.source),
-            start=Cursor(),
-            stop=lambda cursor, steps: steps >= 3,
+        how = How(
             sharing=Sharing(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),
             make_loader=read_here,
-        )
-        for window in with_weights(
-            iter(windows),
+            num_workers=0,
             weigh=None if module.objective.counts_samples else module.objective.checked_weight,
             num_weights=module.objective.num_weights,
-            slots=loaded.values.batch.slots or 1,
             sum_over_ranks=lambda weights: sum_over_ranks(weights, group.device),
-        ):
+        )
+        data = MappedData(samples, sources.build_order(loaded, samples.source))
+        stop = lambda cursor, steps: steps >= 3  # noqa: E731
+        for window in data.read(how, start=Cursor(), stop=stop, skipped=(), places={}).windows:
             for number, microbatch in enumerate(window.microbatches, start=1):
                 with strategy.microbatch(last=number == len(window.microbatches)):
                     loss = strategy.forward(microbatch.batch, filler=microbatch.filler)
