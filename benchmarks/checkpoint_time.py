@@ -28,12 +28,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from runtime.batches import Cursor, Sharing, Windows
-from runtime.checkpoint import CheckpointFolder
-from runtime.loading import loader_factory
-from runtime.order import IndexOrder
-from runtime.samples import Samples
-from runtime.saving import BackgroundSaving
+from runtime.checkpoints.checkpoint import CheckpointFolder
+from runtime.checkpoints.saving import BackgroundSaving
+from runtime.data.batches import Cursor, Sharing, Windows
+from runtime.data.loading import loader_factory
+from runtime.data.order import IndexOrder
+from runtime.data.samples import Samples
 
 WIDTH = 1024
 

@@ -119,8 +119,8 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
     The machine's speed drifts within seconds, so the ways take turns every few steps: Lockstep trains, and at the end of
     each of its blocks the bare loops run a block each.
     """
-    from runtime import loop
     from runtime.session import train
+    from runtime.training import loop
 
     torch.set_num_threads(1)
     if world_size > 1:

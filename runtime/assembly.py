@@ -13,38 +13,41 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
-from runtime import component, optimizer_building, schedulers, sources
-from runtime.batches import Sharing
-from runtime.building import build as _build
-from runtime.building import function as _function
-from runtime.building import wrong as _wrong
-from runtime.component import ComponentError
-from runtime.config_file import LoadedConfiguration
-from runtime.config_learning import Anneal, Averaging
-from runtime.config_learning import Schedule as ScheduleSection
-from runtime.config_types import ComponentSection
+from runtime.checkpoints.pretrained import WeightsReport, load_weights, weights_digest
+from runtime.config import component
+from runtime.config.building import build as _build
+from runtime.config.building import function as _function
+from runtime.config.building import wrong as _wrong
+from runtime.config.component import ComponentError
+from runtime.config.file import LoadedConfiguration
+from runtime.config.learning import Anneal, Averaging
+from runtime.config.learning import Schedule as ScheduleSection
+from runtime.config.types import ComponentSection
+from runtime.data import sources
+from runtime.data.batches import Sharing
+from runtime.data.loading import MakeLoader, loader_factory
+from runtime.data.samples import Samples
+from runtime.data.streams import StreamSamples
+from runtime.data.training_data import MappedData, StreamedData, TrainingData
 from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError
-from runtime.evaluation_weights import switches
-from runtime.freezing import Freezing
-from runtime.loading import MakeLoader, loader_factory
+from runtime.losses.assembly import OBJECTIVES, losses_of, refused_loss
 from runtime.objective import TrainingModule
-from runtime.objective_assembly import OBJECTIVES, losses_of, refused_loss
-from runtime.optimizer_building import check_optimizer
-from runtime.parameter_groups import ParameterGroup
-from runtime.pretrained import WeightsReport, load_weights, weights_digest
+from runtime.optimization import optimizer as optimizer_building
+from runtime.optimization import schedulers
+from runtime.optimization.evaluation_weights import switches
+from runtime.optimization.freezing import Freezing
+from runtime.optimization.optimizer import check_optimizer
+from runtime.optimization.parameter_groups import ParameterGroup
+from runtime.optimization.schedule import Schedule, Successor
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
-from runtime.samples import Samples
-from runtime.schedule import Schedule, Successor
-from runtime.streams import StreamSamples
-from runtime.training_data import MappedData, StreamedData, TrainingData
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 _CPU = torch.device("cpu")
 _MODELS = ("runtime.model_zoo",)
-_TRANSFORMS = ("runtime.transforms",)
-_COLLATES = ("runtime.collating",)
+_TRANSFORMS = ("runtime.data.transforms",)
+_COLLATES = ("runtime.data.collating",)
 _METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
     "torchmetrics.classification",
     "torchmetrics.regression",
@@ -343,8 +346,8 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
         return {}  # importing torchmetrics takes seconds
     from torchmetrics import Metric
 
-    from runtime.class_results import num_classes_of
-    from runtime.metric_inputs import feed_of
+    from runtime.evaluation.class_results import num_classes_of
+    from runtime.evaluation.metric_inputs import feed_of
 
     metrics: dict[str, Metric] = {}
     for name, section in loaded.values.evaluation.metrics.items():

@@ -120,12 +120,12 @@ def _count(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from runtime.config_file import load
+    from runtime.config.file import load
 
     loaded = load(options.config, options.overrides)
 
     from runtime.assembly import check_components
-    from runtime.launching import num_gpus, train_locally
+    from runtime.processes.launching import num_gpus, train_locally
 
     check_components(loaded)
     gpus = num_gpus()
@@ -134,13 +134,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _infer(options: argparse.Namespace) -> int:
-    from runtime.config_file import load_run
+    from runtime.config.file import load_run
 
     loaded = load_run(options.source, options.overrides)
 
     from runtime.assembly import check_components
-    from runtime.launching import infer_locally, num_gpus
-    from runtime.request import Request, check_request
+    from runtime.inference.request import Request, check_request
+    from runtime.processes.launching import infer_locally, num_gpus
 
     check_components(loaded)
     chosen = chosen_options(options)
@@ -155,7 +155,7 @@ def _infer(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from runtime.config_file import load
+    from runtime.config.file import load
 
     loaded = load(options.config, options.overrides)
 
@@ -168,8 +168,8 @@ def _show(options: argparse.Namespace) -> int:
 def _checkpoints(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from runtime.checkpoint_table import print_listing
-    from runtime.inspection import inspect
+    from runtime.checkpoints.inspection import inspect
+    from runtime.checkpoints.table import print_listing
 
     listing = inspect(options.folder)
     if options.json:
@@ -183,7 +183,7 @@ def _checkpoints(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from runtime.export import export
+    from runtime.checkpoints.export import export
 
     done = export(
         options.checkpoint,
@@ -197,7 +197,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from runtime.config_file import json_schema
+    from runtime.config.file import json_schema
 
     print(json.dumps(json_schema(), indent=2))
     return 0

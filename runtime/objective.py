@@ -2,9 +2,9 @@
 
 An objective returns the *sum* of its losses over a microbatch. The runtime divides by the weight of the whole global
 batch, which it knows before the first forward pass. What torch's losses and Lockstep's own count is in the table of
-``losses.py``.
+``losses/by_name.py``.
 
-An objective may have several sums, each divided by a weight of its own (:class:`runtime.weighted_sum.WeightedSum`): then
+An objective may have several sums, each divided by a weight of its own (:class:`runtime.losses.weighted_sum.WeightedSum`): then
 both are one-dimensional, and what is minimised is the sum of the quotients.
 """
 
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from runtime.component import described
+from runtime.config.component import described
+from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
-from runtime.fields import Fields
 
 _RESERVED = ("loss", "weight", "samples")
 

@@ -12,36 +12,38 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from runtime import assembly, sources, yaml_file
-from runtime.averaged_evaluation import AveragedEvaluation
-from runtime.averaging import WeightAverage
-from runtime.batch_statistics import BatchStatistics
-from runtime.batches import Sharing, default_slots
-from runtime.class_results import ClassResults
-from runtime.comparison import code_digest, compare, shapes
-from runtime.config_file import LoadedConfiguration, flatten
-from runtime.console import ConsoleTracker
-from runtime.control import sum_over_ranks
-from runtime.divergence import Divergence
-from runtime.early_stopping import EarlyStopping
+from runtime import assembly
+from runtime.checkpoints.resumption import Identity, RunState, check_identity, slots_on_resumption
+from runtime.checkpoints.serialization import replace_file
+from runtime.config import yaml_file
+from runtime.config.file import LoadedConfiguration, flatten
+from runtime.data import sources
+from runtime.data.batches import Sharing, default_slots
+from runtime.data.samples import Samples
+from runtime.data.streams import StreamSamples
+from runtime.data.training_data import MappedData, TrainingData
 from runtime.errors import ConfigurationError, DataError, RunFolderError
-from runtime.evaluation import Evaluator
-from runtime.evaluation_weights import begin_training
-from runtime.facts import versions
-from runtime.figures import FiguresTracker
-from runtime.fitting import fitting_micro_size
-from runtime.freezing import Freezing
-from runtime.metrics import MetricSet
+from runtime.evaluation.averaged import AveragedEvaluation
+from runtime.evaluation.class_results import ClassResults
+from runtime.evaluation.evaluator import Evaluator
+from runtime.evaluation.figures import FiguresTracker
+from runtime.evaluation.metrics import MetricSet
+from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
-from runtime.objective_assembly import build_objective
-from runtime.progress import Progress
-from runtime.reporting import JsonLines, Tracker
-from runtime.resumption import Identity, RunState, check_identity, slots_on_resumption
-from runtime.samples import Samples
-from runtime.serialization import replace_file
+from runtime.optimization.averaging import WeightAverage
+from runtime.optimization.batch_statistics import BatchStatistics
+from runtime.optimization.evaluation_weights import begin_training
+from runtime.optimization.freezing import Freezing
+from runtime.processes.comparison import code_digest, compare, shapes
+from runtime.processes.control import sum_over_ranks
+from runtime.reporting.console import ConsoleTracker
+from runtime.reporting.facts import versions
+from runtime.reporting.reporter import JsonLines, Tracker
 from runtime.strategies import Strategy
-from runtime.streams import StreamSamples
-from runtime.training_data import MappedData, TrainingData
+from runtime.training.divergence import Divergence
+from runtime.training.early_stopping import EarlyStopping
+from runtime.training.fitting import fitting_micro_size
+from runtime.training.progress import Progress
 
 _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
 
@@ -200,7 +202,7 @@ def build_trackers(
     figures = FiguresTracker(folder, classes, pictures=section.pictures, resumed_step=progress.step, warn=warn)
     trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress, classes=classes), records, figures]
     if reporting.wandb is not None:
-        from runtime.wandb_tracker import WandbTracker
+        from runtime.reporting.wandb_tracker import WandbTracker
 
         trackers.append(
             WandbTracker(

@@ -12,33 +12,33 @@ import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly
-from runtime.batches import Window
-from runtime.buffers import BufferRule
-from runtime.checkpoint import load_state
-from runtime.config_file import LoadedConfiguration
-from runtime.control import Agreement, sum_over_ranks
-from runtime.divergence import RollbackWanted
+from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
+from runtime.config.file import LoadedConfiguration
+from runtime.data.batches import Window
+from runtime.data.streams import Place
+from runtime.data.training_data import How, Reading, StreamedData, places_of, told_places
 from runtime.errors import OutOfMemoryError
-from runtime.evaluation import Evaluator
-from runtime.evaluation_weights import end_training, evaluated_weights
-from runtime.facts import start_facts, versions
-from runtime.fitting import is_out_of_memory, out_of_memory
-from runtime.garbage import GarbageCollection
-from runtime.loop import Parts, train
-from runtime.meters import PhaseTimes, TrainingMeter
-from runtime.metrics import MetricSet, Result
-from runtime.milestones import Milestones
+from runtime.evaluation.evaluator import Evaluator
+from runtime.evaluation.metrics import MetricSet, Result
 from runtime.objective import TrainingModule
+from runtime.optimization.evaluation_weights import end_training, evaluated_weights
 from runtime.preparation import Prepared, build_averaged_evaluation, build_evaluator, build_trackers, prepare
-from runtime.reporting import Reporter
-from runtime.run_folder import STOP_FILE, Found, RunFolder
-from runtime.stopping import StopWish
-from runtime.stragglers import Stragglers
+from runtime.processes.control import Agreement, sum_over_ranks
+from runtime.processes.garbage import GarbageCollection
+from runtime.processes.stopping import StopWish
+from runtime.processes.watch import Position
+from runtime.reporting.facts import start_facts, versions
+from runtime.reporting.meters import PhaseTimes, TrainingMeter
+from runtime.reporting.reporter import Reporter
+from runtime.reporting.stragglers import Stragglers
 from runtime.strategies import Strategy
-from runtime.streams import Place
-from runtime.training_data import How, Reading, StreamedData, places_of, told_places
-from runtime.verdicts import Verdicts
-from runtime.watch import Position
+from runtime.training.buffers import BufferRule
+from runtime.training.divergence import RollbackWanted
+from runtime.training.fitting import is_out_of_memory, out_of_memory
+from runtime.training.loop import Parts, train
+from runtime.training.milestones import Milestones
+from runtime.training.verdicts import Verdicts
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime import environment
-from runtime.config_file import LoadedConfiguration, load, load_run
+from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
-from runtime.stopping import StopWish
+from runtime.processes.stopping import StopWish
 
 if TYPE_CHECKING:
-    from runtime.inference import Inferred
+    from runtime.inference.on_checkpoint import Inferred
+    from runtime.processes.watch import Watch
     from runtime.run import RunResult
     from runtime.strategies import Strategy
-    from runtime.watch import Watch
 
 OUTCOME = "outcome.json"
 
@@ -156,8 +156,8 @@ def _infer(
     loaded = load_run(source, overrides)
 
     def infer(processes: Processes) -> Inferred:
-        from runtime.inference import Inference
-        from runtime.request import Request
+        from runtime.inference.on_checkpoint import Inference
+        from runtime.inference.request import Request
 
         request = Request(act, output=Path(output) if output is not None else None, **asked)
         done = Inference(loaded, request, processes.strategy, processes.stop_wish, processes.watch.position).run()
@@ -250,7 +250,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
 def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
     """Make the watch over the other ranks, which says what it must know of the launch."""
-    from runtime.watch import Watch
+    from runtime.processes.watch import Watch
 
     limit = loaded.values.limit
     return Watch(
@@ -277,7 +277,7 @@ def _write_outcome(path: Path | None, rank: int, outcome: dict[str, Any]) -> Non
     """Leave word for the launcher: exit codes do not survive ``accelerate launch``."""
     if rank != 0 or path is None or not path.parent.is_dir():
         return
-    from runtime.serialization import replace_file
+    from runtime.checkpoints.serialization import replace_file
 
     with suppress(OSError):  # the disk is full or gone, which the run's own message tells
         replace_file(path, json.dumps({**outcome, "launch": environment.launch_token()}))

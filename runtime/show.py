@@ -12,23 +12,25 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from runtime import assembly, sources, yaml_file
-from runtime.averaging import batch_norms
-from runtime.batches import default_slots
-from runtime.combined import members
-from runtime.config_file import LoadedConfiguration
-from runtime.config_learning import Anneal
-from runtime.curve import Curve, drawn, save_picture, simulate
+from runtime import assembly
+from runtime.config import yaml_file
+from runtime.config.file import LoadedConfiguration
+from runtime.config.learning import Anneal
+from runtime.data import sources
+from runtime.data.batches import default_slots
+from runtime.data.training_data import TrainingData
 from runtime.determinism import default_determinism
 from runtime.errors import ConfigurationError, DataError, Problem
-from runtime.evaluation_weights import begin_training
-from runtime.facts import inexact_choices
-from runtime.freezing import Freezing
-from runtime.metrics import MetricSet
+from runtime.evaluation.metrics import MetricSet
+from runtime.losses.assembly import build_objective
+from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective, TrainingModule
-from runtime.objective_assembly import build_objective
-from runtime.training_data import TrainingData
-from runtime.weighted_sum import WeightedSum
+from runtime.optimization.averaging import batch_norms
+from runtime.optimization.combined import members
+from runtime.optimization.curve import Curve, drawn, save_picture, simulate
+from runtime.optimization.evaluation_weights import begin_training
+from runtime.optimization.freezing import Freezing
+from runtime.reporting.facts import inexact_choices
 
 _CPU = torch.device("cpu")
 _UNKNOWN_END = "how many steps there are shows when the stream ends"

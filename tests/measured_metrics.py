@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from runtime import assembly
-from runtime.batches import slots_of_rank
-from runtime.config_file import load
-from runtime.metrics import MetricSet
-from runtime.objective_assembly import build_objective
+from runtime.config.file import load
+from runtime.data.batches import slots_of_rank
+from runtime.evaluation.metrics import MetricSet
+from runtime.losses.assembly import build_objective
 from tests.observed import configuration
 
 SIZE = 1003

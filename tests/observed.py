@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runtime.evaluation import Evaluator
+from runtime.evaluation.evaluator import Evaluator
 from runtime.run import Run
 from runtime.session import train
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from runtime.batches import Cursor, Sharing, Windows
-from runtime.loading import loader_factory
-from runtime.order import Order
-from runtime.samples import Samples
+from runtime.data.batches import Cursor, Sharing, Windows
+from runtime.data.loading import loader_factory
+from runtime.data.order import Order
+from runtime.data.samples import Samples
 
 START = Cursor()
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler, swa_utils
 
-from runtime.averaging import WeightAverage
-from runtime.batches import cut
-from runtime.checkpoint import load_state
+from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.export import export
 from runtime.cli import main
-from runtime.config_learning import Averaging
+from runtime.config.learning import Averaging
+from runtime.data.batches import cut
+from runtime.data.order import IndexOrder
 from runtime.errors import CheckpointError
-from runtime.export import export
-from runtime.order import IndexOrder
+from runtime.optimization.averaging import WeightAverage
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool
@@ -240,9 +240,9 @@ def test_swa_that_is_stopped_after_any_step_goes_on_bitwise(
 
 def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second global batch of the pass for statistics after a step."""
-    from runtime import control
+    from runtime.processes import control
+    from runtime.processes.stopping import StopWish
     from runtime.run import Run
-    from runtime.stopping import StopWish
 
     seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
     go_on, bool_of, seen = Run._statistics_go_on, StopWish.__bool__, []

@@ -195,8 +195,8 @@ WRONG: list[Any] = [
 @pytest.mark.parametrize(("changes", "key", "words"), WRONG)
 def test_mistakes_are_told_with_their_key(tmp_path: Path, changes: dict[str, Any], key: str, words: str) -> None:
     from runtime import assembly
-    from runtime.config_file import load
-    from runtime.objective_assembly import build_objective
+    from runtime.config.file import load
+    from runtime.losses.assembly import build_objective
 
     with pytest.raises(ConfigurationError) as raised:
         loaded = load(configuration(tmp_path, **(BASE | changes)))
@@ -219,7 +219,7 @@ def test_a_part_that_the_batch_has_not_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.single
 def test_show_says_what_each_loss_is_divided_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from runtime.config_file import load
+    from runtime.config.file import load
     from runtime.show import show
 
     losses = {

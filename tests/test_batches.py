@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.batches import Cursor, Sharing, Window, Windows, cut, default_slots, slots_of_rank, with_weights
+from runtime.data.batches import Cursor, Sharing, Window, Windows, cut, default_slots, slots_of_rank, with_weights
+from runtime.data.loading import loader_factory
+from runtime.data.order import IndexOrder
+from runtime.data.samples import Samples
 from runtime.errors import DataError
-from runtime.loading import loader_factory
-from runtime.order import IndexOrder
 from runtime.randomness import seed_everything
-from runtime.samples import Samples
 from tests.project.tiny import Failing, Ids, Noisy, add_noise, points
 
 pytestmark = pytest.mark.single

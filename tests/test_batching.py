@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from runtime.batches import Cursor
-from runtime.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
+from runtime.data.batches import Cursor
+from runtime.data.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
+from runtime.data.order import IndexOrder, Order, SamplerOrder, WeightedOrder
 from runtime.errors import DataError
-from runtime.order import IndexOrder, Order, SamplerOrder, WeightedOrder
 from tests.project.tiny import Ids
 from tests.reading import read_steps
 

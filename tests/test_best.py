@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.best import BestResults, ranked
-from runtime.config import Best
+from runtime.checkpoints.best import BestResults, ranked
+from runtime.config.sections import Best
 
 pytestmark = pytest.mark.single
 

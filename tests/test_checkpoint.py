@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import serialization
-from runtime.checkpoint import CheckpointFolder, listed, load_state
-from runtime.config import Best
+from runtime.checkpoints import serialization
+from runtime.checkpoints.checkpoint import CheckpointFolder, listed, load_state
+from runtime.checkpoints.snapshot import HostBuffers, Snapshot
+from runtime.config.sections import Best
 from runtime.errors import CheckpointError
-from runtime.snapshot import HostBuffers, Snapshot
 
 pytestmark = pytest.mark.single
 

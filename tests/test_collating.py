@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from runtime.collating import Padded
+from runtime.data.collating import Padded
+from runtime.data.transforms import Augment
 from runtime.errors import DataError
-from runtime.transforms import Augment
 
 pytestmark = pytest.mark.single
 

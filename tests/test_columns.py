@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime import predictions_file
-from runtime.columns import ColumnBuilder, ids_of, model_arguments
-from runtime.config import Prediction
+from runtime.config.sections import Prediction
+from runtime.data.fields import Fields
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, PredictionError, Problem
-from runtime.fields import Fields
-from runtime.losses import NextTokenLoss, torch_loss
+from runtime.inference import predictions_file
+from runtime.inference.columns import ColumnBuilder, ids_of, model_arguments
+from runtime.inference.predictions_file import CsvFile, JsonLinesFile, ParquetFile, PredictionsFile
+from runtime.losses.by_name import NextTokenLoss, torch_loss
 from runtime.objective import Objective
-from runtime.predictions_file import CsvFile, JsonLinesFile, ParquetFile, PredictionsFile
 
 pytestmark = pytest.mark.single
 

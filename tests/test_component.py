@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from runtime import component
-from runtime.component import ComponentError, add_code_folder, build, check, check_arguments, locate
+from runtime.config import component
+from runtime.config.component import ComponentError, add_code_folder, build, check, check_arguments, locate
 from runtime.errors import DataError
 
 pytestmark = pytest.mark.single

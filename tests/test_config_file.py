@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from runtime.config_file import LoadedConfiguration, exact_keys, json_schema, load
+from runtime.config.file import LoadedConfiguration, exact_keys, json_schema, load
 from runtime.errors import ConfigurationError
 
 pytestmark = pytest.mark.single
@@ -640,7 +640,7 @@ def test_structure_is_checked_without_torch(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(GOOD + "sede: 3\n")
     script = (
         "import sys\n"
-        "import runtime.config_file\n"
+        "import runtime.config.file\n"
         "from runtime.cli import main\n"
         "code = main(['train', 'run.yaml'])\n"
         "print(code, [name for name in ('torch', 'numpy', 'accelerate', 'torchmetrics') if name in sys.modules])\n"

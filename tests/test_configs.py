@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.assembly import check_components
-from runtime.config_file import json_schema, load
+from runtime.config.file import json_schema, load
 from runtime.session import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -14,11 +14,11 @@ import torch
 
 from runtime.assembly import build_samples as build_samples_of
 from runtime.assembly import check_components
-from runtime.config_file import load
+from runtime.config.file import load
+from runtime.data.hugging_face import adapted
+from runtime.data.sources import build_order
 from runtime.errors import ConfigurationError, LockstepError
-from runtime.hugging_face import adapted
 from runtime.session import train
-from runtime.sources import build_order
 from tests.observed import configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.project.tiny import points
@@ -172,7 +172,7 @@ Rows.__name__ = "Dataset"
 
 @pytest.mark.single
 def test_rows_of_hugging_face_are_fetched_a_microbatch_at_a_time_in_torchs_format() -> None:
-    from runtime.samples import Samples, SlotIndex
+    from runtime.data.samples import Samples, SlotIndex
 
     found = adapted(Rows(), "data.train")
     batch = Samples(found, seed=0)[SlotIndex(0, np.array([4, 2]))]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoint import load_state
+from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.serialization import split_state
 from runtime.errors import DivergenceError
-from runtime.serialization import split_state
 from tests.chaos.nursery import Nursery
 from tests.forked import Forked
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -158,9 +158,9 @@ def test_the_last_step_can_be_rolled_back_too(pool: ProcessPool, tmp_path: Path,
 def test_a_kill_during_a_rollback_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
-    from runtime.attempts import Attempts
-    from runtime.loop import Progress
+    from runtime.checkpoints.attempts import Attempts
     from runtime.run import Run
+    from runtime.training.loop import Progress
 
     changes = {"divergence": {"non_finite": "rollback", "learning_rate_factor": 0.5}}
     whole = observe(run(tmp_path / "whole", **changes))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from runtime.config import EarlyStopping as Section
-from runtime.config_file import load
-from runtime.early_stopping import EarlyStopping
+from runtime.config.file import load
+from runtime.config.sections import EarlyStopping as Section
 from runtime.errors import ConfigurationError, EvaluationError
+from runtime.training.early_stopping import EarlyStopping
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import runtime.metrics
-from runtime.metric_inputs import feed_of
-from runtime.metrics import MetricSet
-from runtime.objective_assembly import build_objective
+import runtime.evaluation.metrics
+from runtime.evaluation.metric_inputs import feed_of
+from runtime.evaluation.metrics import MetricSet
+from runtime.losses.assembly import build_objective
 from tests.measured_metrics import CPU, data, load_task
 
 pytestmark = pytest.mark.single
@@ -73,7 +73,7 @@ def measured(found: type[Any], task: str, cuts: list[list[slice]], monkeypatch: 
         for ids in batches:
             rank.update(objective, output[ids], {key: value[ids] for key, value in batch.items()})
     payloads = [rank._encoded() for rank in ranks]
-    monkeypatch.setattr(runtime.metrics, "gather_bytes", lambda *_: payloads)
+    monkeypatch.setattr(runtime.evaluation.metrics, "gather_bytes", lambda *_: payloads)
     return {name: _flat(value) for name, value in ranks[-1].compute().items()}
 
 

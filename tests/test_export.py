@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime import export as module
-from runtime.averaging import WeightAverage
+from runtime.checkpoints import export as module
+from runtime.checkpoints.export import export
+from runtime.checkpoints.snapshot import HostBuffers
 from runtime.cli import main
-from runtime.config_learning import Averaging
+from runtime.config.learning import Averaging
 from runtime.errors import CheckpointError, ConfigurationError
-from runtime.export import export
 from runtime.objective import TrainingModule
-from runtime.snapshot import HostBuffers
+from runtime.optimization.averaging import WeightAverage
 from tests.observed import configuration, observe
 from tests.project import tiny
 from tests.test_checkpoint import folder, save

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from runtime import environment
+from runtime.checkpoints.fence import Fence
 from runtime.errors import RunFolderError
-from runtime.fence import Fence
 
 pytestmark = pytest.mark.single
 
@@ -33,7 +33,7 @@ JOB = """
 import sys
 from pathlib import Path
 from runtime.errors import RunFolderError
-from runtime.fence import Fence
+from runtime.checkpoints.fence import Fence
 
 class Waits(Exception):
     pass
@@ -285,7 +285,7 @@ def test_time_in_which_the_contender_slept_does_not_count(
 ) -> None:
     lock(tmp_path)
     clock = iter(range(0, 100_000, 100))
-    monkeypatch.setattr("runtime.fence.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("runtime.checkpoints.fence.time.monotonic", lambda: next(clock))
     fence = make(wait=[].append)
     looks: list[int] = []
     look = fence._look

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
-from runtime.fields import Fields
 
 pytestmark = pytest.mark.single
 

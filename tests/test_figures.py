@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from sklearn import metrics as sk
 
-from runtime.class_results import ClassResults
-from runtime.console import ConsoleTracker
-from runtime.figures import FiguresTracker, confusion_figure, curves_figure
+from runtime.evaluation.class_results import ClassResults
+from runtime.evaluation.figures import FiguresTracker, confusion_figure, curves_figure
+from runtime.reporting.console import ConsoleTracker
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.project.tiny import Mlp, points
@@ -147,8 +147,8 @@ def test_curves_have_their_points_and_the_names_of_their_classes() -> None:
 
 @pytest.mark.single
 def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.config import WeightsAndBiases
-    from runtime.wandb_tracker import WandbTracker
+    from runtime.config.sections import WeightsAndBiases
+    from runtime.reporting.wandb_tracker import WandbTracker
 
     logged: list[dict[str, Any]] = []
     run = SimpleNamespace(log=logged.append, define_metric=lambda *_, **__: None, finish=lambda **_: None)

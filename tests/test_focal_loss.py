@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
-from runtime.fields import Fields
-from runtime.focal_loss import FocalLoss
+from runtime.losses.focal import FocalLoss
 
 pytestmark = pytest.mark.single
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from runtime import assembly
-from runtime.checkpoint import load_state
-from runtime.config_file import load
+from runtime.checkpoints.checkpoint import load_state
+from runtime.config.file import load
 from runtime.errors import ConfigurationError
+from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
-from runtime.objective_assembly import build_objective
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_optimizers import BATCH, SIZE, as_observed, batches, built, take_gradient, whole_batches

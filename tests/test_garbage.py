@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from runtime.garbage import GarbageCollection
+from runtime.processes.garbage import GarbageCollection
 
 pytestmark = pytest.mark.single
 

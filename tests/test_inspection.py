@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from runtime import inspection
-from runtime.attempts import Attempts, Rollback
-from runtime.checkpoint import damage_of
-from runtime.checkpoint_table import print_listing
+from runtime.checkpoints import inspection
+from runtime.checkpoints.attempts import Attempts, Rollback
+from runtime.checkpoints.checkpoint import damage_of
+from runtime.checkpoints.inspection import Inspected, Listing, inspect, newest_whole
+from runtime.checkpoints.table import print_listing
 from runtime.cli import main
-from runtime.config import Best
+from runtime.config.sections import Best
 from runtime.errors import CheckpointError, RunFolderError
-from runtime.inspection import Inspected, Listing, inspect, newest_whole
 from tests.observed import configuration, observe
 from tests.test_checkpoint import folder, save, snapshot
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.config_learning import Weights
+from runtime.checkpoints.pretrained import load_weights
+from runtime.config.learning import Weights
 from runtime.data_sources.files import existing
 from runtime.errors import DataError, LockstepError
-from runtime.pretrained import load_weights
 from runtime.session import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"

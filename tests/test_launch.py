@@ -16,7 +16,7 @@ from launch.job import JobSpec
 from launch.local import command, environment
 from runtime.environment import check_world_size, requested_world_size
 from runtime.errors import WorldSizeError
-from runtime.launching import _num_threads
+from runtime.processes.launching import _num_threads
 from tests.observed import configuration
 
 ROOT = Path(__file__).parent.parent

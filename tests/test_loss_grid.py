@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.losses import EXCLUDED
+from runtime.losses.by_name import EXCLUDED
 from tests.observed import configuration
 from tests.process_pool import ProcessPool
 from tests.test_accumulation import TOLERANCE, batches_of, initial, plain_update, relative_difference
@@ -105,16 +105,17 @@ TASKS = [
 
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
-    from runtime import assembly, component, sources
-    from runtime.batches import Cursor, Sharing
-    from runtime.config import DistributedDataParallel
-    from runtime.config_file import load
-    from runtime.control import sum_over_ranks
-    from runtime.loading import read_here
+    from runtime import assembly
+    from runtime.config.file import load
+    from runtime.config.sections import DistributedDataParallel, component
+    from runtime.data import sources
+    from runtime.data.batches import Cursor, Sharing
+    from runtime.data.loading import read_here
+    from runtime.data.training_data import How, MappedData
+    from runtime.losses.assembly import build_objective
     from runtime.objective import TrainingModule
-    from runtime.objective_assembly import build_objective
+    from runtime.processes.control import sum_over_ranks
     from runtime.strategies.accelerated import AcceleratedStrategy
-    from runtime.training_data import How, MappedData
 
     def new_strategy() -> AcceleratedStrategy:
         return AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())

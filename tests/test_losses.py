@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
-from runtime.fields import Fields
-from runtime.losses import EXCLUDED, NextTokenLoss, torch_loss
+from runtime.losses.by_name import EXCLUDED, NextTokenLoss, torch_loss
 from runtime.objective import Objective, TrainingModule
 
 pytestmark = pytest.mark.single

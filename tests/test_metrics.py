@@ -15,11 +15,11 @@ from sklearn import metrics as sk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import assembly
-from runtime.class_results import MOST_POINTS
-from runtime.config_file import load
+from runtime.config.file import load
 from runtime.errors import ConfigurationError, EvaluationError
-from runtime.metrics import MetricSet
-from runtime.objective_assembly import build_objective
+from runtime.evaluation.class_results import MOST_POINTS
+from runtime.evaluation.metrics import MetricSet
+from runtime.losses.assembly import build_objective
 from tests.measured_metrics import CPU, MANY, SIZE, TASKS, data, load_task, measure, metric
 from tests.observed import configuration
 from tests.process_pool import ProcessPool
@@ -264,7 +264,7 @@ def test_a_users_metric_is_fed_by_the_names_of_its_parameters() -> None:
     def swapped(self: Any, y_true: Any, y_pred: Any, weight: Any, groups: Any = None) -> None:
         seen.update(y_true=y_true, y_pred=y_pred, weight=weight, groups=groups)
 
-    from runtime.fields import Fields
+    from runtime.data.fields import Fields
 
     loaded = load_task("tokens")
     objective = build_objective(loaded)

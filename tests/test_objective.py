@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import ObjectiveError
-from runtime.losses import torch_loss
+from runtime.losses.by_name import torch_loss
 from runtime.objective import Loss, Objective, TrainingModule, add_weights, starting_gradient
 
 pytestmark = pytest.mark.single

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from runtime.optimization import fused_arguments
+from runtime.optimization.fused import fused_arguments
 
 pytestmark = pytest.mark.single
 

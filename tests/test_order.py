@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
+from runtime.data.order import IndexOrder, KeyedPermutation, SamplerOrder, WeightedOrder
 from runtime.errors import DataError
-from runtime.order import IndexOrder, KeyedPermutation, SamplerOrder, WeightedOrder
 
 pytestmark = pytest.mark.single
 

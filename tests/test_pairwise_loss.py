@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
-from runtime.fields import Fields
+from runtime.losses.pairwise import BPRLoss
 from runtime.objective import TrainingModule
-from runtime.pairwise_loss import BPRLoss
 
 pytestmark = pytest.mark.single
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime import assembly
-from runtime.config_file import load
+from runtime.checkpoints.pretrained import WeightsReport
+from runtime.config.file import load
 from runtime.errors import ConfigurationError, RanksDifferError, RunFolderError
-from runtime.pretrained import WeightsReport
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool, RemoteError
 from tests.test_optimizers import built

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.data.order import IndexOrder
+from runtime.data.transforms import Augment
 from runtime.data_sources import Arrays, Idx, ImageFolder, LabelledTexts, Table, TextLines, TokenFile
 from runtime.data_sources.token_chunks import IGNORED
 from runtime.errors import DataError
-from runtime.order import IndexOrder
-from runtime.transforms import Augment
 from tests.reading import equal, read_steps
 
 pytestmark = pytest.mark.single

@@ -34,9 +34,9 @@ def deep(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any]:
     """Train, asked to stop after a step (each rank's own wish is what the ranks agree on)."""
-    from runtime import control
-    from runtime.progress import Progress
-    from runtime.stopping import StopWish
+    from runtime.processes import control
+    from runtime.processes.stopping import StopWish
+    from runtime.training.progress import Progress
 
     if after is None:
         return observe(config)
@@ -161,11 +161,11 @@ def plateau(folder: Path) -> dict[str, Any]:
 
 def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second round of the evaluation after a step."""
-    from runtime import control
-    from runtime.batches import Window
-    from runtime.evaluation import Evaluator
+    from runtime.data.batches import Window
+    from runtime.evaluation.evaluator import Evaluator
+    from runtime.processes import control
+    from runtime.processes.stopping import StopWish
     from runtime.run import Run
-    from runtime.stopping import StopWish
 
     seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
     run_share, bool_of = Evaluator._run_share, StopWish.__bool__
@@ -304,7 +304,7 @@ def test_which_checkpoints_are_the_best_follows_from_all_evaluations_and_no_inte
 
 def observe_stopping_between_evaluations(config: dict[str, Any], after: int) -> dict[str, Any]:
     """Train, asked to stop after a step; evaluations are made to their end."""
-    from runtime.evaluation import Evaluator
+    from runtime.evaluation.evaluator import Evaluator
 
     evaluate = Evaluator.evaluate
     Evaluator.evaluate = lambda self, stop_wished: evaluate(self)  # type: ignore[method-assign]
@@ -320,7 +320,7 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def weights_of(folder: Path, step: int) -> bytes:
-    from runtime.checkpoint import damage_of
+    from runtime.checkpoints.checkpoint import damage_of
 
     (checkpoint,) = (folder / "checkpoints").glob(f"step-{step:08d}-epoch-*")
     assert damage_of(checkpoint) is None
@@ -340,7 +340,7 @@ def test_records_of_repeated_steps_are_dropped(pool: ProcessPool, tmp_path: Path
 
 def saved_bytes(folder: Path) -> dict[str, bytes]:
     """Return all of the last state but what names the start that saved it."""
-    from runtime.serialization import split_state
+    from runtime.checkpoints.serialization import split_state
 
     kept = {key: value for key, value in saved(folder, STEPS).items() if key not in ("identity", "made_by")}
     tree, tensors = split_state(kept)
@@ -352,7 +352,7 @@ def averages(folder: Path) -> dict[str, bytes]:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoint import load_state
+    from runtime.checkpoints.checkpoint import load_state
 
     (path,) = (folder / "checkpoints").glob(f"step-{step:08d}*")
     return load_state(path)[1]

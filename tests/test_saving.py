@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import checkpoint, serialization
-from runtime.attempts import Attempts, Rollback
-from runtime.batches import Cursor
-from runtime.checkpoint import CheckpointFolder, listed, load_state
-from runtime.config import Best
+from runtime.checkpoints import checkpoint, serialization
+from runtime.checkpoints.attempts import Attempts, Rollback
+from runtime.checkpoints.checkpoint import CheckpointFolder, listed, load_state
+from runtime.checkpoints.saving import BackgroundSaving
+from runtime.checkpoints.snapshot import HostBuffers
+from runtime.config.sections import Best
+from runtime.data.batches import Cursor
 from runtime.errors import CheckpointError, RunFolderError
-from runtime.saving import BackgroundSaving
-from runtime.snapshot import HostBuffers
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
-from runtime import component, schedulers
-from runtime.component import ComponentError
+from runtime.checkpoints.serialization import join_state, split_state
+from runtime.config import component
+from runtime.config.component import ComponentError
 from runtime.errors import DivergenceError, EvaluationError
-from runtime.schedule import Schedule
-from runtime.schedulers import WarmupStableDecay, length_argument
-from runtime.serialization import join_state, split_state
+from runtime.optimization import schedulers
+from runtime.optimization.schedule import Schedule
+from runtime.optimization.schedulers import WarmupStableDecay, length_argument
 from tests.observed import PROJECT
 from tests.project import tiny_schedules as tiny
 

@@ -16,11 +16,11 @@ from torch import nn
 from torch.optim import SGD, lr_scheduler
 
 from runtime.assembly import check_components
-from runtime.checkpoint import load_state
+from runtime.checkpoints.checkpoint import load_state
 from runtime.cli import main
-from runtime.config_file import load
-from runtime.curve import Curve, drawn, simulate
-from runtime.schedule import Schedule
+from runtime.config.file import load
+from runtime.optimization.curve import Curve, drawn, simulate
+from runtime.optimization.schedule import Schedule
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from runtime.checkpoints.serialization import checksum, join_state, split_state, write_tensors
 from runtime.errors import CheckpointError
-from runtime.serialization import checksum, join_state, split_state, write_tensors
 
 pytestmark = pytest.mark.single
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runtime.strategies.accelerated import AcceleratedStrategy
-from runtime.verdicts import Verdicts
+from runtime.training.verdicts import Verdicts
 from tests.observed import assert_bitwise_equal, observe
 from tests.process_pool import ProcessPool
 from tests.test_divergence import failure, run, state, tensors

@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
+from runtime.data.splitting import Subset, split_ids, subset
 from runtime.errors import DataError
-from runtime.splitting import Subset, split_ids, subset
 from tests.project.tiny import Ids, points
 
 pytestmark = pytest.mark.single

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from runtime import stopping
-from runtime.stopping import StopWish
+from runtime.processes import stopping
+from runtime.processes.stopping import StopWish
 
 pytestmark = pytest.mark.single
 
@@ -31,8 +31,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PRELUDE = '''
 import ctypes, signal, sys, threading, time
 from pathlib import Path
-from runtime import stopping
-from runtime.stopping import StopWish
+from runtime.processes import stopping
+from runtime.processes.stopping import StopWish
 
 stopping._POLL_SECONDS = 0.02
 
@@ -419,7 +419,7 @@ def test_a_signal_to_a_loader_worker_alone_is_no_wish(wish: StopWish, workers_ig
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    from runtime.loading import _start_worker
+    from runtime.data.loading import _start_worker
 
     class Workers(Dataset[Any]):
         def __len__(self) -> int:
@@ -458,7 +458,7 @@ def test_importing_it_imports_the_standard_library_alone() -> None:
     code = """
 import sys
 before = set(sys.modules)
-import runtime.stopping
+import runtime.processes.stopping
 print({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) - {"runtime"})
 """
     line = [sys.executable, "-c", code]

@@ -29,7 +29,7 @@ def deep(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
     """Train one reporting-free run; count gradient buckets through a communication hook, and other collectives."""
-    from runtime import control
+    from runtime.processes import control
     from runtime.strategies.accelerated import AcceleratedStrategy
 
     buckets: list[int] = []
@@ -248,13 +248,13 @@ def test_compiled_models_give_the_same_losses(tmp_path: Path) -> None:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoint import load_state
+    from runtime.checkpoints.checkpoint import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
 
 
 def saved_model(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoint import load_state
+    from runtime.checkpoints.checkpoint import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[0]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.batches import Cursor, Sharing
+from runtime.data.batches import Cursor, Sharing
+from runtime.data.loading import loader_factory
+from runtime.data.stream_windows import StreamWindows
+from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
-from runtime.loading import loader_factory
-from runtime.stream_windows import StreamWindows
-from runtime.streams import StreamSamples
 from tests.project.tiny_streams import Numbers, Shares, Stateful
 
 pytestmark = [pytest.mark.single, pytest.mark.filterwarnings("ignore:This DataLoader will create")]

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.errors import PeerError
-from runtime.watch import Heartbeat, Position, Watch, laggards
+from runtime.processes.watch import Heartbeat, Position, Watch, laggards
 
 _SILENCE_SECONDS = 1.0
 _STALL_SECONDS = 1.0

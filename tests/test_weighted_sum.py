@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.fields import Fields
-from runtime.losses import torch_loss
+from runtime.data.fields import Fields
+from runtime.losses.by_name import torch_loss
+from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Loss, Objective, TrainingModule, add_weights, starting_gradient
-from runtime.weighted_sum import WeightedSum
 
 pytestmark = pytest.mark.single
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from runtime.config import DistributedDataParallel
+from runtime.config.sections import DistributedDataParallel
 from runtime.errors import ConfigurationError, DivergenceError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.randomness import preserved_random_state

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from runtime.fence import Fence
+from runtime.checkpoints.fence import Fence
 from runtime.objective import Loss, Objective
 
 INFINITE = 0.5344699239871201  # what sample 17 draws in the third epoch
@@ -255,9 +255,9 @@ class Moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
-        from runtime.progress import Progress
+        from runtime.processes.watch import Position
         from runtime.run import Run
-        from runtime.watch import Position
+        from runtime.training.progress import Progress
 
         advance, enter, evaluated, roll_back = Progress.advance, Position.enter, Run._evaluated, Run._roll_back
 

@@ -12,8 +12,8 @@ from tiny import Deep, points
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runtime.data.order import IndexOrder
 from runtime.objective import Objective
-from runtime.order import IndexOrder
 
 SIZE, BATCH = 96, 16
 

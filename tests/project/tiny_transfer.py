@@ -7,8 +7,8 @@ from tiny import points
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runtime.data.order import IndexOrder
 from runtime.objective import Objective
-from runtime.order import IndexOrder
 
 
 class Classifier(nn.Module):

@@ -1,0 +1,356 @@
+"""Checkpoints as transactions: a folder that bears its final name is whole.
+
+Rank 0 writes ``step-00001200.partial-<token>/``, syncs every file, writes ``manifest.json`` with size and sha256 of each,
+syncs, renames, and syncs the parent. Reading verifies the manifest, moves a damaged checkpoint aside and falls back to the
+newest good one. Checksums guard against damage, not malice: that is why nothing is ever unpickled.
+
+    checkpoints/step-00001200/
+        model.safetensors       the model's own names; loads with safetensors and load_state_dict
+        training.safetensors    optimizer, objective, averages
+        state.json              progress, cursor, schedule, everything that is not a tensor
+        manifest.json           written last
+    checkpoints/step-00001600-epoch-4-loss-0.2171/      one of the best when it was saved
+    checkpoints/step-00001600-attempt-2/                saved after the second rollback
+    checkpoints/best.json                               what is best, with its value
+    checkpoints/rollbacks.json                          which checkpoints a rollback has abandoned (attempts.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from runtime.checkpoints.attempts import Attempts
+from runtime.checkpoints.best import ranked
+from runtime.checkpoints.serialization import (
+    checksum,
+    join_state,
+    make_folder,
+    replace_file,
+    sync_folder,
+    write_durably,
+    write_tensors,
+)
+from runtime.checkpoints.snapshot import Snapshot
+from runtime.config.sections import Best
+from runtime.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_FILES = ("model.safetensors", "training.safetensors", "state.json")
+_NAME = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
+_UNFINISHED = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Args:
+        path: its folder.
+        step: steps consumed when it was made.
+        attempt: the line of history it belongs to.
+        epoch: the epoch of its last step, counted from 1.
+        results: of the evaluation of the same step, if there was one.
+    """
+
+    path: Path
+    step: int
+    attempt: int
+    epoch: int
+    results: Mapping[str, Any]
+
+
+class CheckpointFolder:
+    """All checkpoints of one run. Writing is for rank 0.
+
+    Args:
+        folder: holds nothing else.
+        keep: newest checkpoints kept.
+        best: which others are kept.
+        warn: told what was found damaged.
+        before_commit: called before a checkpoint gets its final name; raises if another process owns the folder by now.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        best: Sequence[Best],
+        warn: Callable[[str], None],
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._best = best
+        self._warn = warn
+        self._before_commit = before_commit
+        self.attempts = Attempts(folder)
+
+    def write(self, snapshot: Snapshot) -> Path:
+        """Write one checkpoint and drop those that are no longer kept.
+
+        Raises:
+            CheckpointError: it could not be written; what was there before is untouched.
+        """
+        known = [c for c in self._checkpoints() if (c.step, c.attempt) == (snapshot.step, snapshot.attempt)]
+        if known and (known[-1].results or not snapshot.results):
+            return known[-1].path
+        final = self.folder / self._name(snapshot, evaluated=bool(known))
+        partial = self.folder / f"{final.name}.partial-{secrets.token_hex(4)}"
+        try:
+            make_folder(self.folder)
+            partial.mkdir()
+            _write_files(partial, snapshot)
+            self._before_commit()
+            os.rename(partial, final)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"step {snapshot.step} could not be saved to {self.folder}: {error.strerror or error}; "
+                "earlier checkpoints are whole"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing is left under this name once it has been renamed
+        try:
+            self.record_best()
+            self._drop_old()
+        except OSError as error:
+            self._warn(f"checkpoints could not be tidied up: {error}")
+        return final
+
+    def newest(self, *, usable: Callable[[Checkpoint], str | None] = lambda checkpoint: None) -> Checkpoint | None:
+        """Return the newest whole checkpoint that no rollback has abandoned; a damaged one is moved aside and named.
+
+        Args:
+            usable: says why a whole checkpoint is not wanted, or None.
+
+        Raises:
+            CheckpointError: a checkpoint was written by a newer version of Lockstep.
+        """
+        for checkpoint in reversed(list(self._checkpoints())):
+            path = checkpoint.path
+            damage = damage_of(path)
+            if damage is not None:
+                aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(2)}")
+                os.rename(path, aside)
+                self._warn(
+                    f"checkpoint {path.name} is damaged ({damage}); moved to {aside.name}, going on from the one before"
+                )
+                continue
+            unwanted = usable(checkpoint)
+            if unwanted is None:
+                return checkpoint
+            self._warn(f"checkpoint {path.name} is passed over: {unwanted}")
+        return None
+
+    def clear_partial(self) -> None:
+        """Remove what a killed writer left behind."""
+        for path in self.folder.glob("step-*.partial-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def best(self, best: Best) -> list[Checkpoint]:
+        """Return the kept checkpoints with the best results, best first."""
+        return self._ranked(self._checkpoints(), best)
+
+    def results(self) -> list[Mapping[str, Any]]:
+        """Return the results of the checkpoints that no rollback has abandoned, oldest first."""
+        return [checkpoint.results for checkpoint in self._checkpoints()]
+
+    def _name(self, snapshot: Snapshot, *, evaluated: bool) -> str:
+        name = f"step-{snapshot.step:08d}" + (f"-attempt-{snapshot.attempt}" if snapshot.attempt else "")
+        others = list(self._checkpoints())
+        this = Checkpoint(self.folder / name, snapshot.step, snapshot.attempt, snapshot.epoch, snapshot.results)
+        leading = [best.metric for best in self._best if this in self._ranked([*others, this], best)]
+        if leading:
+            values = (f"-{re.sub('[^A-Za-z0-9_]', '_', m)}-{snapshot.results[m]:.4g}" for m in leading)
+            return f"{name}-epoch-{snapshot.epoch}" + "".join(values)
+        return f"{name}-evaluated" if evaluated else name
+
+    def _checkpoints(self) -> Iterator[Checkpoint]:
+        """Yield those that no rollback has abandoned, oldest first."""
+        found = (checkpoint for checkpoint, abandoned in listed(self.folder, self.attempts) if not abandoned)
+        yield from sorted(found, key=lambda c: (c.step, c.attempt, bool(c.results)))
+
+    def record_best(self) -> None:
+        """Write ``best.json``, unless it is as it should be: a kill may have come before it was written."""
+        if not self._best or not self.folder.is_dir():
+            return
+        checkpoints = list(self._checkpoints())
+        record = {
+            best.metric: [
+                {"checkpoint": c.path.name, "value": c.results[best.metric], "step": c.step, "epoch": c.epoch}
+                for c in self._ranked(checkpoints, best)
+            ]
+            for best in self._best
+        }
+        file, text = self.folder / "best.json", json.dumps(record, indent=1)
+        if not file.is_file() or file.read_bytes() != text.encode():
+            replace_file(file, text)
+
+    @staticmethod
+    def _ranked(checkpoints: Iterable[Checkpoint], best: Best) -> list[Checkpoint]:
+        return ranked(checkpoints, best, lambda checkpoint: checkpoint.results)
+
+    def _drop_old(self) -> None:
+        checkpoints = list(self._checkpoints())
+        current = {(c.step, c.attempt): c for c in checkpoints}  # of two of one step, the one with results
+        kept = {c.path for c in list(current.values())[-self._keep :]}
+        for best in self._best:
+            kept |= {c.path for c in self._ranked(checkpoints, best)}
+        for checkpoint, _ in listed(self.folder, self.attempts):
+            if checkpoint.path not in kept:
+                # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
+                doomed = checkpoint.path.with_name(f"{checkpoint.path.name}.partial-{secrets.token_hex(4)}")
+                os.rename(checkpoint.path, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def listed(folder: Path, attempts: Attempts) -> list[tuple[Checkpoint, bool]]:
+    """Return every checkpoint that bears a final name, and whether a rollback has abandoned it."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _NAME.fullmatch(path.name)
+        if match is not None and not _UNFINISHED.search(path.name) and path.is_dir():
+            checkpoint = _opened(path, step=int(match[1]), attempt=int(match[2] or 0))
+            found.append((checkpoint, attempts.abandoned(checkpoint.step, checkpoint.attempt)))
+    return found
+
+
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the model's state dict and the training state of a verified checkpoint, on the CPU."""
+    tree = json.loads((path / "state.json").read_text())
+    model = join_state(tree["model"], load_file(path / "model.safetensors"))
+    training = join_state(tree["training"], load_file(path / "training.safetensors"))
+    return model, training
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of a checkpoint is needed to call its model.
+
+    Args:
+        model: its state dict, the raw weights.
+        objective: the objective's own.
+        averaging: state of the running average; None where there was none.
+        identity: what the run was, with ``slots`` and ``configuration``.
+    """
+
+    model: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    averaging: Mapping[str, Any] | None
+    identity: Mapping[str, Any]
+
+
+def load_weights(path: Path) -> Weights:
+    """Return what is needed to call the model of a verified checkpoint, on the CPU; the optimizer's state is not read.
+
+    Raises:
+        CheckpointError: a file of it is gone.
+    """
+    try:
+        tree = json.loads((path / "state.json").read_text())
+        training = tree["training"]
+        model = join_state(tree["model"], load_file(path / "model.safetensors"))
+        with safe_open(path / "training.safetensors", framework="pt") as file:
+            parts = {part: join_state(training[part], _Lazy(file)) for part in ("objective", "averaging")}
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
+        ) from error
+    return Weights(model, parts["objective"], parts["averaging"], training["identity"])
+
+
+class _Lazy(Mapping[str, Any]):
+    """The tensors of a safetensors file, read when they are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Any:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+def damage_of(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None if every byte is as it was written.
+
+    Raises:
+        CheckpointError: it was written by a newer version of Lockstep.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        version = int(manifest["version"])
+        files = {
+            name: (int(expected["bytes"]), str(expected["sha256"])) for name, expected in manifest["files"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "manifest.json is missing or unreadable"
+    if version > FORMAT_VERSION and _version_of_state(path) == version:  # else it is the number that is damaged
+        raise CheckpointError(
+            f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
+        )
+    for name in _FILES:
+        if name not in files:
+            return f"{name} is not in manifest.json"
+    for name, (size, digest) in files.items():
+        file = path / name
+        try:
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{name} is missing or cut short"
+            if checksum(file) != digest:
+                return f"{name} does not match its checksum"
+        except OSError as error:  # a bad sector
+            return f"{name} cannot be read: {error.strerror or error}"
+    return None if version == _version_of_state(path) else "manifest.json and state.json name different formats"
+
+
+def _version_of_state(path: Path) -> int | None:
+    try:
+        return int(json.loads((path / "state.json").read_text())["version"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    tree = {
+        "version": FORMAT_VERSION,
+        "step": snapshot.step,
+        "attempt": snapshot.attempt,
+        "epoch": snapshot.epoch,
+        "results": dict(snapshot.results),
+        **snapshot.trees,
+    }
+    files = {
+        f"{file}.safetensors": write_tensors(folder / f"{file}.safetensors", t) for file, t in snapshot.tensors.items()
+    }
+    files["state.json"] = write_durably(folder / "state.json", json.dumps(tree, indent=1).encode())
+    manifest = {
+        "version": FORMAT_VERSION,
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
+    }
+    write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
+
+
+def _opened(path: Path, *, step: int, attempt: int) -> Checkpoint:
+    try:
+        tree = json.loads((path / "state.json").read_text())
+        return Checkpoint(path, step, attempt, int(tree["epoch"]), dict(tree["results"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return Checkpoint(path, step, attempt, 0, {})  # damaged, which verifying it will tell

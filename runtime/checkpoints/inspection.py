@@ -1,0 +1,303 @@
+"""What a run's checkpoints are, for a person or a script: ``lockstep checkpoints``, and the choice of one to export.
+
+Only reads. A run may be writing meanwhile: a folder that goes while it is looked at is left out, and the others are looked
+at again. What counts as whole is what a start of the run would say (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
+
+from runtime.checkpoints.attempts import Attempts
+from runtime.checkpoints.checkpoint import Checkpoint, damage_of, listed
+from runtime.errors import CheckpointError, RunFolderError
+
+State = Literal["whole", "damaged", "newer format", "moved aside", "partial"]
+_UNFINISHED = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?.*\.(partial|damaged)-[0-9a-f]+")
+_LOOKS = 5  # at a folder that changes meanwhile
+_BIG_BYTES = 1 << 28  # verified in about a quarter of a second; from here on a person wants to see it move
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One folder among a run's checkpoints.
+
+    Args:
+        name: of the folder.
+        step: steps consumed when it was made.
+        epoch: the epoch of its last step, counted from 1; 0 where that cannot be read.
+        attempt: the line of history it belongs to.
+        results: of the evaluation of the same step.
+        size_bytes: of its files.
+        age_seconds: since it was written.
+        state: ``whole``; ``damaged``; ``newer format``; ``moved aside``, by a start that found it damaged; ``partial``, which
+            is being written or was when its writer was killed.
+        problem: why it is not whole.
+        abandoned: whether a rollback went back before it, so that it is never gone on from.
+        best_of: its place, counted from 1, by the metrics that it is among the best of.
+    """
+
+    name: str
+    step: int
+    epoch: int
+    attempt: int
+    results: Mapping[str, Any]
+    size_bytes: int
+    age_seconds: float
+    state: State
+    problem: str | None
+    abandoned: bool
+    best_of: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def in_use(self) -> bool:
+        """Tell whether a start may come to it."""
+        return not self.abandoned and self.state not in ("partial", "moved aside")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The checkpoints of one run.
+
+    Args:
+        folder: that holds them.
+        checkpoints: oldest first.
+        best: the metrics that ``best.json`` names.
+        notes: what else a person should know.
+    """
+
+    folder: Path
+    checkpoints: Sequence[Inspected]
+    best: Sequence[str]
+    notes: Sequence[str]
+
+    @property
+    def newest(self) -> Inspected | None:
+        """The checkpoint that a start tries first."""
+        candidates = [c for c in self.checkpoints if c.in_use]
+        return candidates[-1] if candidates else None
+
+    @property
+    def goes_on_from(self) -> Inspected | None:
+        """The checkpoint that a start goes on from; None if it would begin anew, or refuse one of a newer format."""
+        for checkpoint in reversed(self.checkpoints):
+            if checkpoint.in_use and checkpoint.state != "damaged":
+                return checkpoint if checkpoint.state == "whole" else None
+        return None
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether a start goes on from the newest checkpoint, or there has not been one yet."""
+        if self.newest is None:
+            return all(c.state == "partial" for c in self.checkpoints)
+        return self.newest.state == "whole"
+
+    def as_json(self) -> str:
+        """Return all of it as JSON; results that are NaN or infinite become null."""
+        whole = {
+            "folder": str(self.folder),
+            "goes_on_from": self.goes_on_from.name if self.goes_on_from else None,
+            "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
+            "notes": list(self.notes),
+        }
+        return json.dumps(_without_nan(whole), indent=2, allow_nan=False)
+
+
+def inspect(run: Path) -> Listing:
+    """Look at all checkpoints of a run and verify every byte of them; on a terminal, a bar shows how far it is.
+
+    Args:
+        run: the run folder, or its folder of checkpoints.
+
+    Raises:
+        RunFolderError: it is no such folder, or cannot be read.
+        CheckpointError: the record of rollbacks cannot be read.
+    """
+    folder = checkpoints_folder(run)
+    try:
+        known: dict[tuple[Path, int | None], Inspected] = {}
+        for _ in range(_LOOKS):
+            there = {(c.path, _inode(c.path)): (c, abandoned) for c, abandoned in _there(folder)}
+            known |= _verified({key: found for key, found in there.items() if key not in known})
+            known = {(path, inode): i for (path, inode), i in known.items() if _inode(path) == inode is not None}
+            if there.keys() <= known.keys():
+                break
+        best, notes = _best(folder)
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be read: {error.strerror or error}") from error
+    order = {checkpoint.path.name: _age_order(checkpoint) for checkpoint, _ in there.values()}
+    found = sorted((i for i in known.values() if i.name in order), key=lambda i: order[i.name])
+    return Listing(folder, list(_with_places(found, best)), list(best), notes)
+
+
+def newest_whole(run: Path, *, warn: Callable[[str], None]) -> Checkpoint:
+    """Return the newest whole checkpoint that no rollback has abandoned, and leave everything where it is.
+
+    Args:
+        run: the run folder, or its folder of checkpoints.
+        warn: told which are passed over as damaged.
+
+    Raises:
+        RunFolderError: it is no such folder, or cannot be read.
+        CheckpointError: there is none, or a newer one was written by a newer version of Lockstep.
+    """
+    folder = checkpoints_folder(run)
+    try:
+        for _ in range(_LOOKS):
+            usable = [c for c, abandoned in listed(folder, Attempts(folder)) if not abandoned]
+            for checkpoint in sorted(usable, key=_age_order, reverse=True):
+                damage = damage_of(checkpoint.path)
+                if damage is None:
+                    return checkpoint
+                if not checkpoint.path.exists():
+                    break  # a run has just removed it
+                warn(f"{checkpoint.path.name} is passed over: it is damaged ({damage})")
+            else:
+                break
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be read: {error.strerror or error}") from error
+    raise CheckpointError(f"{run} holds no whole checkpoint")
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Return the folder that holds a run's checkpoints.
+
+    Args:
+        run: the run folder, or that folder itself.
+
+    Raises:
+        RunFolderError: it is not a folder, or it is one checkpoint.
+    """
+    if not run.is_dir():
+        raise RunFolderError(f"{run} is not a folder" if run.exists() else f"there is no folder {run}")
+    if (run / "checkpoints").is_dir():
+        return run / "checkpoints"
+    if is_checkpoint(run):
+        raise RunFolderError(f"{run} is one checkpoint; name the run folder that it belongs to")
+    return run
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder is, or was to be, a checkpoint, also one that was copied under another name."""
+    files = ("manifest.json", "state.json")
+    return re.match(r"step-\d{8}", folder.name) is not None or all((folder / file).is_file() for file in files)
+
+
+def _there(folder: Path) -> Iterator[tuple[Checkpoint, bool]]:
+    """Yield finished checkpoints and whether they are abandoned, then those that a start or a kill left behind."""
+    attempts = Attempts(folder)
+    yield from listed(folder, attempts)
+    for path in sorted(folder.iterdir()):
+        match = _UNFINISHED.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            step, attempt = int(match[1]), int(match[2] or 0)
+            yield Checkpoint(path, step, attempt, epoch=0, results={}), attempts.abandoned(step, attempt)
+
+
+def _verified(
+    there: Mapping[tuple[Path, int | None], tuple[Checkpoint, bool]],
+) -> dict[tuple[Path, int | None], Inspected]:
+    sizes = {key: _size(key[0]) for key in there}
+    console = Console(stderr=True)
+    shown = console.is_terminal and sum(sizes.values()) >= _BIG_BYTES
+    columns = ("verifying {task.description}", BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+    found = {}
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task("", total=sum(sizes.values()))
+        for key, (checkpoint, abandoned) in there.items():
+            progress.update(task, description=checkpoint.path.name)
+            found[key] = _inspected(checkpoint, abandoned, size_bytes=sizes[key])
+            progress.advance(task, sizes[key])
+    return found
+
+
+def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> Inspected:
+    path = checkpoint.path
+    unfinished = _UNFINISHED.fullmatch(path.name)
+    state: State = "whole"
+    problem = None
+    if unfinished is not None and unfinished[3] == "partial":
+        state = "partial"
+    else:
+        try:
+            problem = damage_of(path)
+            state = "moved aside" if unfinished is not None else "whole" if problem is None else "damaged"
+        except CheckpointError as error:
+            state, problem = "newer format", str(error).removeprefix(f"{path} ")
+    try:
+        age = max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        age = 0.0  # it has just gone, and will be left out
+    return Inspected(
+        name=path.name,
+        step=checkpoint.step,
+        epoch=checkpoint.epoch,
+        attempt=checkpoint.attempt,
+        results=checkpoint.results,
+        size_bytes=size_bytes,
+        age_seconds=round(age, 3),
+        state=state,
+        problem=problem,
+        abandoned=abandoned,
+    )
+
+
+def _best(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the names of the best checkpoints by metric, best first, and what is wrong with their record."""
+    try:
+        record = json.loads((folder / "best.json").read_text())
+        return {metric: [str(entry["checkpoint"]) for entry in entries] for metric, entries in record.items()}, []
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}, ["best.json cannot be read; it is written anew at the next save"]
+
+
+def _with_places(found: Sequence[Inspected], best: Mapping[str, Sequence[str]]) -> Iterator[Inspected]:
+    abandoned = {i.name for i in found if i.abandoned}  # a rollback leaves best.json as it is until the next save
+    places: dict[str, dict[str, int]] = {}
+    for metric, names in best.items():
+        for place, name in enumerate((name for name in names if name not in abandoned), start=1):
+            places.setdefault(name, {})[metric] = place
+    for inspected in found:
+        yield Inspected(**{**vars(inspected), "best_of": places.get(inspected.name, {})})
+
+
+def _age_order(checkpoint: Checkpoint) -> tuple[int, int, bool, str]:
+    """Sort as a start does: of two of one step and attempt, the one with results is the newer."""
+    return checkpoint.step, checkpoint.attempt, bool(checkpoint.results), checkpoint.path.name
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _size(folder: Path) -> int:
+    size = 0
+    try:
+        for file in folder.iterdir():
+            size += file.stat().st_size
+    except OSError:
+        pass  # it is being removed
+    return size
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,210 @@
+"""Weights that a run starts from: a safetensors file, a torch file (tensors only, never unpickled code), or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from runtime.checkpoints.checkpoint import damage_of
+from runtime.checkpoints.serialization import checksum, join_state
+from runtime.config.component import ComponentError, did_you_mean
+from runtime.config.learning import Weights
+from runtime.optimization.patterns import described_misses, matches, useless
+
+_SAFETENSORS = ".safetensors"
+_LISTED = 12  # of each kind; a wrong file misses hundreds
+
+
+@dataclass
+class WeightsReport:
+    """What became of the names of a file and of a model.
+
+    Args:
+        file: that was read.
+        loaded: names that were loaded.
+        left_out: names of the model that ``ignore`` leaves as they were built.
+        missing: names of the model that the file has not: they are as they were built.
+        unexpected: names of the file (as in the model) that the model has not: they are not used.
+        misshaped: names with the file's and the model's shape.
+    """
+
+    file: Path
+    loaded: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A table: how many of each kind, and which."""
+        rows = [
+            ("missing, as they were built", self.missing),
+            ("left out by ignore, as they were built", self.left_out),
+            ("unexpected, not used", self.unexpected),
+        ]
+        first = f"weights of {self.file}: {len(self.loaded)} of {self._num_names} names loaded"
+        return "\n".join([first, *(f"  {len(names):>4} {what}: {_listed(names)}" for what, names in rows if names)])
+
+    @property
+    def _num_names(self) -> int:
+        return len(self.loaded) + len(self.missing) + len(self.left_out)
+
+
+def load_weights(model: nn.Module, section: Weights, file: Path) -> WeightsReport:
+    """Load weights into a model that was built, on the CPU; types are the model's.
+
+    Args:
+        section: how the file's names become the model's.
+        file: of safetensors or torch; or a folder that holds ``model.safetensors``, as a checkpoint does.
+
+    Raises:
+        ComponentError: there is no such file, or it is damaged, holds something else, or does not fit.
+    """
+    found = _renamed(_read(file, section), section)
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    if section.ignore:
+        unused = useless(section.ignore, {**state, **found})
+        if unused:
+            raise ComponentError(f"no name matches {described_misses(unused, state)}", ("ignore",))
+    report = WeightsReport(file)
+    fitting: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if matches(name, section.ignore):
+            continue
+        if name not in state:
+            report.unexpected.append(name)
+        elif state[name].shape != value.shape:
+            report.misshaped[name] = (tuple(value.shape), tuple(state[name].shape))
+        else:
+            fitting[name] = value
+    given = {state[name].data_ptr() for name in fitting if state[name].numel()}  # a tied weight has several names
+    for name, value in state.items():
+        if name in fitting or (value.numel() and value.data_ptr() in given):
+            report.loaded.append(name)
+        elif matches(name, section.ignore):
+            report.left_out.append(name)
+        elif name not in report.misshaped:
+            report.missing.append(name)
+    _refuse(report, found, state)
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def weights_digest(file: Path) -> str | None:
+    """Return a digest of what :func:`load_weights` reads, or None if it is not there."""
+    path = file / f"model{_SAFETENSORS}" if file.is_dir() else file
+    try:
+        return checksum(path)[:16]
+    except OSError:
+        return None
+
+
+def _refuse(report: WeightsReport, found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    if report.misshaped:
+        shapes = [
+            f"{name} is {_shape(its)}, in the model {_shape(ours)}" for name, (its, ours) in report.misshaped.items()
+        ]
+        raise ComponentError(
+            f"{report.file}: {_listed(shapes, '; ')}. Where the model is to have its own, as with a new head, name it in "
+            f"model.weights.ignore: {json.dumps(list(report.misshaped)[:_LISTED])}",
+            ("ignore",),
+        )
+    if not report.loaded:
+        raise ComponentError(
+            f"{report.file} has none of the model's names{_naming(found, state)}. It has {_listed(list(found))}; the model "
+            f"{_listed(list(state))}"
+        )
+
+
+def _naming(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Say which ``prefix`` or ``strip`` would make the names fit, if one does."""
+    for theirs in found:
+        for ours in state:
+            if theirs.endswith(f".{ours}"):
+                return f"; did you mean strip: {theirs.removesuffix(ours)}?"
+            if ours.endswith(f".{theirs}"):
+                return f"; did you mean prefix: {ours.removesuffix(theirs)}?"
+    return did_you_mean(next(iter(found), ""), state)
+
+
+def _renamed(found: Mapping[str, Tensor], section: Weights) -> dict[str, Tensor]:
+    strip = section.strip or ""
+    if strip and not any(name.startswith(strip) for name in found):
+        raise ComponentError(f"no name in the file begins with {strip!r}: it has {_listed(list(found))}", ("strip",))
+    # What lies outside of what is stripped keeps its name, and is most likely unexpected.
+    return {(section.prefix or "") + name.removeprefix(strip): value for name, value in found.items()}
+
+
+def _read(file: Path, section: Weights) -> dict[str, Tensor]:
+    if file.is_dir():
+        return _of_folder(file, section)
+    if not file.is_file():
+        near = did_you_mean(file.name, [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else [])
+        raise ComponentError(f"there is no {file}{near}", ("file",))
+    return _tensors(_content(file), file, section)
+
+
+def _content(file: Path) -> Any:
+    try:
+        return (
+            load_file(file) if file.suffix == _SAFETENSORS else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError as error:
+        raise ComponentError(
+            f"{file} is no file of torch's, or holds more than tensors and plain data, and is not read: loading it could run "
+            "code. Save the state dict alone (torch.save(model.state_dict(), …), or safetensors)",
+            ("file",),
+        ) from error
+    except Exception as error:  # torn bytes lead torch's reader astray in many ways
+        first_line = (str(error) or type(error).__name__).split("\n", maxsplit=1)[0]
+        raise ComponentError(f"{file} cannot be read: {first_line}", ("file",)) from error
+
+
+def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
+    file = folder / f"model{_SAFETENSORS}"
+    if not file.is_file():
+        hint = "; name one of its checkpoints" if (folder / "checkpoints").is_dir() else ""
+        raise ComponentError(f"{folder} is a folder without {file.name}{hint}", ("file",))
+    if not (folder / "manifest.json").is_file():
+        return _read(file, section)
+    damage = damage_of(folder)
+    if damage is not None:
+        raise ComponentError(f"the checkpoint {folder} is damaged ({damage})", ("file",))
+    tree = json.loads((folder / "state.json").read_text())["model"]  # which names share one tensor
+    return _tensors(join_state(tree, load_file(file)), file, section)
+
+
+def _tensors(content: Any, file: Path, section: Weights) -> dict[str, Tensor]:
+    """Return the state dict within what a file holds."""
+    for part in section.entry.split(".") if section.entry else ():
+        if not isinstance(content, Mapping) or part not in content:
+            known = did_you_mean(part, map(str, content)) if isinstance(content, Mapping) else ""
+            raise ComponentError(f"{file} has no entry {section.entry!r}{known}", ("entry",))
+        content = content[part]
+    if isinstance(content, Mapping):
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+        inner = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
+        if inner:
+            raise ComponentError(
+                f"{file} is no state dict; it has entries: set entry to one of {_listed(inner)}", ("entry",)
+            )
+    raise ComponentError(f"{file} holds a {type(content).__name__} without tensors, not a state dict", ("file",))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+def _listed(names: Sequence[str], between: str = ", ") -> str:
+    more = len(names) - _LISTED
+    return between.join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,188 @@
+"""What a run's state consists of, and whether a checkpoint may be continued under the present configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from runtime.checkpoints.attempts import Rollback
+from runtime.config.file import LoadedConfiguration, exact_keys
+from runtime.errors import CheckpointError, RunFolderError
+from runtime.objective import TrainingModule
+from runtime.optimization.averaging import WeightAverage
+from runtime.optimization.combined import load_exactly
+from runtime.optimization.evaluation_weights import cloned, evaluated_weights, load_training_weights, training_weights
+from runtime.optimization.schedule import Schedule
+from runtime.strategies import Strategy
+from runtime.training.divergence import Divergence
+from runtime.training.early_stopping import EarlyStopping
+from runtime.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts whose state is the run's: all that a checkpoint holds, and nothing that differs between ranks."""
+
+    module: TrainingModule
+    optimizer: Optimizer
+    schedule: Schedule
+    averaging: WeightAverage | None
+    strategy: Strategy
+    divergence: Divergence
+    early_stopping: EarlyStopping | None
+    progress: Progress
+
+    def collect(self) -> dict[str, dict[str, Any]]:
+        """Return the model's state dict and everything else (``training``), as tensors and plain data.
+
+        Where the optimizer has other weights for evaluation, those are the model's, and training's are beside them.
+        """
+        weights = training_weights(self.optimizer, self.module)
+        model, objective = self.module.model.state_dict(), self.module.objective.state_dict()
+        if weights is not None:
+            with evaluated_weights(self.optimizer):
+                model, objective = cloned(model), cloned(objective)
+        training = {
+            "objective": objective,
+            "weights": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "averaging": None if self.averaging is None else self.averaging.state_dict(),
+            "strategy": dict(self.strategy.state()),
+            "divergence": self.divergence.state_dict(),
+            "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
+            "progress": self.progress.state_dict(),
+        }
+        return {"model": model, "training": training}
+
+    def restore(self, model: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """Go on from a state. The schedule comes after the optimizer, whose rates it knows without its warm-up factor.
+
+        Raises:
+            CheckpointError: the state does not fit the model or the optimizer.
+        """
+        wanted, there = (_group_keys(state) for state in (self.optimizer.state_dict(), training["optimizer"]))
+        if wanted != there:
+            raise CheckpointError(
+                f"the checkpoint does not fit {type(self.optimizer).__name__}: it was made with another optimizer, whose "
+                f"groups have {sorted(there)}"
+            )
+        try:
+            self.module.model.load_state_dict(model)
+            self.module.objective.load_state_dict(training["objective"])
+            load_exactly(self.optimizer, training["optimizer"])
+            load_training_weights(training.get("weights"), self.module)
+            self.schedule.load_state_dict(training["schedule"])
+            if self.averaging is not None and training["averaging"] is not None:
+                self.averaging.load_state_dict(training["averaging"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
+        self.strategy.load_state(training["strategy"])
+        self.divergence.load_state_dict(training["divergence"])
+        if self.early_stopping is not None:
+            self.early_stopping.load_state_dict(training["early_stopping"])
+        self.progress.load_state_dict(training["progress"])
+
+    def follow(self, rollbacks: Iterable[Rollback]) -> None:
+        """Take the way that rollbacks chose after this state was saved."""
+        for rollback in rollbacks:
+            self.progress.attempt = rollback.attempt
+            self.progress.skipped_batches += rollback.skipped
+            self.schedule.lower(rollback.learning_rate_factor)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same, or knowingly changed, when a run is resumed.
+
+    Args:
+        configuration: resolved values.
+        slots: K.
+        data: the training data's fingerprint.
+        schedule_length: what the schedule was told the run's length is, if that followed from the limit.
+        tracker_id: W&B's run id.
+        weights: digest of the file that the model's weights were loaded from at the first start.
+    """
+
+    configuration: Mapping[str, Any]
+    slots: int
+    data: Mapping[str, Any]
+    schedule_length: int | None
+    tracker_id: str
+    weights: str | None = None
+
+
+def check_identity(
+    stored: Identity,
+    loaded: LoadedConfiguration,
+    *,
+    data: Mapping[str, Any],
+    schedule_length: int | None,
+    weights: str | None,
+) -> None:
+    """Compare what a checkpoint was made with and what is asked for now.
+
+    Raises:
+        RunFolderError: an exact key changed, with its old and new value; or the data did.
+    """
+    allowed = loaded.values.resume.allow_changes
+    old, new = exact_keys(stored.configuration), exact_keys(loaded.resolved())
+    for keys in (old, new):
+        keys.pop("batch.slots")  # by default it follows from the first start: judged by slots_on_resumption
+    changes = [
+        f"{key}: was {old.get(key, 'not set')!r}, is {new.get(key, 'not set')!r}"
+        for key in sorted(set(old) | set(new))
+        if not _same(old.get(key), new.get(key)) and not _allowed(key, allowed)
+    ]
+    if stored.schedule_length != schedule_length and not _allowed("limit", allowed):
+        changes.append(
+            f"limit: the schedule's length followed from it: was {stored.schedule_length}, is {schedule_length} "
+            "(give schedule.args a length of its own to be free to change the limit)"
+        )
+    gone = weights is None and loaded.values.model.weights is not None  # it is no longer needed
+    if stored.weights != weights and not gone and not _allowed("model.weights", allowed):
+        changes.append(f"model.weights: the file's digest was {stored.weights}, is {weights}")
+    if dict(stored.data) != dict(data) and not _allowed("data", allowed):
+        changes.append(f"data.train: was {dict(stored.data)}, is {dict(data)}")
+    if changes:
+        listed = "\n  ".join(changes)
+        raise RunFolderError(
+            f"{loaded.output} holds a run of another configuration:\n  {listed}\n"
+            "Choose another folder (output=…), or insist with resume.allow_changes=[KEY, …]"
+        )
+
+
+def slots_on_resumption(stored: int, loaded: LoadedConfiguration) -> int:
+    """Return K for a resumed run: the stored one, unless a change is allowed.
+
+    Raises:
+        RunFolderError: K would have to change.
+    """
+    batch = loaded.values.batch
+    allowed = _allowed("batch.slots", loaded.values.resume.allow_changes)
+    wanted = batch.slots
+    micro_size = batch.largest_slot  # 'auto' keeps what was found at the first start
+    if wanted is None:
+        wanted = stored if -(-batch.global_size // stored) <= micro_size else -(-batch.global_size // micro_size)
+    if wanted != stored and not allowed:
+        raise RunFolderError(
+            f"{loaded.output} holds a run with {stored} slots, and {wanted} are needed now (batch.slots, batch.micro_size). "
+            "With another number only models without randomness or batch statistics in the forward pass keep the answer: "
+            f"insist with resume.allow_changes=[batch.slots]"
+        )
+    return wanted
+
+
+def _same(old: Any, new: Any) -> bool:
+    return bool(old == new) or repr(old) == repr(new)  # NaN equals nothing, not even itself
+
+
+def _group_keys(optimizer: Mapping[str, Any]) -> set[str]:
+    return {key for group in optimizer["param_groups"] for key in group}
+
+
+def _allowed(key: str, allowed: Sequence[str]) -> bool:
+    return any(key == a or key.startswith(a + ".") for a in allowed)

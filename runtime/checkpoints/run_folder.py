@@ -1,0 +1,288 @@
+"""The run folder as all ranks see it: one owner, the newest good checkpoint, saves and rollbacks. Rank 0 reads and writes.
+
+Every method that returns something tells every rank the same; what goes wrong on rank 0 is raised on all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from runtime import environment
+from runtime.checkpoints.attempts import Rollback
+from runtime.checkpoints.best import BestResults
+from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder
+from runtime.checkpoints.fence import Fence
+from runtime.checkpoints.saving import BackgroundSaving
+from runtime.checkpoints.serialization import make_folder
+from runtime.config.sections import Checkpoint as CheckpointSection
+from runtime.config.sections import Resume
+from runtime.errors import CheckpointError, DivergenceError, RunFolderError
+from runtime.processes.control import on_rank_0
+from runtime.training.divergence import RollbackWanted
+
+STOP_FILE = "STOP"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from, as rank 0 found it.
+
+    Args:
+        path: its folder.
+        results: of the evaluation of its step.
+        rollbacks: which its state knows nothing of yet.
+    """
+
+    path: Path
+    results: Mapping[str, Any]
+    rollbacks: tuple[Rollback, ...]
+
+
+class RunFolder:
+    """What is on disk of one run.
+
+    Args:
+        path: the folder.
+        rank: of this process.
+        device: the process group's.
+        section: what is saved and kept.
+        warn: told what was found damaged.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rank: int,
+        device: torch.device,
+        section: CheckpointSection,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.path = path
+        self._rank = rank
+        self._device = device
+        self._section = section
+        self._warn = warn
+        self._checkpoints: CheckpointFolder | None = None
+        self._saving: BackgroundSaving | None = None
+        self._fence: Fence | None = None
+        self._best = BestResults(section.best, [])
+        self._prepared = False
+
+    def open(self) -> None:
+        """Make the folder, and keep other jobs from writing to it. Collective: every rank must call this.
+
+        Raises:
+            RunFolderError: it cannot be made, or another job is writing to it.
+        """
+        self._on_rank_0(self._open)
+
+    def close(self) -> None:
+        """Let what is being written be finished, and other jobs in. Never raises."""
+        if self._saving is not None:
+            self._saving.wait()
+        if self._fence is not None:
+            self._fence.release()
+
+    def newest(self, resume: Resume) -> Found | None:
+        """Return the newest whole checkpoint. Collective: every rank must call this.
+
+        Raises:
+            RunFolderError: ``resume.mode`` forbids what is there, or what is not.
+            CheckpointError: a checkpoint has a newer format.
+        """
+        found = self._go_on(self._on_rank_0(self._newest))
+        if found and resume.mode == "never":
+            raise RunFolderError(f"{self.path} holds a checkpoint and resume.mode is never; choose another output")
+        if not found and resume.mode == "must":
+            raise RunFolderError(f"{self.path} holds no checkpoint and resume.mode is must")
+        return found
+
+    def prepare_saving(self, collect: Callable[[], Mapping[str, Any]]) -> None:
+        """Make room for copies of the state, once there is an optimizer state to copy; later calls do nothing."""
+        if self._saving is not None and not self._prepared:
+            self._saving.prepare(collect())
+        self._prepared = True
+
+    def save(self, collect: Callable[[], Mapping[str, Any]], *, results: Mapping[str, Any], **of_snapshot: Any) -> None:
+        """Copy the state and let it be written. Collective: every rank must call this.
+
+        Raises:
+            CheckpointError: the copy, or the save before this one, failed.
+        """
+
+        def save() -> None:
+            assert self._saving is not None
+            self._saving.save(collect(), results=results, **of_snapshot)
+            self._refuse_problem()
+
+        self._on_rank_0(save)
+        self._best.add(results)
+
+    def is_best(self, results: Mapping[str, Any]) -> bool:
+        """Tell whether results are among the best of ``checkpoint.best``, and their step has to be saved."""
+        return self._best.improved_by(results)
+
+    @property
+    def saving_prepared(self) -> bool:
+        """Tell whether :meth:`prepare_saving` was called."""
+        return self._prepared
+
+    @property
+    def owned(self) -> bool:
+        """Tell whether the folder was opened and no other job has taken it over; known on rank 0 only."""
+        if self._fence is None:
+            return False
+        try:
+            self._fence.check()
+        except RunFolderError:
+            return False
+        return True
+
+    @property
+    def failing(self) -> bool:
+        """Tell whether a save has failed; known on rank 0 only, until all ranks meet at the next save."""
+        return self._saving is not None and self._saving.problem is not None
+
+    @property
+    def save_seconds(self) -> float:
+        """The longest that a save has taken; 0 on other ranks than 0."""
+        return self._saving.longest_seconds if self._saving is not None else 0.0
+
+    def finish_saving(self) -> None:
+        """Wait until everything is on disk. Collective: every rank must call this.
+
+        Raises:
+            CheckpointError: the last save failed.
+        """
+
+        def wait() -> None:
+            assert self._saving is not None
+            self._saving.wait()
+            self._refuse_problem()
+
+        self._on_rank_0(wait)
+
+    def roll_back(self, wanted: RollbackWanted, *, max_rollbacks: int, learning_rate_factor: float) -> Found:
+        """Abandon what came after the last good checkpoint, and return that. Collective: every rank must call this.
+
+        Good is a checkpoint whose model holds no NaN or infinity, and which an earlier rollback has not returned to in vain.
+
+        Raises:
+            DivergenceError: there have been too many rollbacks, or there is no good checkpoint.
+        """
+        found = self._go_on(self._on_rank_0(lambda: self._roll_back(wanted, max_rollbacks, learning_rate_factor)))
+        assert found is not None
+        return found
+
+    def best_messages(self) -> list[str]:
+        """Name the best checkpoints, on rank 0."""
+        if self._checkpoints is None:
+            return []
+        found = ((best.metric, c) for best in self._section.best for c in self._checkpoints.best(best)[:1])
+        return [f"best {metric} {c.results[metric]:.4f}: {c.path}" for metric, c in found]
+
+    def _open(self) -> None:
+        try:
+            make_folder(self.path)
+        except OSError as error:
+            raise RunFolderError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
+        job, restart = environment.job_identity()
+        self._fence = Fence(self.path, job=job, restart=restart, wait=_say_at_once)
+        self._fence.acquire()
+        (self.path / STOP_FILE).unlink(missing_ok=True)  # of an earlier start
+        self._checkpoints = CheckpointFolder(
+            self.path / "checkpoints",
+            keep=self._section.keep,
+            best=self._section.best,
+            warn=self._warn,
+            before_commit=self._fence.check,
+        )
+        self._checkpoints.clear_partial()
+        self._saving = BackgroundSaving(self._checkpoints)
+
+    def _newest(self) -> dict[str, Any]:
+        assert self._checkpoints is not None
+        newest = self._checkpoints.newest()
+        self._checkpoints.record_best()
+        return self._as_plain(newest)
+
+    def _roll_back(self, wanted: RollbackWanted, max_rollbacks: int, factor: float) -> dict[str, Any]:
+        assert self._checkpoints is not None
+        assert self._saving is not None
+        self._saving.wait()
+        self._refuse_problem()
+        attempts = self._checkpoints.attempts
+        where = f"step {wanted.step}: {wanted.reason}"
+        if len(attempts.rollbacks) >= max_rollbacks:
+            raise DivergenceError(
+                f"{where}; the run has been rolled back {max_rollbacks} times (divergence.max_rollbacks)"
+            )
+
+        def returned_in_vain(checkpoint: Checkpoint) -> str | None:
+            last = attempts.rollbacks[-1] if attempts.rollbacks else None
+            if last is not None and last.target_step == checkpoint.step and checkpoint.attempt < last.attempt:
+                return "the last rollback returned to it, and the run went astray again"
+            return _poison(checkpoint)
+
+        target = self._checkpoints.newest(usable=returned_in_vain) or self._checkpoints.newest(usable=_poison)
+        if target is None:
+            raise DivergenceError(f"{where}; there is no checkpoint with finite weights to return to")
+        attempt = max([rollback.attempt for rollback in attempts.rollbacks], default=0) + 1
+        assert self._fence is not None
+        self._fence.check()
+        attempts.record(Rollback(attempt, target.step, wanted.step, wanted.reason, (wanted.cursor,), factor))
+        return self._as_plain(target)
+
+    def _as_plain(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        """Return what to go on from, and the results of all that is there, as plain data that travels between ranks."""
+        assert self._checkpoints is not None
+        saved = [dict(results) for results in self._checkpoints.results()]
+        if checkpoint is None:
+            return {"saved": saved}
+        rollbacks = [asdict(rollback) for rollback in self._checkpoints.attempts.since(checkpoint.attempt)]
+        found = {"path": str(checkpoint.path), "results": dict(checkpoint.results), "rollbacks": rollbacks}
+        return {"saved": saved, "found": found}
+
+    def _go_on(self, reply: Mapping[str, Any]) -> Found | None:
+        self._best = BestResults(self._section.best, reply["saved"])
+        if "found" not in reply:
+            return None
+        found = reply["found"]
+        return Found(Path(found["path"]), found["results"], tuple(Rollback.read(entry) for entry in found["rollbacks"]))
+
+    def _refuse_problem(self) -> None:
+        if self._saving is not None and self._saving.problem is not None:
+            raise CheckpointError(self._saving.problem)
+
+    def _on_rank_0(self, act: Callable[[], Any]) -> Any:
+        """Return on all ranks what rank 0 got, or raise on all what it raised. Collective."""
+
+        def told() -> Any:
+            try:
+                return act()
+            except OSError as error:
+                raise RunFolderError(f"{self.path}: {error.strerror or error}") from error
+
+        return on_rank_0(told, rank=self._rank, device=self._device)
+
+
+def _say_at_once(text: str) -> None:
+    print(f"lockstep: {text}", file=sys.stderr, flush=True)  # nothing is reported to yet, and this may take a while
+
+
+def _poison(checkpoint: Checkpoint) -> str | None:
+    """Say which of the model's tensors holds a NaN or an infinity, or None."""
+    with safe_open(checkpoint.path / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a mapping
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return f"{name} in it is not finite"
+    return None

@@ -1,0 +1,1 @@
+"""The configuration: its sections with every default, files with lines, components by target."""

@@ -1,0 +1,261 @@
+"""The configuration's sections on data: what is read, held out and drawn, and how a global batch is cut. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from runtime.config.types import TARGET_ALONE, Component, ComponentSection, Section, Shorthand, free, refuse
+
+SampleValues = str | int | ComponentSection
+"""One value for each sample: a column of the data, the position of a tensor in a TensorDataset, an ``.npy`` file, or a
+component that is called with the data set and returns an array."""
+
+
+def alone(key: str) -> Shorthand:
+    """Let a section's one needed key be written alone."""
+    return Shorthand(
+        lambda value: {key: value} if isinstance(value, str | int) and not isinstance(value, bool) else value,
+        {"type": ["string", "integer"]},
+    )
+
+
+Share = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)]
+
+
+class HoldOut(Section):
+    """Parts of ``data.train`` that are held out at random. What the data is prepared by is fitted on what remains."""
+
+    validation: Share | None = None
+    """Share of the samples (below 1) or their number."""
+    test: Share | None = None
+    """Share of the samples (below 1) or their number."""
+    stratify: SampleValues | None = None
+    """Class of each sample; each part has every class in its share, to within one sample."""
+    group: SampleValues | None = None
+    """Group of each sample; no group is in two parts."""
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    """Another seed, another split. The run's own ``seed`` does not change it."""
+    transform: Component | None = None
+    """Called on each held-out sample; ``data.train.transform`` is for training samples alone."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        shares = [share for share in (self.validation, self.test) if share is not None]
+        return refuse(
+            self,
+            (not shares, "validation", "give 'validation', 'test' or both"),
+            (sum(s for s in shares if isinstance(s, float)) >= 1, "validation", "the shares leave nothing to train on"),
+            (
+                self.stratify is not None and self.group is not None,
+                "stratify",
+                "whole groups cannot have every class in its share; give 'stratify' or 'group'",
+            ),
+        )
+
+
+class LengthGroups(Section):
+    """Batches of samples of similar length, so that little is padded."""
+
+    lengths: SampleValues
+    """Length of each sample."""
+    stretch_batches: int = Field(50, ge=1)
+    """Samples are sorted within stretches of this many batches of a random order."""
+
+
+class Budget(Section):
+    """Global batches of as many samples as a budget allows; none is above it, nor above ``batch.global_size`` samples."""
+
+    tokens: float | int = Field(gt=0)
+    """Most tokens (or whatever ``lengths`` counts) in a global batch."""
+    lengths: SampleValues
+    """Tokens of each sample, or its cost."""
+    padded: bool = True
+    """Count each sample as long as the longest of its batch, and put similar lengths together."""
+    stretch_batches: int = Field(50, ge=1)
+    """See ``group_by_length``."""
+
+
+class Balance(Section):
+    """Every class drawn equally often; small classes repeat."""
+
+    classes: SampleValues
+    """Class of each sample."""
+    num_samples: int | None = Field(None, ge=1)
+    """Draws of an epoch. Default: as many as there are samples."""
+
+
+class SampleWeights(Section):
+    """Samples drawn with replacement, in proportion to a weight."""
+
+    values: SampleValues
+    """Weight of each sample, not below 0."""
+    num_samples: int | None = Field(None, ge=1)
+    """Draws of an epoch. Default: as many as there are samples."""
+
+
+class Fields(Section):
+    """Which part of a batch is what: keys of a mapping, or positions in a tuple."""
+
+    inputs: str | int | list[str | int] | dict[str, str | int] | None = None
+    """What the model is called with: one part; several, as keyword arguments of their names; or argument to part.
+    Default: ``inputs``, or position 0."""
+    target: str | int | list[str | int] | None = None
+    """What the output is compared with; several parts for losses that need them. Default: ``target``, or position 1."""
+    weight: str | int | None = None
+    """Weight of each sample, or of each element of the target; a sample of weight 2 counts twice. Default: 1."""
+    id: str | int | None = None
+    """What a sample is called in predictions. Default: its index."""
+    group: str | int | None = None
+    """The query or user that a sample belongs to, for ranking metrics."""
+
+
+class Split(ComponentSection):
+    """One part of the data: what makes the data set, and what happens to its samples."""
+
+    transform: Component | None = None
+    """Called on each sample under the sample's own seed; where randomness belongs if the data set is deterministic."""
+    sharded_by: Literal["runtime", "dataset"] | None = None
+    """Streams (IterableDataset) only, and there required. ``runtime``: every rank and worker reads all and keeps its part;
+    the answer is the same for any number of them. ``dataset``: the data set gives each of them its own share; resumed
+    on the same number only."""
+
+
+class Loader(Section):
+    """torch's DataLoader. Nothing here changes the result, only the speed. Workers always live as long as the run
+    (``persistent_workers``).
+    """
+
+    num_workers: int = Field(0, ge=0, json_schema_extra={"resume": "free"})
+    """Worker processes per rank; 0 loads in the training process."""
+    prefetch_factor: int = Field(2, ge=1, json_schema_extra={"resume": "free"})
+    """Microbatches each worker keeps ready."""
+    pin_memory: bool | None = free(None)
+    """Page-locked host memory, for faster copies to a GPU. Default: on where there is a GPU."""
+    timeout_seconds: int = Field(0, ge=0, json_schema_extra={"resume": "free"})
+    """Longest wait for a worker; 0 waits for ever."""
+    start_method: Literal["fork", "spawn", "forkserver"] | None = free(None)
+    """How workers are started. Default: Python's."""
+    worker_init: Component | None = free(None)
+    """``worker_init_fn``: called in each worker with its number. It cannot change a sample's seed, which is set later."""
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> Self:
+        return refuse(
+            self,
+            (self.worker_init and not self.num_workers, "worker_init", "there are no workers: num_workers is 0"),
+        )
+
+
+class Data(Section):
+    """Which data is trained on and evaluated on."""
+
+    train: Annotated[Split, TARGET_ALONE]
+    """What is trained on."""
+    validation: Annotated[Split, TARGET_ALONE] | None = None
+    """What is evaluated at intervals."""
+    test: Annotated[Split, TARGET_ALONE] | None = None
+    """What is evaluated once, at the end of the run."""
+    split: HoldOut | None = None
+    """Parts of ``data.train`` held out at random, in place of ``data.validation`` and ``data.test``. Default: none."""
+    fields: Fields = Fields()
+    """Which part of a batch is what."""
+    shuffle: bool | None = None
+    """A new keyed permutation of the training samples for each epoch (the default); off: their own order."""
+    sampler: Component | None = None
+    """A torch Sampler over training indices, called with the data set, drawn once per epoch under the epoch's seed."""
+    batch_sampler: Component | None = None
+    """A torch batch sampler, called with the data set; each of its batches is one global batch."""
+    group_by_length: Annotated[LengthGroups, alone("lengths")] | None = None
+    """Batches of samples of similar length."""
+    budget: Budget | None = None
+    """Global batches of as many samples as a budget of tokens allows."""
+    balance: Annotated[Balance, alone("classes")] | None = None
+    """Every class drawn equally often."""
+    weights: Annotated[SampleWeights, alone("values")] | None = None
+    """Samples drawn with replacement, in proportion to a weight."""
+    drop_last: bool = False
+    """Leave out each epoch's last, smaller global batch."""
+    collate: Component | None = None
+    """Makes a batch from a list of samples. Default: torch's ``default_collate``."""
+    loader: Loader = Loader()
+    """How samples are read."""
+
+    def has(self, part: Literal["validation", "test"]) -> bool:
+        """Tell whether there is such data, of its own or held out."""
+        held_out = self.split is not None and getattr(self.split, part) is not None
+        return getattr(self, part) is not None or held_out
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Self:
+        orders = ("sampler", "batch_sampler", "group_by_length", "budget", "balance", "weights")
+        given = [name for name in orders if getattr(self, name) is not None]
+        decides = ["the sampler" if name.endswith("sampler") else repr(name) for name in given if name != "budget"]
+        own_batches = [name for name in given if name in ("batch_sampler", "budget")]
+        return refuse(
+            self,
+            (
+                len(given) > 1,
+                given[0] if given else "",
+                f"give {' or '.join(map(repr, given))}, not {'both' if len(given) == 2 else 'all'}",
+            ),
+            (
+                decides and self.shuffle is not None,
+                "shuffle",
+                f"{' and '.join(decides)} decides the order; leave 'shuffle' out",
+            ),
+            (
+                own_batches and self.drop_last,
+                "drop_last",
+                f"{' and '.join(map(repr, own_batches))} makes the batches; leave 'drop_last' out",
+            ),
+            *(
+                (
+                    self.split is not None
+                    and getattr(self.split, part) is not None
+                    and getattr(self, part) is not None,
+                    part,
+                    f"data.split holds out data for {part}; give one of the two",
+                )
+                for part in ("validation", "test")
+            ),
+        )
+
+
+class Batch(Section):
+    """How many samples one update sees, and how they are cut up."""
+
+    global_size: int = Field(ge=1)
+    """Samples of one step, over all ranks. More processes never change it."""
+    micro_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = free(None)
+    """Most samples in one forward pass; what fits in memory. ``auto``: found by trying at the first start. Default:
+    ``global_size``."""
+    slots: int | None = Field(None, ge=1)
+    """Microbatches K of a step over all ranks. Default: the smallest multiple of the first start's world size that
+    respects ``micro_size``; kept on resumption."""
+
+    @property
+    def largest_slot(self) -> int:
+        """Most samples in one forward pass, as far as it is known before trying."""
+        return self.micro_size if isinstance(self.micro_size, int) else self.global_size
+
+    @model_validator(mode="after")
+    def _slots_fit(self) -> Self:
+        micro = self.largest_slot
+        needed = -(-self.global_size // micro)
+        return refuse(
+            self,
+            (
+                self.slots and self.micro_size == "auto",
+                "micro_size",
+                "'auto' finds the slots by itself; leave 'slots' or 'auto' out",
+            ),
+            (micro > self.global_size, "micro_size", f"{micro} is above batch.global_size {self.global_size}"),
+            (
+                self.slots and self.slots < needed,
+                "slots",
+                f"{self.slots} slots of at most {micro} samples hold fewer than global_size {self.global_size}; "
+                f"at least {needed} are needed",
+            ),
+        )

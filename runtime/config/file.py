@@ -1,0 +1,306 @@
+"""From a YAML file and overrides to a checked configuration, with every mistake told by file, line and key.
+
+The order is defaults, YAML, then ``key.path=value``. Nothing here imports torch, so that a login node can check a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from runtime.config.component import did_you_mean
+from runtime.config.sections import RunConfiguration
+from runtime.config.yaml_file import read_file, read_value
+from runtime.errors import ConfigurationError, Problem
+
+_YES_AND_NO = ("yes", "no", "on", "off")
+HIDDEN = "(hidden)"
+SECRET_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+
+
+@dataclass(frozen=True)
+class LoadedConfiguration:
+    """A checked configuration, and where each of its keys was written."""
+
+    values: RunConfiguration
+    source: Path | None
+    lines: Mapping[tuple[str, ...], str]
+    sources: dict[str, Any] = dataclass_field(init=False, default_factory=dict, compare=False, repr=False)
+    """Data sets that have been built of it: the parts of one split share what they are part of."""
+
+    @property
+    def name(self) -> str:
+        """The run's name: as written, else the file's."""
+        return self.values.name or (self.source.stem if self.source else "run")
+
+    @property
+    def output(self) -> Path:
+        """The run folder."""
+        return Path(self.values.output.replace("{name}", self.name))
+
+    @property
+    def code(self) -> Path:
+        """The folder of the user's own modules."""
+        base = self.source.resolve().parent if self.source else Path.cwd()
+        return (base / self.values.code).resolve() if self.values.code else base
+
+    def beside(self, path: str) -> Path:
+        """Return a path that was written in the configuration: relative ones are relative to the YAML file."""
+        base = self.source.resolve().parent if self.source else Path.cwd()
+        return base / Path(path).expanduser()
+
+    def problem(self, key: Sequence[str], what: str) -> Problem:
+        """Make a problem out of a key that is wrong, with the line it was written in."""
+        return Problem(_where(self.lines, tuple(key)), ".".join(key), what)
+
+    def resolved(self) -> dict[str, Any]:
+        """All keys with their values, defaults included, secrets left out; what is written to the run folder."""
+        values: dict[str, Any] = without_secrets(self.values.model_dump())
+        return {**values, "name": self.name}
+
+
+def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfiguration:
+    """Read a configuration from a YAML file (or a mapping), apply ``key.path=value`` overrides and check the structure.
+
+    Raises:
+        ConfigurationError: every mistake found, each with file, line and key.
+    """
+    lines: dict[tuple[str, ...], str] = {}
+    path: Path | None = None
+    if isinstance(source, Mapping):
+        raw: Any = _plain_copy(source)
+        lines[()] = "configuration"
+        problems = list(_refuse_objects(raw, (), lines))
+    else:
+        path = Path(source)
+        raw, problems = read_file(path, lines)
+    problems += _apply_overrides(raw, overrides, lines)
+    try:
+        values = RunConfiguration.model_validate(raw)
+    except ValidationError as error:
+        problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
+    if problems:
+        raise ConfigurationError(problems)
+    return LoadedConfiguration(values, path, lines)
+
+
+def load_run(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfiguration:
+    """Like :func:`load`; and takes a run folder, with the configuration that the run was last started with.
+
+    Raises:
+        ConfigurationError: every mistake found; or the folder is no run's, or its configuration is not complete.
+    """
+    if isinstance(source, Mapping) or not Path(source).is_dir():
+        return load(source, overrides)
+    path = Path(source) / "config.yaml"
+    if not path.is_file():
+        problem = "is a folder without a config.yaml: name a run folder, or a YAML file"
+        raise ConfigurationError([Problem(str(source), "", problem)])
+    if any(override.partition("=")[0] == "output" for override in overrides):
+        raise ConfigurationError(
+            [Problem("command line", "output", f"is {source}; leave it out, or name the YAML file")]
+        )
+    loaded = load(path, overrides)
+    hidden = [key for key, value in flatten(loaded.values.model_dump()).items() if value == HIDDEN]
+    if hidden:
+        what = f"is a secret, which run folders do not hold: give {hidden[0]}=…, or name the run's own YAML file"
+        raise ConfigurationError([loaded.problem(key.split("."), what) for key in hidden])
+    return replace(loaded, values=loaded.values.model_copy(update={"output": str(source)}))
+
+
+def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten resolved values to the keys on which the run's result depends."""
+    free_keys = set(_free_paths(RunConfiguration))
+    if (values.get("schedule") or {}).get("monitor"):
+        free_keys -= {"evaluation.every"}  # a plateau scheduler counts evaluations
+    return {
+        key: value for key, value in flatten(values).items() if not any(_under(key, prefix) for prefix in free_keys)
+    }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys; lists and empty mappings are values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def without_secrets(value: Any) -> Any:
+    """Copy nested values, hiding those whose key ends like a secret's."""
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN
+            if isinstance(inner, str) and str(key).upper().endswith(SECRET_ENDINGS)
+            else without_secrets(inner)
+            for key, inner in value.items()
+        }
+    return [without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML, for editors."""
+    schema = RunConfiguration.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _apply_overrides(raw: Any, overrides: Sequence[str], lines: dict[tuple[str, ...], str]) -> list[Problem]:
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = tuple(key.split("."))
+        if not equals or not all(path):
+            problems.append(Problem("command line", "", f"{override!r} is not of the form key.path=value"))
+            continue
+        for known in [known for known in lines if known[: len(path)] == path]:
+            del lines[known]
+        try:
+            value, found = read_value(text, lines, path)
+        except ConfigurationError as error:
+            problems += error.problems
+            continue
+        problems += found
+        if not _set(raw, path, value, lines):
+            problems.append(Problem("command line", key, "leads into a value that has no such key"))
+    return problems
+
+
+def _set(raw: Any, path: tuple[str, ...], value: Any, lines: dict[tuple[str, ...], str]) -> bool:
+    for depth, key in enumerate(path[:-1], start=1):
+        if isinstance(raw, list) and key.isdigit() and int(key) < len(raw):
+            raw = raw[int(key)]
+        elif isinstance(raw, dict):
+            if raw.get(key) is None:
+                raw[key] = {}
+                lines[path[:depth]] = "command line"
+            raw = raw[key]
+        else:
+            return False
+    if isinstance(raw, list) and path[-1].isdigit() and int(path[-1]) < len(raw):
+        raw[int(path[-1])] = value
+    elif isinstance(raw, dict):
+        raw[path[-1]] = value
+    else:
+        return False
+    return True
+
+
+def _refuse_objects(value: Any, path: tuple[str, ...], lines: Mapping[tuple[str, ...], str]) -> Iterator[Problem]:
+    """A mapping from Python may hold what no YAML can; the run folder could not say what the run was."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _refuse_objects(inner, (*path, str(key)), lines)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _refuse_objects(inner, (*path, str(index)), lines)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        what = f"is a {type(value).__name__}; give it as a target, 'package.module:Name'"
+        yield Problem(_where(lines, path), ".".join(path), what)
+
+
+def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Iterator[Problem]:
+    path = tuple(str(part) for part in detail["loc"])
+    kind, given = detail["type"], detail.get("input")
+    if kind == "combinations":
+        for key, what in detail["ctx"]["found"]:
+            full = (*path, *key.split(".")) if key else path
+            yield Problem(_where(lines, full), ".".join(full), what)
+        return
+    if kind == "extra_forbidden":
+        what = f"unknown key{_suggest(path)}"
+    elif kind == "missing":
+        what = "is required"
+    elif kind == "bool_type":
+        what = f"must be true or false, not {_shown(given)}"
+        if isinstance(given, str) and given.lower() in _YES_AND_NO:
+            what += f" (YAML 1.2: {given} is text)"
+    elif kind == "interval":
+        what = f"{detail['msg']}, not {_shown(given)}"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        what = f"must be a section with keys of its own, not {_shown(given)}"
+        if isinstance(given, str) and given.lower() in _YES_AND_NO:
+            what += f" (true or false also stand for a section; YAML 1.2: {given} is text)"
+    else:
+        message = detail["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+        what = f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
+    yield Problem(_where(lines, path), ".".join(path), what)
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _where(lines: Mapping[tuple[str, ...], str], path: tuple[str, ...]) -> str:
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, "configuration")
+
+
+def _suggest(path: tuple[str, ...]) -> str:
+    section: type[BaseModel] | None = RunConfiguration
+    parts = list(path[:-1])
+    while parts and section is not None:
+        field = section.model_fields.get(parts.pop(0))
+        section = _section_in(field.annotation) if field else None
+        if field is not None and _holds_many(field.annotation) and parts:
+            parts.pop(0)  # the index or the name of one of them
+    siblings = list(section.model_fields) if section else []
+    near = did_you_mean(path[-1], siblings)
+    if near:
+        return near
+    elsewhere = [key for key in _all_paths(RunConfiguration) if key.split(".")[-1] == path[-1]]
+    if elsewhere:
+        return f"; did you mean {min(elsewhere, key=lambda key: key.count('.'))!r}?"
+    return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _holds_many(annotation: Any) -> bool:
+    return get_origin(annotation) in (list, dict)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        yield prefix + key
+        inner = _section_in(field.annotation)
+        if inner is not None:
+            yield from _all_paths(inner, f"{prefix}{key}.")
+
+
+def _free_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("resume") == "free":
+            yield prefix + key
+            continue
+        inner = _section_in(field.annotation)
+        if inner is not None:
+            yield from _free_paths(inner, f"{prefix}{key}.")
+
+
+def _under(key: str, prefix: str) -> bool:
+    return key == prefix or key.startswith(prefix + ".")
+
+
+def _plain_copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain_copy(inner) for key, inner in value.items()}
+    return [_plain_copy(inner) for inner in value] if isinstance(value, list | tuple) else value

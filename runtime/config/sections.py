@@ -1,0 +1,398 @@
+"""The configuration of a run: one class per section; defaults live here and nowhere else.
+
+A key whose change between two starts of one run would change its result is ``exact``: resuming refuses it, naming the old
+and the new value. The others are marked ``free``. Reading a file into these classes is ``file.py``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from runtime.config.data import Batch, Data, Split
+from runtime.config.learning import Averaging, Model, Objective, Optimizer, Schedule
+from runtime.config.types import (
+    ON_OR_OFF,
+    TARGET_ALONE,
+    Component,
+    Every,
+    Interval,
+    Section,
+    Shorthand,
+    Time,
+    free,
+    refuse,
+)
+
+
+class EarlyStopping(Section):
+    """Ends a run whose evaluations no longer improve.
+
+    The state of the best one is saved and kept, whatever ``checkpoint`` says. Raising ``patience`` continues the run.
+    """
+
+    metric: str = Field(json_schema_extra={"resume": "free"})
+    """The validation result that is watched, such as ``loss`` or ``accuracy``."""
+    mode: Literal["min", "max"] = Field(json_schema_extra={"resume": "free"})
+    """Whether lower or higher is better."""
+    patience: int = Field(3, ge=1, json_schema_extra={"resume": "free"})
+    """Evaluations in a row without an improvement."""
+    min_delta: float = Field(0.0, ge=0, json_schema_extra={"resume": "free"})
+    """What a result must be better by than the best one to count as an improvement."""
+
+
+class Limit(Section):
+    """When the run is finished (exactly one of ``epochs`` and ``steps``), and how long one start of it may take."""
+
+    epochs: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Passes over the training data."""
+    steps: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Global batches."""
+    time: Time | None = free(None)
+    """Time this start may take, such as ``3h55m``; the run then saves, early enough to be done by then, and can go on later."""
+    early_stopping: EarlyStopping | None = free(None)
+    """Finish before the limit once a result no longer improves. Default: off."""
+    grace_seconds: float = Field(120.0, gt=0, json_schema_extra={"resume": "free"})
+    """Longest time from being asked to stop until the last save is done; then the process leaves without one."""
+    silence_seconds: float = Field(60.0, ge=1, json_schema_extra={"resume": "free"})
+    """How long a rank may give no sign of life before the others leave and name it."""
+    stall_seconds: float = Field(1800.0, ge=1, json_schema_extra={"resume": "free"})
+    """How long the run may stand still (compiling takes minutes) before all leave, naming the rank that hangs."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        return refuse(self, ((self.epochs is None) == (self.steps is None), "", "give either 'epochs' or 'steps'"))
+
+
+class Compile(Section):
+    """torch.compile of the model. Off unless this section is there; ``compile: true`` takes the defaults."""
+
+    backend: str = "inductor"
+    """Compiler backend."""
+    mode: str | None = None
+    """Preset of the backend, such as ``max-autotune``."""
+    dynamic: bool | None = None
+    """Compile for varying shapes. Default: torch decides."""
+    fullgraph: bool = False
+    """Refuse graph breaks."""
+
+
+class DistributedDataParallel(Section):
+    """Options of torch's DistributedDataParallel."""
+
+    bucket_mb: float = Field(25.0, gt=0)
+    """Size of the gradient buckets, in MiB."""
+    static_graph: bool = free(False)
+    """The graph is the same at every step; lets DDP reorder and allows re-entrant checkpointing."""
+    find_unused_parameters: bool = free(False)
+    """Search each forward pass for parameters without a gradient."""
+    gradient_as_bucket_view: bool = free(True)
+    """Gradients live inside the buckets: less memory, one copy fewer."""
+    communication_hook: Literal["fp16", "bf16"] | None = None
+    """Send gradients in half precision. Inexact: the sum is rounded."""
+
+    @model_validator(mode="after")
+    def _static_or_searched(self) -> Self:
+        both = self.static_graph and self.find_unused_parameters
+        return refuse(
+            self, (both, "find_unused_parameters", "a static graph needs no search; leave one of the two out")
+        )
+
+
+class Strategy(Section):
+    """How the processes share the work."""
+
+    kind: Literal["ddp"] = free("ddp")
+    """``ddp``: every process holds the whole model (also with one process)."""
+    world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
+    ddp: DistributedDataParallel = DistributedDataParallel()
+    """Options of DistributedDataParallel."""
+
+
+class Evaluation(Section):
+    """When and how the validation data is evaluated."""
+
+    every: Every = free(Interval(1, "epoch"))
+    """How often."""
+    micro_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Samples in one forward pass. Default: the largest slot of training."""
+    metrics: dict[str, Component] = free({})
+    """Name in the results to torchmetrics class."""
+    class_names: Annotated[list[str], Field(min_length=1)] | None = free(None)
+    """What tables and pictures call the classes. Default: their numbers."""
+    pictures: bool = free(True)
+    """Draw confusion matrices and curves, where such metrics are asked for, into the run folder's ``figures``."""
+    metrics_on_train: bool = free(False)
+    """Also compute the metrics on the training batches, at every report (in training mode, before each update)."""
+
+
+class Prediction(Section):
+    """What ``lockstep predict`` predicts, and what it writes. Nothing here changes the training."""
+
+    data: Annotated[Split, TARGET_ALONE] | None = None
+    """What is predicted; it needs no target. Default: ``data.test``."""
+    columns: dict[str, str] = {}
+    """Name in the file to what it holds: ``id``, ``index``, ``prediction``, ``class``, ``probability``, ``probabilities``,
+    ``output``, ``top_classes``, ``top_probabilities``, or what the objective's ``predictions`` gives besides. Several numbers
+    a sample make several columns: ``{}`` in the name stands for the class or number, ``NAME_{}`` where it is left out.
+    Default: id, prediction and, for classes, probability."""
+    labels: list[str | int] = []
+    """Names of the classes, in their order; ``prediction`` then writes names. Default: the class's number."""
+    top_k: int | None = Field(None, ge=1)
+    """How many ``top_classes`` and ``top_probabilities`` there are, the best first."""
+    sample_submission: str | None = None
+    """CSV file whose columns, ids and order are kept, and whose values are replaced. Relative to the working folder. Its id
+    is the column that holds ``id``. Default: the data set's own order."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        tops = [name for name, value in self.columns.items() if value in ("top_classes", "top_probabilities")]
+        return refuse(
+            self,
+            (self.top_k and not tops, "top_k", "no column holds top_classes or top_probabilities"),
+            (tops and not self.top_k, "top_k", f"say how many classes column {tops[:1]} holds"),
+            (len({str(label) for label in self.labels}) < len(self.labels), "labels", "a name is there twice"),
+        )
+
+
+class Spike(Section):
+    """When a step's loss counts as a jump. Watching costs one small all-reduce and a wait for the device at each step."""
+
+    sigma: float = Field(6.0, gt=0, json_schema_extra={"resume": "free"})
+    """Standard deviations above the mean of the last losses."""
+    window: int = Field(100, ge=2, json_schema_extra={"resume": "free"})
+    """How many losses mean and standard deviation are taken of; nothing is judged before there are as many."""
+    policy: Literal["stop", "skip", "rollback"] = free("stop")
+    """What happens then."""
+
+
+class Divergence(Section):
+    """What becomes of a step whose gradient is not finite or whose loss jumps; decided before the update, on all ranks.
+
+    ``stop``: the run ends with a message. ``skip``: the update is left out; weights, optimizer and averages stay as they are
+    bit for bit. ``rollback``: the run returns to the last good checkpoint and leaves the step's global batch out.
+    """
+
+    non_finite: Literal["stop", "skip", "rollback"] = free("stop")
+    """What happens where a gradient is NaN or infinite. (With fp16 the loss scale is lowered and the step skipped, always.)"""
+    spike: Spike | None = free(None)
+    """Watch the training loss for jumps. Default: off."""
+    max_skips: int = Field(100, ge=1, json_schema_extra={"resume": "free"})
+    """Updates skipped in a row before the run stops."""
+    max_rollbacks: int = Field(3, ge=1, json_schema_extra={"resume": "free"})
+    """Rollbacks in the whole life of the run before it stops."""
+    learning_rate_factor: float = Field(1.0, gt=0, le=1, json_schema_extra={"resume": "free"})
+    """What all learning rates are multiplied by at each rollback."""
+
+    @property
+    def rolls_back(self) -> bool:
+        """Tell whether a rollback can happen."""
+        return "rollback" in (self.non_finite, self.spike.policy if self.spike is not None else None)
+
+
+class Best(Section):
+    """Which checkpoints are the best."""
+
+    metric: str
+    """Name of a validation result, such as ``loss`` or ``accuracy``."""
+    mode: Literal["min", "max"]
+    """Whether lower or higher is better."""
+    keep: int = Field(1, ge=1)
+    """How many are kept."""
+
+
+class Checkpoint(Section):
+    """When the state is saved, and what is kept."""
+
+    every: Every = free(Interval(1, "epoch"))
+    """How often. A run also saves when it ends or is asked to stop."""
+    keep: int = Field(2, ge=1, json_schema_extra={"resume": "free"})
+    """Newest checkpoints kept, besides the best."""
+    best: list[Best] = free([])
+    """Judged at each evaluation; one that is among the best is saved at once, whatever ``every`` says."""
+
+
+class WeightsAndBiases(Section):
+    """Weights & Biases, written by rank 0 alone."""
+
+    mode: Literal["online", "offline", "disabled"] | None = free(None)
+    """Default: online where an API key is found, otherwise offline."""
+    project: str = free("lockstep")
+    """Project the run belongs to."""
+    entity: str | None = free(None)
+    """User or team. Default: that of the API key."""
+    tags: list[str] = free([])
+    """Labels of the run."""
+
+
+class Reporting(Section):
+    """What is told while the run goes on."""
+
+    every: Every = free(Interval(50, "step"))
+    """How often the training loss is read from the device and reported."""
+    progress: bool = free(True)
+    """A progress bar where the output is a terminal, plain lines elsewhere."""
+    wandb: Annotated[WeightsAndBiases | None, ON_OR_OFF] = free(None)
+    """Weights & Biases; ``true`` takes the defaults. Default: off."""
+
+
+class Resume(Section):
+    """Whether a run folder's state is continued."""
+
+    mode: Literal["auto", "never", "must"] = free("auto")
+    """``auto``: continue if there is a checkpoint; ``never``: refuse a folder that holds one; ``must``: refuse one without."""
+    allow_changes: list[str] = free([])
+    """Exact keys that may differ from the interrupted run's, such as ``optimizer.args.lr``."""
+
+
+_MODE_ALONE = Shorthand(
+    lambda value: {"mode": value} if isinstance(value, str) else value, {"enum": ["auto", "never", "must"]}
+)
+
+
+class RunConfiguration(Section):
+    """One training run."""
+
+    name: str | None = Field(None, pattern=r"^[^/\\\n]+$", json_schema_extra={"resume": "free"})
+    """Name of the run. Default: the file's."""
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    """Where all randomness comes from."""
+    output: str = free("runs/{name}")
+    """Run folder; ``{name}`` is the run's name. Relative to the working folder."""
+    code: str | None = free(None)
+    """Folder of the user's own modules, relative to the YAML file. Default: the YAML file's folder."""
+    model: Annotated[Model, TARGET_ALONE]
+    """What is trained."""
+    data: Data
+    """What is trained on and evaluated on."""
+    batch: Batch
+    """How many samples one update sees."""
+    objective: Annotated[Objective, TARGET_ALONE]
+    """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target; or several."""
+    optimizer: Optimizer
+    """How parameters are updated."""
+    schedule: Annotated[Schedule, TARGET_ALONE] | None = None
+    """How the learning rate changes. Default: it does not."""
+    averaging: Averaging | None = None
+    """A running average of the weights. Default: none."""
+    limit: Limit
+    """When the run is finished."""
+    divergence: Divergence = Divergence()
+    """What becomes of a step that must not be applied."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the forward and backward pass (autocast; fp16 with a loss scale). Weights keep their own type."""
+    determinism: Literal["strict", "fast"] | None = free(None)
+    """``strict``: deterministic algorithms only, so that a resumed run is equal bit for bit. Default: strict on a CPU,
+    fast on a GPU."""
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    """Precision of float32 matrix products on devices that offer less (TF32, bfloat16)."""
+    batch_norm: Literal["local", "sync"] = "local"
+    """``local``: statistics of each slot, as on one process. ``sync``: over all ranks' simultaneous slots (GPU only);
+    the result then depends on the world size."""
+    compile: Annotated[Compile | None, ON_OR_OFF] = None
+    """torch.compile. Default: off."""
+    strategy: Strategy = Strategy()
+    """How the processes share the work."""
+    evaluation: Evaluation = Evaluation()
+    """When and how the validation data is evaluated."""
+    prediction: Prediction = free(Prediction())
+    """What ``lockstep predict`` predicts and writes."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved."""
+    reporting: Reporting = Reporting()
+    """What is told while the run goes on."""
+    resume: Annotated[Resume, _MODE_ALONE] = Resume()
+    """Whether a run folder's state is continued; ``auto``, ``never`` and ``must`` may be written directly."""
+
+    @property
+    def best(self) -> list[Best]:
+        """What checkpoints are kept for being the best by: what the configuration says, and what early stopping watches."""
+        watched, best = self.limit.early_stopping, self.checkpoint.best
+        if watched is None or any((b.metric, b.mode) == (watched.metric, watched.mode) for b in best):
+            return best
+        return [*best, Best(metric=watched.metric, mode=watched.mode)]
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        known = {"loss", *self.objective.losses, *self.evaluation.metrics}
+        unknown = f"known results: {', '.join(sorted(known))}"
+        schedule, validated = self.schedule or Schedule(warmup_steps=1), self.data.has("validation")
+        stopping = self.limit.early_stopping
+        start = self.averaging.start if self.averaging is not None else None
+        end = (self.limit.steps if start.unit == "step" else self.limit.epochs) if start is not None else None
+        plateau = schedule.watches
+        return refuse(
+            self,
+            (
+                "loss" in self.evaluation.metrics,
+                "evaluation.metrics.loss",
+                "'loss' is the objective's own name; choose another",
+            ),
+            *(
+                (True, f"evaluation.metrics.{name}", "a loss of the objective is called so; choose another name")
+                for name in self.evaluation.metrics
+                if name in self.objective.losses
+            ),
+            *(
+                (
+                    best.metric not in known,
+                    f"checkpoint.best.{number}.metric",
+                    f"no result is called {best.metric!r}; {unknown}",
+                )
+                for number, best in enumerate(self.checkpoint.best)
+            ),
+            (
+                self.checkpoint.best and not validated,
+                "checkpoint.best",
+                "the best checkpoint needs data.validation",
+            ),
+            (
+                start is not None and end is not None and start.count >= end,
+                "averaging.start",
+                f"{start} is not before the end of the run, so nothing would be averaged",
+            ),
+            (
+                plateau != (schedule.monitor is not None),
+                "schedule.monitor",
+                "'monitor' goes with ReduceLROnPlateau, and it needs one",
+            ),
+            (
+                stopping and not validated,
+                "limit.early_stopping",
+                "early stopping needs data.validation",
+            ),
+            (
+                stopping
+                and ":" not in (self.objective.target or "")
+                and stopping.metric.partition("/")[0] not in known,
+                "limit.early_stopping.metric",  # the parts of a user's objective are known at the first evaluation only
+                f"no result is called {stopping and stopping.metric!r}; {unknown}",
+            ),
+            (
+                self.evaluation.class_names and not self.evaluation.metrics,
+                "evaluation.class_names",
+                "there are no evaluation.metrics whose classes they could name",
+            ),
+            (plateau and not validated, "schedule.target", "ReduceLROnPlateau needs data.validation"),
+            (
+                self._one_rate_for_all(),
+                "schedule.args.max_lr",
+                "is one rate for all groups, and would write over the rates of optimizer.groups and layer_decay: give a list, "
+                "with a rate for each group in the order in which `lockstep show` lists them",
+            ),
+            (
+                schedule.monitor not in (None, *known),
+                "schedule.monitor",
+                f"no result is called {schedule.monitor!r}; {unknown}",
+            ),
+        )
+
+    def _one_rate_for_all(self) -> bool:
+        """Tell whether the schedule would write over rates that differ between groups."""
+        schedule, optimizer = self.schedule, self.optimizer
+        if schedule is None or (schedule.target or "").rpartition(":")[2] not in ("OneCycleLR", "CyclicLR"):
+            return False
+        rates = optimizer.layer_decay is not None or any("lr" in group.args for group in optimizer.groups)
+        return rates and not isinstance(schedule.args.get("max_lr"), list)

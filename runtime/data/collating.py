@@ -1,0 +1,128 @@
+"""Batches of samples that vary in length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from runtime.config.component import did_you_mean
+from runtime.errors import DataError
+
+Name = str | int
+
+
+class Padded:
+    """Collate samples, padding parts that vary along their first axis to the longest of the microbatch.
+
+    Samples are tensors, arrays, numbers or lists of numbers, in mappings and tuples nested at will; what does not vary is
+    stacked as by torch's ``default_collate``. A part is called by its key, or its position in a tuple; one further in by its
+    path, ``inputs.tokens``.
+
+    Args:
+        value: what is filled in.
+        parts: which parts are padded (the others must agree in shape), or part to its own value: ``{input_ids: 0,
+            target: -100}``. Default: all whose lengths differ in the microbatch.
+        multiple_of: pad to the next multiple of this length; needs ``parts``.
+        mask: name of a further part: (samples, length) bool, True where a sample has values. Of the first of ``parts``.
+        lengths: name of a further part: (samples,) int64, the lengths before padding. Of the first of ``parts``.
+
+    A batch of tuples has the further parts at its end, the mask first.
+
+    Raises:
+        DataError: samples differ in their parts, or in the shape of a part that is not padded.
+    """
+
+    def __init__(
+        self,
+        value: float = 0,
+        *,
+        parts: Sequence[Name] | Mapping[Name, float] | None = None,
+        multiple_of: int = 1,
+        mask: str | None = None,
+        lengths: str | None = None,
+    ) -> None:
+        if multiple_of < 1:
+            raise DataError(f"Padded: multiple_of={multiple_of} must be at least 1")
+        if not parts and (multiple_of > 1 or mask or lengths):
+            raise DataError("Padded: 'multiple_of', 'mask' and 'lengths' need 'parts': which parts are sequences")
+        self._value = value
+        stated = parts if isinstance(parts, Mapping) else dict.fromkeys(parts or (), value)
+        self._values = {str(name): filled for name, filled in stated.items()}
+        self._multiple_of = multiple_of
+        self._mask, self._lengths = mask, lengths
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """Return one batch."""
+        found: dict[str, list[int]] = {}
+        batch = self._collated(samples, "", found)
+        unknown = [name for name in self._values if name not in found]
+        if unknown:
+            raise DataError(f"Padded: samples have no part {unknown[0]!r} to pad{did_you_mean(unknown[0], found)}")
+        return self._with_lengths(batch, found) if self._mask or self._lengths else batch
+
+    def _collated(self, samples: list[Any], path: str, found: dict[str, list[int]]) -> Any:
+        first = samples[0]
+        if isinstance(first, Mapping):
+            if any(sample.keys() != first.keys() for sample in samples):
+                raise DataError(f"Padded: samples differ in their keys{f' at {path}' * bool(path)}")
+            return {key: self._collated([s[key] for s in samples], _joined(path, key), found) for key in first}
+        if isinstance(first, tuple) or (isinstance(first, list) and not _all_numbers(first)):
+            if any(len(sample) != len(first) for sample in samples):
+                raise DataError(f"Padded: samples differ in their number of parts{f' at {path}' * bool(path)}")
+            made = [self._collated(list(s), _joined(path, n), found) for n, s in enumerate(zip(*samples, strict=True))]
+            return type(first)(*made) if hasattr(first, "_fields") else tuple(made)
+        if isinstance(first, Tensor | np.ndarray | list):
+            return self._stacked([torch.as_tensor(sample) for sample in samples], path, found)
+        return default_collate(samples)
+
+    def _stacked(self, tensors: list[Tensor], path: str, found: dict[str, list[int]]) -> Tensor:
+        name = path or "0"  # samples that are nothing but one tensor
+        lengths = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
+        found[name] = lengths
+        listed = name in self._values
+        if not listed and (self._values or len(set(lengths)) == 1):
+            if any(tensor.shape != tensors[0].shape for tensor in tensors):
+                raise DataError(f"Padded: part {name!r} differs in shape ({_shapes(tensors)}) and is not among 'parts'")
+            return torch.stack(tensors)
+        if any(tensor.ndim == 0 or tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
+            raise DataError(f"Padded: part {name!r} must agree in all but its first axis, not {_shapes(tensors)}")
+        longest = -(-max(lengths) // self._multiple_of) * self._multiple_of
+        value = self._values.get(name, self._value)
+        behind = [0, 0] * (tensors[0].ndim - 1)
+        return torch.stack(
+            [F.pad(t, [*behind, 0, longest - size], value=value) for t, size in zip(tensors, lengths, strict=True)]
+        )
+
+    def _with_lengths(self, batch: Any, found: dict[str, list[int]]) -> Any:
+        lengths = torch.tensor(found[next(iter(self._values))])
+        longest = -(-int(lengths.max()) // self._multiple_of) * self._multiple_of
+        further: dict[str, Tensor] = {}
+        if self._mask:
+            further[self._mask] = torch.arange(longest) < lengths[:, None]
+        if self._lengths:
+            further[self._lengths] = lengths
+        if not isinstance(batch, Mapping):
+            return (*(batch if isinstance(batch, tuple) else (batch,)), *further.values())
+        taken = [name for name in further if name in batch]
+        if taken:
+            raise DataError(f"Padded: samples have a part {taken[0]!r} already; choose another name")
+        return {**batch, **further}
+
+
+def _joined(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _all_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    distinct = list(dict.fromkeys(str(tuple(tensor.shape)) for tensor in tensors))
+    return ", ".join(distinct[:4]) + ", …" * (len(distinct) > 4)

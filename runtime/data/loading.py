@@ -1,0 +1,89 @@
+"""The loader: torch's DataLoader, whose workers live as long as the run, have no state, and are never waited for in vain."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from runtime.data.samples import SampleFailure
+from runtime.errors import DataError
+
+MakeLoader = Callable[..., Iterable[Any]]
+"""Makes what yields batches, of a data set and a ``batch_sampler`` of :class:`SlotIndex`."""
+
+
+def loader_factory(
+    *,
+    num_workers: int,
+    prefetch_factor: int,
+    pin_memory: bool,
+    timeout_seconds: int,
+    start_method: str | None,
+    worker_init: Callable[[int], Any] | None = None,
+) -> MakeLoader:
+    """Return a maker of loaders with these options; a worker is told nothing, so it has no state of its own.
+
+    Without workers and pinned memory there is nothing for a DataLoader to do, and it would cost 50 µs a batch.
+    """
+    if num_workers == 0 and not pin_memory:
+        return read_here
+    return partial(
+        DataLoader,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        pin_memory=pin_memory,
+        timeout=timeout_seconds if num_workers else 0,
+        multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=partial(_start_worker, worker_init),
+        generator=torch.Generator(),  # otherwise the loader draws its base seed from the default generator
+    )
+
+
+def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Iterator[Any]:
+    """Yield the batches of the given indices, in order.
+
+    Raises:
+        DataError: the data set raised, or a worker died.
+    """
+    batches = iter(make_loader(samples, batch_sampler=indices))
+    for worker in getattr(batches, "_workers", ()):
+        # It ignores SIGTERM, so torch and Python would wait for it for ever.
+        worker._popen.terminate = worker._popen.kill
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise DataError(
+                f"a loader worker was lost ({error}); a killed worker is mostly out of memory or shared memory: "
+                "lower data.loader.num_workers or prefetch_factor"
+            ) from error
+        if isinstance(batch, SampleFailure):
+            raise DataError(batch.message)
+        yield batch
+
+
+def read_here(samples: Any, *, batch_sampler: Iterator[Any]) -> Iterator[Any]:
+    """Read in this process: a loader without workers."""
+    return map(samples.__getitems__, batch_sampler)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(own: Callable[[int], Any] | None, worker: int) -> None:
+    """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if own is not None:
+        own(worker)

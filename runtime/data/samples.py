@@ -1,0 +1,147 @@
+"""A map-style data set as the loader sees it: whole slots, each sample under a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+
+from runtime.config.component import described
+from runtime.data.order import Ids
+from runtime.errors import DataError, LockstepError
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+
+_CPU = torch.device("cpu")
+
+
+class SlotIndex(NamedTuple):
+    """What the loader's workers are asked for."""
+
+    epoch: int
+    ids: Ids
+
+
+class SampleFailure(NamedTuple):
+    """What a worker hands back in place of a batch when the user's data set raised."""
+
+    message: str
+
+
+class Samples(Dataset[Any]):
+    """A map-style data set as the loader sees it: indexed by :class:`SlotIndex`, giving one collated batch.
+
+    A deterministic data set (``deterministic = True``, or a TensorDataset) is read a whole slot at a time through
+    ``__getitems__``, which may return a list of samples or a finished batch. So is one that draws by itself from the seeds that
+    it is given (``seeded = True``): ``__getitems__(ids, seeds)``, a uint64 for each sample, of (seed, epoch, id). Any other is
+    read sample by sample, with python, NumPy and torch seeded so before each: random transforms depend on nothing else.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        seed: int,
+        transform: Callable[[Any], Any] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self.source = source
+        self._seed = seed
+        self._transform = transform
+        self._collate = collate or default_collate
+        self._own_collate = collate is not None
+        deterministic = isinstance(source, TensorDataset) or bool(getattr(source, "deterministic", False))
+        self._seeded = bool(getattr(source, "seeded", False)) and transform is None
+        self._whole_slots = deterministic and transform is None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: SlotIndex) -> Any:
+        return self.__getitems__(index)
+
+    def __getitems__(self, index: SlotIndex) -> Any:
+        """Return one batch, or the failure that kept it from being read."""
+        try:
+            if self._seeded:
+                seeds = [derive(self._seed, Purpose.SAMPLE, index.epoch, i) for i in index.ids.tolist()]
+                return self._finished(self.source.__getitems__(index.ids.tolist(), np.array(seeds, dtype=np.uint64)))
+            if self._whole_slots:
+                return self._fetch_whole(index.ids)
+            return self._fetch_each(index)
+        except LockstepError as error:
+            return SampleFailure(str(error))
+        except Exception as error:
+            return SampleFailure(f"reading samples {_listed(index.ids)} raised {described(error)}")
+
+    def _fetch_whole(self, ids: Ids) -> Any:
+        if isinstance(self.source, TensorDataset) and not self._own_collate:
+            rows = torch.from_numpy(ids)
+            return tuple(tensor[rows] for tensor in self.source.tensors)
+        if not hasattr(self.source, "__getitems__"):
+            return self._collate([self.source[int(i)] for i in ids])
+        return self._finished(self.source.__getitems__(ids.tolist()))
+
+    def _finished(self, found: Any) -> Any:
+        if isinstance(found, list):
+            return self._collate(found)
+        if self._own_collate:
+            raise DataError(f"{type(self.source).__name__}.__getitems__ gives finished batches; leave data.collate out")
+        return found
+
+    def _fetch_each(self, index: SlotIndex) -> Any:
+        samples = []
+        with preserved_random_state(_CPU):
+            for i in index.ids.tolist():
+                seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, i), _CPU)
+                try:
+                    sample = self.source[i]
+                    samples.append(sample if self._transform is None else self._transform(sample))
+                except Exception as error:
+                    return SampleFailure(f"reading sample {i} of epoch {index.epoch} raised {described(error)}")
+            return self._collate(samples)
+
+
+def _listed(ids: Sequence[int] | Ids) -> str:
+    shown = ", ".join(str(int(i)) for i in ids[:5])
+    return f"[{shown}, …]" if len(ids) > 5 else f"[{shown}]"
+
+
+def fingerprint(source: Any) -> dict[str, Any]:
+    """Return what identifies a data set on resumption: its length and its own ``fingerprint``, if it has one."""
+    return {
+        "samples": len(source) if hasattr(source, "__getitem__") else None,
+        "id": getattr(source, "fingerprint", None),
+    }
+
+
+def check_samples(source: Any, key: str, *, sharded_by: str | None = None) -> None:
+    """Refuse what is neither a map-style data set nor a stream of which is said who shares it out, or an empty one.
+
+    Raises:
+        DataError: naming the configuration's key.
+    """
+    if isinstance(source, IterableDataset):
+        if sharded_by is None:
+            raise DataError(
+                f"{key}: {type(source).__name__} is a stream (IterableDataset). Say who shares it out over ranks and workers: "
+                f"{key}.sharded_by: runtime (every rank reads all of it and keeps its part; the same answer on any number of "
+                "ranks), or dataset (it does so itself, by torch.distributed and torch's get_worker_info)"
+            )
+        return
+    if sharded_by is not None:
+        raise DataError(
+            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' out"
+        )
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise DataError(
+            f"{key}: {type(source).__name__} has no __getitem__ and __len__; a map-style data set is needed"
+        )
+    try:
+        size = len(source)
+    except Exception as error:
+        raise DataError(f"{key}: the length of {type(source).__name__} raised {described(error)}") from error
+    if size == 0:
+        raise DataError(f"{key}: the data set is empty")

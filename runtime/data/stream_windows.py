@@ -1,0 +1,292 @@
+"""This rank's windows of a stream, whose length nobody knows before its end.
+
+A few steps ahead of the training the ranks tell each other, in one small all-reduce, how many samples and how much weight
+each slot has. That gives the global weights, ends an epoch on all ranks after the same step, and shows when ranks read
+different streams though each was to read all of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.data.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, told_weight
+from runtime.data.loading import MakeLoader, read
+from runtime.data.streams import FIRST, NOTHING, Piece, Place, StreamIndex, StreamSamples
+from runtime.errors import DataError, EvaluationError
+
+_AHEAD = 4  # steps between two all-reduces, and global batches held
+_EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
+
+
+class _Row(NamedTuple):
+    """One global batch as this rank has it, and as all have it together."""
+
+    cursor: Cursor
+    pieces: list[Piece]
+    sizes: list[int] = []
+    weight: float | tuple[float, ...] = 0.0
+
+    @property
+    def samples(self) -> int:
+        return sum(self.sizes)
+
+
+class StreamWindows:
+    """This rank's windows from a cursor on; iterate once. Collective: every rank must iterate alike.
+
+    Args:
+        stop: told the cursor and the number of steps yielded so far, whether the run's limit is reached.
+        skipped: global batches that are read and left out.
+        weigh: returns the weight of a microbatch of so many samples; None if it is the number of samples.
+        num_weights: how many weights a microbatch has; None: one, as a number.
+        sum_over_ranks: sums a float64 tensor over all ranks.
+        num_workers: of the loader; 0 reads in this process.
+
+    Attributes:
+        filler: a batch for fillers, with several ranks.
+        places: where this rank's readers stand behind the window that was yielded last, if the data set can tell.
+
+    Raises:
+        DataError: the data set raised, a worker died, there is nothing in the stream, or the ranks read different ones.
+    """
+
+    def __init__(
+        self,
+        samples: StreamSamples,
+        *,
+        start: Cursor,
+        stop: Callable[[Cursor, int], bool],
+        skipped: Collection[Cursor] = (),
+        sharing: Sharing,
+        make_loader: MakeLoader,
+        num_workers: int,
+        weigh: Weigh | None,
+        num_weights: int | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ) -> None:
+        if samples.sharded_by == "dataset" and sharing.slots < sharing.world_size:
+            raise DataError(
+                f"data.train.sharded_by: dataset needs a slot for each rank, and batch.slots is {sharing.slots} for "
+                f"{sharing.world_size} ranks: what the others read would never be trained on"
+            )
+        self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
+        self._skipped, self._sharing, self._weigh, self._sum = frozenset(skipped), sharing, weigh, sum_over_ranks
+        self._questions = _Questions(samples, start, sharing, max(1, num_workers))
+        self._fetched = read(samples, iter(self._questions), make_loader)
+        self.places: dict[int, Place] = {}
+        self._first: list[Piece] | None = None
+        self.filler: Any = None
+        if sharing.world_size > 1:
+            self.filler = self._made_filler()
+
+    def __iter__(self) -> Iterator[Window]:
+        cursor, steps = self._start, 0
+        while not self._stop(cursor, steps):
+            held: _Row | None = None
+            for row in self._rows(cursor):
+                if row.cursor in self._skipped:
+                    continue
+                if held is not None:
+                    steps += 1
+                    run_ends = self._stop(row.cursor, steps)
+                    yield self._window(held, row.cursor, run_ends=run_ends)
+                    if run_ends:
+                        return
+                held = row
+            cursor = Cursor(cursor.epoch + 1, 0)
+            if held is not None:
+                steps += 1
+                yield self._window(held, cursor, run_ends=self._stop(cursor, steps))
+
+    def _rows(self, start: Cursor) -> Iterator[_Row]:
+        """Yield the global batches of an epoch, each known to all ranks."""
+        self._questions.turn_to(start)
+        epoch, batch = start
+        ended = False
+        while not ended:
+            block: list[_Row] = []
+            while len(block) < _AHEAD and not ended:
+                row = _Row(Cursor(epoch, batch), self._pieces(Cursor(epoch, batch)))
+                block.append(row)
+                batch += 1
+                ended = self._samples.sharded_by == "runtime" and not row.pieces[0].more
+            for row in self._known_to_all(block):
+                if not row.samples:
+                    if row.cursor.batch == 0:
+                        raise DataError(_EMPTY)
+                    ended = True
+                    break
+                yield row
+
+    def _pieces(self, cursor: Cursor) -> list[Piece]:
+        if self._first is not None:
+            pieces, self._first = self._first, None
+            return pieces
+        return [self._piece(cursor, slot) for slot in self._questions.slots_asked]
+
+    def _piece(self, cursor: Cursor, slot: int) -> Piece:
+        """Return the answer to a question; what was asked ahead of an epoch's end is passed over."""
+        while True:
+            piece: Piece = next(self._fetched)
+            if piece.asked.cursor == cursor and piece.asked.slot == slot and not piece.asked.aligning:
+                return piece
+
+    def _made_filler(self) -> Any:
+        if self._samples.sharded_by == "runtime":
+            first = self._piece(self._start, FIRST)
+            if not first.samples:
+                raise DataError(_EMPTY)
+            return first.batch
+        self._questions.turn_to(self._start)
+        self._first = self._pieces(self._start)
+        filler = next((piece.batch for piece in self._first if piece.samples), None)
+        if filler is None:
+            raise DataError(
+                f"data.train: rank {self._sharing.rank} has no samples in its share of the stream; "
+                "let the data set give every rank some, or let the runtime shard it (sharded_by: runtime)"
+            )
+        return filler
+
+    def _known_to_all(self, block: list[_Row]) -> list[_Row]:
+        """Fill in what all ranks have together. Collective."""
+        slots, world_size = self._sharing.slots, self._sharing.world_size
+        whole = self._samples.sharded_by == "runtime"
+        width = self._num_weights or 1
+        table = torch.zeros(_AHEAD, slots * (1 + width) + 2, dtype=torch.float64)
+        weights = table[:, slots:-2].view(_AHEAD, slots, width)
+        for place, row in enumerate(block):
+            for piece in row.pieces:
+                if piece.samples:
+                    table[place, piece.asked.slot] = piece.samples
+                    note_weight(weights[place, piece.asked.slot], self._weight_of(piece))
+            seen = 1.0 + 2 * row.pieces[0].total + row.pieces[0].more if whole else 0.0
+            table[place, -2], table[place, -1] = seen, seen**2
+        together = self._sum(table)
+        if not torch.equal(together[:, -2] ** 2, world_size * together[:, -1]):
+            raise DataError(
+                "data.train: the ranks read streams of different lengths, though each was to read all of one "
+                "(sharded_by: runtime). If the data set gives each rank its own share, say sharded_by: dataset"
+            )
+        return [
+            row._replace(
+                sizes=[int(size) for size in together[place, :slots].tolist()],
+                weight=told_weight(together[place, slots:-2].view(slots, width).sum(0).tolist(), self._num_weights),
+            )
+            for place, row in enumerate(block)
+        ]
+
+    def _weight_of(self, piece: Piece) -> float | tuple[float, ...]:
+        return float(piece.samples) if self._weigh is None else self._weigh(piece.batch, piece.samples)
+
+    def _window(self, row: _Row, next_cursor: Cursor, *, run_ends: bool) -> Window:
+        slots, world_size = self._sharing.slots, self._sharing.world_size
+        real = [Microbatch(piece.asked.slot, piece.samples, piece.batch) for piece in row.pieces if piece.samples]
+        rounds = max(sum(row.sizes[k] > 0 for k in slots_of_rank(slots, world_size, r)) for r in range(world_size))
+        fillers = [Microbatch(-1, 0, self.filler)] * (rounds - len(real))
+        self._note_places(row)
+        return Window(
+            row.cursor,
+            next_cursor,
+            (*real, *fillers),
+            row.samples,
+            sum(size > 0 for size in row.sizes),
+            next_cursor.epoch > row.cursor.epoch,
+            run_ends,
+            row.weight,
+        )
+
+    def _note_places(self, row: _Row) -> None:
+        epoch, batch = row.cursor
+        for piece in row.pieces:
+            if piece.state is None:
+                continue
+            if self._samples.sharded_by == "runtime":
+                self.places[0] = Place(epoch, batch + 1, piece.state)
+            else:
+                own = piece.asked.own
+                turn = batch * len(own) + piece.asked.slot - own.start
+                self.places[piece.worker] = Place(epoch, turn + self._questions.workers, piece.state)
+
+
+class _Questions:
+    """What the loader is asked for, without end; told where the next epoch begins, it turns to it."""
+
+    def __init__(self, samples: StreamSamples, start: Cursor, sharing: Sharing, workers: int) -> None:
+        self.workers = workers
+        self._own = slots_of_rank(sharing.slots, sharing.world_size, sharing.rank)
+        self.slots_asked = list(self._own) or [NOTHING]
+        self._slots = sharing.slots
+        self._dataset_shards = samples.sharded_by == "dataset"
+        self._filler_first = sharing.world_size > 1 and not self._dataset_shards
+        self._from, self._turns = start, 0
+
+    def turn_to(self, cursor: Cursor) -> None:
+        """Ask for the global batches from a cursor on, from the next question on."""
+        if cursor != self._from:
+            self._from = cursor
+            self._turns += 1
+
+    def __iter__(self) -> Iterator[StreamIndex]:
+        asked = 0
+        if self._filler_first:
+            yield StreamIndex(self._from, FIRST, self._slots, self._own)
+        while True:
+            turns, (epoch, batch) = self._turns, self._from
+            while turns == self._turns:
+                for number, slot in enumerate(self.slots_asked):
+                    index = StreamIndex(Cursor(epoch, batch), slot, self._slots, self._own)
+                    # The loader asks its workers in turn; each slot has a worker that it belongs to.
+                    belongs_to = (batch * len(self._own) + number) % self.workers
+                    while self._dataset_shards and asked % self.workers != belongs_to:
+                        yield index._replace(aligning=True)
+                        asked += 1
+                    yield index
+                    asked += 1
+                    if turns != self._turns:
+                        break
+                batch += 1
+
+
+def evaluation_rounds(
+    samples: StreamSamples,
+    *,
+    world_size: int,
+    rank: int,
+    make_loader: MakeLoader,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[int, int, Any] | None]:
+    """Yield this rank's microbatch of each round (number, samples, batch), or None where it has none.
+
+    Microbatch m is what the stream gives from m times its batch size on, and belongs to rank m % world_size. Collective:
+    every rank must iterate.
+
+    Raises:
+        EvaluationError: the ranks read different streams.
+    """
+    fetched = read(samples, _evaluation_questions(world_size, rank), make_loader)
+    while True:
+        first: Piece = next(fetched)
+        own: Piece = first if rank == 0 else next(fetched)
+        seen = float(first.total)
+        together = sum_over_ranks(torch.tensor([seen, seen**2], dtype=torch.float64))
+        if together[0] ** 2 != world_size * together[1]:
+            raise EvaluationError(
+                "the ranks read evaluation streams of different lengths, though each was to read all of one "
+                "(sharded_by: runtime): the data set must not share itself out"
+            )
+        if not first.total:
+            return
+        yield (own.asked.cursor.batch, own.samples, own.batch) if own.samples else None
+
+
+def _evaluation_questions(world_size: int, rank: int) -> Iterator[StreamIndex]:
+    place = 0
+    while True:  # whether there is another round shows in its first microbatch
+        yield StreamIndex(Cursor(0, place), 0 if rank == 0 else NOTHING, 1, range(1))
+        if rank > 0:
+            yield StreamIndex(Cursor(0, place + rank), 0, 1, range(1))
+        place += world_size

@@ -1,0 +1,219 @@
+"""What a run trains on, mapped or streamed: its global batches from any cursor on, and what is known of them beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.data.batches import Cursor, Sharing, Weigh, Window, Windows, upcoming, with_weights
+from runtime.data.batching import BudgetOrder
+from runtime.data.loading import MakeLoader, read, read_here
+from runtime.data.order import Order
+from runtime.data.samples import Samples, SlotIndex, fingerprint
+from runtime.data.stream_windows import StreamWindows
+from runtime.data.streams import Place, ShardedBy, StreamIndex, StreamSamples
+from runtime.errors import DataError
+from runtime.processes.control import gather_bytes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """This rank's windows, being read.
+
+    Args:
+        windows: with their weights. Collective: every rank must iterate alike.
+        filler: a batch for fillers, with several ranks.
+        places: by worker, where a stream's readers stand behind the last window; empty where nothing is known.
+    """
+
+    windows: Iterator[Window]
+    filler: Any
+    places: Mapping[int, Place] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class How:
+    """How windows are read and weighed.
+
+    Args:
+        num_workers: of the loader.
+        weigh: weight of one microbatch of so many samples; None if it is the number of samples.
+        num_weights: how many weights a microbatch has; None: one, as a number.
+        sum_over_ranks: sums a float64 tensor over all ranks. Collective.
+    """
+
+    sharing: Sharing
+    make_loader: MakeLoader
+    num_workers: int
+    weigh: Weigh | None
+    sum_over_ranks: Callable[[Tensor], Tensor]
+    num_weights: int | None = None
+
+
+class MappedData:
+    """A map-style data set in an order."""
+
+    def __init__(self, samples: Samples, order: Order) -> None:
+        self.samples, self.order = samples, order
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of the data set; None where nobody knows."""
+        return len(self.samples)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Global batches of the first epoch; None where nobody knows."""
+        return self.order.num_batches(0)
+
+    def num_steps(self, epochs: int) -> int | None:
+        """Global batches of so many epochs, which may differ in length; None where nobody knows."""
+        if isinstance(self.order, BudgetOrder):  # others differ only by a user's own sampler
+            return sum(self.order.num_batches(epoch) for epoch in range(epochs))
+        return epochs * self.order.num_batches(0)
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples of the first epoch's smallest global batch, as far as is known."""
+        last = self.order.num_batches(0) - 1
+        first = 0 if isinstance(self.order, BudgetOrder) else last
+        return min(len(self.order.batch(0, index)) for index in range(first, last + 1))
+
+    def identity(self, sharing: tuple[int, int]) -> dict[str, Any]:
+        """Return what must be the same on resumption, given ranks and workers."""
+        return fingerprint(self.samples.source)
+
+    def upcoming(self, cursor: Cursor, skipped: Collection[Cursor]) -> Cursor:
+        """Return the first global batch from a cursor on that is not left out."""
+        return upcoming(self.order, cursor, skipped)
+
+    def first_batch(self, size: int) -> Any:
+        """Return the run's first samples, collated."""
+        return next(read(self.samples, iter([SlotIndex(0, self.order.batch(0, 0)[:size])]), read_here))
+
+    def read(
+        self,
+        how: How,
+        *,
+        start: Cursor,
+        stop: Callable[[Cursor, int], bool],
+        skipped: Collection[Cursor],
+        places: Mapping[int, Place],
+    ) -> Reading:
+        """Begin to read from a cursor on."""
+        windows = Windows(
+            self.samples,
+            self.order,
+            start=start,
+            stop=stop,
+            skipped=skipped,
+            sharing=how.sharing,
+            make_loader=how.make_loader,
+        )
+        weighed = iter(windows)
+        if how.weigh is not None:
+            weighed = with_weights(
+                weighed,
+                weigh=how.weigh,
+                num_weights=how.num_weights,
+                slots=how.sharing.slots,
+                sum_over_ranks=how.sum_over_ranks,
+            )
+        return Reading(weighed, windows.filler)
+
+
+class StreamedData:
+    """An IterableDataset, in its own order."""
+
+    num_samples: int | None = None
+    steps_per_epoch: int | None = None
+    smallest_batch = 1
+
+    def num_steps(self, epochs: int) -> int | None:
+        """See :class:`MappedData`."""
+        return None
+
+    def __init__(self, samples: StreamSamples) -> None:
+        self.samples = samples
+
+    def identity(self, sharing: tuple[int, int]) -> dict[str, Any]:
+        """See :class:`MappedData`. Where the data set shards itself, its shares follow from ranks and workers."""
+        source = self.samples.source
+        told = {"samples": None, "id": getattr(source, "fingerprint", None)}
+        if self.samples.sharded_by == "dataset":
+            told |= {"ranks": sharing[0], "workers": max(1, sharing[1])}
+        return told
+
+    def upcoming(self, cursor: Cursor, skipped: Collection[Cursor]) -> Cursor:
+        """Return the cursor itself: what comes after it shows when it is read."""
+        return cursor
+
+    def first_batch(self, size: int) -> Any:
+        """See :class:`MappedData`; from a reader of its own, so that nothing is used up."""
+        slots = -(-self.samples.batch_size // size)
+        piece = next(read(copy(self.samples), iter([StreamIndex(Cursor(), 0, slots, range(slots))]), read_here))
+        if not piece.samples:
+            raise DataError(
+                "data.train: there are not enough samples in the stream to try what fits (batch.micro_size: auto)"
+            )
+        return piece.batch
+
+    def read(
+        self,
+        how: How,
+        *,
+        start: Cursor,
+        stop: Callable[[Cursor, int], bool],
+        skipped: Collection[Cursor],
+        places: Mapping[int, Place],
+    ) -> Reading:
+        """See :class:`MappedData`."""
+        self.samples.places = dict(places)
+        windows = StreamWindows(
+            self.samples,
+            start=start,
+            stop=stop,
+            skipped=skipped,
+            sharing=how.sharing,
+            make_loader=how.make_loader,
+            num_workers=how.num_workers,
+            weigh=how.weigh,
+            num_weights=how.num_weights,
+            sum_over_ranks=how.sum_over_ranks,
+        )
+        return Reading(iter(windows), windows.filler, windows.places)
+
+
+TrainingData = MappedData | StreamedData
+
+
+def told_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
+    """Return where the readers of a stream stand, as JSON can hold it: rank to worker to place.
+
+    A state that JSON cannot hold is left out; the stream is then read again on resumption. Collective where the data set
+    shards itself; where the runtime does, every rank's place is everybody's.
+    """
+    told = {str(worker): list(place) for worker, place in places.items() if _fits_json(place.state)}
+    if sharded_by == "runtime":
+        return {"0": told}
+    replies = gather_bytes(json.dumps(told).encode(), device)
+    return {str(rank): json.loads(reply) for rank, reply in enumerate(replies)}
+
+
+def places_of(told: Mapping[str, Any], rank: int) -> dict[int, Place]:
+    """Return a rank's places from what :func:`told_places` told."""
+    own = told.get(str(rank), told.get("0", {}))
+    return {int(worker): Place(*place) for worker, place in own.items()}
+
+
+def _fits_json(state: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(state)) == state)
+    except (TypeError, ValueError, RecursionError):
+        return False

@@ -1,0 +1,1 @@
+"""Exact evaluation and its metrics: merged over ranks, never averaged over batches."""

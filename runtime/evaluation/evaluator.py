@@ -1,0 +1,145 @@
+"""Exact evaluation: every sample once, whatever the number of ranks; sums, never means of means.
+
+The data is cut into microbatches by its size alone, and each rank runs a consecutive share of them, as many rounds on every
+rank. What stays in memory is the state of the metrics, never the model's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.data.batches import slots_of_rank
+from runtime.data.loading import read
+from runtime.data.samples import Samples, SlotIndex
+from runtime.data.stream_windows import evaluation_rounds
+from runtime.data.streams import StreamSamples
+from runtime.errors import EvaluationError
+from runtime.evaluation.metrics import MetricSet, Result
+from runtime.objective import Weight, add_weights
+from runtime.processes.control import Agreement, sum_by_name, sum_over_ranks
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.strategies import Strategy
+
+_WEIGHT = "weight/"  # no loss may be called "weight"
+
+
+class Evaluator:
+    """Evaluates one split.
+
+    Args:
+        split: its name, for messages.
+        samples: the data.
+        micro_size: samples in one forward pass.
+        metrics: what to compute besides the loss.
+        seed: of the run; a model that draws random numbers draws the same in every evaluation.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        samples: Samples | StreamSamples,
+        *,
+        micro_size: int,
+        strategy: Strategy,
+        metrics: MetricSet,
+        make_loader: Callable[..., Any],
+        seed: int,
+    ) -> None:
+        self._split = split
+        self._samples = samples
+        self._micro_size = micro_size
+        self._strategy = strategy
+        self._metrics = metrics
+        self._make_loader = make_loader
+        self._seed = seed
+
+    @torch.no_grad()
+    def evaluate(self, stop_wished: Callable[[], bool] = lambda: False) -> dict[str, Result] | None:
+        """Return ``samples``, ``loss``, the objective's parts and the metrics, equal on every rank.
+
+        None if it was cut short, after the same round on every rank, because a rank wished to stop.
+        Collective: every rank must call this.
+
+        Raises:
+            EvaluationError: not every sample was seen once, or a metric refused its input.
+        """
+        module = self._strategy.unwrapped
+        was_training = module.training
+        module.eval()
+        self._metrics.reset()
+        try:
+            with preserved_random_state(self._strategy.device):
+                totals = self._run_share(stop_wished)
+        finally:
+            module.train(was_training)
+        return self._reduced(totals) if totals is not None else None
+
+    def _run_share(self, stop_wished: Callable[[], bool]) -> dict[str, Any] | None:
+        strategy, device = self._strategy, self._strategy.device
+        objective = strategy.unwrapped.objective
+        agreement = Agreement(world_size=strategy.world_size, device=device)
+        totals: dict[str, Any] = {"samples": 0.0}
+        weight: Weight = 0.0
+        for own in self._rounds():  # as many on every rank
+            agreement.begin(stop_wished())
+            if agreement.end():
+                return None
+            if own is None:
+                continue
+            number, count, batch = own
+            totals["samples"] += count
+            weight = add_weights(weight, objective.checked_weight(batch, count))
+            seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
+            batch = strategy.to_device(batch)
+            with strategy.autocast():
+                loss = strategy.unwrapped(batch)
+            # Of an objective with several sums, each is a part of its own as well.
+            sums = loss.parts if loss.sum.ndim else {"loss": loss.sum, **loss.parts}
+            for name, part in sums.items():
+                totals[name] = totals.get(name, 0) + part.double()
+            if self._metrics:
+                self._metrics.update(objective, loss.output, batch)
+        weights = weight if isinstance(weight, tuple) else (weight,)
+        return totals | {f"{_WEIGHT}{number}": part for number, part in enumerate(weights)}
+
+    def _rounds(self) -> Iterator[tuple[int, int, Any] | None]:
+        """Yield a microbatch's number, samples and batch once a round, or None where this rank has none."""
+        strategy = self._strategy
+        if isinstance(self._samples, StreamSamples):
+            yield from evaluation_rounds(
+                self._samples,
+                world_size=strategy.world_size,
+                rank=strategy.rank,
+                make_loader=self._make_loader,
+                sum_over_ranks=lambda flags: sum_over_ranks(flags, strategy.device),
+            )
+            return
+        size = len(self._samples)
+        microbatches = -(-size // self._micro_size)
+        own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
+        batches = read(self._samples, (self._share(number, size) for number in own), self._make_loader)
+        for place in range(-(-microbatches // strategy.world_size)):
+            yield (own[place], len(self._share(own[place], size).ids), next(batches)) if place < len(own) else None
+
+    def _share(self, number: int, size: int) -> SlotIndex:
+        start = number * self._micro_size
+        return SlotIndex(0, np.arange(start, min(start + self._micro_size, size), dtype=np.int64))
+
+    def _reduced(self, totals: dict[str, Any]) -> dict[str, Result]:
+        # Waits for the device: an evaluation is over when its sums are read.
+        summed = sum_by_name({name: float(total) for name, total in totals.items()}, self._strategy.device)
+        samples = int(summed.pop("samples"))
+        objective = self._strategy.unwrapped.objective
+        weights = tuple(summed.pop(f"{_WEIGHT}{number}") for number in range(objective.num_weights or 1))
+        if not isinstance(self._samples, StreamSamples) and samples != len(self._samples):
+            raise EvaluationError(
+                f"{self._split}: {samples} samples were evaluated, the data set has {len(self._samples)}"
+            )
+        if not any(weights):
+            raise EvaluationError(f"{self._split}: no sample carries weight, so there is no mean loss")
+        means = objective.means(summed, weights[0] if objective.num_weights is None else weights)
+        return {"samples": float(samples), **means, **self._metrics.compute()}

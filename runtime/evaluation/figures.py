@@ -1,0 +1,207 @@
+"""Tables per class, confusion matrices and curves of evaluations, as files in the run folder: ``figures/step-…/``. Rank 0.
+
+They are kept for the newest evaluation and for those whose checkpoint is kept, the best ones among them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.checkpoints.serialization import replace_file
+from runtime.evaluation.class_results import ClassResults
+from runtime.evaluation.metrics import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STEP = re.compile(r"step-(\d{8})")
+_MOST_NUMBERED = 20  # classes whose counts are written into the matrix
+_MOST_NAMED = 60  # classes whose names fit beside it
+_MOST_COLOURED = 10  # classes with a curve of their own colour; the others are drawn in grey
+_TITLES = {"roc": "ROC", "precision_recall": "Precision and recall"}
+_AXES = {"roc": ("false positive rate", "true positive rate"), "precision_recall": ("recall", "precision")}
+
+
+class FiguresTracker:
+    """Writes tables and pictures at each evaluation. What cannot be written or drawn is told once and ends nothing.
+
+    Args:
+        folder: the run folder.
+        classes: what is in the results.
+        pictures: whether to draw; tables are written always.
+        resumed_step: steps that the run has behind it; what is there of later ones is removed.
+        warn: told what could not be done.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        classes: ClassResults,
+        *,
+        pictures: bool,
+        resumed_step: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._folder = folder / "figures"
+        self._checkpoints = folder / "checkpoints"
+        self._classes = classes
+        self._pictures = pictures
+        self._warn = warn
+        self.rewind(resumed_step)
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
+        """Nothing."""
+
+    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
+        """Write what the results hold, and remove what is not kept any more."""
+        title = f"{split}, epoch {epoch}, step {step}"
+        try:
+            self._write_table(self._of_step(step) / f"{split}-classes.csv", results)
+            if self._pictures:
+                for name, draw in self._drawings(results, title):
+                    _save(draw(), self._of_step(step) / f"{split}-{_file_name(name)}.png")
+            self._drop_old(step)
+        except ImportError as error:
+            self._pictures = False
+            self._warn(
+                f"confusion matrices and curves are not drawn: {error.name or 'matplotlib'} is not installed "
+                "(pip install 'lockstep-train[plots]', or set evaluation.pictures to false)"
+            )
+        except OSError as error:
+            self._pictures = False
+            self._warn(f"figures could not be written to {self._folder}: {error.strerror or error}")
+
+    def pictures(self, split: str, step: int) -> dict[str, Path]:
+        """Return the pictures of an evaluation by the name of their metric."""
+        files = sorted(self._of_step(step).glob(f"{split}-*.png"))
+        return {file.stem.removeprefix(f"{split}-"): file for file in files}
+
+    def rewind(self, step: int) -> None:
+        """Remove what is there of later steps."""
+        for found, path in self._there():
+            if found > step:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self, outcome: str) -> None:
+        """Nothing."""
+
+    def _of_step(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+    def _there(self) -> list[tuple[int, Path]]:
+        paths = self._folder.glob("step-*")
+        return [(int(match[1]), path) for path in paths if (match := _STEP.fullmatch(path.name)) is not None]
+
+    def _drop_old(self, newest: int) -> None:
+        for step, path in self._there():
+            if step < newest and not any(self._checkpoints.glob(f"step-{step:08d}*")):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _write_table(self, path: Path, results: Mapping[str, Result]) -> None:
+        table = self._classes.table(results)
+        if table is None:
+            return
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([table[0], *table[1]])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.getvalue())
+
+    def _drawings(self, results: Mapping[str, Result], title: str) -> list[tuple[str, Callable[[], Figure]]]:
+        names = self._classes.class_name
+        found: list[tuple[str, Callable[[], Figure]]] = []
+        for name, matrix in self._classes.confusions(results):
+            labels = [names(number) for number in range(len(matrix))]
+            found.append((name, partial(confusion_figure, matrix, labels, title)))
+        for name, kind, lines in self._classes.curves(results):
+            found.append((name, partial(curves_figure, kind, lines, title)))
+        return found
+
+
+def confusion_figure(matrix: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Figure:
+    """Draw a confusion matrix: colour is the share of the true class, so that rare classes are as visible as others.
+
+    Args:
+        matrix: rows are true classes, columns predicted ones; counts, or shares.
+        names: of the classes.
+        title: below the heading.
+    """
+    from matplotlib.figure import Figure
+
+    size = len(names)
+    shares = [[value / (sum(row) or 1) for value in row] for row in matrix]
+    counts = all(float(value).is_integer() for row in matrix for value in row)
+    width = min(14.0, max(4.6, 2.2 + 0.5 * size))
+    figure = Figure(figsize=(width, width * 0.9), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"Confusion matrix\n{title}", fontsize=11)
+    if size <= _MOST_NAMED:
+        steep = max(map(len, names)) > 3 and size > 3
+        axes.set_xticks(range(size), names, rotation=45 if steep else 0, ha="right" if steep else "center")
+        axes.set_yticks(range(size), names)
+    for row in range(size) if size <= _MOST_NUMBERED else ():
+        for column in range(size):
+            value, dark = matrix[row][column], shares[row][column] > 0.5
+            if value:
+                text = f"{value:.0f}" if counts else f"{value:.2f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    return figure
+
+
+def curves_figure(kind: str, lines: Sequence[tuple[str, list[float], list[float]]], title: str) -> Figure:
+    """Draw ROC or precision-recall curves.
+
+    Args:
+        kind: ``roc`` or ``precision_recall``.
+        lines: for each class its name, x and y.
+        title: below the heading.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 if len(lines) > 1 else 5.2, 4.8), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for _, x, y in lines[_MOST_COLOURED:]:
+        axes.plot(x, y, color="0.75", linewidth=0.8, zorder=1, drawstyle=_style(kind))
+    for number, (name, x, y) in enumerate(lines[:_MOST_COLOURED]):
+        axes.plot(x, y, color=f"C{number}", linewidth=1.6, label=name, drawstyle=_style(kind), clip_on=False)
+    if kind == "roc":
+        axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="chance" if len(lines) == 1 else None)
+    x_label, y_label = _AXES[kind]
+    axes.set(xlabel=x_label, ylabel=y_label, xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.grid(alpha=0.3)
+    axes.set_title(f"{_TITLES[kind]}\n{title}", fontsize=11)
+    if len(lines) > 1:
+        others = f"\n(grey: {len(lines) - _MOST_COLOURED} others)" if len(lines) > _MOST_COLOURED else ""
+        axes.legend(title=f"class{others}", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    return figure
+
+
+def _style(kind: str) -> Any:
+    return "default" if kind == "roc" else "steps-pre"  # between points precision is not a straight line
+
+
+def _save(figure: Figure, path: Path) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, data.getvalue())
+
+
+def _file_name(metric: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", metric)

@@ -1,0 +1,1 @@
+"""Evaluation and prediction apart from training, on any checkpoint."""

@@ -1,0 +1,216 @@
+"""What a file of predictions holds: from the model's output to named columns, one row a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.config.component import did_you_mean
+from runtime.config.sections import Prediction
+from runtime.data.fields import Fields
+from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
+
+Values = np.ndarray[Any, Any] | list[Any]
+"""One value a sample: numbers, or a list of texts or numbers."""
+Columns = dict[str, Values]
+"""Name to values, in the order of the file."""
+
+_DERIVED = ("class", "prediction", "probability", "top_classes", "top_probabilities")
+
+
+class ColumnBuilder:
+    """Makes the columns that the configuration asks for.
+
+    Args:
+        section: what is asked for.
+        wanted: name in the file to what it holds; empty for the default.
+        problem: makes a problem of a key and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        section: Prediction,
+        wanted: Mapping[str, str],
+        problem: Callable[[Sequence[str], str], Problem],
+    ) -> None:
+        self._wanted = wanted
+        self._labels, self._top_k = section.labels, section.top_k
+        self._problem = problem
+
+    def build(self, predictions: Mapping[str, Tensor], ids: Values, index: Values) -> Columns:
+        """Return the columns of one microbatch.
+
+        Args:
+            predictions: what the objective makes of the output, one row a sample.
+            ids: what the samples are called.
+            index: their places in the data set.
+
+        Raises:
+            ConfigurationError: a column asks for what there is not.
+            EvaluationError: the model's output has not one row for each sample.
+        """
+        found = {name: _rows(name, tensor, len(index)) for name, tensor in predictions.items()}
+        self._check_labels(found)
+        wanted = self._wanted or {
+            "id": "id",
+            "prediction": "prediction",
+            **({"probability": "probability"} if {"probability", "probabilities"} & set(found) else {}),
+        }
+        columns: Columns = {}
+        for name, kind in wanted.items():
+            values = {"id": ids, "index": index}.get(kind)
+            more = {name: values} if values is not None else self._named(name, kind, self._of(name, kind, found), found)
+            if twice := columns.keys() & more.keys():
+                raise self._wrong(name, f"makes a second column {min(twice)!r}")
+            columns |= more
+        return columns
+
+    def _of(self, name: str, kind: str, found: Mapping[str, Any]) -> Any:
+        """Return what a column holds: what the objective gives, or what follows from its probabilities."""
+        many, single = found.get("probabilities"), found.get("probability")
+        if kind in found:
+            return found[kind]
+        if kind == "prediction":
+            classes = self._class(found)
+            if classes is None:
+                return found.get("output", next(iter(found.values())))
+            named = self._labels and (many is not None or classes.ndim == 1)
+            return np.array(self._labels, dtype=object)[classes] if named else classes
+        if kind == "class" and (classes := self._class(found)) is not None:
+            return classes
+        if kind == "probability" and many is not None:
+            return many.max(-1)
+        if kind in ("top_classes", "top_probabilities") and many is not None:
+            return self._best(many, as_classes=kind == "top_classes")
+        possible = ["id", "index", "prediction", *found]
+        possible += [
+            k for k in _DERIVED if k not in possible and (many is not None or (k == "class" and single is not None))
+        ]
+        known = did_you_mean(kind, possible) or f"; known here: {', '.join(possible)}"
+        raise self._wrong(name, f"holds {kind!r}, which the objective does not give{known}")
+
+    def _class(self, found: Mapping[str, Any]) -> Any:
+        if "class" in found:
+            return found["class"]
+        if "probabilities" in found:
+            return found["probabilities"].argmax(-1)
+        # Above one half, as torchmetrics judges by default.
+        return (found["probability"] > 0.5).astype(np.int64) if "probability" in found else None
+
+    def _best(self, probabilities: Any, *, as_classes: bool) -> Any:
+        best = np.argsort(-probabilities, axis=-1, kind="stable")[..., : self._top_k]
+        if not as_classes:
+            return np.take_along_axis(probabilities, best, -1)
+        return np.array(self._labels, dtype=object)[best] if self._labels else best
+
+    def _named(self, name: str, kind: str, values: Any, found: Mapping[str, Any]) -> Columns:
+        if values.ndim == 1:
+            return {name: _plain(values)}
+        if values.ndim > 2:
+            raise self._wrong(
+                name,
+                f"needs one number a sample or one row of them; {kind!r} has the shape {tuple(values.shape[1:])} for each; "
+                "an objective of your own can choose what to write (predictions)",
+            )
+        width = values.shape[1]
+        parts: Sequence[Any] = range(1, width + 1) if kind.startswith("top_") else range(width)
+        if self._labels and width == len(self._labels) and self._by_class(kind, found):
+            parts = self._labels
+        pattern = name if "{}" in name else f"{name}_{{}}"
+        return {pattern.replace("{}", str(part)): _plain(values[:, i]) for i, part in enumerate(parts)}
+
+    def _by_class(self, kind: str, found: Mapping[str, Any]) -> bool:
+        """Tell whether the numbers of a row belong to the classes, in their order."""
+        if "probabilities" in found:
+            return kind in ("probabilities", "output")
+        several_labels = "probability" in found and found["probability"].ndim > 1
+        return several_labels and kind in ("probability", "output", "class", "prediction")
+
+    def _check_labels(self, found: Mapping[str, Any]) -> None:
+        if not self._labels:
+            return
+        if "probabilities" in found:
+            classes = found["probabilities"].shape[-1]
+        elif "probability" in found:
+            classes = found["probability"].shape[1] if found["probability"].ndim > 1 else 2
+        elif "class" in found:
+            return
+        else:
+            what = "there are no classes to name: the objective gives no probabilities; leave 'labels' out"
+            raise ConfigurationError([self._problem(("prediction", "labels"), what)])
+        if classes != len(self._labels):
+            what = f"{len(self._labels)} labels for {classes} classes"
+            raise ConfigurationError([self._problem(("prediction", "labels"), what)])
+
+    def _wrong(self, name: str, what: str) -> ConfigurationError:
+        key = ("prediction", "columns", name) if name in self._wanted else ("prediction", "columns")
+        return ConfigurationError([self._problem(key, what)])
+
+
+def model_arguments(fields: Fields, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what the model is called with, of a batch that may have no target.
+
+    Raises:
+        ObjectiveError: it cannot be told which part is the model's.
+    """
+    if isinstance(batch, Tensor):
+        if fields.inputs not in (None, 0):
+            raise ObjectiveError(
+                f"data.fields.inputs names {fields.inputs!r}, but a batch to predict is a single tensor"
+            )
+        return (batch,), {}
+    if fields.inputs is not None:
+        return fields.arguments(batch)
+    if isinstance(batch, Mapping) and "inputs" in batch:
+        batch = {"inputs": batch["inputs"], "target": None}
+    elif isinstance(batch, list | tuple) and len(batch) == 1:
+        batch = (batch[0], None)
+    return fields.arguments(batch)
+
+
+def ids_of(fields: Fields, batch: Any, index: Values) -> Values:
+    """Return what the samples of a batch are called: their ``data.fields.id``, or their places in the data set.
+
+    Raises:
+        ObjectiveError: the batch has no such part.
+        DataError: it is not one text or number for each sample.
+    """
+    if fields.id is None:
+        return index
+    if isinstance(batch, Tensor):
+        raise ObjectiveError(f"data.fields.id names {fields.id!r}, but a batch to predict is a single tensor")
+    ids = fields.id_of(batch)
+    if isinstance(ids, Tensor):
+        ids = ids.cpu().numpy()
+    single = isinstance(ids, np.ndarray | list | tuple) and len(ids) == len(index) and np.ndim(ids) == 1
+    if not single or not all(isinstance(i, str | int | float | np.generic) for i in ids):
+        raise DataError(f"data.fields.id: {fields.id!r} must be one text or number for each of {len(index)} samples")
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iuf":
+        return ids
+    return [called.item() if isinstance(called, np.generic) else called for called in ids]
+
+
+def _rows(name: str, given: Any, count: int) -> Any:
+    if not isinstance(given, Tensor):
+        raise EvaluationError(
+            f"predictions: {name!r} is a {type(given).__name__}, not a tensor; say which part of what the model returns is "
+            "its output (model.output)"
+        )
+    if given.ndim == 0 or given.shape[0] != count:
+        raise EvaluationError(
+            f"predictions: {name!r} has the shape {tuple(given.shape)} for {count} samples; one row a sample is needed"
+        )
+    given = given.detach()
+    given = given.float() if given.dtype in (torch.float16, torch.bfloat16) else given
+    values = given.cpu().numpy()
+    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+
+def _plain(values: Any) -> Values:
+    """Return numbers as an array, texts as a list."""
+    listed: Values = values.tolist() if values.dtype == object else np.ascontiguousarray(values)
+    return listed

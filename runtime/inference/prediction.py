@@ -1,0 +1,126 @@
+"""Prediction: every sample once and in the data set's order, from any number of ranks, with a bounded number of rows in memory.
+
+The data is cut into the same numbered microbatches as in evaluation, under the same seeds. In each round every rank runs one,
+and rank 0 gets all of them in their order: what is written does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.config.component import described
+from runtime.data.loading import read
+from runtime.data.samples import Samples, SlotIndex
+from runtime.errors import LockstepError, ObjectiveError
+from runtime.inference.columns import ColumnBuilder, Columns, ids_of, model_arguments
+from runtime.objective import Objective
+from runtime.processes.control import Agreement, gather_on_rank_0
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.strategies import Strategy
+from runtime.training.fitting import is_out_of_memory
+
+
+class Predictor:
+    """Predicts one data set.
+
+    Args:
+        samples: the data; a batch may have no target.
+        micro_size: samples in one forward pass.
+        columns: makes what is written of the model's output.
+        encode: makes bytes of a microbatch's columns.
+        seed: of the run; a model that draws random numbers draws what it draws in evaluation.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        micro_size: int,
+        strategy: Strategy,
+        columns: ColumnBuilder,
+        encode: Callable[[Columns], bytes],
+        make_loader: Callable[..., Any],
+        seed: int,
+    ) -> None:
+        self._samples = samples
+        self._micro_size = micro_size
+        self._strategy = strategy
+        self._columns = columns
+        self._encode = encode
+        self._make_loader = make_loader
+        self._seed = seed
+
+    @torch.no_grad()
+    def predict(self, append: Callable[[bytes], None], stop_wished: Callable[[], bool] = lambda: False) -> bool:
+        """Predict everything; return False if it was cut short, after the same round on every rank.
+
+        Collective: every rank must call this.
+
+        Args:
+            append: called on rank 0 with one microbatch after the other, in the data set's order.
+            stop_wished: asked in every round.
+
+        Raises:
+            LockstepError: the model's output, or the batch, is not what the configuration says.
+        """
+        module = self._strategy.unwrapped
+        was_training = module.training
+        module.eval()
+        try:
+            with preserved_random_state(self._strategy.device):
+                return self._run_share(append, stop_wished)
+        finally:
+            module.train(was_training)
+
+    def _run_share(self, append: Callable[[bytes], None], stop_wished: Callable[[], bool]) -> bool:
+        strategy = self._strategy
+        microbatches = -(-len(self._samples) // self._micro_size)
+        own = range(strategy.rank, microbatches, strategy.world_size)
+        batches = read(self._samples, map(self._share, own), self._make_loader)
+        agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
+        for place in range(-(-microbatches // strategy.world_size)):  # as many rounds on every rank
+            agreement.begin(stop_wished())
+            if agreement.end():
+                return False
+            payload = self._predicted(own[place], next(batches)) if place < len(own) else b""
+            for gathered in gather_on_rank_0(payload, strategy.device):  # in the order of the ranks, so in order
+                if gathered:
+                    append(gathered)
+        return True
+
+    def _predicted(self, number: int, batch: Any) -> bytes:
+        strategy = self._strategy
+        module, index = strategy.unwrapped, self._share(number).ids
+        fields = module.objective.fields
+        ids = ids_of(fields, batch, index)
+        seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
+        positional, named = model_arguments(fields, strategy.to_device(batch))
+        with strategy.autocast():
+            output = fields.output_of(module.model(*positional, **named))
+            predictions = self._named(module.objective, output)
+        return self._encode(self._columns.build(predictions, ids, index))
+
+    def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
+        try:
+            return objective.predicted(output)
+        except Exception as error:
+            if isinstance(error, LockstepError) or is_out_of_memory(error):
+                raise
+            kind = (
+                f"a tensor of shape {tuple(output.shape)}"
+                if isinstance(output, Tensor)
+                else f"a {type(output).__name__}"
+            )
+            raise ObjectiveError(
+                f"{type(objective).__name__}.predicted raised {described(error)}; the model's output is {kind} (model.output "
+                "says which part of what it returns that is)"
+            ) from error
+
+    def _share(self, number: int) -> SlotIndex:
+        start = number * self._micro_size
+        return SlotIndex(0, np.arange(start, min(start + self._micro_size, len(self._samples)), dtype=np.int64))

@@ -1,0 +1,185 @@
+"""Losses of a model's output and a target: the call of the model, per-sample weights, and what metrics are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import ObjectiveError
+from runtime.objective import Loss, Objective, shown
+
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
+
+
+class SupervisedObjective(Objective):
+    """Base of losses of the model's output and a target, which :class:`runtime.data.fields.Fields` finds in the batch.
+
+    A subclass implements ``losses``, one for each thing that counts, and ``counts``, how much each of them counts; a faster
+    ``loss_sum`` or ``count`` where there is one. A sample's weight (``data.fields.weight``) multiplies its losses *and* what
+    they count, so that a sample of weight 2 counts as if it were there twice.
+
+    Attributes:
+        outputs: names of what the loss takes from the model, where that is more than one tensor.
+        has_target: whether the batch has a target.
+    """
+
+    unit = "elements"
+    reads_sample_weights = True
+    outputs: Sequence[str] = ()
+    has_target = True
+
+    @property
+    def name(self) -> str:
+        """What messages call the loss."""
+        return type(self).__name__
+
+    def forward(self, model: nn.Module, batch: Any) -> Loss:
+        """Call the model on the inputs, and the loss on its output and the target."""
+        positional, named = self.fields.arguments(batch)
+        return self.compared(model(*positional, **named), batch)
+
+    def compared(self, returned: Any, batch: Any) -> Loss:
+        """Return the loss of what the model returned.
+
+        Raises:
+            ObjectiveError: output and target do not fit each other or the loss.
+        """
+        fields = self.fields
+        output = fields.output_of(returned)
+        target = fields.target_of(batch) if self.has_target else None
+        try:
+            if fields.weight is None:
+                return Loss(self.loss_sum(output, target), output=output)
+            losses = self.losses(output, target)
+            weights = spread(fields.weight_of(batch), losses.shape)
+            return Loss((losses * weights.to(losses.dtype)).sum(), output=output)
+        except _REFUSALS as error:
+            raise ObjectiveError(
+                f"{self.name} refused the model's output and the target ({shown((output, target))}): {error}"
+            ) from error
+
+    def losses(self, output: Any, target: Any) -> Tensor:
+        """Return the losses one by one, of the shape of ``counts``."""
+        raise NotImplementedError
+
+    def loss_sum(self, output: Any, target: Any) -> Tensor:
+        """Return the sum of the losses."""
+        return self.losses(output, target).sum()
+
+    def counts(self, target: Any) -> Tensor:
+        """Return how much each loss counts; on the CPU. Default: every element of the target counts 1."""
+        return torch.ones((), dtype=torch.float64).expand(target.shape)
+
+    def count(self, target: Any) -> float:
+        """Return the sum of ``counts``."""
+        return float(target.numel())
+
+    def weight(self, batch: Any) -> float:
+        """Return the sum over the losses of what each counts, times its sample's weight."""
+        target = self.fields.target_of(batch) if self.has_target else None
+        if self.fields.weight is None:
+            return self.count(target)
+        counts = self.counts(target)
+        return float((spread(sample_weights(self.fields.weight_of(batch)), counts.shape) * counts).sum())
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
+        """Return predictions and target, what does not count left out. Metrics do not see the weights of what does."""
+        target = self.fields.target_of(batch) if self.has_target else None
+        inputs = self.predictions(output, target)
+        if self.fields.weight is None:
+            return inputs
+        counted = self.fields.weight_of(batch) != 0
+        return tuple(value[spread(counted, value.shape, widen=False)] for value in inputs)
+
+    def metric_mask(self, batch: Any) -> Tensor | None:
+        """Return which samples, or elements of the target, metrics see: those whose weight is not 0; None if it is all."""
+        if self.fields.weight is None or not self.has_target:
+            return None
+        return spread(self.fields.weight_of(batch) != 0, self.fields.target_of(batch).shape, widen=False)
+
+    def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
+        """Return what metrics are updated with; samples in the first dimension of each."""
+        return output, target
+
+    def several(self, output: Any) -> Sequence[Tensor]:
+        """Return what the loss takes from the model, in the order of ``outputs``."""
+        if isinstance(output, Mapping):
+            found: Sequence[Any] = [output.get(name) for name in self.outputs]
+        else:
+            found = output if isinstance(output, list | tuple) else ()
+        if len(found) != len(self.outputs) or not all(isinstance(value, Tensor) for value in found):
+            raise ObjectiveError(
+                f"{self.name} takes {len(self.outputs)} tensors from the model ({', '.join(self.outputs)}), as a tuple or a "
+                f"mapping with these keys, not {shown(output)}"
+            )
+        return found
+
+    def same_shape(self, output: Tensor, target: Tensor) -> None:
+        """Refuse what torch would broadcast.
+
+        Raises:
+            ObjectiveError: the shapes differ.
+        """
+        if output.shape != target.shape:
+            raise ObjectiveError(
+                f"{self.name} needs an output of the target's shape {tuple(target.shape)}, not {tuple(output.shape)}; "
+                "torch would broadcast and sum over pairs that do not belong together"
+            )
+
+
+class PerSampleObjective(SupervisedObjective):
+    """Base of losses of which each sample has exactly one: ``losses`` has the shape (batch,)."""
+
+    unit = "samples"
+
+    @property
+    def counts_samples(self) -> bool:
+        """Tell whether the weight is the number of samples: where they have no weights of their own."""
+        return self.fields.weight is None
+
+    def weight(self, batch: Any) -> float:
+        """Return the sum of the samples' weights."""
+        weights = sample_weights(self.fields.weight_of(batch))
+        return float(spread(weights, weights.shape[:1]).sum())
+
+
+def counted_of(target: Tensor, ignored: int, of_samples: Tensor | None) -> Tensor:
+    """Return which targets are neither ignored nor left out by what a mask says of samples or of targets."""
+    counted = target != ignored
+    return counted if of_samples is None else counted & spread(of_samples, target.shape)
+
+
+def sample_weights(weights: Any) -> Tensor:
+    """Return a batch's weights in float64.
+
+    Raises:
+        ObjectiveError: they are no tensor, or one is negative or not a number.
+    """
+    if not isinstance(weights, Tensor):
+        raise ObjectiveError(f"data.fields.weight must be a tensor in the batch, not {shown(weights)}")
+    if weights.numel() and not bool((weights >= 0).all()):
+        raise ObjectiveError("data.fields.weight: a weight is negative or not a number")
+    return weights.double()
+
+
+def spread(weights: Tensor, shape: torch.Size, *, widen: bool = True) -> Tensor:
+    """Return weights of samples, or of elements, so that they multiply losses of a shape.
+
+    Args:
+        weights: of the first dimensions of ``shape``; dimensions of size 1 behind them do not count.
+        widen: add dimensions of size 1 up to the number that ``shape`` has.
+
+    Raises:
+        ObjectiveError: the weights are of another shape.
+    """
+    while weights.ndim > 1 and weights.shape[-1] == 1:
+        weights = weights.squeeze(-1)
+    if weights.ndim == 0 or weights.shape != shape[: weights.ndim]:
+        raise ObjectiveError(
+            f"data.fields.weight has the shape {tuple(weights.shape)}, but what it weighs has {tuple(shape)}; give one weight "
+            "for each sample, or one for each loss"
+        )
+    return weights.view(*weights.shape, *[1] * (len(shape) - weights.ndim)) if widen else weights

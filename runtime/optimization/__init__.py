@@ -1,0 +1,1 @@
+"""Optimizers, parameter groups, freezing, schedules and averages of the weights."""

@@ -1,0 +1,178 @@
+"""The learning rates of a whole run, found without training: as text for a terminal, or as a picture."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.errors import ConfigurationError, MissingDependencyError, Problem
+from runtime.optimization.schedule import Schedule
+
+_MOST_STEPS = 200_000  # about two seconds
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
+_BRAILLE = 0x2800
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass
+class Curve:
+    """The rate of each update.
+
+    Args:
+        total: steps of the run; more than there are rates if it is very long.
+        rates: by parameter group, then by step; groups of equal rates are told once.
+        groups: how many parameter groups each of them stands for.
+        marks: steps at which something begins, by what.
+    """
+
+    total: int
+    rates: list[list[float]]
+    groups: list[int]
+    marks: dict[int, str] = field(default_factory=dict)
+
+
+def simulate(schedule: Schedule, *, steps: int, steps_per_epoch: int | None) -> Curve:
+    """Drive a schedule through a run in which every update is applied; its optimizer is not used afterwards.
+
+    Args:
+        steps: of the whole run.
+        steps_per_epoch: None where nobody knows; epochs then do not count.
+    """
+    rows: list[list[float]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch misses the optimizer's steps
+        for step in range(1, min(steps, _MOST_STEPS) + 1):
+            rows.append(schedule.learning_rates)
+            schedule.after_update()
+            if steps_per_epoch and step % steps_per_epoch == 0:
+                schedule.after_epoch()
+    by_group = [list(rates) for rates in zip(*rows, strict=True)]
+    distinct: dict[tuple[float, ...], int] = {}
+    for rates in by_group:
+        distinct[tuple(rates)] = distinct.get(tuple(rates), 0) + 1
+    return Curve(steps, [list(rates) for rates in distinct], list(distinct.values()))
+
+
+def drawn(curve: Curve, *, width: int = 44, height: int = 9) -> Iterator[str]:
+    """Draw the curve of each group in braille dots, one line at a time, with axes.
+
+    Args:
+        width: in characters, of the drawing alone; beside labels it then fits into 80 columns.
+        height: in lines; an odd number, so that one of them is in the middle.
+    """
+    highest = max(max(rates) for rates in curve.rates)
+    lowest = min(min(rates) for rates in curve.rates)
+    bottom = 0.0 if lowest <= highest / 2 or lowest == highest else lowest
+    cells = [[0] * width for _ in range(height)]
+    for rates in curve.rates:
+        _dot(cells, rates, bottom=bottom, top=highest)
+    labels = {0: highest, height // 2: (highest + bottom) / 2, height - 1: bottom}
+    texts = {row: f"{value:.3g}" for row, value in labels.items()}
+    margin = max(map(len, texts.values()))
+    for row, line in enumerate(cells):
+        drawing = "".join(chr(_BRAILLE + dots) if dots else " " for dots in line).rstrip()
+        yield f"{texts.get(row, ''):>{margin}} {'┤' if row in texts else '│'}{drawing}"
+    yield f"{'':>{margin}} └{_axis(curve, width)}"
+    yield f"{'':>{margin}}  {_step_labels(curve, width)}"
+
+
+def _dot(cells: list[list[int]], rates: Sequence[float], *, bottom: float, top: float) -> None:
+    """Set the dots that a curve passes through; between two columns it is joined by a vertical line."""
+    columns, rows = 2 * len(cells[0]), 4 * len(cells)
+    last: tuple[int, int] | None = None
+    for column in range(columns):
+        here = rates[_span(column, columns, len(rates))]
+        heights = [_row(rate, bottom, top, rows) for rate in (here or [rates[-1]])]
+        low, high = min(heights), max(heights)
+        if last is not None:  # reach what the column before ended at
+            low, high = min(low, last[1] + 1), max(high, last[0] - 1)
+        for row in range(low, high + 1):
+            cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
+        last = (min(heights), max(heights))
+
+
+def _span(column: int, columns: int, length: int) -> slice:
+    start = column * length // columns
+    return slice(start, max(start + 1, (column + 1) * length // columns))
+
+
+def _row(rate: float, bottom: float, top: float, rows: int) -> int:
+    share = (rate - bottom) / (top - bottom) if top > bottom else 1.0
+    return min(rows - 1, max(0, round((1.0 - share) * (rows - 1))))
+
+
+def _axis(curve: Curve, width: int) -> str:
+    ticks = {round(mark * (width - 1) / 4) for mark in range(5)}
+    return "".join("┬" if column in ticks else "─" for column in range(width))
+
+
+def _step_labels(curve: Curve, width: int) -> str:
+    line, shown, before = [" "] * width, len(curve.rates[0]), ""
+    for mark in range(5):
+        text = f"{max(1, round(shown * mark / 4)):,}"
+        centre = round(mark * (width - 1) / 4)
+        start = max(0, min(centre - len(text) // 2, width - len(text)))
+        if text != before:
+            line[start : start + len(text)] = text
+        before = text
+    return "".join(line).rstrip() + " steps"
+
+
+def save_picture(curve: Curve, path: Path, *, title: str) -> None:
+    """Draw the curve with matplotlib.
+
+    Args:
+        path: ends in ``.png``, ``.svg`` or ``.pdf``.
+        title: what the run is called.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        ConfigurationError: the file cannot be written.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise ConfigurationError([Problem("command line", "--curve", f"{path} must end in {', '.join(_SUFFIXES)}")])
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "--curve", "plots") from error
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (rates, groups) in enumerate(zip(curve.rates, curve.groups, strict=True), start=1):
+        steps = [0.5 + step for step in range(len(rates))]
+        label = f"{groups} groups" if groups > 1 else f"group {number}"
+        thinned = _thinned(rates)
+        axes.plot([steps[i] for i in thinned], [rates[i] for i in thinned], linewidth=1.8, label=label)
+    for step, what in curve.marks.items():
+        axes.axvline(step, color="0.6", linewidth=0.8, linestyle="--")
+        axes.annotate(what, (step, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      va="top", fontsize=8, color="0.35")  # fmt: skip
+    axes.set(xlabel="step", ylabel="learning rate", title=title, xlim=(0, max(1, len(curve.rates[0]))))
+    axes.set_ylim(bottom=0, top=1.08 * max(max(rates) for rates in curve.rates))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curve.rates) > 1:
+        axes.legend(frameon=False)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigurationError(
+            [Problem("command line", "--curve", f"{path} cannot be written: {error.strerror}")]
+        ) from error
+
+
+def _thinned(rates: Sequence[float], most: int = 4000) -> list[int]:
+    """Return which steps to draw: all of them, or of each stretch the lowest and the highest."""
+    if len(rates) <= most:
+        return list(range(len(rates)))
+    kept = {0, len(rates) - 1}
+    for column in range(most // 2):
+        span = range(*_span(column, most // 2, len(rates)).indices(len(rates)))
+        kept |= {min(span, key=rates.__getitem__), max(span, key=rates.__getitem__)}
+    return sorted(kept)

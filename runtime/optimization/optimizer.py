@@ -1,0 +1,124 @@
+"""From ``optimizer`` in the configuration to torch's optimizer: its classes, its groups, its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Muon, Optimizer
+
+from runtime.config import component
+from runtime.config.component import ComponentError
+from runtime.config.learning import Optimizer as OptimizerSection
+from runtime.optimization.combined import CombinedOptimizer
+from runtime.optimization.fused import fused_arguments
+from runtime.optimization.parameter_groups import ParameterGroup, parameter_groups
+
+NAMESPACES = ("torch.optim",)
+EXCLUDED = {
+    "LBFGS": "needs the loss evaluated several times a step; take torch.optim.Adam or SGD",
+    "SparseAdam": "takes sparse gradients alone, which are not reduced over processes; take Adam, with dense embeddings",
+    "Optimizer": "is the base class of optimizers; take AdamW",
+}
+"""Classes of torch.optim that cannot be used, with the reason."""
+
+
+def check_optimizer(section: OptimizerSection, code: Path) -> list[ComponentError]:
+    """Look up the optimizer and those of its groups, and compare arguments with signatures. Calls nothing."""
+    mistakes = _check(section.target, section.args, code)
+    if any(mistake.path == ("target",) for mistake in mistakes):
+        return mistakes
+    for number, group in enumerate(section.groups):
+        key = ("groups", str(number))
+        separate = group.target is not None
+        args = group.args if separate else {**section.args, **group.args}
+        mistakes += [
+            ComponentError(found.what, key + found.path)
+            for found in _check(group.target or section.target, args, code)
+            if separate or found.path[-1] in group.args  # those of the optimizer's own are told above
+        ]
+    return mistakes
+
+
+def groups_of(section: OptimizerSection, module: nn.Module, code: Path) -> list[ParameterGroup]:
+    """Share the trainable parameters out over the optimizer's groups.
+
+    Raises:
+        ComponentError: a pattern matches nothing, or a key has no effect.
+    """
+    return parameter_groups(module, section, [*_classes(section, code)])
+
+
+def build(section: OptimizerSection, module: nn.Module, code: Path) -> Optimizer:
+    """Build the optimizer over a TrainingModule's trainable parameters, fused where torch can.
+
+    Raises:
+        ComponentError: what :func:`groups_of` raises, or the optimizer refuses its arguments.
+    """
+    groups = groups_of(section, module, code)
+    classes = _classes(section, code)
+    optimizers = []
+    owners = [None, *(number for number, group in enumerate(section.groups) if group.target is not None)]
+    for owner in owners:
+        own = [group for group in groups if _owner(section, group) == owner]
+        if not own and owner is None:
+            raise ComponentError(
+                f"no parameter is left for {section.target}: groups with targets of their own take all"
+            )
+        optimizers.append(_member(section, owner, classes[-1 if owner is None else owner], own, code))
+    return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
+
+
+def _member(
+    section: OptimizerSection, owner: int | None, optimizer_class: type, groups: Sequence[ParameterGroup], code: Path
+) -> Optimizer:
+    chosen = section if owner is None else section.groups[owner]
+    target, path = chosen.target or section.target, () if owner is None else ("groups", str(owner))
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    if optimizer_class is Muon:
+        _refuse_for_muon(groups, path)
+    extra = fused_arguments(optimizer_class, chosen.args, parameters)
+    made = [_torch_group(group, {} if owner is None else chosen.args) for group in groups]
+    try:
+        optimizer = component.build(target, {**chosen.args, **extra}, made, namespaces=NAMESPACES, code=code)
+    except ComponentError as mistake:
+        raise ComponentError(mistake.what, path + mistake.path) from mistake
+    if not isinstance(optimizer, Optimizer):
+        raise ComponentError(f"is a {type(optimizer).__name__}, not a torch.optim.Optimizer", (*path, "target"))
+    return optimizer
+
+
+def _torch_group(group: ParameterGroup, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return torch's group: only what differs from the arguments that its optimizer is given."""
+    return {"params": group.parameters, **{k: v for k, v in group.args.items() if k not in given or given[k] != v}}
+
+
+def _refuse_for_muon(groups: Sequence[ParameterGroup], path: tuple[str, ...]) -> None:
+    named = [(name, p) for group in groups for name, p in zip(group.names, group.parameters, strict=True)]
+    other = [name for name, parameter in named if parameter.ndim != 2]
+    if other:
+        listed = ", ".join(other[:8]) + (f" and {len(other) - 8} more" if len(other) > 8 else "")
+        raise ComponentError(
+            f"Muon takes matrices only, not {listed}: give these an optimizer of their own, as in "
+            'groups: [{match: ["*.bias"], target: AdamW, args: {lr: 3e-4}}] (embeddings and the head mostly belong there too)',
+            (*path, "target"),
+        )
+
+
+def _owner(section: OptimizerSection, group: ParameterGroup) -> int | None:
+    return group.number if group.number is not None and section.groups[group.number].target is not None else None
+
+
+def _classes(section: OptimizerSection, code: Path) -> list[type]:
+    """Return the class of each group, and last the optimizer's own."""
+    targets = [*(group.target or section.target for group in section.groups), section.target]
+    return [component.locate(target, namespaces=NAMESPACES, code=code) for target in targets]
+
+
+def _check(target: str, args: Mapping[str, Any], code: Path) -> list[ComponentError]:
+    name = target.rpartition(":")[2]
+    if name in EXCLUDED and (":" not in target or target.startswith("torch.optim")):
+        return [ComponentError(f"{name} {EXCLUDED[name]}")]
+    return component.check(target, args, namespaces=NAMESPACES, code=code, positional=1)

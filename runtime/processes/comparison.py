@@ -1,0 +1,61 @@
+"""What all ranks must agree on before the first step: configuration, code, versions, data, the model's shapes.
+
+A rank that differs (another version on one host, a data set that another rank draws otherwise) would train something that is
+nobody's model, without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from runtime.errors import RanksDifferError
+from runtime.processes.control import gather_bytes
+
+
+def compare(facts: Mapping[str, Any], *, host: str, device: torch.device) -> None:
+    """Compare facts with those of rank 0. Collective: every rank must call this.
+
+    Args:
+        facts: name to anything that JSON can hold.
+        host: of this rank, for the message.
+
+    Raises:
+        RanksDifferError: naming the ranks that differ, and in what; on every rank alike.
+    """
+    told = [json.loads(reply) for reply in gather_bytes(json.dumps([host, dict(facts)], default=str).encode(), device)]
+    (first_host, first), others = told[0], told[1:]
+    differences = [
+        f"rank {rank} (host {its_host}) has {name} {_shown(its.get(name))}, "
+        f"rank 0 (host {first_host}) {_shown(first.get(name))}"
+        for rank, (its_host, its) in enumerate(others, start=1)
+        for name in {**first, **its}
+        if its.get(name) != first.get(name)
+    ]
+    if differences:
+        raise RanksDifferError("the ranks would not train the same thing: " + "; ".join(differences))
+
+
+def shapes(module: nn.Module) -> str:
+    """Return a digest of the names, shapes and types of all parameters and buffers."""
+    listed = [(name, tuple(value.shape), str(value.dtype)) for name, value in module.state_dict().items()]
+    return sha256(repr(listed).encode()).hexdigest()[:12]
+
+
+def code_digest(folder: Path) -> str:
+    """Return a digest of the Python files directly within a folder, the user's own modules."""
+    digest = sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,156 @@
+"""What a person sees: a summary, a progress bar on a terminal or plain lines elsewhere, and a final table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from runtime.evaluation.class_results import ClassResults
+from runtime.evaluation.metrics import Result
+
+_RATES = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
+_UNSHOWN = {*_RATES, "peak_memory_bytes", "data_share", "slowest_rank", "slowest_rank_excess"}  # metrics.jsonl has them
+_CLASSES = 40  # of a table per class
+_ROWS = 12  # of the final table; the whole history is in metrics.jsonl
+
+
+class ConsoleTracker:
+    """Shows a run on the terminal.
+
+    Args:
+        progress: whether to draw a bar, if the output is a terminal.
+        classes: finds the results per class.
+    """
+
+    def __init__(self, *, progress: bool, classes: ClassResults) -> None:
+        self._classes = classes
+        self._console = Console(highlight=False)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._wants_bar = progress and self._console.is_terminal
+        self._rows: list[tuple[str, int, int, float | None, Mapping[str, Result]]] = []
+        self._train_loss: float | None = None
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Print what the run is, and begin the bar."""
+        self._console.print(f"[bold]{facts['name']}[/]  {facts['where']}")
+        for label in ("data", "batch", "model", "folder", "resumed"):
+            if facts.get(label):
+                self._console.print(f"  {label:<8}{facts[label]}", soft_wrap=True)
+        if self._wants_bar:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=facts["total_steps"], completed=facts["step"], figures="")
+
+    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
+        """Move the bar, or print a line."""
+        loss = values.get("loss")
+        self._train_loss = loss if isinstance(loss, float) else None
+        figures = _figures(values, [name for name in values if name not in _UNSHOWN])
+        rate = next((f"{values[key]:,.0f} {unit}" for key, unit in reversed(_RATES.items()) if key in values), "")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task,
+                completed=step,
+                description=f"epoch {epoch}",
+                figures=f"loss {self._train_loss or 0:.4g}  {rate}",
+            )
+        else:
+            # Not through rich, which takes a millisecond a line: this may be asked for at every step.
+            print(f"epoch {epoch}  step {step}  {figures}  {rate}", flush=True)
+
+    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
+        """Print the results and keep them for the table."""
+        self._rows.append((split, step, epoch, self._train_loss, results))
+        self._console.print(
+            f"epoch {epoch}  step {step}  [bold]{split}[/]  {_figures(results, list(results))}", soft_wrap=True
+        )
+
+    def rewind(self, step: int) -> None:
+        """Forget the results of later steps; the bar goes back by itself."""
+        self._rows = [row for row in self._rows if row[1] <= step]
+
+    def message(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def close(self, outcome: str) -> None:
+        """Take the bar away and print the table."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._rows and outcome != "failed":
+            self._console.print(self._table())
+            for split, results in {split: results for split, *_, results in self._rows}.items():  # the last of each
+                table = self._class_table(split, results)
+                if table is not None:
+                    self._console.print(table)
+        self._rows = []
+
+    def _class_table(self, split: str, results: Mapping[str, Result]) -> Table | None:
+        found = self._classes.table(results)
+        if found is None:
+            return None
+        headings, rows = found
+        left_out = max(0, len(rows) - _CLASSES)
+        caption = f"and {left_out} more; all of them are in the run folder's figures" if left_out else None
+        table = Table(title=f"{split}, per class", title_justify="left", caption=caption, caption_justify="left")
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "class" else "right")
+        for name, *values in rows[:_CLASSES]:
+            table.add_row(escape(name), *(_number(float(value)) for value in values))
+        return table
+
+    def _table(self) -> Table:
+        table = Table()
+        names = list(dict.fromkeys(n for *_, results in self._rows for n, v in results.items() if isinstance(v, float)))
+        names = [name for name in names if name != "samples"]
+        for heading in ("split", "epoch", "step", "training loss", *names):
+            table.add_column(heading, justify="left" if heading == "split" else "right")
+        shown = self._rows if len(self._rows) <= _ROWS else [*self._rows[:2], *self._rows[2 - _ROWS :]]
+        for number, (split, step, epoch, loss, results) in enumerate(shown):
+            if number == 2 and shown is not self._rows:
+                table.add_row(*["…"] * (4 + len(names)))
+            table.add_row(
+                split,
+                str(epoch),
+                str(step),
+                "" if loss is None else f"{loss:.4f}",
+                *(_number(results.get(n)) for n in names),
+            )
+        return table
+
+
+def _figures(values: Mapping[str, Result], names: list[str]) -> str:
+    shown = [f"{name} {_number(values[name])}" for name in names if isinstance(values[name], float)]
+    return "  ".join(shown)
+
+
+def _number(value: Result | None) -> str:
+    if not isinstance(value, float):
+        return ""
+    if value.is_integer() and abs(value) < 1e9 and value > 1:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3e}"

@@ -1,0 +1,101 @@
+"""What a start of a run is, for its first record and for ``lockstep show``: sizes, versions, what gives up exactness."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from runtime.config.file import LoadedConfiguration
+from runtime.data.batches import Sharing
+from runtime.losses.weighted_sum import WeightedSum
+from runtime.objective import Objective, TrainingModule
+
+
+def start_facts(
+    loaded: LoadedConfiguration,
+    module: TrainingModule,
+    *,
+    sharing: Sharing,
+    device: str,
+    num_samples: int | None,
+    steps_per_epoch: int | None,
+    step: int,
+    total_steps: int | None,
+) -> dict[str, Any]:
+    """Return the facts of one start: texts for people, numbers for the record.
+
+    Args:
+        step: steps that the run has behind it.
+    """
+    global_size = loaded.values.batch.global_size
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in module.parameters()) - trainable
+    processes = f"{sharing.world_size} process{'es' * (sharing.world_size > 1)}"
+    slots = f"{sharing.slots} slot{'s' * (sharing.slots > 1)}"
+    return {
+        "name": loaded.name,
+        "where": f"{processes} on {device}, {loaded.values.precision}",
+        "data": "a stream of training samples"
+        if num_samples is None
+        else f"{num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
+        "batch": f"{global_size} samples in {slots} of at most {-(-global_size // sharing.slots)}",
+        "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
+        "folder": str(loaded.output),
+        "resumed": f"after step {step}" if step else "",
+        "step": step,
+        "total_steps": total_steps,
+        "world_size": sharing.world_size,
+        "slots": sharing.slots,
+        "device": device,
+        "inexact": inexact_choices(loaded, module.objective),
+        **versions(),
+    }
+
+
+def inexact_choices(loaded: LoadedConfiguration, objective: Objective) -> list[str]:
+    """Name what in a configuration makes the result depend on K, on the world size, or on the kind of device."""
+    values = loaded.values
+    found = []
+    if values.strategy.ddp.communication_hook:
+        found.append(f"strategy.ddp.communication_hook: gradients are sent in {values.strategy.ddp.communication_hook}")
+    if values.batch_norm == "sync":
+        found.append("batch_norm: sync normalises over the slots that run at one time, which depends on the world size")
+    if objective.couples_samples:
+        parts = objective.parts if isinstance(objective, WeightedSum) else {}
+        which = ", ".join(name for name, part in parts.items() if part.couples_samples) or values.objective.target
+        found.append(f"objective: {which} couples the samples of a slot, so the result depends on K (batch.slots)")
+    targets = [values.optimizer.target, *(group.target for group in values.optimizer.groups)]
+    if any((target or "").rpartition(":")[2] == "Muon" for target in targets):
+        found.append(
+            "optimizer: Muon computes in bfloat16, which makes much of rounding: other world sizes agree to 1e-2"
+        )
+    if values.precision != "fp32":
+        found.append(f"precision: {values.precision} rounds differently on each kind of device")
+    if values.matmul != "highest":
+        found.append(f"matmul: {values.matmul} rounds differently on each kind of device")
+    if values.determinism == "fast":
+        found.append("determinism: fast, so a resumed run is equal to rounding, not bit for bit")
+    return found
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of Lockstep, torch and Python, and the commit of the working folder if it is in git."""
+    try:
+        own = version("lockstep-train")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {"lockstep": own, "torch": torch.__version__, "python": platform.python_version(), "commit": _git_commit()}
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,186 @@
+"""What a run measures about itself between two reports; the device is waited for only when they are read.
+
+Who holds the others up cannot be seen from the time of a step: in the gradients' all-reduce all wait for the slowest. It is
+seen from the time that each rank spends by itself, reading data and running forward (on a GPU: launching it).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.data.batches import Window
+from runtime.evaluation.metrics import MetricSet, Result
+from runtime.objective import Loss, Objective, Weight, add_weights, starting_gradient
+from runtime.processes.control import gather_bytes, sum_in_order
+from runtime.processes.watch import Position
+
+_HELD = 64
+_ALONE = ("data", "forward")  # phases in which no rank waits for another
+
+
+class PhaseTimes:
+    """Adds up how long this rank's main thread is in each phase, and passes on where it is."""
+
+    def __init__(self, position: Position) -> None:
+        self._position = position
+        self._phase, self._since = "start", time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def enter(self, phase: str, step: int) -> None:
+        """See :meth:`runtime.processes.watch.Position.enter`."""
+        now = time.perf_counter()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        self._position.enter(phase, step)
+
+
+class TrainingMeter:
+    """The training loss, its parts, the gradient's norm and the throughput since the last report.
+
+    Losses of steps whose update was not applied are left out.
+
+    Args:
+        device: where losses are.
+        objective: tells what the weight counts, and the metrics' input.
+        metrics: computed on training batches too; empty if not asked for.
+        times: where this rank's time goes.
+
+    Attributes:
+        seconds: what lay between the last two reports.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, device: torch.device, objective: Objective, metrics: MetricSet, times: PhaseTimes) -> None:
+        self._device = device
+        self._objective = objective
+        self._metrics = metrics
+        self._times = times
+        self._weight: Weight
+        self._step: dict[str, Tensor] = {}
+        self._paused_at: float | None = None
+        self._grad_norm: Tensor | None = None
+        self._reset()
+
+    def add(self, loss: Loss, batch: Any) -> None:
+        """Take in one real slot of the current step."""
+        self._add("loss", loss.sum)
+        for name, part in loss.parts.items():
+            self._add(name, part)
+        if self._metrics:
+            self._metrics.update(self._objective, _detached(loss.output), batch)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self._step[name] = self._step[name] + value if name in self._step else value
+
+    def step_loss(self, weight: Weight) -> float:
+        """Return the part of the current step's mean loss that this rank's slots make up. Waits for the device.
+
+        Args:
+            weight: of the whole step.
+        """
+        if not self._step:
+            return 0.0
+        loss_sum = self._step["loss"]
+        return float((loss_sum * starting_gradient(loss_sum, weight)).sum())
+
+    def end_step(self) -> dict[str, Tensor]:
+        """Return the step's sums, and begin another step."""
+        sums, self._step = self._step, {}
+        return sums
+
+    def settle(self, window: Window, sums: Mapping[str, Tensor], *, applied: bool, grad_norm: Tensor | None) -> None:
+        """Take in a step, its losses only if its update was applied."""
+        self._samples += window.samples
+        if not applied:
+            return
+        for name, value in sums.items():
+            held = self._held.setdefault(name, [])
+            held.append(value)
+            if len(held) == _HELD:
+                self._sums[name] = self._sum(name)
+                held.clear()
+        self._weight = add_weights(self._weight, window.weight)
+        self._grad_norm = grad_norm
+
+    def pause(self) -> None:
+        """Stop the clock: what follows is not training."""
+        self._paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Let the clock go on."""
+        if self._paused_at is not None:
+            self._since += time.monotonic() - self._paused_at
+            self._paused_at = None
+
+    def read(self) -> dict[str, Result]:
+        """Return and forget what was measured, equal on every rank but for times. Collective: every rank must call this."""
+        # Waits for the device, once per report.
+        # Of an objective with several sums, each is a part of its own as well.
+        sums = {name: float(total) for name in self._held if (total := self._sum(name)).ndim == 0}
+        alone = {phase: self._times.seconds.get(phase, 0.0) for phase in _ALONE}
+        told = [json.loads(reply) for reply in gather_bytes(json.dumps([sums, alone]).encode(), self._device)]
+        summed = sum_in_order([sums for sums, _ in told])
+        self.seconds = seconds = max(time.monotonic() - self._since, 1e-9)
+        report: dict[str, Result] = {}
+        report |= self._objective.means(summed, self._weight)
+        if self._grad_norm is not None:
+            report["grad_norm"] = float(self._grad_norm)
+        report["samples_per_second"] = self._samples / seconds
+        if self._objective.unit == "tokens" and isinstance(self._weight, float):
+            report["tokens_per_second"] = self._weight / seconds
+        report |= _shares([alone for _, alone in told], seconds)
+        if self._device.type == "cuda":
+            report["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
+        report |= self._metrics.compute()
+        self._metrics.reset()
+        self._reset()
+        return report
+
+    def _sum(self, name: str) -> Tensor:
+        held = self._held[name]
+        total = self._sums.get(name)
+        if held:
+            added = torch.stack(held).double().sum(0)
+            total = added if total is None else total + added
+        assert total is not None
+        return total
+
+    def _reset(self) -> None:
+        self._held: dict[str, list[Tensor]] = {}  # steps not yet in the sums: an addition each would cost 5 µs
+        self._sums: dict[str, Tensor] = {}  # in float64
+        self._weight = 0.0
+        self._grad_norm = None
+        self._samples = 0
+        self._times.seconds.clear()
+        self._since = time.monotonic()
+
+
+def _shares(alone: list[dict[str, float]], seconds: float) -> dict[str, Result]:
+    """Return the largest share of the time that a rank waited for data and, with several ranks, who holds the others up.
+
+    ``slowest_rank_excess`` is how much more of the time that rank was busy by itself than the middle one of the ranks.
+    """
+    shares: dict[str, Result] = {"data_share": max(times["data"] for times in alone) / seconds}
+    if len(alone) > 1:
+        busy = [sum(times.values()) for times in alone]
+        slowest = max(range(len(busy)), key=busy.__getitem__)
+        excess = (busy[slowest] - statistics.median_low(busy)) / seconds
+        shares |= {"slowest_rank": float(slowest), "slowest_rank_excess": excess}
+    return shares
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {name: _detached(part) for name, part in output.items()}
+    if isinstance(output, list | tuple):
+        return tuple(_detached(part) for part in output)
+    return output.detach() if isinstance(output, Tensor) else output

@@ -1,0 +1,127 @@
+"""Weights & Biases through its SDK, on rank 0, with one run id for the whole life of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+
+from runtime.config.sections import WeightsAndBiases
+from runtime.errors import MissingDependencyError
+from runtime.evaluation.class_results import ClassResults
+from runtime.evaluation.metrics import Result
+
+
+class WandbTracker:
+    """Sends figures to W&B. Its loss never ends a run: what fails is told once, and ``metrics.jsonl`` has everything.
+
+    Args:
+        section: the configuration's section.
+        name: the run's name.
+        run_id: the same at every start of one run.
+        folder: the run folder.
+        configuration: the resolved configuration.
+        warn: told what W&B could not do.
+        classes: finds the results per class.
+        pictures: returns the pictures of the evaluation of a split after a step.
+    """
+
+    def __init__(
+        self,
+        section: WeightsAndBiases,
+        *,
+        name: str,
+        run_id: str,
+        folder: Path,
+        configuration: Mapping[str, Any],
+        warn: Callable[[str], None],
+        classes: ClassResults,
+        pictures: Callable[[str, int], Mapping[str, Path]],
+    ) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise MissingDependencyError("wandb", "reporting.wandb", "wandb") from None
+        self._warn = warn
+        self._classes = classes
+        self._pictures = pictures
+        self._run: Any = None
+        try:
+            self._run = wandb.init(
+                project=section.project,
+                entity=section.entity,
+                tags=section.tags,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=dict(configuration),
+                mode=section.mode or ("online" if _has_key() else "offline"),
+                settings=wandb.Settings(silent=True),
+            )
+            # W&B's own step must only grow and drops the rest; a run that was killed or rolled back takes steps again.
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:
+            warn(f"W&B could not be started ({type(error).__name__}: {error}); going on without it")
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Nothing: the configuration is there already."""
+
+    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
+        """Log a report of training."""
+        self._log(step, {"epoch": epoch, **{f"train/{name}": value for name, value in values.items()}})
+
+    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
+        """Log the results of an evaluation."""
+        self._log(step, {"epoch": epoch, **{f"{split}/{name}": value for name, value in results.items()}})
+        if self._run is not None:
+            self._guarded(lambda: self._log_figures(split, step, results))
+
+    def _log_figures(self, split: str, step: int, results: Mapping[str, Result]) -> None:
+        import wandb
+
+        figures: dict[str, Any] = {
+            f"{split}/{name}": wandb.Image(str(path)) for name, path in self._pictures(split, step).items()
+        }
+        table = self._classes.table(results)
+        if table is not None:
+            figures[f"{split}/classes"] = wandb.Table(columns=list[str | int](table[0]), data=table[1])
+        if figures:
+            self._run.log({**figures, "step": step})
+
+    def rewind(self, step: int) -> None:
+        """Nothing: W&B keeps what it was told, and shows what is logged for a step again beside it."""
+
+    def message(self, text: str) -> None:
+        """Nothing: W&B keeps the console's output itself."""
+
+    def close(self, outcome: str) -> None:
+        """Finish the run; a run that was stopped can be resumed under the same id."""
+        if self._run is not None:
+            self._guarded(lambda: self._run.finish(exit_code=0 if outcome != "failed" else 1))
+            self._run = None
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self._guarded(lambda: self._run.log({**numbers, "step": step}))
+
+    def _guarded(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:  # a dying wandb-core raises ConnectionResetError and others
+            self._run = None
+            self._warn(f"W&B stopped working ({type(error).__name__}: {error}); going on without it")
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False

@@ -1,0 +1,118 @@
+"""What becomes of a step that must not be applied: its gradient is not finite, or its loss jumped.
+
+Judged before the update and from values that are equal on every rank, so all ranks take the same way: stop, leave the
+update out, or return to a checkpoint and go round the batch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from runtime.config.sections import Divergence as DivergenceSection
+from runtime.data.batches import Cursor, Window
+from runtime.errors import DivergenceError
+
+Policy = Literal["stop", "skip", "rollback"]
+
+_ADVICE = (
+    "Lower the learning rate, clip (optimizer.max_grad_norm), warm up (schedule.warmup_steps), look at the data, "
+    "or choose another policy (divergence)"
+)
+
+
+class RollbackWanted(Exception):  # noqa: N818  a turn of the run, not an error
+    """A step calls for a return to the last good checkpoint. Raised on every rank alike.
+
+    Args:
+        reason: what went wrong.
+        step: which step it was, counted from 1.
+        cursor: its global batch.
+    """
+
+    def __init__(self, reason: str, step: int, cursor: Cursor) -> None:
+        super().__init__(reason)
+        self.reason, self.step, self.cursor = reason, step, cursor
+
+
+class Divergence:
+    """Judges steps and applies the configured policies. Its state is part of the run's.
+
+    Args:
+        section: the configuration's section.
+        sum_over_ranks: sums one number over the ranks; called where spikes are watched for. Collective.
+        tell: told what was skipped.
+    """
+
+    def __init__(
+        self,
+        section: DivergenceSection,
+        *,
+        sum_over_ranks: Callable[[float], float],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._section = section
+        self._sum_over_ranks = sum_over_ranks
+        self._tell = tell
+        self._losses: list[float] = []
+        self._skips: list[int] = []  # steps, an unbroken row of them
+
+    def spike(self, loss_share: Callable[[], float]) -> str | None:
+        """Return what is wrong with a step's loss, or None. Collective where spikes are watched for, and waits for the device.
+
+        The mean and the standard deviation are those of the last ``window`` losses that were accepted; nothing is judged
+        before there are as many.
+
+        Args:
+            loss_share: returns this rank's share of the step's mean loss; the ranks' shares are summed.
+        """
+        spike = self._section.spike
+        if spike is None:
+            return None
+        loss = self._sum_over_ranks(loss_share())
+        if len(self._losses) >= spike.window or not math.isfinite(loss):
+            mean = statistics.fmean(self._losses) if self._losses else math.nan
+            sigma = statistics.pstdev(self._losses) if self._losses else math.nan
+            if not math.isfinite(loss) or loss > mean + spike.sigma * max(sigma, 1e-12 * abs(mean)):
+                return (
+                    f"the loss jumped to {loss:.6g} (mean {mean:.6g}, standard deviation {sigma:.3g} of "
+                    f"{len(self._losses)} steps)"
+                )
+        self._losses = [*self._losses[1 - spike.window :], loss] if spike.window > 1 else [loss]
+        return None
+
+    def decide(self, reason: str, window: Window, step: int, *, spike: bool) -> None:
+        """Return if the step's update is to be left out.
+
+        Args:
+            step: number of the step, counted from 1.
+
+        Raises:
+            DivergenceError: the policy is to stop, or too many updates in a row were left out.
+            RollbackWanted: the policy is to return to a checkpoint.
+        """
+        section, cursor = self._section, window.cursor
+        policy = section.spike.policy if spike and section.spike is not None else section.non_finite
+        where = f"step {step} (epoch {cursor.epoch + 1}, batch {cursor.batch + 1}): {reason}"
+        if policy == "stop":
+            raise DivergenceError(
+                f"{where}; it was not applied and the run stops. Resuming repeats this step from the last checkpoint. {_ADVICE}"
+            )
+        if policy == "rollback":
+            raise RollbackWanted(reason, step, cursor)
+        self._skips = [*self._skips, step] if self._skips and self._skips[-1] == step - 1 else [step]
+        if len(self._skips) > section.max_skips:
+            raise DivergenceError(
+                f"{where}; {section.max_skips} updates in a row have been skipped before it (divergence.max_skips). {_ADVICE}"
+            )
+        self._tell(f"{where}; the update is skipped")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses that spikes are judged by and the row of skipped steps."""
+        return {"losses": list(self._losses), "skips": list(self._skips)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._losses, self._skips = list(state["losses"]), list(state["skips"])

@@ -1,0 +1,98 @@
+"""Memory: what fits on every rank's device, found by trying, and what to do where it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from runtime.errors import OutOfMemoryError
+from runtime.objective import TrainingModule
+from runtime.processes.control import sum_over_ranks
+from runtime.randomness import preserved_random_state
+from runtime.strategies import Strategy
+
+_STATE_COPIES = 2  # Adam's two moments, which do not exist before the first update
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory has run out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
+
+
+def out_of_memory(error: BaseException, *, rank: int, where: str, key: str, size: int) -> OutOfMemoryError:
+    """Return the message for a rank whose memory ran out.
+
+    Args:
+        where: phase and step.
+        key: of the configuration, which says how many samples one forward pass takes.
+        size: what it is now.
+    """
+    first_line = str(error).strip().split("\n", maxsplit=1)[0]
+    if size == 1:
+        advice = "a single sample does not fit: take a smaller model, a lower precision, or a larger device"
+    elif key == "batch.micro_size":
+        advice = (
+            f"set {key} to {size // 2} or less (now {size}; the global batch stays the same), or to auto. If this run is to go "
+            "on, K grows with it, which resume.allow_changes=[batch.slots] allows: from there on only models without "
+            "randomness or batch statistics in the forward pass keep the answer"
+        )
+    else:
+        advice = f"set {key} to {size // 2} or less (now {size}), which changes no result"
+    return OutOfMemoryError(f"rank {rank} ran out of memory in {where} ({first_line}); {advice}")
+
+
+def fitting_micro_size(
+    module: TrainingModule, batch_of: Callable[[int], Any], *, largest: int, strategy: Strategy
+) -> int:
+    """Return the most samples of ``largest``, its half, its quarter, … that all ranks can run forward and backward with.
+
+    Room is left for the optimizer's state. What is tried is the data's first samples, so leave some headroom where samples
+    differ in size. Leaves no gradient, no random number and no buffer changed. Collective: every rank must call this.
+
+    Raises:
+        OutOfMemoryError: not even one sample fits.
+    """
+    candidate = largest
+    while True:
+        error = _tried(module, batch_of(candidate), strategy)
+        failed = sum_over_ranks(torch.tensor(float(error is not None), dtype=torch.float64), strategy.device)
+        if not failed:
+            return candidate
+        if candidate == 1:
+            raise OutOfMemoryError(
+                f"batch.micro_size: not even one sample fits into the memory of {int(failed)} of {strategy.world_size} ranks: "
+                "take a smaller model, lower precision, or larger devices"
+            )
+        candidate = -(-candidate // 2)
+
+
+def _tried(module: TrainingModule, batch: Any, strategy: Strategy) -> BaseException | None:
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    was_training = module.training
+    module.train()
+    try:
+        with preserved_random_state(strategy.device):
+            # Held while the passes run: an update will need as much besides.
+            state = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(_STATE_COPIES)]
+            with strategy.autocast():
+                loss = module(strategy.to_device(batch)).sum.sum()  # an objective may have several sums
+            loss.backward()
+            del state, loss
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)  # the traceback's frames hold tensors
+    finally:
+        for parameter in module.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+        module.train(was_training)
+        if strategy.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return None

@@ -1,0 +1,79 @@
+"""When something is due after a step, and when the run is over; the same answers on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runtime.config.sections import Limit
+from runtime.config.types import Interval
+from runtime.data.batches import Cursor, Window
+from runtime.data.training_data import TrainingData
+from runtime.training.early_stopping import EarlyStopping
+from runtime.training.progress import Progress
+
+
+class Milestones:
+    """Intervals and limits over a run's progress.
+
+    Args:
+        limit: the configuration's section.
+        intervals: of all that may be due after a step and needs to know what became of it.
+        data: tells which global batch comes next.
+    """
+
+    def __init__(
+        self,
+        limit: Limit,
+        intervals: tuple[Interval, ...],
+        *,
+        data: TrainingData,
+        progress: Progress,
+        early_stopping: EarlyStopping | None,
+    ) -> None:
+        self._limit, self._intervals = limit, intervals
+        self._step_counts = [every.count for every in intervals if every.unit == "step"]
+        self._data, self._progress, self._early_stopping = data, progress, early_stopping
+
+    def is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
+        """Tell whether something is due after this window's step, which is counted already unless it lies ahead."""
+        if window.run_ends:
+            return True
+        return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
+
+    def is_anything_due(self, window: Window) -> bool:
+        """Tell whether anything at all is due after this window's step, which is counted already."""
+        if window.run_ends or window.epoch_ends:
+            return any(self.is_due(every, window) for every in self._intervals)
+        step = self._progress.step
+        return any(step % count == 0 for count in self._step_counts)  # asked at every step
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to train: the limit is reached, or the run has stopped early."""
+        stopping = self._early_stopping
+        return (stopping is not None and stopping.exhausted) or self._limit_reached()
+
+    @property
+    def may_be_over(self) -> bool:
+        """Whether the evaluation of this step may turn out to be the run's last."""
+        return self._early_stopping is not None or self.over
+
+    @property
+    def why_early(self) -> str:
+        """Why the run ends before its limit; empty if it does not."""
+        stopping = self._early_stopping
+        if stopping is None or not stopping.exhausted or self._limit_reached():
+            return ""
+        return f"stopped early, after step {self._progress.step}: {stopping.reason}"
+
+    def limit_from_here(self) -> Callable[[Cursor, int], bool]:
+        """Return what tells of a cursor, and of the steps from here to it, whether the limit is reached."""
+        limit, step = self._limit, self._progress.step
+        if limit.steps is not None:
+            last = limit.steps
+            return lambda cursor, steps: step + steps >= last
+        return lambda cursor, steps: cursor.epoch >= (limit.epochs or 0)
+
+    def _limit_reached(self) -> bool:
+        cursor = self._data.upcoming(self._progress.cursor, self._progress.skipped_batches)
+        return self.limit_from_here()(cursor, 0)
