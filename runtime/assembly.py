@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from runtime.config.building import function as _function
 from runtime.config.building import wrong as _wrong
 from runtime.config.component import ComponentError
 from runtime.config.file import LoadedConfiguration
-from runtime.config.learning import Anneal, Averaging
+from runtime.config.learning import Anneal, Averaging, Weights
 from runtime.config.learning import Schedule as ScheduleSection
 from runtime.config.types import ComponentSection
 from runtime.data import sources
@@ -29,7 +30,8 @@ from runtime.data.loading import MakeLoader, loader_factory
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.data.training_data import MappedData, StreamedData, TrainingData
-from runtime.errors import ConfigurationError, EvaluationError, MissingDependencyError
+from runtime.errors import ConfigurationError, DataError, EvaluationError, MissingDependencyError
+from runtime.files import PACKAGE, existing
 from runtime.losses.assembly import OBJECTIVES, losses_of, refused_loss
 from runtime.objective import TrainingModule
 from runtime.optimization import optimizer as optimizer_building
@@ -250,7 +252,7 @@ def load_pretrained(loaded: LoadedConfiguration, model: nn.Module) -> WeightsRep
     if section is None:
         return None
     try:
-        return load_weights(model, section, loaded.beside(section.file))
+        return load_weights(model, section, _pretrained_file(loaded, section))
     except ComponentError as mistake:
         raise _wrong(loaded, ("model", "weights", *mistake.path), mistake.what) from mistake
 
@@ -258,7 +260,21 @@ def load_pretrained(loaded: LoadedConfiguration, model: nn.Module) -> WeightsRep
 def pretrained_digest(loaded: LoadedConfiguration) -> str | None:
     """Return the digest of the weights that a run starts from; None if there are none, or they are gone."""
     section = loaded.values.model.weights
-    return weights_digest(loaded.beside(section.file)) if section is not None else None
+    if section is None:
+        return None
+    try:
+        return weights_digest(_pretrained_file(loaded, section))
+    except ComponentError:
+        return None
+
+
+def _pretrained_file(loaded: LoadedConfiguration, section: Weights) -> Path:
+    if not section.file.startswith(PACKAGE):
+        return loaded.beside(section.file)
+    try:
+        return existing(section.file, folder=not Path(section.file).suffix, provided_by=section.provided_by)
+    except DataError as error:
+        raise ComponentError(str(error), ("file",)) from error
 
 
 def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: int | None) -> Schedule:

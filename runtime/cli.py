@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="draw the learning rate as a picture (.png, .svg, .pdf; needs matplotlib)",
     )
+    show.add_argument("--parameters", action="store_true", help="list every parameter of the model")
     show.set_defaults(run=_show)
 
     for act, summary in (
@@ -161,7 +162,8 @@ def _show(options: argparse.Namespace) -> int:
 
     from runtime.show import show
 
-    show(loaded, options.processes or loaded.values.strategy.world_size or 1, picture=options.curve)
+    processes = options.processes or loaded.values.strategy.world_size or 1
+    show(loaded, processes, picture=options.curve, all_parameters=options.parameters)
     return 0
 
 

@@ -33,14 +33,18 @@ from runtime.optimization.freezing import Freezing
 from runtime.reporting.facts import inexact_choices
 
 _CPU = torch.device("cpu")
+_LISTED = 12  # parameters, from either end
 _UNKNOWN_END = "how many steps there are shows when the stream ends"
 
 
-def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = None) -> None:
+def show(
+    loaded: LoadedConfiguration, processes: int, *, picture: Path | None = None, all_parameters: bool = False
+) -> None:
     """Print what a configuration means for a number of processes.
 
     Args:
         picture: file that the learning rate's curve is drawn to.
+        all_parameters: list each parameter, however many there are.
 
     Raises:
         LockstepError: the configuration or the data is wrong.
@@ -72,8 +76,8 @@ def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = 
         *_averaging(loaded, module),
         ("optimizer", "\n".join(groups)),
         *([("weights", str(weights))] if weights is not None else []),
-        ("parameters", "\n".join(_parameters(loaded, module, freezing))),
-        ("exactness", "\n".join(_promises(loaded, module))),
+        ("parameters", "\n".join(_parameters(loaded, module, freezing, listed=None if all_parameters else _LISTED))),
+        ("exactness", "\n".join(_promises(loaded, module, freezing))),
     ):
         table.add_row(f"[bold]{label}[/]", text)
     console.print(table)
@@ -267,7 +271,10 @@ def _groups(loaded: LoadedConfiguration, module: TrainingModule, optimizer: Opti
             yield f"  {label}: {size:,} parameters, lr {float(group['lr']):.3g}, {decay}"
 
 
-def _parameters(loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
+def _parameters(
+    loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing, *, listed: int | None
+) -> Iterator[str]:
+    """One line for each number of trainable parameters, then one for each parameter: the first and the last so many."""
     for epoch in (0, *freezing.epochs):
         freezing.apply(epoch)
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -278,17 +285,28 @@ def _parameters(loaded: LoadedConfiguration, module: TrainingModule, freezing: F
         )
         yield f"{trainable:,} trainable, {frozen:,} frozen{from_here}"
     freezing.apply(0)
-    for full, parameter in module.named_parameters():
+    named = list(module.named_parameters())
+    for number, (full, parameter) in enumerate(named):
+        if listed is not None and listed <= number < len(named) - listed:
+            if number == listed:
+                yield f"  … {len(named) - 2 * listed} more (lockstep show --parameters)"
+            continue
         name, shape = full.removeprefix("model."), " x ".join(map(str, parameter.shape)) or "scalar"
         since = freezing.trained_from(name)
         until = "" if math.isinf(since) else f" until epoch {since:g}"
         yield f"  {name}  {shape}" + ("" if parameter.requires_grad else f"  (frozen{until})")
 
 
-def _promises(loaded: LoadedConfiguration, module: TrainingModule) -> Iterator[str]:
+def _promises(loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
     found = inexact_choices(loaded, module.objective)
     yield from found
-    names = {type(part).__name__ for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+    freezing.unfreeze_all()
+    module.train()
+    names = {
+        type(part).__name__
+        for part in module.modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training  # a frozen one's statistics stand still
+    }
     if names:
         yield f"{', '.join(sorted(names))}: statistics are those of a slot, so the result depends on K"
     if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules()):

@@ -348,7 +348,7 @@ def test_a_killed_export_leaves_no_half_file_and_the_next_one_clears_up(
     if there:
         out.write_text("mine")
     code = (
-        "import os, sys, signal\nfrom pathlib import Path\nfrom runtime import export\n"
+        "import os, sys, signal\nfrom pathlib import Path\nfrom runtime.checkpoints import export\n"
         "export._difference = lambda *states: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"export.export(Path({str(checkpoint)!r}), Path({str(out)!r}), force=True, warn=print)"
     )

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn import metrics as sk
+from torchmetrics.classification import MultilabelConfusionMatrix
 
 from runtime.evaluation.class_results import ClassResults
-from runtime.evaluation.figures import FiguresTracker, confusion_figure, curves_figure
+from runtime.evaluation.figures import FiguresTracker, confusion_figure, curves_figure, label_confusions_figure
 from runtime.reporting.console import ConsoleTracker
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
@@ -178,3 +179,20 @@ def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pyte
     assert pictures["validation/roc"] == ("image", str(folder / "validation-roc.png"))
     rows = [["cat", 4, 0.75], ["[dog]", 4, 0.5]]
     assert pictures["validation/classes"] == ("table", {"columns": ["class", "targets", "recall"], "data": rows})
+
+
+def test_each_label_has_a_matrix_and_of_many_the_first_are_drawn() -> None:
+    torch.manual_seed(0)
+    predictions, target = torch.rand(50, 3), torch.randint(0, 2, (50, 3))
+    metric = MultilabelConfusionMatrix(3)
+    metric.update(predictions, target)
+    found = ClassResults.of({"each": metric}, ["cat", "dog", "owl"]).label_confusions(
+        {"each": metric.compute().tolist()}
+    )
+    expected = sk.multilabel_confusion_matrix(target, predictions.round().int())
+    assert found == [("each", expected.tolist())]
+    figure = label_confusions_figure(found[0][1], ["cat", "dog", "owl"], "test")
+    assert [axes.get_title() for axes in figure.axes] == ["cat", "dog", "owl"]
+    assert [text.get_text() for text in figure.axes[1].texts] == [str(n) for n in expected[1].flatten()]
+    many = label_confusions_figure([[[1, 0], [0, 1]]] * 50, [str(i) for i in range(50)], "test")
+    assert len(many.axes) == 36 and "the first 36 of 50 labels" in many.get_suptitle()

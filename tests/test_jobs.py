@@ -12,8 +12,8 @@ import torch
 
 from runtime.checkpoints.pretrained import load_weights
 from runtime.config.learning import Weights
-from runtime.data_sources.files import existing
 from runtime.errors import DataError, LockstepError
+from runtime.files import existing
 from runtime.session import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"

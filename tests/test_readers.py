@@ -191,6 +191,8 @@ def test_images_are_pillows(tmp_path: Path) -> None:
     image = image_module.open(folder / "newt" / "1.png").resize((8, 8), image_module.BICUBIC, box=(1, 0, 10, 9))
     expected = (np.asarray(image) / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.2, 0.1]
     np.testing.assert_allclose(source[4]["inputs"].numpy(), np.moveaxis(expected, -1, 0), atol=1e-5)
+    without = ImageFolder(str(folder), exclude=[source._paths[0]])
+    assert len(without) == len(source) - 1 and without.fingerprint != source.fingerprint
     plain = ImageFolder(str(folder), channels=1)[2]
     grey = np.asarray(image_module.open(folder / "cat" / "deep" / "2.png").convert("L")) / 255
     np.testing.assert_allclose(plain["inputs"].numpy(), grey[None], atol=1e-6)
@@ -304,6 +306,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "short": (lambda at: Idx(images=f"{at}/short", labels=f"{at}/short"), ["its header says"]),
     "split": (lambda at: Idx(f"{at}", "trian"), ["'trian'", "did you mean 'train'"]),
     "classes": (lambda at: ImageFolder(f"{at}/empty"), ["holds no folder"]),
+    "nothing excluded": (lambda at: ImageFolder(f"{at}/fake", exclude=["*.jpg"]), ["exclude", "'*.jpg'"]),
     "no image": (lambda at: ImageFolder(f"{at}/folder"), ["holds no image"]),
     "not an image": (lambda at: ImageFolder(f"{at}/fake")[0], ["bad.png", "cannot be read as an image"]),
     "tokens": (lambda at: TokenFile(f"{at}/odd.bin", context_length=2), ["3 bytes", "uint16"]),

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from runtime.config.learning import Weights
 from runtime.optimization.patterns import described_misses, matches, useless
 
 _SAFETENSORS = ".safetensors"
+_INDEX = ".safetensors.index.json"
 _LISTED = 12  # of each kind; a wrong file misses hundreds
 
 
@@ -100,11 +102,20 @@ def load_weights(model: nn.Module, section: Weights, file: Path) -> WeightsRepor
 
 def weights_digest(file: Path) -> str | None:
     """Return a digest of what :func:`load_weights` reads, or None if it is not there."""
-    path = file / f"model{_SAFETENSORS}" if file.is_dir() else file
     try:
-        return checksum(path)[:16]
-    except OSError:
+        digests = [checksum(part) for part in _files(file)]
+        return (digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest())[:16]
+    except (OSError, ComponentError):
         return None
+
+
+def _files(file: Path) -> list[Path]:
+    if file.is_dir():
+        whole = file / f"model{_SAFETENSORS}"
+        return _files(whole if whole.is_file() else file / f"model{_INDEX}")
+    if file.name.endswith(_INDEX):
+        return [file, *(file.parent / part for part in sorted(set(_parts(file).values())))]
+    return [file]
 
 
 def _refuse(report: WeightsReport, found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -148,8 +159,33 @@ def _read(file: Path, section: Weights) -> dict[str, Tensor]:
         return _of_folder(file, section)
     if not file.is_file():
         near = did_you_mean(file.name, [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else [])
-        raise ComponentError(f"there is no {file}{near}", ("file",))
+        cure = f"; to get it: {section.provided_by}" if section.provided_by else ""
+        raise ComponentError(f"there is no {file}{near}{cure}", ("file",))
+    if file.name.endswith(_INDEX):
+        return _tensors(_of_parts(file), file, section)
     return _tensors(_content(file), file, section)
+
+
+def _of_parts(index: Path) -> dict[str, Any]:
+    """Read weights in several safetensors files, as an index of Hugging Face's tells: ``weight_map`` of name to file."""
+    parts = _parts(index)
+    content: dict[str, Any] = {}
+    for part in sorted(set(parts.values())):
+        if not (index.parent / part).is_file():
+            raise ComponentError(f"{index} names {part}, which is not beside it", ("file",))
+        content |= _content(index.parent / part)
+    lost = sorted(set(parts) - set(content))
+    if lost:
+        raise ComponentError(f"{index} names tensors that its files have not: {_listed(lost)}", ("file",))
+    return content
+
+
+def _parts(index: Path) -> dict[str, str]:
+    try:
+        parts = json.loads(index.read_text())["weight_map"]
+        return {str(name): Path(part).name for name, part in parts.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ComponentError(f"{index} is no index of safetensors files: it has no weight_map", ("file",)) from error
 
 
 def _content(file: Path) -> Any:
@@ -170,6 +206,8 @@ def _content(file: Path) -> Any:
 
 def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
     file = folder / f"model{_SAFETENSORS}"
+    if not file.is_file() and (folder / f"model{_INDEX}").is_file():
+        return _read(folder / f"model{_INDEX}", section)
     if not file.is_file():
         hint = "; name one of its checkpoints" if (folder / "checkpoints").is_dir() else ""
         raise ComponentError(f"{folder} is a folder without {file.name}{hint}", ("file",))

@@ -20,6 +20,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_EXTRAS = {
+    "datasets": "datasets",
+    "matplotlib": "plots",
+    "PIL": "images",
+    "pyarrow": "parquet",
+    "sklearn": "examples",
+    "transformers": "transformers",
+    "wandb": "wandb",
+}
+"""Modules that an extra of lockstep-train brings."""
 _INSTALLED = tuple({path for path in sysconfig.get_paths().values() if path != sysconfig.get_path("data")})
 
 
@@ -248,11 +258,17 @@ def _import(module_name: str, target: str) -> Any:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise ComponentError(
                 f"cannot import {module_name!r}: no module {error.name!r} among the installed packages or in the code "
-                "folder (key 'code', by default the folder of the YAML file)"
+                f"folder (key 'code', by default the folder of the YAML file){_cure(error.name)}"
             ) from error
-        raise ComponentError(f"{target!r} needs the package {error.name!r}, which is not installed") from error
+        cure = _cure(error.name)
+        raise ComponentError(f"{target!r} needs the package {error.name!r}, which is not installed{cure}") from error
     except (Exception, SystemExit) as error:  # a script that was meant to be run ends the process
         raise ComponentError(f"importing {module_name!r} raised {described(error)}") from error
+
+
+def _cure(module: str | None) -> str:
+    extra = _EXTRAS.get((module or "").partition(".")[0])
+    return f": pip install 'lockstep-train[{extra}]'" if extra else ""
 
 
 def _refuse_ambiguous(package: str, code: Path) -> None:

@@ -21,8 +21,11 @@ class Weights(Section):
     """Weights that the run starts from; a resumed run takes its checkpoint's."""
 
     file: str = Field(min_length=1, json_schema_extra={"resume": "free"})
-    """A safetensors or torch file, or a folder with ``model.safetensors`` (a checkpoint); relative to the YAML file. The file
-    may move between two starts of a run, but not change."""
+    """A safetensors or torch file, or a folder with ``model.safetensors`` (a checkpoint); relative to the YAML file, or
+    ``package:NAME/inside/it`` in an installed package. Weights in several files are named by their
+    ``….safetensors.index.json``, or by the folder that has it. They may move between two starts of a run, but not change."""
+    provided_by: str | None = Field(None, json_schema_extra={"resume": "free"})
+    """The command that brings the file, for the message when it is missing."""
     entry: str | None = None
     """Where a torch file holds the state dict, such as ``state_dict`` or ``model.weights``. Default: it is one itself."""
     strip: str | None = Field(None, min_length=1)

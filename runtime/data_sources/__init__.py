@@ -3,7 +3,6 @@
 from runtime.data_sources.arrays import Arrays
 from runtime.data_sources.diabetes import diabetes
 from runtime.data_sources.digits import digits
-from runtime.data_sources.files import existing_folder
 from runtime.data_sources.idx import Idx
 from runtime.data_sources.images import ImageFolder
 from runtime.data_sources.interactions import Candidates, Choices
@@ -12,6 +11,7 @@ from runtime.data_sources.source_code import SourceCode
 from runtime.data_sources.tables import Table
 from runtime.data_sources.text import LabelledTexts, TextLines
 from runtime.data_sources.token_file import TokenFile
+from runtime.files import existing_folder
 
 __all__ = [
     "Arrays",

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from runtime.data_sources.files import digest, existing, nearest, rows_within
 from runtime.errors import DataError
+from runtime.files import digest, existing, nearest, rows_within
 
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member; its last two fields are lengths of what follows
 

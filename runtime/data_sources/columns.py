@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.data_sources.files import nearest
 from runtime.errors import DataError, MissingDependencyError
+from runtime.files import nearest
 
 _BLOCK = 10_000  # rows parsed at once
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from runtime.data_sources.files import existing
 from runtime.errors import DataError, MissingDependencyError
+from runtime.files import existing
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -27,6 +28,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
     Args:
         folder: holds one folder per class. Files of other kinds than images are passed over.
+        exclude: shell patterns of paths within the folder, such as ``shapes/broken*.png``, that are left out.
         size: height and width; the image is scaled until both are covered, and its middle cut out. Default: as they are,
             which needs images of one size, or a transform that makes them so.
         channels: 3 for RGB, 1 for grey. Transparent pixels become white.
@@ -47,6 +49,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self,
         folder: str,
         *,
+        exclude: Sequence[str] = (),
         size: Sequence[int] | None = None,
         channels: int = 3,
         mean: Sequence[float] | None = None,
@@ -68,7 +71,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self._size, self._mode = size, "RGB" if channels == 3 else "L"
         self._mean = torch.tensor(mean or [0.0] * channels).view(-1, 1, 1)
         self._std = torch.tensor(std or [1.0] * channels).view(-1, 1, 1)
-        self.classes, self._paths, self._labels = _listed(self._folder)
+        self.classes, self._paths, self._labels = _listed(self._folder, exclude)
         listed = "\n".join(f"{path}:{(self._folder / path).stat().st_size}" for path in self._paths)
         named = blake2b(listed.encode(), digest_size=16).hexdigest()
         self.fingerprint = f"images {named} size={size} channels={channels} mean={mean} std={std}"
@@ -111,8 +114,9 @@ class ImageFolder(Dataset[dict[str, Any]]):
         return torch.from_numpy(np.ascontiguousarray(values)) / 255
 
 
-def _listed(folder: Path) -> tuple[list[str], list[str], NDArray[np.int64]]:
+def _listed(folder: Path, exclude: Sequence[str]) -> tuple[list[str], list[str], NDArray[np.int64]]:
     """Return the classes, and the relative path and class number of each image, in sorted order."""
+    unused = set(exclude)
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise DataError(f"{folder} holds no folder; one for each class is needed")
@@ -120,8 +124,13 @@ def _listed(folder: Path) -> tuple[list[str], list[str], NDArray[np.int64]]:
     labels: list[int] = []
     for number, name in enumerate(classes):
         found = [path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+        matching = {path: [p for p in exclude if fnmatchcase(path.relative_to(folder).as_posix(), p)] for path in found}
+        unused -= {pattern for patterns in matching.values() for pattern in patterns}
+        found = [path for path in found if not matching[path]]
         if not found:
             raise DataError(f"class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))})")
         paths += sorted(path.relative_to(folder).as_posix() for path in found)
         labels += [number] * len(found)
+    if unused:
+        raise DataError(f"exclude: no image in {folder} matches {', '.join(map(repr, sorted(unused)))}")
     return classes, paths, np.array(labels, dtype=np.int64)

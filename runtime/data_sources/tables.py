@@ -24,8 +24,8 @@ from runtime.data_sources.columns import (
     read_csv,
     read_parquet,
 )
-from runtime.data_sources.files import digest, existing, rows_within
 from runtime.errors import DataError
+from runtime.files import digest, existing, rows_within
 
 MISSING = ("", "NA", "NaN", "nan", "null")
 _TASKS = ("regression", "binary", "classification")

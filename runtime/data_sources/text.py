@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from runtime.data_sources.files import digest, existing, rows_within
 from runtime.data_sources.tables import Table
 from runtime.errors import DataError
+from runtime.files import digest, existing, rows_within
 
 Tokenizer = Callable[[list[str]], Mapping[str, Any]]
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.data_sources.files import rows_within
+from runtime.files import rows_within
 
 IGNORED = -100  # ``ignore_index`` of torch's cross-entropy: a target that is none
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from runtime.data_sources.files import digest, existing
 from runtime.data_sources.token_chunks import Chunks
 from runtime.errors import DataError
+from runtime.files import digest, existing
 
 _SCANNED = 1 << 22  # tokens searched for document ends at once
 

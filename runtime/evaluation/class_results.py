@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-Kind = Literal["per_class", "confusion", "roc", "precision_recall"]
+Kind = Literal["per_class", "confusion", "label_confusions", "roc", "precision_recall"]
 
 MOST_POINTS = 200
 """Points by which a longer curve is reported: its corners, or if they are more, some of them evenly spaced along it."""
@@ -27,6 +27,7 @@ def kind_of(metric: Metric) -> Kind | None:
 
     kinds: dict[Kind, tuple[Any, ...]] = {
         "confusion": (c.BinaryConfusionMatrix, c.MulticlassConfusionMatrix),
+        "label_confusions": (c.MultilabelConfusionMatrix,),
         "roc": (c.BinaryROC, c.MulticlassROC, c.MultilabelROC),
         "precision_recall": (
             c.BinaryPrecisionRecallCurve,
@@ -122,6 +123,10 @@ class ClassResults:
     def confusions(self, results: Mapping[str, Any]) -> list[tuple[str, list[list[float]]]]:
         """Return the confusion matrices: rows are true classes, columns predicted ones."""
         return self._of_kind("confusion", results)
+
+    def label_confusions(self, results: Mapping[str, Any]) -> list[tuple[str, list[list[list[float]]]]]:
+        """Return for each label a matrix of two classes, absent and present: rows are true ones, columns predicted ones."""
+        return self._of_kind("label_confusions", results)
 
     def curves(self, results: Mapping[str, Any]) -> list[tuple[str, Kind, list[tuple[str, list[float], list[float]]]]]:
         """Return metric, kind and, for each class, its name and the x and y of its curve."""

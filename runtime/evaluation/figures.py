@@ -19,11 +19,14 @@ from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.metrics import Result
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _STEP = re.compile(r"step-(\d{8})")
 _MOST_NUMBERED = 20  # classes whose counts are written into the matrix
 _MOST_NAMED = 60  # classes whose names fit beside it
+_MOST_LABELS = 36  # labels with a matrix each
 _MOST_COLOURED = 10  # classes with a curve of their own colour; the others are drawn in grey
 _TITLES = {"roc": "ROC", "precision_recall": "Precision and recall"}
 _AXES = {"roc": ("false positive rate", "true positive rate"), "precision_recall": ("recall", "precision")}
@@ -126,6 +129,9 @@ class FiguresTracker:
         for name, matrix in self._classes.confusions(results):
             labels = [names(number) for number in range(len(matrix))]
             found.append((name, partial(confusion_figure, matrix, labels, title)))
+        for name, matrices in self._classes.label_confusions(results):
+            labels = [names(number) for number in range(len(matrices))]
+            found.append((name, partial(label_confusions_figure, matrices, labels, title)))
         for name, kind, lines in self._classes.curves(results):
             found.append((name, partial(curves_figure, kind, lines, title)))
         return found
@@ -142,12 +148,10 @@ def confusion_figure(matrix: Sequence[Sequence[float]], names: Sequence[str], ti
     from matplotlib.figure import Figure
 
     size = len(names)
-    shares = [[value / (sum(row) or 1) for value in row] for row in matrix]
-    counts = all(float(value).is_integer() for row in matrix for value in row)
     width = min(14.0, max(4.6, 2.2 + 0.5 * size))
     figure = Figure(figsize=(width, width * 0.9), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = _draw_cells(axes, matrix, numbered=size <= _MOST_NUMBERED)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(f"Confusion matrix\n{title}", fontsize=11)
@@ -155,13 +159,47 @@ def confusion_figure(matrix: Sequence[Sequence[float]], names: Sequence[str], ti
         steep = max(map(len, names)) > 3 and size > 3
         axes.set_xticks(range(size), names, rotation=45 if steep else 0, ha="right" if steep else "center")
         axes.set_yticks(range(size), names)
-    for row in range(size) if size <= _MOST_NUMBERED else ():
-        for column in range(size):
-            value, dark = matrix[row][column], shares[row][column] > 0.5
-            if value:
-                text = f"{value:.0f}" if counts else f"{value:.2f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     return figure
+
+
+def label_confusions_figure(matrices: Sequence[Sequence[Sequence[float]]], names: Sequence[str], title: str) -> Figure:
+    """Draw the confusion matrix of each label, absent against present; of many labels the first.
+
+    Args:
+        matrices: (labels, 2, 2); rows are what is true, columns what was predicted; counts, or shares.
+        names: of the labels.
+        title: below the heading.
+    """
+    from matplotlib.figure import Figure
+
+    shown = min(len(matrices), _MOST_LABELS)
+    columns = min(shown, 6)
+    rows = -(-shown // columns)
+    figure = Figure(figsize=(max(4.6, 1.7 * columns + 0.6), 1.9 * rows + 1.1), dpi=110, layout="constrained")
+    left_out = f" (the first {shown} of {len(matrices)} labels)" if shown < len(matrices) else ""
+    figure.suptitle(f"Confusion matrices{left_out}\n{title}", fontsize=11)
+    figure.supxlabel("predicted", fontsize=10)
+    figure.supylabel("true", fontsize=10)
+    for place, (matrix, name) in enumerate(zip(matrices[:shown], names, strict=False)):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _draw_cells(axes, matrix)
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks((0, 1), ("no", "yes"), fontsize=8)
+        axes.set_yticks((0, 1), ("no", "yes") if place % columns == 0 else ("", ""), fontsize=8)
+    return figure
+
+
+def _draw_cells(axes: Axes, matrix: Sequence[Sequence[float]], *, numbered: bool = True) -> AxesImage:
+    """Draw a matrix: colour is the share of a row, text the value."""
+    shares = [[value / (sum(row) or 1) for value in row] for row in matrix]
+    counts = all(float(value).is_integer() for row in matrix for value in row)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, values in enumerate(matrix if numbered else ()):
+        for column, value in enumerate(values):
+            if value:
+                text, dark = f"{value:.0f}" if counts else f"{value:.2f}", shares[row][column] > 0.5
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    return image
 
 
 def curves_figure(kind: str, lines: Sequence[tuple[str, list[float], list[float]]], title: str) -> Figure:
