@@ -106,8 +106,8 @@ TASKS = [
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
     from runtime import assembly
-    from runtime.config.file import load
     from runtime.config import component
+    from runtime.config.file import load
     from runtime.config.sections import DistributedDataParallel
     from runtime.data import sources
     from runtime.data.batches import Cursor, Sharing
