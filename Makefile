@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: train test test-long lint bench venv clean
 .DEFAULT_GOAL := help
@@ -29,7 +30,7 @@ lint: venv
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist worksteal
 
 test-long: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long

@@ -19,9 +19,10 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: accelerate launch runtime/train.py CONFIG [key.path=value …]", file=sys.stderr)
         return 0 if arguments else 2
-    from runtime.session import train
-
     try:
+        environment.check_launched_world_size()  # before torch is imported, which takes seconds
+        from runtime.session import train
+
         train(arguments[0], *arguments[1:])
     except LockstepError as error:
         return _tell(error)
@@ -37,9 +38,10 @@ def infer(act: Literal["evaluate", "predict"], arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"accelerate launch runtime/{act}.py", description=DESCRIPTIONS[act])
     add_inference(parser, act)
     options = parsed(parser, arguments)
-    from runtime import session
-
     try:
+        environment.check_launched_world_size()
+        from runtime import session
+
         done = (session.evaluate if act == "evaluate" else session.predict)(
             options.source, *options.overrides, **chosen_options(options)
         )

@@ -94,6 +94,16 @@ def requested_world_size(configured: int | None) -> int:
     return int(launched) if launched is not None else 1
 
 
+def check_launched_world_size() -> None:
+    """Refuse processes of which it can be told without torch that each would train alone, or that too few were started.
+
+    Raises:
+        WorldSizeError: naming both sizes.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    check_world_size(requested_world_size(None), int(launched))
+
+
 def check_world_size(requested: int, actual: int) -> None:
     """Refuse a process group of another size than was asked for.
 

@@ -85,6 +85,9 @@ class ProcessPool:
 
 def _serve(pipe: Any) -> None:
     warnings.simplefilter("error")
+    mp.set_start_method(
+        "fork", force=True
+    )  # as in a rank that a launcher starts: its loader workers need not import torch
     while True:
         try:
             function, args, kwargs, rank, world_size, port = pipe.recv()

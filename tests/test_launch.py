@@ -176,3 +176,12 @@ def test_a_process_group_of_another_size_is_refused() -> None:
         check_world_size(2, 1)
     with pytest.raises(WorldSizeError, match=r"1 process was asked for, but the process group has 4"):
         check_world_size(1, 4)
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("act", ["main(['run.yaml'])", "infer('evaluate', ['run.yaml'])"])
+def test_processes_that_would_train_alone_are_refused_before_torch_is_imported(act: str) -> None:
+    code = f"import sys\nfrom runtime.entry import infer, main\nassert {act} == 2\nassert 'torch' not in sys.modules"
+    done = run([sys.executable, "-c", code], LOCKSTEP_WORLD_SIZE="2")
+    assert done.returncode == 0, done.stderr
+    assert "2 processes were asked for" in done.stderr
