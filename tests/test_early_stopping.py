@@ -157,6 +157,13 @@ def test_an_interrupted_run_ends_at_the_same_step_bit_for_bit(
             "limit.early_stopping.metric: no result is called 'acuracy'",
         ),
         ({"limit": {"steps": 1, "early_stopping": {"metric": "loss"}}}, "limit.early_stopping.mode"),
+        (
+            {
+                "limit": {"steps": 1, "early_stopping": {"metric": "loss", "mode": "min"}},
+                "checkpoint": {"best": [{"metric": "loss", "mode": "max"}]},
+            },
+            "checkpoint.best.0.metric: 'loss' is judged twice",
+        ),
     ],
 )
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

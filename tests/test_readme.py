@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime.config.file import load
 from tests.test_launch import clean_environment
@@ -65,6 +66,76 @@ def test_a_users_own_project_trains_from_its_own_folder(tmp_path: Path) -> None:
     assert float(loss) < 0.3
     records = [json.loads(line) for line in (tmp_path / "runs" / "spiral" / "metrics.jsonl").read_text().splitlines()]
     assert [r["world_size"] for r in records if r["event"] == "start"] == [2, 1]
+
+
+MINE = """
+import torch
+from torch import nn
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.words, self.order = nn.Embedding(9, 4), nn.Linear(4, 9), nn.Linear(4, 2)
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embedding(input_ids) * attention_mask.unsqueeze(-1)
+        return {"words": self.words(hidden), "order": self.order(hidden.mean(1))}
+
+def sentences():
+    ids = torch.arange(60).view(12, 5) % 9
+    return [
+        {"input_ids": row, "attention_mask": torch.ones(5), "labels": (row + 1) % 9, "follows": n % 2, "trust": 1.0 + n % 3}
+        for n, row in enumerate(ids)
+    ]
+"""
+
+
+@pytest.mark.single
+def test_several_losses_train_as_written(tmp_path: Path) -> None:
+    """Against each loss by hand, divided by the trust of what it counts."""
+    from torch.nn.functional import cross_entropy
+
+    from runtime.session import train
+
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "losses.yaml").write_text(
+        block("yaml", 'model: "mine:TwoHeads"')
+        + "batch: {global_size: 12, micro_size: 5}\noptimizer: {target: SGD, args: {lr: 0.0}}\nlimit: {steps: 1}\n"
+        + "reporting: {every: 1 step, progress: false}\n"
+    )
+    result = train(tmp_path / "losses.yaml")
+    lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+    (told,) = [record for record in map(json.loads, lines) if record["event"] == "train"]
+    samples = sys.modules["mine"].sentences()
+    whole = {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
+    with torch.no_grad():
+        output = result.model(whole["input_ids"], whole["attention_mask"])
+    words = cross_entropy(output["words"].flatten(0, 1), whole["labels"].flatten(), reduction="none").view(12, 5)
+    order = cross_entropy(output["order"], whole["follows"], reduction="none")
+    trust = whole["trust"]
+    expected = [float((words * trust[:, None]).sum() / (5 * trust.sum())), float((order * trust).sum() / trust.sum())]
+    assert [told["words"], told["order"]] == pytest.approx(expected, rel=1e-5)
+    assert told["loss"] == pytest.approx(expected[0] + 0.5 * expected[1], rel=1e-5)
+
+
+@pytest.mark.single
+def test_the_metrics_are_built_as_written(tmp_path: Path) -> None:
+    from runtime import assembly
+
+    (tmp_path / "metrics.py").write_text("from torchmetrics import MeanMetric\n\nclass Lift(MeanMetric):\n    pass\n")
+    text = block("yaml", "data:\n  fields: {group: query}")
+    assert "data:\n" in text
+    path = tmp_path / "metrics.yaml"
+    path.write_text(
+        text.replace(
+            "data:\n",
+            "data:\n  train: {target: digits, args: {split: train}}\n  validation: {target: digits, args: {split: validation}}\n",
+        )
+        + "model: {target: MLP, args: {in_features: 64, hidden: [8], out_features: 10}}\nbatch: {global_size: 16}\n"
+        + "objective: CrossEntropyLoss\noptimizer: {target: SGD, args: {lr: 0.1}}\n"
+    )
+    loaded = load(path)
+    assembly.check_components(loaded)
+    assert set(assembly.build_metrics(loaded)) == {"top5", "f1", "confusion", "auroc", "rmse", "ndcg", "own"}
 
 
 def test_the_files_that_the_readme_lists_are_the_files_there_are() -> None:

@@ -17,7 +17,7 @@ from runtime.data.loading import loader_factory
 from runtime.data.streams import Place, StreamSamples
 from runtime.data.training_data import How, StreamedData
 from tests.process_pool import ProcessPool
-from tests.project.tiny_streams import Numbers, Shares, Stateful
+from tests.project.tiny_streams import Numbers, Shares, Stateful, StatefulShares
 
 SIZE, BATCH, SLOTS, EPOCHS = 50, 12, 6, 2  # four global batches of 12 and one of 2 in an epoch
 WORKERS = (0, 1, 3)
@@ -25,6 +25,7 @@ SOURCES = {
     "numbers": lambda: Numbers(SIZE, buffer=9),
     "stateful": lambda: Stateful(SIZE),
     "shares": lambda: Shares(SIZE),
+    "stateful shares": lambda: StatefulShares(SIZE),
 }
 
 Steps = list[tuple[Cursor, dict[int, list[int]]]]
@@ -35,7 +36,7 @@ def steps_of_rank(
 ) -> tuple[Steps, Cursor, dict[int, Place]]:
     """Read as a run does: this rank's slots of each step, the cursor behind the last and where the readers stand there."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    sharded_by: Any = "dataset" if source == "shares" else "runtime"
+    sharded_by: Any = "dataset" if source.endswith("shares") else "runtime"
     how = How(
         sharing=Sharing(SLOTS, world_size, rank),
         make_loader=loader_factory(
@@ -112,7 +113,7 @@ def test_every_item_is_seen_once_an_epoch_also_over_interruptions(
         parts = [together([reply[number][1][part] for reply in replies]) for part in range(3)]
         assert [len(part) for part in parts[:2]] == [2, 3]
         assert [step for part in parts for step in part] == whole, num_workers
-        if source != "shares":  # the global batches are those of one process without workers
+        if not source.endswith("shares"):  # the global batches are those of one process without workers
             assert whole == one_process(source)
 
 

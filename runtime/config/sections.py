@@ -343,6 +343,14 @@ class RunConfiguration(Section):
                 )
                 for number, best in enumerate(self.checkpoint.best)
             ),
+            *(
+                (
+                    any(best.metric == other.metric for other in self.best if other is not best),
+                    f"checkpoint.best.{number}.metric",
+                    f"{best.metric!r} is judged twice; say one mode for it (limit.early_stopping included), and keep: n for several",
+                )
+                for number, best in enumerate(self.checkpoint.best)
+            ),
             (
                 self.checkpoint.best and not validated,
                 "checkpoint.best",

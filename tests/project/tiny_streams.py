@@ -67,6 +67,28 @@ class Shares(IterableDataset):
         yield from range(rank * workers + worker, self.size, ranks * workers)
 
 
+class StatefulShares(Shares):
+    """Goes on from where its reader was."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.place = 0
+
+    def __iter__(self) -> Iterator[int]:
+        place, self.place = self.place, 0
+        for number, item in enumerate(super().__iter__()):
+            if number >= place:
+                self.place = number + 1
+                yield item
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
 class Points(IterableDataset):
     """The samples of ``points`` in an order that changes with the epoch."""
 
