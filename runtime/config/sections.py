@@ -347,7 +347,7 @@ class RunConfiguration(Section):
                 (
                     any(best.metric == other.metric for other in self.best if other is not best),
                     f"checkpoint.best.{number}.metric",
-                    f"{best.metric!r} is judged twice; say one mode for it (limit.early_stopping included), and keep: n for several",
+                    f"{best.metric!r} is judged twice; give it one mode (limit.early_stopping's, too), and keep: n for several",
                 )
                 for number, best in enumerate(self.checkpoint.best)
             ),
