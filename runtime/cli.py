@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
 from runtime.errors import LockstepError
+from runtime.submission.schedulers import add_submit
 
 _STOPPED = (
     "exit code: 0 done; 75 stopped, with nothing written (the same command begins anew); 2 configuration; 1 failure"
@@ -56,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         add_inference(inference, act)
         _add_processes(inference)
         inference.set_defaults(run=_infer, act=act)
+
+    add_submit(commands)
 
     checkpoints = commands.add_parser(
         "checkpoints",

@@ -142,14 +142,14 @@ def test_cores_are_shared_out_unless_the_user_says_how_many_threads(monkeypatch:
 
 @pytest.mark.single
 def test_nothing_is_left_to_defaults() -> None:
-    job = JobSpec(Path("train.py"), Path("a b.yaml"), ["limit.steps=3"], 2, use_gpus=False)
+    job = JobSpec(script=Path("train.py"), config=Path("a b.yaml"), overrides=["limit.steps=3"], processes_per_node=2)
     line = command(job, python="python", port=1234, num_threads=4)
     assert line[-3:] == ["train.py", "a b.yaml", "limit.steps=3"]
     for flag, value in {"--num_processes": "2", "--num_machines": "1", "--num_cpu_threads_per_process": "4"}.items():
         assert line[line.index(flag) + 1] == value
     assert "--multi_gpu" in line
     assert environment(job, launch="x", num_threads=8)["ACCELERATE_USE_CPU"] == "true"
-    on_gpus = JobSpec(Path("train.py"), Path("c.yaml"), [], 2, use_gpus=True)
+    on_gpus = JobSpec(script=Path("train.py"), config=Path("c.yaml"), processes_per_node=2, use_gpus=True)
     assert "ACCELERATE_USE_CPU" not in environment(on_gpus, launch="x", num_threads=8)
 
 

@@ -136,6 +136,9 @@ LAYERS = [
     ],
     [
         "entry",
+        "submission.options",
+        "submission.slurm",
+        "submission.schedulers",
         "train",
         "evaluate",
         "predict",

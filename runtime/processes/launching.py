@@ -36,7 +36,9 @@ def train_locally(
     loaded: LoadedConfiguration, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool
 ) -> int:
     """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure."""
-    job = JobSpec(_script("train"), config, overrides, processes, use_gpus)
+    job = JobSpec(
+        script=_script("train"), config=config, overrides=overrides, processes_per_node=processes, use_gpus=use_gpus
+    )
     return _launched(job, loaded.output / OUTCOME)
 
 
@@ -47,7 +49,9 @@ def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes
         source: YAML file or run folder.
         arguments: ``key.path=value``, and options.
     """
-    job = JobSpec(_script(act), source, arguments, processes, use_gpus)
+    job = JobSpec(
+        script=_script(act), config=source, overrides=arguments, processes_per_node=processes, use_gpus=use_gpus
+    )
     with TemporaryDirectory(prefix="lockstep-") as folder:
         outcome = Path(folder) / OUTCOME
         return _launched(job, outcome, added_outcome=outcome)
