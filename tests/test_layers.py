@@ -138,6 +138,7 @@ LAYERS = [
         "entry",
         "submission.options",
         "submission.slurm",
+        "submission.kubernetes",
         "submission.schedulers",
         "train",
         "evaluate",

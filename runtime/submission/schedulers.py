@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from runtime.submission import slurm
+from runtime.submission import kubernetes, slurm
 
-_SCHEDULERS = (slurm,)
+_SCHEDULERS = (slurm, kubernetes)
 
 
 def add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
