@@ -37,7 +37,7 @@ def manifests(job: JobSpec, pods: Pods) -> str:
 def object_name(name: str) -> str:
     """Return a run's name as Kubernetes takes names; two that differ stay different."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    if plain == name and plain[0].isalpha() and len(plain) <= _LONGEST_NAME:
+    if plain == name and plain[:1].isalpha() and len(plain) <= _LONGEST_NAME:
         return plain
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]
     return "-".join(filter(None, ["run", plain[: _LONGEST_NAME - 11].strip("-"), digest]))

@@ -204,10 +204,11 @@ def problems(job: JobSpec, pods: Pods) -> Iterator[Problem]:
                 f"--secret {variable}", f"'{found.secret}/{found.key}' is no name of a Secret and of a key in it"
             )
     for variable in job.secrets:
-        if variable in job.environment or variable not in pods.secrets:
-            yield problem(
-                variable, f"is a secret: keep it in one of the cluster's, and name that: --secret {variable}=SECRET/KEY"
-            )
+        if variable in job.environment:
+            yield problem(variable, "is a variable and a secret: leave out --env or --secret")
+        elif variable not in pods.secrets:
+            what = f"is a secret: keep it in one of the cluster's, and name that: --secret {variable}=SECRET/KEY"
+            yield problem(variable, what)
     if len(pods.config_text.encode()) > 1_000_000:
         yield problem("CONFIG", "has more than a megabyte, which a ConfigMap cannot hold")
     if ":" in str(job.config):
