@@ -12,6 +12,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
+ ├── SchedulerError               a cluster's scheduler is missing, refuses a job, or does not answer
  ├── PredictionError              predictions cannot be written where, or into what, they are to go
  └── PeerError                    another rank left; its own message tells why
 """
@@ -113,6 +114,10 @@ class EvaluationError(LockstepError):
 
 class PredictionError(LockstepError):
     """Predictions cannot be written where, or into what, they are to go."""
+
+
+class SchedulerError(LockstepError):
+    """A cluster's scheduler cannot be used, or does not do what it was asked."""
 
 
 class PeerError(LockstepError):

@@ -193,28 +193,40 @@ def _together(
 
         def tell_of_others(reason: str) -> None:
             if processes.may_tell():
-                tell({"outcome": "failed", "exit_code": 1, "message": reason})
+                from runtime.processes.watch import raised
 
-        stop_wish.on_leave = lambda: tell({"outcome": "stopped", "exit_code": 75, "message": "left without a save"})
+                repeats = raised(reason) and not _lost_contact(reason)
+                tell({"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats})
+
+        def tell_of_leaving() -> None:
+            tell({**_stopped(stop_wish), "message": "left without a save"})
+
+        stop_wish.on_leave = tell_of_leaving
         watch.on_leave = tell_of_others
         watch.start()
         try:
             result = act(processes)
         except BaseException as error:
-            lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(error)
+            lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(str(error))
             if not isinstance(error, EQUAL_ON_ALL_RANKS):
                 watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
             exit_code = error.exit_code if isinstance(error, LockstepError) else 1
-            tell({"outcome": "failed", "exit_code": exit_code, "message": str(error)})
+            repeats = not (lost_contact or isinstance(error, PeerError))
+            tell({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
             if lost_contact:
                 raise PeerError("lost contact with another rank, whose own message tells why") from error
             raise
         finally:
             watch.stop()
-        exit_code = 0 if result.outcome == "finished" else 75
+        ended = {"outcome": "finished", "exit_code": 0} if result.outcome == "finished" else _stopped(stop_wish)
         told = {"message": result.message} if result.message else {}
-        tell({"outcome": result.outcome, "exit_code": exit_code, "step": result.step, **told})
+        tell({**ended, "step": result.step, **told})
         return result
+
+
+def _stopped(stop_wish: StopWish) -> dict[str, Any]:
+    """Return the outcome of a run that was asked to stop; the reason is None where another rank was asked."""
+    return {"outcome": "stopped", "exit_code": 75, "reason": stop_wish.reason}
 
 
 def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack) -> Processes:
@@ -283,6 +295,6 @@ def _write_outcome(path: Path | None, rank: int, outcome: dict[str, Any]) -> Non
         replace_file(path, json.dumps({**outcome, "launch": environment.launch_token()}))
 
 
-def _lost_contact(error: RuntimeError) -> bool:
-    text = str(error).lower()
+def _lost_contact(message: str) -> bool:
+    text = message.lower()
     return any(word in text for word in ("gloo", "connection closed", "connection reset", "nccl", "broken pipe"))

@@ -137,6 +137,8 @@ LAYERS = [
     [
         "entry",
         "submission.options",
+        "submission.requeueing",
+        "submission.snapshot",
         "submission.slurm",
         "submission.kubernetes",
         "submission.schedulers",

@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import runtime
 from launch.job import JobSpec, is_secret
-from runtime.config.file import LoadedConfiguration, flatten
+from runtime.config.file import LoadedConfiguration, flatten, load
 from runtime.errors import ConfigurationError, Problem
 
 _USUAL_SECRETS = ("WANDB_API_KEY", "HF_TOKEN")  # passed on where they are set, without being asked
@@ -93,6 +94,20 @@ def variables(given: list[str]) -> Variables:
         {name: value for name, value in found.items() if not is_secret(name)},
         {name: value for name, value in found.items() if is_secret(name)},
     )
+
+
+def checked(options: argparse.Namespace) -> LoadedConfiguration:
+    """Read a configuration and check it; the arguments of its components too, where torch is installed.
+
+    Raises:
+        ConfigurationError: every mistake found.
+    """
+    loaded = load(options.config, options.overrides)
+    if find_spec("torch") is not None:  # a login node can do without
+        from runtime.assembly import check_components
+
+        check_components(loaded)
+    return loaded
 
 
 def described(loaded: LoadedConfiguration, options: argparse.Namespace, given: Variables) -> JobSpec:
