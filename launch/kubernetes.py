@@ -1,9 +1,9 @@
 """Kubernetes: a headless Service and an Indexed Job (or a JobSet), from a job's description; data, then YAML.
 
 One pod is one machine. All run the same command; the index that the Job gives a pod is its rank among the machines, and pod 0
-is where they meet. A pod ends with the code of ``lockstep train``, which is the run's outcome, and the pod failure policy makes
+is where they meet. A pod ends with the code of ``runtime.processes.node``, the run's outcome, and the pod failure policy makes
 of it what happens next: 0 finished, 75 go on (the pod is replaced, and nothing is counted), 2 configuration (it would fail
-again, and so does the Job), anything else is counted as a failure.
+again, so the Job has failed), anything else is counted as a failure.
 
 References: https://kubernetes.io/docs/concepts/workloads/controllers/job, https://jobset.sigs.k8s.io.
 """
@@ -136,7 +136,7 @@ def _job_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
         "podFailurePolicy": {
             "rules": [
                 {
-                    "#": "2 is a mistake in the configuration: it would be made again.",
+                    "#": "2 is a mistake in the configuration, or another failure that would repeat: a loss that is NaN.",
                     "action": "FailJob",
                     "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [2]},
                 },

@@ -111,10 +111,12 @@ def pod_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
 
 def _arguments(name: str, job: JobSpec, pods: Pods) -> Iterator[tuple[str, bool]]:
     """Yield the arguments, each with whether it is to arrive as it is; the other is a variable that Kubernetes fills in."""
-    for argument in ("lockstep", "train", str(job.config), *job.overrides):
-        yield argument, True
-    yield "--processes", True
-    yield str(job.processes_per_node), True
+    yield from (
+        (argument, True) for argument in ("python", "-m", "runtime.processes.node", str(job.config), *job.overrides)
+    )
+    yield from ((argument, True) for argument in ("--processes", str(job.processes_per_node)))
+    if job.use_gpus:
+        yield "--gpus", True
     if job.nodes == 1:
         return
     first = f"{name}-{REPLICATED}-0-0" if pods.jobset else f"{name}-0"
@@ -126,8 +128,6 @@ def _arguments(name: str, job: JobSpec, pods: Pods) -> Iterator[tuple[str, bool]
 
 def _environment(job: JobSpec, pods: Pods) -> Iterator[dict[str, Any]]:
     plain = {"PYTHONSAFEPATH": "1"}  # nothing that lies in the working folder is imported in the place of a library
-    if not job.use_gpus:
-        plain["ACCELERATE_USE_CPU"] = "true"
     if pods.cpus is not None:  # processes see all cores of the machine, and would start as many threads
         plain["OMP_NUM_THREADS"] = str(max(1, pods.cpus // job.processes_per_node))
     for variable, value in {**plain, **job.environment}.items():

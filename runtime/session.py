@@ -164,7 +164,7 @@ def _infer(
         processes.strategy.barrier()  # the launcher ends all once one has left in failure, which a stop is to it
         return done
 
-    return _together(loaded, infer, outcome_file=environment.outcome_file(), world_size=None)
+    return _together(loaded, infer, outcome_file=None, world_size=None)
 
 
 def _together(
@@ -177,7 +177,7 @@ def _together(
     """Let all processes act together: signals taken over, ranks watched, the outcome left for the launcher.
 
     Args:
-        outcome_file: where to leave it, if anywhere.
+        outcome_file: of the run, where rank 0 leaves it; the first process of each machine does in the launcher's own file.
         world_size: as configured.
     """
     requested = environment.requested_world_size(world_size)
@@ -188,15 +188,18 @@ def _together(
         processes = _joined(loaded, requested, stop_wish, stack)
         strategy, watch = processes.strategy, processes.watch
 
-        def tell(outcome: dict[str, Any]) -> None:
-            _write_outcome(outcome_file, strategy.rank, outcome)
+        def tell(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
+            if strategy.rank == 0 and in_folder:
+                _write_outcome(outcome_file, outcome)
+            if environment.local_rank() == 0:
+                _write_outcome(environment.outcome_file(), outcome)
 
         def tell_of_others(reason: str) -> None:
-            if processes.may_tell():
-                from runtime.processes.watch import raised
+            from runtime.processes.watch import raised
 
-                repeats = raised(reason) and not _lost_contact(reason)
-                tell({"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats})
+            repeats = raised(reason) and not _lost_contact(reason)
+            outcome = {"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats}
+            tell(outcome, in_folder=processes.may_tell())
 
         def tell_of_leaving() -> None:
             tell({**_stopped(stop_wish), "message": "left without a save"})
@@ -285,9 +288,9 @@ def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
     return outcome if outcome.get("launch") == launch else None
 
 
-def _write_outcome(path: Path | None, rank: int, outcome: dict[str, Any]) -> None:
+def _write_outcome(path: Path | None, outcome: dict[str, Any]) -> None:
     """Leave word for the launcher: exit codes do not survive ``accelerate launch``."""
-    if rank != 0 or path is None or not path.parent.is_dir():
+    if path is None or not path.parent.is_dir():
         return
     from runtime.checkpoints.serialization import replace_file
 

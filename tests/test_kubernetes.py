@@ -25,7 +25,9 @@ from launch.kubernetes import manifests, object_name
 from launch.manifest import manifest_text
 from launch.pods import Pods, SecretKey, Volume
 from runtime.cli import main
+from runtime.entry import parsed
 from runtime.errors import ConfigurationError, LockstepError
+from runtime.processes import node
 
 pytestmark = pytest.mark.single
 
@@ -229,7 +231,7 @@ def test_kubectl_reads_hostile_values_as_the_texts_they_are(tmp_path: Path) -> N
     }
     assert {name: given_out[name] for name in environment} == environment
     arrived = [filled_in(argument, {"HOME": "/root", "JOB_COMPLETION_INDEX": "3"}) for argument in only["args"]]
-    assert arrived[3 : 3 + len(HOSTILE)] == overrides
+    assert arrived[4 : 4 + len(HOSTILE)] == overrides
     assert arrived[-2:] == ["--node-rank", "3"]
 
 
@@ -324,6 +326,21 @@ def test_pods_find_the_first_one_by_a_name_that_dns_knows_before_it_is_ready() -
     assert network["publishNotReadyAddresses"] is network["enableDNSHostnames"] is True
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_of_a_pod_is_understood_by_what_it_starts(kind: str) -> None:
+    args = container(KINDS[kind])["args"]
+    assert args[:3] == ["python", "-m", "runtime.processes.node"]
+    options = parsed(node._parser(), [filled_in(argument, {"JOB_COMPLETION_INDEX": "3"}) for argument in args[3:]])
+    expected = job(**ON_CPUS) if kind == "one-machine" else job()
+    assert options.config == expected.config
+    assert options.overrides == expected.overrides
+    assert (options.nodes, options.processes) == (expected.nodes, expected.processes_per_node)
+    assert options.gpus is expected.use_gpus
+    assert options.node_rank == (0 if kind == "one-machine" else 3)
+    limits = container(KINDS[kind])["resources"].get("limits", {})
+    assert limits.get("nvidia.com/gpu") == ("8" if expected.use_gpus else None)
+
+
 # Privileges, secrets, threads
 
 
@@ -383,14 +400,8 @@ def test_what_is_submitted_is_what_was_asked_for(here: Path, capsys: pytest.Capt
     assert found["ConfigMap"]["data"]["run.yaml"] == (here / "configs" / "digits.yaml").read_text()
     assert {document["metadata"]["namespace"] for document in found.values()} == {"lab"}
     assert (found["Job"]["spec"]["completions"], found["Job"]["spec"]["parallelism"]) == (2, 2)
-    assert only["args"][:5] == [
-        "lockstep",
-        "train",
-        "/workspace/configs/digits.yaml",
-        "limit.epochs=7",
-        "limit.time=3600s",
-    ]
-    assert only["args"][only["args"].index("--processes") + 1] == "3"
+    overrides = ["limit.epochs=7", "limit.time=3600s"]
+    assert only["args"][:6] == ["python", "-m", "runtime.processes.node", "/workspace/configs/digits.yaml", *overrides]
     assert {"name": "A", "value": "1"} in only["env"]
     reference = {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}
     assert {"name": "HF_TOKEN", "valueFrom": reference} in only["env"]

@@ -16,7 +16,7 @@ from launch.job import JobSpec
 from launch.local import command, environment
 from runtime.environment import check_world_size, requested_world_size
 from runtime.errors import WorldSizeError
-from runtime.processes.launching import _num_threads
+from runtime.processes.launching import num_threads
 from tests.observed import configuration
 
 ROOT = Path(__file__).parent.parent
@@ -135,9 +135,9 @@ def test_lockstep_train_tells_a_failure_by_its_exit_code(tmp_path: Path) -> None
 def test_cores_are_shared_out_unless_the_user_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [_num_threads(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert [num_threads(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert _num_threads(2) == 3
+    assert num_threads(2) == 3
 
 
 @pytest.mark.single

@@ -136,6 +136,7 @@ LAYERS = [
     ],
     [
         "entry",
+        "processes.node",
         "submission.options",
         "submission.requeueing",
         "submission.snapshot",

@@ -62,7 +62,7 @@ def _script(act: str) -> Path:
 
 
 def _launched(job: JobSpec, outcome_file: Path, *, added_outcome: Path | None = None) -> int:
-    threads = _num_threads(job.processes)
+    threads = num_threads(job.processes)
     token = secrets.token_hex(8)
     added = environment(job, launch=token, num_threads=threads, outcome=added_outcome)
     line = command(job, python=sys.executable, port=_free_port(), num_threads=threads)
@@ -72,7 +72,7 @@ def _launched(job: JobSpec, outcome_file: Path, *, added_outcome: Path | None = 
     return int(outcome["exit_code"]) if outcome else (1 if code else 0)
 
 
-def _num_threads(processes: int) -> int:
+def num_threads(processes: int) -> int:
     """Return what the user asks for, or a share of the cores: more threads than cores make a step several times slower."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > 0:
