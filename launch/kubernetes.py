@@ -11,6 +11,7 @@ References: https://kubernetes.io/docs/concepts/workloads/controllers/job, https
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from launch.job import JobSpec
 from launch.manifest import manifest_text
 from launch.pods import CONTAINER, PORT, REPLICATED, Pods, config_name, pod_spec, problems
-from runtime.errors import ConfigurationError
+from runtime.errors import ConfigurationError, Problem
 
 _LONGEST_NAME = 40  # of 63 that a host name may have: a JobSet's adds -node-0-9999, and a pod's -abcde
 
@@ -31,7 +32,13 @@ def manifests(job: JobSpec, pods: Pods) -> str:
     """
     if found := list(problems(job, pods)):
         raise ConfigurationError(found)
-    return manifest_text(list(_documents(job, pods)))
+    documents = list(_documents(job, pods))
+    try:
+        (text := json.dumps(documents, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as error:
+        what = f"holds bytes that are no text in UTF-8: {text[error.start - 20 : error.end]!r}"
+        raise ConfigurationError([Problem("command line", "", what)]) from None
+    return manifest_text(documents)
 
 
 def object_name(name: str) -> str:

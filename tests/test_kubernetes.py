@@ -443,6 +443,7 @@ def test_a_secret_that_is_set_here_gets_into_no_manifest(
         ([*VOLUME, "--volume", "A B:/data"], "--volume A B:/data", "neither a claim's name nor an absolute path"),
         ([*VOLUME, "--env", "MY_TOKEN=x"], "MY_TOKEN", "is a secret: keep it in one of the cluster's"),
         ([*VOLUME, "--env", "A=1\nB"], "variable 'A'", "holds a line break"),
+        ([*VOLUME, "--env", "A=\udcff"], "", "holds bytes that are no text in UTF-8"),
         ([*VOLUME, "--env", "1A=1"], "'1A'", "is no name of an environment variable"),
         ([*VOLUME, "--secret", "A=B/c"], "--secret A", "'B/c' is no name of a Secret and of a key in it"),
         ([*VOLUME, "--env", "A=1", "--secret", "A=b"], "A", "is a variable and a secret"),
@@ -451,7 +452,7 @@ def test_a_secret_that_is_set_here_gets_into_no_manifest(
         ([*VOLUME, "--user", "0:0"], "--user", "is root"),
         ([*VOLUME, "--apply", "--dry-run"], "--apply", "and --dry-run contradict each other"),
         ([*VOLUME, "strategy.world_size=3"], "strategy.world_size", "is 3, but 1 nodes of 1 processes are 1"),
-        ([*VOLUME, "model.args.api_key=abc"], "model.args.api_key", "is a secret"),
+        ([*VOLUME, "model={target: 'torch.nn:Identity', args: {api_key: abc}}"], "model.args.api_key", "is a secret"),
         ([*VOLUME, "limit.epoch=3"], "limit.epoch", "did you mean 'epochs'?"),
     ],
 )
@@ -461,7 +462,7 @@ def test_what_cannot_be_submitted_is_told_by_key(
     assert main([*COMMAND, *arguments]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert any(f" {key}: " in line and what in line for line in told.err.splitlines()), told.err
+    assert any(f"{f' {key}' if key else ''}: " in line and what in line for line in told.err.splitlines()), told.err
     assert "Traceback" not in told.err
 
 

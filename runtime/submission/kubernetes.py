@@ -19,7 +19,7 @@ from launch.kubernetes import manifests, object_name
 from launch.pods import Pods, SecretKey, Volume
 from runtime.config.file import LoadedConfiguration
 from runtime.errors import ConfigurationError, LockstepError, Problem
-from runtime.submission.options import add_job_options, count, described, variables
+from runtime.submission.options import add_job_options, checked, count, described, variables
 
 
 def add(schedulers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -101,11 +101,12 @@ def user(text: str) -> tuple[int, int]:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from runtime.config.file import load
-
     if options.apply and options.dry_run:
         raise ConfigurationError([Problem("command line", "--apply", "and --dry-run contradict each other")])
-    loaded = load(options.config, options.overrides)
+    if options.time is not None:
+        # The run leaves by itself and is continued; a limit of Kubernetes' own would end it for good.
+        options.overrides.append(f"limit.time={options.time}s")
+    loaded = checked(options)
     job, pods = _job_and_pods(loaded, options)
     text = manifests(job, pods)
     if not options.apply:
@@ -124,10 +125,6 @@ def _job_and_pods(loaded: LoadedConfiguration, options: argparse.Namespace) -> t
     wanted = sorted({*secrets, *(name for name in asked if is_secret(name))})
     for name in sorted({*given.secret} - {*wanted}):
         _note(f"{name} is set here and will not be in the pods, but for --secret {name}=SECRET")
-    if (
-        options.time is not None
-    ):  # the run leaves by itself and is continued; a limit of Kubernetes' own would end it for good
-        options.overrides.append(f"limit.time={options.time}s")
     there = described(loaded, options, given)
     assert there.run_folder is not None
     job = replace(
@@ -180,13 +177,15 @@ def _apply(text: str, *, namespace: str | None) -> None:
 
 def _tell(job: JobSpec, pods: Pods) -> None:
     name, kind = object_name(job.name), "jobset" if pods.jobset else "job"
-    selector = f"app.kubernetes.io/instance={name},batch.kubernetes.io/job-completion-index=0"
+    made = f"{kind},configmap" if pods.jobset else f"{kind},service,configmap"
+    ours = f"app.kubernetes.io/instance={name}"
+    selector = f"{ours},batch.kubernetes.io/job-completion-index=0"
     where = "" if pods.namespace is None else f" --namespace {pods.namespace}"
     _note(f"follow it: kubectl logs{where} --follow --selector {selector}")
     _note(
         f"""stop it, saved: kubectl patch{where} {kind} {name} --type merge --patch '{{"spec":{{"suspend":true}}}}'"""
     )
-    _note(f"and go on: the same with false. Remove it, saved: kubectl delete{where} {kind} {name}")
+    _note(f"and go on: the same with false. Remove it, saved: kubectl delete{where} {made} --selector {ours}")
 
 
 def _note(text: str) -> None:
