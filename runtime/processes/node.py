@@ -37,6 +37,7 @@ _MARGIN_SECONDS = 10.0  # for the others to tell which rank was lost, once they 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start this machine's processes and wait for them; return the exit code that the module's docstring lists."""
     options = parsed(_parser(), arguments)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # waited for, one by one; what comes before that stays pending
     try:
         loaded = load(options.config, options.overrides)
         _check(options)
@@ -85,7 +86,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _run(arguments: Sequence[str], options: argparse.Namespace, *, patience_seconds: float) -> int:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # waited for, one by one; what comes before stays pending
     with TemporaryDirectory(prefix="lockstep-") as folder:
         outcome_file = Path(folder) / OUTCOME
         processes = [
