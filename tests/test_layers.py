@@ -36,6 +36,8 @@ LAYERS = [
         "checkpoints.unfinished",
         "checkpoints.fence",
         "processes.watch",
+        "processes.meeting",
+        "processes.interface",
     ],
     [
         "data.order",
@@ -138,6 +140,7 @@ LAYERS = [
         "entry",
         "submission.options",
         "submission.requeueing",
+        "submission.queue",
         "submission.snapshot",
         "submission.slurm",
         "submission.schedulers",
