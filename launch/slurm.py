@@ -75,9 +75,16 @@ def script(
         python: the interpreter on the nodes.
         secrets_file: shell file that sets the secret variables; readable by its owner alone.
         module: the entry point as a module, for where the script's path does not hold, as in a container.
+
+    Raises:
+        ConfigurationError: the run folder is one that Slurm cannot write a log to.
     """
-    assert job.run_folder is not None and job.working_folder is not None
+    assert job.run_folder is not None
+    assert job.working_folder is not None
     folder = str(job.run_folder)
+    if "\\" in folder:
+        what = f"{folder!r} holds a backslash, which turns off the job's number in Slurm's names of logs"
+        raise ConfigurationError([Problem("command line", "output", what)])
     log = f"{folder.replace('%', '%%')}/logs/slurm-%j.log"  # Slurm fills in %j, and would also fill in a folder's %
     entry = ["-m", module] if module is not None else [str(job.script)]
     line = ["python3" if options.container else python, *entry, str(job.config), *job.overrides]

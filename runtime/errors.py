@@ -10,6 +10,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── ObjectiveError               the loss or its weight is not what the contract says
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
+ ├── MeetingError                 the machines of one launch do not come together, or were started differently
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
  ├── SchedulerError               a cluster's scheduler is missing, refuses a job, or does not answer
@@ -106,6 +107,10 @@ class OutOfMemoryError(LockstepError):
 
 class RanksDifferError(LockstepError):
     """The ranks were not started alike."""
+
+
+class MeetingError(LockstepError):
+    """The machines of one launch did not come together."""
 
 
 class EvaluationError(LockstepError):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from runtime import environment
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
+from runtime.processes.interface import choose_interface
 from runtime.processes.stopping import StopWish
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
     from runtime.strategies.accelerated import AcceleratedStrategy
 
+    choose_interface(environment.store_address()[0])
     stall_seconds = values.limit.stall_seconds
     try:
         strategy = AcceleratedStrategy(

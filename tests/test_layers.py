@@ -36,6 +36,8 @@ LAYERS = [
         "checkpoints.unfinished",
         "checkpoints.fence",
         "processes.watch",
+        "processes.meeting",
+        "processes.interface",
     ],
     [
         "data.order",
@@ -139,6 +141,7 @@ LAYERS = [
         "processes.node",
         "submission.options",
         "submission.requeueing",
+        "submission.queue",
         "submission.snapshot",
         "submission.slurm",
         "submission.kubernetes",

@@ -106,7 +106,7 @@ def run_by_bash(folder: Path, job: JobSpec, options: SlurmOptions, secrets: Path
 
 
 def test_hostile_names_are_text_and_nothing_else(tmp_path: Path) -> None:
-    folder = tmp_path / HOSTILE.replace("/", "")
+    folder = tmp_path / HOSTILE.replace("\\", "")
     folder.mkdir()
     job = replace(
         CPU,
@@ -214,6 +214,11 @@ def test_what_could_begin_a_line_of_its_own_is_refused(change: dict[str, object]
 def test_options_that_would_break_the_script_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         SlurmOptions(**options)  # type: ignore[arg-type]
+
+
+def test_a_folder_in_which_slurm_would_not_number_its_logs_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="holds a backslash"):
+        script(replace(CPU, run_folder=Path("/a\\b")), SlurmOptions(), python="p", secrets_file=None)
 
 
 def test_the_warning_leaves_time_to_save_but_at_most_half_of_the_limit() -> None:

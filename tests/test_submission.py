@@ -75,7 +75,7 @@ def test_the_loss_of_a_rank_is_told_from_an_error_that_a_rank_raised() -> None:
 
 def judged(folder: Path, restart: int, *, outcome: dict[str, Any] | None, code: int = 0, **fakes: str) -> int:
     """Let the judge look at a run folder, with a scontrol that notes what it is asked."""
-    state = fakes.get("state", "RUNNING")
+    state = fakes.get("state", "RUNNING RunTime=00:05:00 TimeLimit=1-00:00:00")
     fake = f'#!/bin/bash\necho "$@" >> {folder}/asked\n[ "$1" = requeue ] && exit {fakes.get("refuses", 0)}\n'
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / "scontrol").write_text(f"{fake}echo JobId=7 JobState={state} Reason=None\n")
@@ -97,6 +97,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def asked(folder: Path) -> list[str]:
+    """Return what Slurm was asked to do."""
     return [line for line in (folder / "asked").read_text().splitlines() if line.startswith("requeue")]
 
 
@@ -116,9 +117,19 @@ def test_a_run_that_keeps_losing_ranks_goes_on_only_as_long_as_it_gets_further(
     assert "no checkpoint since" in said
 
 
-def test_a_preempted_job_that_was_cancelled_meanwhile_stays_cancelled(folder: Path) -> None:
-    assert judged(folder, 0, outcome=SAVED, state="CANCELLED") == 75
-    assert asked(folder) == []
+@pytest.mark.parametrize(
+    ("state", "requeued"),
+    [
+        ("RUNNING RunTime=00:05:00 TimeLimit=1-00:00:00", True),  # preempted, within its grace time
+        ("CANCELLED RunTime=00:05:00 TimeLimit=1-00:00:00", False),
+        ("COMPLETING RunTime=00:05:00 TimeLimit=1-00:00:00", False),  # cancelled, and its last process is this one
+        ("COMPLETING RunTime=00:05:00 TimeLimit=UNLIMITED", False),
+        ("COMPLETING RunTime=1-00:00:05 TimeLimit=1-00:00:00", True),  # ended by its time limit
+    ],
+)
+def test_a_cancelled_job_stays_cancelled(folder: Path, state: str, requeued: bool) -> None:
+    assert judged(folder, 0, outcome=SAVED, state=state) == 75
+    assert asked(folder) == ["requeue 7"] * requeued
 
 
 def test_an_outcome_of_an_earlier_start_is_not_taken_for_this_ones(folder: Path) -> None:

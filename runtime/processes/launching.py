@@ -18,6 +18,7 @@ import runtime
 from launch.job import JobSpec
 from launch.local import command, environment, shown
 from runtime.config.file import LoadedConfiguration
+from runtime.processes.meeting import Place, meet
 from runtime.session import OUTCOME, read_outcome
 
 _LAUNCHER = str(Path("accelerate", "commands", "launch.py"))
@@ -33,13 +34,32 @@ def num_gpus() -> int:
 
 
 def train_locally(
-    loaded: LoadedConfiguration, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool
+    loaded: LoadedConfiguration,
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    processes: int,
+    use_gpus: bool,
+    place: Place | None = None,
 ) -> int:
-    """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure."""
+    """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure.
+
+    Args:
+        place: of this machine among several.
+
+    Raises:
+        MeetingError: the machines did not come together.
+    """
     job = JobSpec(
-        script=_script("train"), config=config, overrides=overrides, processes_per_node=processes, use_gpus=use_gpus
+        script=_script("train"),
+        config=config,
+        overrides=overrides,
+        nodes=place.nodes if place is not None else 1,
+        processes_per_node=processes,
+        use_gpus=use_gpus,
     )
-    return _launched(job, loaded.output / OUTCOME)
+    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
+    return _launched(job, loaded.output / OUTCOME, place=place, token=token)
 
 
 def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes: int, use_gpus: bool) -> int:
@@ -61,11 +81,23 @@ def _script(act: str) -> Path:
     return Path(runtime.__path__[0]) / f"{act}.py"
 
 
-def _launched(job: JobSpec, outcome_file: Path, *, added_outcome: Path | None = None) -> int:
-    threads = num_threads(job.processes)
-    token = secrets.token_hex(8)
+def _launched(
+    job: JobSpec,
+    outcome_file: Path,
+    *,
+    added_outcome: Path | None = None,
+    place: Place | None = None,
+    token: str | None = None,
+) -> int:
+    threads = num_threads(job.processes_per_node)
+    token = token or secrets.token_hex(8)
     added = environment(job, launch=token, num_threads=threads, outcome=added_outcome)
-    line = command(job, python=sys.executable, port=_free_port(), num_threads=threads)
+    where = (
+        {"port": _free_port()}
+        if place is None
+        else {"port": place.port, "address": place.address, "node_rank": place.node_rank}
+    )
+    line = command(job, python=sys.executable, num_threads=threads, **where)
     print(shown(line, added), file=sys.stderr, flush=True)
     code = _run(line, {**os.environ, **added})
     outcome = read_outcome(outcome_file, token)

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code=options.code,
             warned=options.warned,
             stop_file=(run / STOP_FILE).exists(),
-            cancelled=_state(options.job).startswith("CANCELLED"),
+            cancelled=_is_cancelled(_asked("scontrol", "-o", "show", "job", options.job).stdout),
             restarts=restart,
             max_requeues=options.max_requeues,
             progressed=newest not in [record["checkpoint"] for record in _records(history) if record["lost"]],
@@ -175,9 +175,24 @@ def _records(history: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
 
 
-def _state(job: str) -> str:
-    found = re.search(r"JobState=(\w+)", _asked("scontrol", "-o", "show", "job", job).stdout)
-    return found[1] if found else ""
+def _is_cancelled(job: str) -> bool:
+    """Tell from Slurm's words about a job whether it was cancelled, and not that its time was over.
+
+    While its last processes end, a job that Slurm has ended for whatever reason is COMPLETING; one that ends by itself, or is
+    preempted and has its grace time, is RUNNING to the last.
+    """
+    found = dict(re.findall(r"(JobState|RunTime|TimeLimit)=(\S*)", job))
+    over = _seconds(found.get("RunTime", "")) >= _seconds(found.get("TimeLimit", "")) > 0
+    return found.get("JobState") in ("CANCELLED", "COMPLETING") and not over
+
+
+def _seconds(text: str) -> int:
+    """Read ``[D-]HH:MM:SS``; 0 for anything else, such as UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if found is None:
+        return 0
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _asked(*command: str) -> subprocess.CompletedProcess[str]:
