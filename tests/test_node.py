@@ -117,6 +117,24 @@ def children(pid: int) -> list[str]:
         return []
 
 
+@pytest.mark.single
+def test_a_machine_that_waits_for_the_others_leaves_when_it_is_asked_to(tmp_path: Path) -> None:
+    node = Node([*line(written(tmp_path), "--nodes", "2", "--main-port", str(port := free_port()))])
+    while not listens(port) and node.process.poll() is None:
+        os.sched_yield()
+    node.process.send_signal(signal.SIGTERM)
+    assert node.code() == 75, node.said
+    assert not (tmp_path / "run").exists()
+
+
+def listens(port: int) -> bool:
+    """Tell whether somebody listens at a port; nobody is connected to, which would be an answer."""
+    lines = [
+        text.split() for name in ("tcp", "tcp6") for text in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return any(int(words[1].rpartition(":")[2], 16) == port and words[3] == "0A" for words in lines)
+
+
 @pytest.mark.long
 def test_a_failure_that_would_repeat_ends_with_the_code_of_a_mistake(tmp_path: Path) -> None:
     path = written(tmp_path, objective="tiny_losses:Infinite")

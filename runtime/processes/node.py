@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from runtime.config.file import load
 from runtime.entry import parsed
 from runtime.errors import LockstepError, WorldSizeError
 from runtime.processes.launching import num_gpus, num_threads
+from runtime.processes.meeting import Place, meet
 from runtime.session import OUTCOME, read_outcome
 
 _WISHES = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
@@ -34,16 +36,17 @@ _POLL_SECONDS = 1.0
 _MARGIN_SECONDS = 10.0  # for the others to tell which rank was lost, once they know
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Start this machine's processes and wait for them; return the exit code that the module's docstring lists."""
-    options = parsed(_parser(), arguments)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # waited for, one by one; what comes before that stays pending
+    options = parsed(_parser(), given)
+    for number in _WISHES:  # until there is something to save
+        signal.signal(number, lambda number, frame: sys.exit(75))
     try:
-        loaded = load(options.config, options.overrides)
+        limit = load(options.config, options.overrides).values.limit
         _check(options)
-        return _run(
-            [str(options.config), *options.overrides], options, patience_seconds=loaded.values.limit.silence_seconds
-        )
+        token = _meet(options, patience_seconds=limit.start_seconds)
+        arguments = [str(options.config), *options.overrides]
+        return _run(arguments, options, token=token, patience_seconds=limit.silence_seconds)
     except LockstepError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return error.exit_code
@@ -85,26 +88,35 @@ def _check(options: argparse.Namespace) -> None:
         raise LockstepError(f"{options.processes} GPUs were asked for, and torch can use {found} on this machine")
 
 
-def _run(arguments: Sequence[str], options: argparse.Namespace, *, patience_seconds: float) -> int:
+def _meet(options: argparse.Namespace, *, patience_seconds: float) -> str:
+    """Wait for the other machines; return a token of this start that all have: none joins one that is about to leave."""
+    if options.nodes == 1:
+        return secrets.token_hex(8)
+    place = Place(options.nodes, options.node_rank, options.main_address, options.main_port, options.processes)
+    return meet(place, patience_seconds=patience_seconds)
+
+
+def _run(arguments: Sequence[str], options: argparse.Namespace, *, token: str, patience_seconds: float) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # waited for, one by one
     with TemporaryDirectory(prefix="lockstep-") as folder:
         outcome_file = Path(folder) / OUTCOME
         processes = [
             subprocess.Popen(
                 [sys.executable, str(Path(runtime.__path__[0]) / "train.py"), *arguments],
-                env={**os.environ, **_environment(options, local_rank), "LOCKSTEP_OUTCOME": str(outcome_file)},
+                env={**os.environ, **_environment(options, local_rank, token), "LOCKSTEP_OUTCOME": str(outcome_file)},
                 preexec_fn=_let_signals_in,  # noqa: PLW1509 - it only sets signals, which takes no lock
             )
             for local_rank in range(options.processes)
         ]
         codes = _wait(processes, patience_seconds + _MARGIN_SECONDS)
-        return exit_code(read_outcome(outcome_file, _launch()), codes)
+        return exit_code(read_outcome(outcome_file, token), codes)
 
 
-def _environment(options: argparse.Namespace, local_rank: int) -> dict[str, str]:
+def _environment(options: argparse.Namespace, local_rank: int, token: str) -> dict[str, str]:
     world_size = options.nodes * options.processes
     added = {
         "LOCKSTEP_WORLD_SIZE": str(world_size),  # the runtime refuses any other
-        "LOCKSTEP_LAUNCH": _launch(),
+        "LOCKSTEP_LAUNCH": token,
         "OMP_NUM_THREADS": str(num_threads(options.processes)),
     }
     if not options.gpus:
@@ -119,11 +131,6 @@ def _environment(options: argparse.Namespace, local_rank: int) -> dict[str, str]
             "MASTER_PORT": str(options.main_port),
         }
     return added
-
-
-def _launch() -> str:
-    """Return the token of this start, which has to be the same on all machines; rank 0 hosts a store of its own each time."""
-    return os.environ.get("LOCKSTEP_LAUNCH", "nodes")
 
 
 def _let_signals_in() -> None:
