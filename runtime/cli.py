@@ -40,7 +40,18 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train on this machine, or on several together")
     _add_config(train)
     _add_place(train)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, act="train")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine the processes that would train, and the network between them",
+        description="Start the processes that would train, and compare what they find: versions, devices, code, disk, shared "
+        "memory, the run folder; and time an all-reduce. Names the host that differs.",
+        epilog="exit code: 0 all is well; 2 configuration; 1 it is not",
+    )
+    _add_config(doctor)
+    _add_place(doctor)
+    doctor.set_defaults(run=_train, act="doctor")
 
     show = commands.add_parser("show", help="say what a run will be, without running it")
     _add_config(show)
@@ -168,7 +179,7 @@ def _train(options: argparse.Namespace) -> int:
     loaded = load(options.config, options.overrides)
 
     from runtime.assembly import check_components
-    from runtime.processes.launching import num_gpus, train_locally
+    from runtime.processes.launching import examine_locally, num_gpus, train_locally
 
     check_components(loaded)
     gpus = num_gpus()
@@ -177,7 +188,8 @@ def _train(options: argparse.Namespace) -> int:
         what = f"is {configured}, which {options.nodes} machines cannot share evenly"
         raise ConfigurationError([loaded.problem(("strategy", "world_size"), what)])
     processes = options.processes or (configured or 0) // options.nodes or max(1, gpus)
-    return train_locally(
+    start = train_locally if options.act == "train" else examine_locally
+    return start(
         loaded,
         options.config,
         options.overrides,

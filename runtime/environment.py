@@ -7,6 +7,7 @@ LOCKSTEP_OUTCOME        file of the launcher in which each machine's first proce
 LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
 LOCKSTEP_DATA           folder in which data is looked for that is neither where its path says nor in an installed package
 WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
+GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
 """
@@ -56,6 +57,11 @@ def is_watched() -> bool:
 def store_address() -> tuple[str, int]:
     """The address and port of the process group's store."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT") or 0)
+
+
+def has_chosen_interface() -> bool:
+    """Tell whether the user has said which network interface gloo is to use."""
+    return "GLOO_SOCKET_IFNAME" in os.environ
 
 
 def start_token() -> str:

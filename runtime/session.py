@@ -25,6 +25,7 @@ from runtime.processes.stopping import StopWish
 
 if TYPE_CHECKING:
     from runtime.inference.on_checkpoint import Inferred
+    from runtime.processes.examination import Examined
     from runtime.processes.watch import Watch
     from runtime.run import RunResult
     from runtime.strategies import Strategy
@@ -145,6 +146,25 @@ def predict(
     """
     asked = {"checkpoint": checkpoint, "split": split, "weights": weights, "force": force}
     return _infer("predict", source, overrides, output, asked)
+
+
+def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined:
+    """Examine the processes that would train, and what lies between them, in place of training.
+
+    Raises:
+        LockstepError: whatever is wrong, as one message.
+    """
+    loaded = load(source, overrides)
+
+    def act(processes: Processes) -> Examined:
+        from runtime.processes.examination import examine as examine_ranks
+
+        examined = examine_ranks(loaded, processes.strategy)
+        processes.strategy.barrier()
+        return examined
+
+    world_size = loaded.values.strategy.world_size
+    return _together(loaded, act, outcome_file=environment.outcome_file(), world_size=world_size)
 
 
 def _infer(

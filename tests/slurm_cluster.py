@@ -118,10 +118,16 @@ class SlurmCluster:
 
     def kill_node(self, node: str) -> None:
         """End a node at once, its daemon and all that runs on it, as a power cut would."""
-        doomed = [self._pid(f"slurmd.{node}.pid"), *self.pids_on(node)]
-        for pid in doomed:
-            with suppress(ProcessLookupError, TypeError):
-                os.kill(pid, signal.SIGKILL)  # type: ignore[arg-type]
+        ranks, everything = self.pids_on(node), processes()
+        starters = {everything[pid].parent for pid in ranks if pid in everything} - set(
+            ranks
+        )  # Slurm's own, one a step
+        daemon = self._pid(f"slurmd.{node}.pid")
+        assert daemon is not None
+        assert starters
+        for pid in (daemon, *starters, *ranks):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def submit(self, config: Path, *words: str) -> str:
         """Submit a run by ``lockstep submit slurm``; return the job's id."""

@@ -82,6 +82,7 @@ LAYERS = [
         "strategies.bare_step",
         "strategies.finite",
         "strategies.accelerated",
+        "processes.examination",
         "training.buffers",
         "evaluation.class_results",
         "evaluation.metric_inputs",
@@ -149,6 +150,7 @@ LAYERS = [
         "train",
         "evaluate",
         "predict",
+        "doctor",
         "cli",
     ],
 ]
@@ -214,7 +216,7 @@ def test_no_module_bears_a_name_of_the_standard_library() -> None:
     assert not ours & set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("act", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("act", ["train", "evaluate", "predict", "doctor"])
 def test_an_entry_point_takes_its_own_folder_off_the_path_before_it_imports_anything(tmp_path: Path, act: str) -> None:
     """Modules of ours that bear a dependency's name would otherwise be imported in its place."""
     probe = (

@@ -170,3 +170,71 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: SlurmCluster, pool: Pr
     assert "the job is not requeued: saved, the job was cancelled" in said
     assert outcome(run)["outcome"] == "stopped"
     assert_as_if_never_interrupted(pool, run, config, outcome(run)["step"])
+
+
+def slow(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run whose every step takes a good part of a second, so that few of them fill minutes."""
+    rows = {"target": "tiny_failing:Rows", "args": {"size": 6400, "slow_on": 1}}
+    every = {"every": "1 step", "progress": False}
+    return endless(folder, data={"train": rows}, reporting=every, **changes)
+
+
+def stopped(cluster: SlurmCluster, pool: ProcessPool, run: Path, job: str, config: dict[str, Any]) -> str:
+    """Stop a run after some more steps; return its log once it was found as if it had never been interrupted."""
+    wait_for_step(cluster, run, job, steps(run) + 3)
+    cluster.call("lockstep", "stop", str(run))
+    found = ended(cluster, run, job)
+    said = log(cluster, run, job)
+    assert found["ExitCode"] == "75:0", said
+    swift = {"train": {"target": "tiny_failing:Rows", "args": {"size": 6400}}}
+    assert_as_if_never_interrupted(pool, run, {**config, "data": swift}, outcome(run)["step"])
+    return said
+
+
+def resumed_at(said: str) -> list[int]:
+    return [int(found) for found in re.findall(r"resumed +after step (\d+)", said)]
+
+
+@pytest.mark.long
+def test_a_time_limit_of_a_minute_is_only_an_interruption(
+    slurm: SlurmCluster, pool: ProcessPool, tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", slow(tmp_path)
+    job = slurm.submit(written(tmp_path, config), "--nodes", "2", "--time", "0:01:00")
+    slurm.wait(lambda: slurm.job(job)["Restarts"] == "2", seconds=400, says=lambda: log(slurm, run, job))
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # enough of it
+    slurm.wait(lambda: len(resumed_at(log(slurm, run, job))) == 2, says=lambda: log(slurm, run, job))
+    said = stopped(slurm, pool, run, job, config)
+    assert said.count("the job goes back to the queue: stopped: the time limit is near") == 2
+    first, second = resumed_at(said)
+    assert 0 < first < second
+
+
+@pytest.mark.long
+def test_a_preempted_job_saves_waits_and_goes_on(slurm: SlurmCluster, pool: ProcessPool, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", slow(tmp_path)
+    job = slurm.submit(written(tmp_path, config), "--nodes", "2")
+    wait_for_step(slurm, run, job, 3)
+    urgent = slurm.call("sbatch", "--parsable", "-N2", "-n2", "-p", "urgent", "--exclusive", "--wrap=sleep 3").strip()
+    slurm.wait(lambda: "goes back to the queue" in log(slurm, run, job), says=lambda: log(slurm, run, job))
+    slurm.wait_for_state(urgent, "COMPLETED")
+    slurm.wait(lambda: len(resumed_at(log(slurm, run, job))) == 1, says=lambda: log(slurm, run, job))
+    said = stopped(slurm, pool, run, job, config)
+    assert "goes back to the queue: stopped: SIGTERM" in said
+    assert resumed_at(said)[0] >= 3  # it saves no state before it is asked to leave
+
+
+@pytest.mark.long
+def test_a_run_whose_node_is_lost_goes_on_when_there_is_one(
+    slurm: SlurmCluster, pool: ProcessPool, tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", slow(tmp_path, checkpoint={"every": "2 steps"})
+    job = slurm.submit(written(tmp_path, config), "--nodes", "2", "--env", "SOME_KEY=hush")
+    wait_for_step(slurm, run, job, 5)
+    slurm.kill_node("n2")
+    slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", seconds=200, says=lambda: log(slurm, run, job))
+    slurm.start_node("n2")
+    slurm.wait(lambda: len(resumed_at(log(slurm, run, job))) == 1, seconds=200, says=lambda: log(slurm, run, job))
+    said = stopped(slurm, pool, run, job, config)
+    assert resumed_at(said)[0] >= 2
+    assert "goes back to the queue: Slurm itself put it back" in said or "processes were lost (rank 1" in said

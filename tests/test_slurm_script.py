@@ -164,6 +164,12 @@ def test_the_ranks_get_what_they_need_and_nothing_of_another_launch(tmp_path: Pa
     assert not secrets.exists()  # the judge said that it does not go on
 
 
+def test_a_job_that_slurm_itself_started_too_often_trains_no_more(tmp_path: Path) -> None:
+    job = replace(CPU, run_folder=tmp_path / "run", working_folder=tmp_path, max_requeues=1)
+    with pytest.raises(FileNotFoundError):  # srun was never called
+        run_by_bash(tmp_path, job, SlurmOptions())
+
+
 def test_two_jobs_on_a_node_meet_at_different_ports_below_the_systems_own(tmp_path: Path) -> None:
     (line,) = [
         line for line in script(CPU, SlurmOptions(), python="p", secrets_file=None).splitlines() if "10000 +" in line

@@ -143,6 +143,21 @@ def test_a_requeue_that_slurm_refuses_is_told(folder: Path, capsys: pytest.Captu
     assert "cannot be requeued" in capsys.readouterr().err
 
 
+def test_a_job_that_slurm_has_put_back_itself_is_not_requeued_twice(folder: Path) -> None:
+    """A node was lost: the job is COMPLETING as a cancelled one is; ended for good, it would lose its secrets."""
+    state = "COMPLETING RunTime=00:05:00 TimeLimit=1-00:00:00 Restarts=1"
+    assert judged(folder, 0, outcome=LOST, code=1, state=state) == 75
+    assert asked(folder) == []
+    assert judged(folder, 1, outcome=SAVED, state=state) == 75
+    assert asked(folder) == []  # now cancelled
+
+
+def test_the_rank_that_the_run_itself_names_ended_first_whatever_srun_says(tmp_path: Path) -> None:
+    (tmp_path / "srun.log").write_text("srun: error: n1: task 0: Exited with exit code 1\n")
+    assert first_ended(tmp_path / "srun.log", "rank 3 (host n4), in data at step 9, silent for 60 s") == 3
+    assert first_ended(tmp_path / "srun.log", "no such key") == 0
+
+
 @pytest.mark.parametrize(
     ("text", "rank"),
     [

@@ -18,6 +18,10 @@ secrets=@{secrets_file}
 restart=${SLURM_RESTART_COUNT:-0}
 ranks="$logs/restart-$restart"
 cd -- @{working_folder} && mkdir -p -- "$ranks" || exit 1
+if [ "$restart" -gt @{max_requeues} ]; then # Slurm requeues by itself when a node is lost
+  echo "lockstep: the job was started again $restart times, more than --max-requeues @{max_requeues}; it ends here"
+  exit 1
+fi
 
 # Set by another launcher whose shell this was submitted from, these would make ranks of another job out of ours.
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_CPU_BIND SLURM_MEM_BIND
@@ -72,6 +76,7 @@ code=$?
 sleep 1 # for the last lines
 kill "$tail" 2>/dev/null
 
+trap "" TERM USR1 # what is decided here is carried out whole
 "$python" -m runtime.submission.requeueing "$run" --logs "$logs" --launch "$LOCKSTEP_LAUNCH" --job "$SLURM_JOB_ID" \
   --code "$code" --warned "$warned" --max-requeues @{max_requeues}
 verdict=$?

@@ -13,12 +13,14 @@ import socket
 import struct
 from contextlib import suppress
 
+from runtime import environment
+
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 def choose_interface(address: str) -> None:
     """Let gloo use the interface that leads to an address, unless the user has chosen or it is this machine's loopback."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
+    if environment.has_chosen_interface():
         return
     name = interface_to(address)
     if name is not None:

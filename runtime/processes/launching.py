@@ -50,16 +50,39 @@ def train_locally(
     Raises:
         MeetingError: the machines did not come together.
     """
-    job = JobSpec(
-        script=_script("train"),
+    job = _job("train", config, overrides, processes=processes, use_gpus=use_gpus, place=place)
+    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
+    return _launched(job, loaded.output / OUTCOME, place=place, token=token)
+
+
+def examine_locally(
+    loaded: LoadedConfiguration,
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    processes: int,
+    use_gpus: bool,
+    place: Place | None = None,
+) -> int:
+    """Like :func:`train_locally` for ``doctor``: the same processes, which leave the run folder alone."""
+    job = _job("doctor", config, overrides, processes=processes, use_gpus=use_gpus, place=place)
+    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
+    with TemporaryDirectory(prefix="lockstep-") as folder:
+        outcome = Path(folder) / OUTCOME
+        return _launched(job, outcome, added_outcome=outcome, place=place, token=token)
+
+
+def _job(
+    act: str, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool, place: Place | None
+) -> JobSpec:
+    return JobSpec(
+        script=_script(act),
         config=config,
         overrides=overrides,
         nodes=place.nodes if place is not None else 1,
         processes_per_node=processes,
         use_gpus=use_gpus,
     )
-    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
-    return _launched(job, loaded.output / OUTCOME, place=place, token=token)
 
 
 def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes: int, use_gpus: bool) -> int:
@@ -69,9 +92,7 @@ def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes
         source: YAML file or run folder.
         arguments: ``key.path=value``, and options.
     """
-    job = JobSpec(
-        script=_script(act), config=source, overrides=arguments, processes_per_node=processes, use_gpus=use_gpus
-    )
+    job = _job(act, source, arguments, processes=processes, use_gpus=use_gpus, place=None)
     with TemporaryDirectory(prefix="lockstep-") as folder:
         outcome = Path(folder) / OUTCOME
         return _launched(job, outcome, added_outcome=outcome)

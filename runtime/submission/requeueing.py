@@ -22,6 +22,7 @@ from runtime.session import OUTCOME, read_outcome
 STOP_FILE = "STOP"
 _NOT_RUNNABLE = (126, 127)  # a shell's words for a program that is not there, or is none
 _ENDED_TASK = re.compile(r"^srun: error: .*?: tasks? (\d+)", re.MULTILINE)
+_NAMED_RANK = re.compile(r"rank (\d+) \(host ")
 _LAST_LINES = 15
 
 
@@ -104,8 +105,10 @@ def _within_limit(ended: Ended, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def first_ended(srun_log: Path) -> int | None:
-    """Return the rank that was the first to end badly, as srun tells it; None if none did."""
+def first_ended(srun_log: Path, message: str = "") -> int | None:
+    """Return the rank that was the first to end badly, as the run's own message or else srun tells it; None if none did."""
+    if named := _NAMED_RANK.match(message):
+        return int(named[1])
     found = _ENDED_TASK.search(srun_log.read_text(errors="replace")) if srun_log.exists() else None
     return int(found[1]) if found else None
 
@@ -115,27 +118,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run, logs, restart = Path(options.run), Path(options.logs), int(options.launch.rpartition("-")[2])
     history = logs / "requeues.jsonl"
-    newest = _newest_checkpoint(run)
+    newest, outcome = _newest_checkpoint(run), read_outcome(run / OUTCOME, options.launch)
+    job = dict(re.findall(r"(\w+)=(\S*)", _asked("scontrol", "-o", "show", "job", options.job).stdout))
     verdict = judge(
         Ended(
-            outcome=read_outcome(run / OUTCOME, options.launch),
+            outcome=outcome,
             code=options.code,
             warned=options.warned,
             stop_file=(run / STOP_FILE).exists(),
-            cancelled=_is_cancelled(_asked("scontrol", "-o", "show", "job", options.job).stdout),
+            cancelled=_is_cancelled(job),
             restarts=restart,
             max_requeues=options.max_requeues,
             progressed=newest not in [record["checkpoint"] for record in _records(history) if record["lost"]],
         )
     )
-    _tell(verdict, logs / f"restart-{restart}")
+    by_slurm = int(job.get("Restarts") or 0) > restart
+    if by_slurm:  # a node is lost, or the grace time of a preemption is over; nothing else could be done about it here
+        verdict = Verdict(requeue=True, why="Slurm itself put it back")
+    _tell(verdict, logs / f"restart-{restart}", outcome)
     if not verdict.requeue:
         return verdict.exit_code
     with history.open("a") as file:
         file.write(json.dumps({"why": verdict.why, "lost": verdict.lost, "checkpoint": newest}) + "\n")
     (run / STOP_FILE).unlink(missing_ok=True)
-    done = _asked("scontrol", "requeue", options.job)
-    if done.returncode != 0:
+    done = _asked("scontrol", "requeue", options.job) if not by_slurm else None
+    if done is not None and done.returncode != 0:
         print(
             f"lockstep: the job cannot be requeued ({done.stderr.strip()}); submit it again to go on", file=sys.stderr
         )
@@ -154,9 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tell(verdict: Verdict, ranks: Path) -> None:
+def _tell(verdict: Verdict, ranks: Path, outcome: Mapping[str, Any] | None) -> None:
     """Say what becomes of the job, after the last lines of the rank that ended first: a log is read from its end."""
-    rank = first_ended(ranks / "srun.log")
+    rank = first_ended(ranks / "srun.log", str((outcome or {}).get("message", "")))
     log = ranks / f"rank-{rank}.log"
     if verdict.exit_code not in (0, 75) and rank is not None and log.exists():
         lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
@@ -175,15 +182,14 @@ def _records(history: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
 
 
-def _is_cancelled(job: str) -> bool:
+def _is_cancelled(job: Mapping[str, str]) -> bool:
     """Tell from Slurm's words about a job whether it was cancelled, and not that its time was over.
 
     While its last processes end, a job that Slurm has ended for whatever reason is COMPLETING; one that ends by itself, or is
     preempted and has its grace time, is RUNNING to the last.
     """
-    found = dict(re.findall(r"(JobState|RunTime|TimeLimit)=(\S*)", job))
-    over = _seconds(found.get("RunTime", "")) >= _seconds(found.get("TimeLimit", "")) > 0
-    return found.get("JobState") in ("CANCELLED", "COMPLETING") and not over
+    over = _seconds(job.get("RunTime", "")) >= _seconds(job.get("TimeLimit", "")) > 0
+    return job.get("JobState") in ("CANCELLED", "COMPLETING") and not over
 
 
 def _seconds(text: str) -> int:
