@@ -1,12 +1,13 @@
 # make train    a trained model on real data
 # make test     linters and all tests
+# make image-test  the image for CPUs, built and run (podman)
 # make bench    time per step, to the first step and of a save, against hand-written PyTorch
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: train test test-long lint bench venv clean
+.PHONY: train test test-long image-test lint bench venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +35,9 @@ test: lint
 
 test-long: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+image-test: venv
+	$(BIN)/python -m pytest -s -p no:cacheprovider docker/test_image.py
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py

@@ -1,4 +1,4 @@
-"""The ``accelerate launch`` line for one machine.
+"""The ``accelerate launch`` line for one machine, which may be one of several.
 
 On CPUs the obvious lines are wrong, silently: ``--cpu --num_processes 2`` starts one process, and ``--multi_gpu`` starts two
 that know nothing of each other unless ``ACCELERATE_USE_CPU`` is set. So every value is said, none is left to defaults or to
@@ -17,13 +17,17 @@ from launch.job import JobSpec
 _UNSHOWN = ("LOCKSTEP_LAUNCH", "LOCKSTEP_OUTCOME")  # of use to whoever waits for the command, not to who repeats it
 
 
-def command(job: JobSpec, *, python: str, port: int, num_threads: int) -> list[str]:
+def command(
+    job: JobSpec, *, python: str, port: int, num_threads: int, address: str = "127.0.0.1", node_rank: int = 0
+) -> list[str]:
     """Return the command that starts a job on this machine.
 
     Args:
         python: the interpreter.
-        port: a free port on this machine, where the processes meet.
+        port: a free port on the first machine, where the processes meet.
         num_threads: of each process.
+        address: of the first machine.
+        node_rank: which machine this is.
     """
     several = job.processes > 1
     return [
@@ -31,9 +35,9 @@ def command(job: JobSpec, *, python: str, port: int, num_threads: int) -> list[s
         "--config_file", str(files("launch") / "templates" / "accelerate.yaml"),
         *(["--multi_gpu"] if several else [] if job.use_gpus else ["--cpu"]),
         "--num_processes", str(job.processes),
-        "--num_machines", "1",
-        "--machine_rank", "0",
-        *(["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)] if several else []),
+        "--num_machines", str(job.nodes),
+        "--machine_rank", str(node_rank),
+        *(["--main_process_ip", address, "--main_process_port", str(port)] if several else []),
         "--mixed_precision", "no",
         "--dynamo_backend", "no",
         "--num_cpu_threads_per_process", str(num_threads),

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
-from runtime.errors import LockstepError
+from runtime.errors import ConfigurationError, LockstepError, Problem
+from runtime.processes.meeting import Place
+from runtime.submission.queue import add_jobs
+from runtime.submission.schedulers import add_submit
 
 _STOPPED = (
     "exit code: 0 done; 75 stopped, with nothing written (the same command begins anew); 2 configuration; 1 failure"
@@ -34,9 +37,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train on this machine")
+    train = commands.add_parser("train", help="train on this machine, or on several together")
     _add_config(train)
-    train.set_defaults(run=_train)
+    _add_place(train)
+    train.set_defaults(run=_train, act="train")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine the processes that would train, and the network between them",
+        description="Start the processes that would train, and compare what they find: versions, devices, code, disk, shared "
+        "memory, the run folder; and time an all-reduce. Names the host that differs.",
+        epilog="exit code: 0 all is well; 2 configuration; 1 it is not",
+    )
+    _add_config(doctor)
+    _add_place(doctor)
+    doctor.set_defaults(run=_train, act="doctor")
 
     show = commands.add_parser("show", help="say what a run will be, without running it")
     _add_config(show)
@@ -57,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         add_inference(inference, act)
         _add_processes(inference)
         inference.set_defaults(run=_infer, act=act)
+
+    add_submit(commands)
+    add_jobs(commands)
 
     checkpoints = commands.add_parser(
         "checkpoints",
@@ -114,9 +132,45 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    several = parser.add_argument_group("several machines", "the same command on each, with its own --node-rank")
+    several.add_argument("--nodes", metavar="N", type=_count, default=1, help="machines (default: 1)")
+    several.add_argument("--node-rank", metavar="R", type=int, help="which of them this is: 0 is the main host")
+    several.add_argument("--main-address", metavar="HOST", help="name or address of the main host")
+    several.add_argument(
+        "--main-port", metavar="PORT", type=int, default=29500, help="a free port on it (default: 29500)"
+    )
+
+
+def _place(options: argparse.Namespace, processes: int) -> Place | None:
+    """Return this machine's place among several, None where it is alone.
+
+    Raises:
+        ConfigurationError: options that are missing, or mean nothing.
+    """
+    nodes, rank, address = options.nodes, options.node_rank, options.main_address
+    if nodes == 1:
+        given = [f"--{name}" for name, value in (("node-rank", rank), ("main-address", address)) if value is not None]
+        if given:
+            raise ConfigurationError([Problem("command line", " ".join(given), "needs --nodes 2, or more")])
+        return None
+    problems = []
+    if rank is None or not 0 <= rank < nodes:
+        problems.append(Problem("command line", "--node-rank", f"must be 0 to {nodes - 1}, another on each machine"))
+    if not address:
+        problems.append(
+            Problem("command line", "--main-address", "is required: the main host, as all machines know it")
+        )
+    if not 0 < options.main_port < 65536:
+        problems.append(Problem("command line", "--main-port", "must be 1 to 65535"))
+    if problems:
+        raise ConfigurationError(problems)
+    return Place(nodes, rank, address, options.main_port, processes)
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -126,12 +180,24 @@ def _train(options: argparse.Namespace) -> int:
     loaded = load(options.config, options.overrides)
 
     from runtime.assembly import check_components
-    from runtime.processes.launching import num_gpus, train_locally
+    from runtime.processes.launching import examine_locally, num_gpus, train_locally
 
     check_components(loaded)
     gpus = num_gpus()
-    processes = options.processes or loaded.values.strategy.world_size or max(1, gpus)
-    return train_locally(loaded, options.config, options.overrides, processes=processes, use_gpus=gpus >= processes)
+    configured = loaded.values.strategy.world_size
+    if configured is not None and configured % options.nodes:
+        what = f"is {configured}, which {options.nodes} machines cannot share evenly"
+        raise ConfigurationError([loaded.problem(("strategy", "world_size"), what)])
+    processes = options.processes or (configured or 0) // options.nodes or max(1, gpus)
+    start = train_locally if options.act == "train" else examine_locally
+    return start(
+        loaded,
+        options.config,
+        options.overrides,
+        processes=processes,
+        use_gpus=gpus >= processes,
+        place=_place(options, processes),
+    )
 
 
 def _infer(options: argparse.Namespace) -> int:

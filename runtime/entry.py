@@ -29,6 +29,24 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def examine(arguments: Sequence[str]) -> int:
+    """Examine as one of the launched processes; return the exit code: 0 all is well, 2 configuration, 1 it is not."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: accelerate launch runtime/doctor.py CONFIG [key.path=value …]", file=sys.stderr)
+        return 0 if arguments else 2
+    from runtime import session
+
+    try:
+        examined = session.examine(arguments[0], *arguments[1:])
+    except LockstepError as error:
+        return _tell(error)
+    if environment.rank() == 0:
+        from runtime.processes.examination import table
+
+        print(table(examined), flush=True)
+    return 0
+
+
 def infer(act: Literal["evaluate", "predict"], arguments: Sequence[str]) -> int:
     """Evaluate or predict as one of the launched processes.
 

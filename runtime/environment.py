@@ -2,10 +2,12 @@
 
 LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
 LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
-LOCKSTEP_OUTCOME        file in which evaluate.py and predict.py leave their outcome; runs leave theirs in the run folder
+LOCKSTEP_OUTCOME        file of the launcher in which each machine's first process leaves the outcome; runs leave theirs in the
+                        run folder, too
 LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
 LOCKSTEP_DATA           folder in which data is looked for that is neither where its path says nor in an installed package
 WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
+GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
 """
@@ -25,13 +27,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """This process's rank among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def launch_token() -> str | None:
     """The token of the launch that started this process."""
     return os.environ.get("LOCKSTEP_LAUNCH")
 
 
 def outcome_file() -> Path | None:
-    """The file in which an evaluation or a prediction leaves its outcome."""
+    """The launcher's own file, in which the first process of each machine leaves the outcome."""
     path = os.environ.get("LOCKSTEP_OUTCOME")
     return Path(path) if path else None
 
@@ -50,6 +57,11 @@ def is_watched() -> bool:
 def store_address() -> tuple[str, int]:
     """The address and port of the process group's store."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT") or 0)
+
+
+def has_chosen_interface() -> bool:
+    """Tell whether the user has said which network interface gloo is to use."""
+    return "GLOO_SOCKET_IFNAME" in os.environ
 
 
 def start_token() -> str:

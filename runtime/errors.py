@@ -10,8 +10,10 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── ObjectiveError               the loss or its weight is not what the contract says
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
+ ├── MeetingError                 the machines of one launch do not come together, or were started differently
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
+ ├── SchedulerError               a cluster's scheduler is missing, refuses a job, or does not answer
  ├── PredictionError              predictions cannot be written where, or into what, they are to go
  └── PeerError                    another rank left; its own message tells why
 """
@@ -107,12 +109,20 @@ class RanksDifferError(LockstepError):
     """The ranks were not started alike."""
 
 
+class MeetingError(LockstepError):
+    """The machines of one launch did not come together."""
+
+
 class EvaluationError(LockstepError):
     """An evaluation is not exact, or a metric refused its input."""
 
 
 class PredictionError(LockstepError):
     """Predictions cannot be written where, or into what, they are to go."""
+
+
+class SchedulerError(LockstepError):
+    """A cluster's scheduler cannot be used, or does not do what it was asked."""
 
 
 class PeerError(LockstepError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -82,7 +84,8 @@ def prepare(
     freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
     data = assembly.build_training_data(loaded)
     told = data.identity((strategy.world_size, loaded.values.data.loader.num_workers))
-    compare_ranks(loaded, strategy, module, told, {"the weights of model.weights": weights})
+    seen = {"a run folder shared with rank 0": _sees_run_folder(loaded.output)} if strategy.world_size > 1 else {}
+    compare_ranks(loaded, strategy, module, told, {"the weights of model.weights": weights, **seen})
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     length = assembly.schedule_length(loaded, data)
@@ -286,6 +289,15 @@ def compare_ranks(
         **(more or {}),
     }
     compare(facts, host=socket.gethostname(), device=strategy.device)
+
+
+def _sees_run_folder(folder: Path) -> bool:
+    """Tell whether this rank sees the lock that rank 0 has put into the run folder; a file server may take its time."""
+    for _ in range(100):
+        if any(folder.glob("fence-*.json")):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _identity(

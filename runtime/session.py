@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from runtime import environment
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
+from runtime.processes.interface import choose_interface
 from runtime.processes.stopping import StopWish
 
 if TYPE_CHECKING:
     from runtime.inference.on_checkpoint import Inferred
+    from runtime.processes.examination import Examined
     from runtime.processes.watch import Watch
     from runtime.run import RunResult
     from runtime.strategies import Strategy
@@ -146,6 +148,25 @@ def predict(
     return _infer("predict", source, overrides, output, asked)
 
 
+def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined:
+    """Examine the processes that would train, and what lies between them, in place of training.
+
+    Raises:
+        LockstepError: whatever is wrong, as one message.
+    """
+    loaded = load(source, overrides)
+
+    def act(processes: Processes) -> Examined:
+        from runtime.processes.examination import examine as examine_ranks
+
+        examined = examine_ranks(loaded, processes.strategy)
+        processes.strategy.barrier()
+        return examined
+
+    world_size = loaded.values.strategy.world_size
+    return _together(loaded, act, outcome_file=environment.outcome_file(), world_size=world_size)
+
+
 def _infer(
     act: Literal["evaluate", "predict"],
     source: Path | str | Mapping[str, Any],
@@ -164,7 +185,7 @@ def _infer(
         processes.strategy.barrier()  # the launcher ends all once one has left in failure, which a stop is to it
         return done
 
-    return _together(loaded, infer, outcome_file=environment.outcome_file(), world_size=None)
+    return _together(loaded, infer, outcome_file=None, world_size=None)
 
 
 def _together(
@@ -177,7 +198,7 @@ def _together(
     """Let all processes act together: signals taken over, ranks watched, the outcome left for the launcher.
 
     Args:
-        outcome_file: where to leave it, if anywhere.
+        outcome_file: of the run, where rank 0 leaves it; the first process of each machine does in the launcher's own file.
         world_size: as configured.
     """
     requested = environment.requested_world_size(world_size)
@@ -188,33 +209,48 @@ def _together(
         processes = _joined(loaded, requested, stop_wish, stack)
         strategy, watch = processes.strategy, processes.watch
 
-        def tell(outcome: dict[str, Any]) -> None:
-            _write_outcome(outcome_file, strategy.rank, outcome)
+        def tell(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
+            if strategy.rank == 0 and in_folder:
+                _write_outcome(outcome_file, outcome)
+            if environment.local_rank() == 0:
+                _write_outcome(environment.outcome_file(), outcome)
 
         def tell_of_others(reason: str) -> None:
-            if processes.may_tell():
-                tell({"outcome": "failed", "exit_code": 1, "message": reason})
+            from runtime.processes.watch import raised
 
-        stop_wish.on_leave = lambda: tell({"outcome": "stopped", "exit_code": 75, "message": "left without a save"})
+            repeats = raised(reason) and not _lost_contact(reason)
+            outcome = {"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats}
+            tell(outcome, in_folder=processes.may_tell())
+
+        def tell_of_leaving() -> None:
+            tell({**_stopped(stop_wish), "message": "left without a save"})
+
+        stop_wish.on_leave = tell_of_leaving
         watch.on_leave = tell_of_others
         watch.start()
         try:
             result = act(processes)
         except BaseException as error:
-            lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(error)
+            lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(str(error))
             if not isinstance(error, EQUAL_ON_ALL_RANKS):
                 watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
             exit_code = error.exit_code if isinstance(error, LockstepError) else 1
-            tell({"outcome": "failed", "exit_code": exit_code, "message": str(error)})
+            repeats = not (lost_contact or isinstance(error, PeerError))
+            tell({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
             if lost_contact:
                 raise PeerError("lost contact with another rank, whose own message tells why") from error
             raise
         finally:
             watch.stop()
-        exit_code = 0 if result.outcome == "finished" else 75
+        ended = {"outcome": "finished", "exit_code": 0} if result.outcome == "finished" else _stopped(stop_wish)
         told = {"message": result.message} if result.message else {}
-        tell({"outcome": result.outcome, "exit_code": exit_code, "step": result.step, **told})
+        tell({**ended, "step": result.step, **told})
         return result
+
+
+def _stopped(stop_wish: StopWish) -> dict[str, Any]:
+    """Return the outcome of a run that was asked to stop; the reason is None where another rank was asked."""
+    return {"outcome": "stopped", "exit_code": 75, "reason": stop_wish.reason}
 
 
 def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack) -> Processes:
@@ -230,6 +266,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
     from runtime.strategies.accelerated import AcceleratedStrategy
 
+    choose_interface(environment.store_address()[0])
     stall_seconds = values.limit.stall_seconds
     try:
         strategy = AcceleratedStrategy(
@@ -273,9 +310,9 @@ def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
     return outcome if outcome.get("launch") == launch else None
 
 
-def _write_outcome(path: Path | None, rank: int, outcome: dict[str, Any]) -> None:
+def _write_outcome(path: Path | None, outcome: dict[str, Any]) -> None:
     """Leave word for the launcher: exit codes do not survive ``accelerate launch``."""
-    if rank != 0 or path is None or not path.parent.is_dir():
+    if path is None or not path.parent.is_dir():
         return
     from runtime.checkpoints.serialization import replace_file
 
@@ -283,6 +320,6 @@ def _write_outcome(path: Path | None, rank: int, outcome: dict[str, Any]) -> Non
         replace_file(path, json.dumps({**outcome, "launch": environment.launch_token()}))
 
 
-def _lost_contact(error: RuntimeError) -> bool:
-    text = str(error).lower()
+def _lost_contact(message: str) -> bool:
+    text = message.lower()
     return any(word in text for word in ("gloo", "connection closed", "connection reset", "nccl", "broken pipe"))

@@ -16,7 +16,7 @@ from launch.job import JobSpec
 from launch.local import command, environment
 from runtime.environment import check_world_size, requested_world_size
 from runtime.errors import WorldSizeError
-from runtime.processes.launching import _num_threads
+from runtime.processes.launching import num_threads
 from tests.observed import configuration
 
 ROOT = Path(__file__).parent.parent
@@ -135,21 +135,21 @@ def test_lockstep_train_tells_a_failure_by_its_exit_code(tmp_path: Path) -> None
 def test_cores_are_shared_out_unless_the_user_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [_num_threads(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert [num_threads(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert _num_threads(2) == 3
+    assert num_threads(2) == 3
 
 
 @pytest.mark.single
 def test_nothing_is_left_to_defaults() -> None:
-    job = JobSpec(Path("train.py"), Path("a b.yaml"), ["limit.steps=3"], 2, use_gpus=False)
+    job = JobSpec(script=Path("train.py"), config=Path("a b.yaml"), overrides=["limit.steps=3"], processes_per_node=2)
     line = command(job, python="python", port=1234, num_threads=4)
     assert line[-3:] == ["train.py", "a b.yaml", "limit.steps=3"]
     for flag, value in {"--num_processes": "2", "--num_machines": "1", "--num_cpu_threads_per_process": "4"}.items():
         assert line[line.index(flag) + 1] == value
     assert "--multi_gpu" in line
     assert environment(job, launch="x", num_threads=8)["ACCELERATE_USE_CPU"] == "true"
-    on_gpus = JobSpec(Path("train.py"), Path("c.yaml"), [], 2, use_gpus=True)
+    on_gpus = JobSpec(script=Path("train.py"), config=Path("c.yaml"), processes_per_node=2, use_gpus=True)
     assert "ACCELERATE_USE_CPU" not in environment(on_gpus, launch="x", num_threads=8)
 
 

@@ -37,6 +37,8 @@ LAYERS = [
         "checkpoints.unfinished",
         "checkpoints.fence",
         "processes.watch",
+        "processes.meeting",
+        "processes.interface",
     ],
     [
         "data.order",
@@ -81,6 +83,7 @@ LAYERS = [
         "strategies.bare_step",
         "strategies.finite",
         "strategies.accelerated",
+        "processes.examination",
         "training.buffers",
         "evaluation.class_results",
         "evaluation.metric_inputs",
@@ -137,9 +140,18 @@ LAYERS = [
     ],
     [
         "entry",
+        "processes.node",
+        "submission.options",
+        "submission.requeueing",
+        "submission.queue",
+        "submission.snapshot",
+        "submission.slurm",
+        "submission.kubernetes",
+        "submission.schedulers",
         "train",
         "evaluate",
         "predict",
+        "doctor",
         "cli",
     ],
 ]
@@ -205,7 +217,7 @@ def test_no_module_bears_a_name_of_the_standard_library() -> None:
     assert not ours & set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("act", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("act", ["train", "evaluate", "predict", "doctor"])
 def test_an_entry_point_takes_its_own_folder_off_the_path_before_it_imports_anything(tmp_path: Path, act: str) -> None:
     """Modules of ours that bear a dependency's name would otherwise be imported in its place."""
     probe = (

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.chaos.nursery import Nursery
-from tests.chaos.processes import free_port
+from tests.chaos.processes import clean_environment, free_port
 from tests.forked import Forked
+from tests.observed import PROJECT, configuration, observe
+from tests.process_pool import ProcessPool
 from tests.test_failure import endless
 
 
@@ -41,6 +45,61 @@ def hosts() -> Iterator[tuple[str, str]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def on(host: str, config: Path, node_rank: int, port: int, *words: str) -> subprocess.Popen[str]:
+    """Run ``lockstep train`` as on a host; nothing is said about its network interface."""
+    line = [sys.executable, "-m", "runtime.cli", "train", str(config), "--nodes", "2", "--node-rank", str(node_rank)]
+    line += ["--main-address", "10.77.7.1", "--main-port", str(port), *words]
+    inside = ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c", 'hostname "$0"; exec "$@"', host, *line]
+    return subprocess.Popen(
+        inside, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=config.parent
+    )
+
+
+def together(hosts: tuple[str, str], configs: tuple[Path, Path], *words: str) -> list[tuple[int, str]]:
+    """Train on two hosts; return exit code and words of each."""
+    port = free_port()
+    processes = [
+        on(host, config, rank, port, *words) for rank, (host, config) in enumerate(zip(hosts, configs, strict=True))
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def test_two_hosts_train_what_one_machine_trains(hosts: tuple[str, str], pool: ProcessPool, tmp_path: Path) -> None:
+    config = configuration(tmp_path / "run", limit={"steps": 6})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**config, "limit": {"steps": 3}}))
+    ended = together(hosts, (path, path))
+    assert [code for code, _ in ended] == [0, 0], ended
+    ended = together(hosts, (path, path), "limit.steps=6")  # goes on, at once, on the same ports
+    assert [code for code, _ in ended] == [0, 0], ended
+    pool.run(observe, 2, {**config, "output": str(tmp_path / "reference")})
+    (found,), (expected,) = (
+        list((tmp_path / name / "checkpoints").glob("step-00000006*")) for name in ("run", "reference")
+    )
+    for name in ("model.safetensors", "training.safetensors"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_hosts_with_different_code_are_told_apart(hosts: tuple[str, str], tmp_path: Path) -> None:
+    paths = []
+    for rank, host in enumerate(hosts):
+        folder = tmp_path / host
+        shutil.copytree(PROJECT, folder)
+        (folder / "tiny_own.py").write_text(f"LAYERS = {rank}\n")
+        paths.append(folder / "config.yaml")
+        paths[-1].write_text(yaml.safe_dump({**configuration(tmp_path / "run"), "code": "."}))
+    ended = together(hosts, (paths[0], paths[1]))
+    assert all(code != 0 for code, _ in ended)
+    message = f"rank 1 (host {hosts[1]}) has code '"
+    assert [text.count(message) for _, text in ended] == [1, 1], ended
+    assert all(f"rank 0 (host {hosts[0]})" in text for _, text in ended)
 
 
 def test_when_the_link_between_two_hosts_is_cut_both_leave_and_name_who_is_lost(

@@ -55,6 +55,8 @@ class Limit(Section):
     """Finish before the limit once a result no longer improves. Default: off."""
     grace_seconds: float = Field(120.0, gt=0, json_schema_extra={"resume": "free"})
     """Longest time from being asked to stop until the last save is done; then the process leaves without one."""
+    start_seconds: float = Field(600.0, ge=1, json_schema_extra={"resume": "free"})
+    """How long the machines of ``lockstep train --nodes`` wait for one another at a start."""
     silence_seconds: float = Field(60.0, ge=1, json_schema_extra={"resume": "free"})
     """How long a rank may give no sign of life before the others leave and name it."""
     stall_seconds: float = Field(1800.0, ge=1, json_schema_extra={"resume": "free"})

@@ -18,6 +18,7 @@ import runtime
 from launch.job import JobSpec
 from launch.local import command, environment, shown
 from runtime.config.file import LoadedConfiguration
+from runtime.processes.meeting import Place, meet
 from runtime.session import OUTCOME, read_outcome
 
 _LAUNCHER = str(Path("accelerate", "commands", "launch.py"))
@@ -33,11 +34,55 @@ def num_gpus() -> int:
 
 
 def train_locally(
-    loaded: LoadedConfiguration, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool
+    loaded: LoadedConfiguration,
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    processes: int,
+    use_gpus: bool,
+    place: Place | None = None,
 ) -> int:
-    """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure."""
-    job = JobSpec(_script("train"), config, overrides, processes, use_gpus)
-    return _launched(job, loaded.output / OUTCOME)
+    """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure.
+
+    Args:
+        place: of this machine among several.
+
+    Raises:
+        MeetingError: the machines did not come together.
+    """
+    job = _job("train", config, overrides, processes=processes, use_gpus=use_gpus, place=place)
+    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
+    return _launched(job, loaded.output / OUTCOME, place=place, token=token)
+
+
+def examine_locally(
+    loaded: LoadedConfiguration,
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    processes: int,
+    use_gpus: bool,
+    place: Place | None = None,
+) -> int:
+    """Like :func:`train_locally` for ``doctor``: the same processes, which leave the run folder alone."""
+    job = _job("doctor", config, overrides, processes=processes, use_gpus=use_gpus, place=place)
+    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
+    with TemporaryDirectory(prefix="lockstep-") as folder:
+        outcome = Path(folder) / OUTCOME
+        return _launched(job, outcome, added_outcome=outcome, place=place, token=token)
+
+
+def _job(
+    act: str, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool, place: Place | None
+) -> JobSpec:
+    return JobSpec(
+        script=_script(act),
+        config=config,
+        overrides=overrides,
+        nodes=place.nodes if place is not None else 1,
+        processes_per_node=processes,
+        use_gpus=use_gpus,
+    )
 
 
 def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes: int, use_gpus: bool) -> int:
@@ -47,7 +92,7 @@ def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes
         source: YAML file or run folder.
         arguments: ``key.path=value``, and options.
     """
-    job = JobSpec(_script(act), source, arguments, processes, use_gpus)
+    job = _job(act, source, arguments, processes=processes, use_gpus=use_gpus, place=None)
     with TemporaryDirectory(prefix="lockstep-") as folder:
         outcome = Path(folder) / OUTCOME
         return _launched(job, outcome, added_outcome=outcome)
@@ -57,18 +102,30 @@ def _script(act: str) -> Path:
     return Path(runtime.__path__[0]) / f"{act}.py"
 
 
-def _launched(job: JobSpec, outcome_file: Path, *, added_outcome: Path | None = None) -> int:
-    threads = _num_threads(job.processes)
-    token = secrets.token_hex(8)
+def _launched(
+    job: JobSpec,
+    outcome_file: Path,
+    *,
+    added_outcome: Path | None = None,
+    place: Place | None = None,
+    token: str | None = None,
+) -> int:
+    threads = num_threads(job.processes_per_node)
+    token = token or secrets.token_hex(8)
     added = environment(job, launch=token, num_threads=threads, outcome=added_outcome)
-    line = command(job, python=sys.executable, port=_free_port(), num_threads=threads)
+    where = (
+        {"port": _free_port()}
+        if place is None
+        else {"port": place.port, "address": place.address, "node_rank": place.node_rank}
+    )
+    line = command(job, python=sys.executable, num_threads=threads, **where)
     print(shown(line, added), file=sys.stderr, flush=True)
     code = _run(line, {**os.environ, **added})
     outcome = read_outcome(outcome_file, token)
     return int(outcome["exit_code"]) if outcome else (1 if code else 0)
 
 
-def _num_threads(processes: int) -> int:
+def num_threads(processes: int) -> int:
     """Return what the user asks for, or a share of the cores: more threads than cores make a step several times slower."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > 0:

@@ -29,6 +29,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 from runtime.errors import PeerError
 
 _IN_ORDER = "in order"
+_FAILED = ", failed: "
 
 
 class Position:
@@ -77,6 +78,11 @@ def laggards(heartbeats: list[Heartbeat]) -> list[Heartbeat]:
     least = min((beat.step, beat.moves) for beat in heartbeats)
     behind = [beat for beat in heartbeats if (beat.step, beat.moves) == least]
     return [beat for beat in behind if not beat.in_collective] or behind
+
+
+def raised(reason: str) -> bool:
+    """Tell whether a rank left for an error of its own, rather than that it, its host or its link was lost."""
+    return _FAILED in reason
 
 
 class Watch:
@@ -171,7 +177,7 @@ class Watch:
         if lost_contact:  # all ranks come to this point, the one that looks at the lost rank too
             self._patience_turns = self._turns(self._grace_seconds) + 1
             self._threads[0].join(self._silence_seconds)
-        self._last_word, self._farewell_seconds = f"{self._own()}, failed: {cause}", self._grace_seconds
+        self._last_word, self._farewell_seconds = f"{self._own()}{_FAILED}{cause}", self._grace_seconds
         self._wake.set()
         self._threads[0].join(3 * self._grace_seconds)
         self._over.set()

@@ -1,0 +1,145 @@
+"""Machines that meet before they start: all go, or all end with one message that says which of them is the reason."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import main
+from runtime.errors import MeetingError
+from runtime.processes.interface import interface_to
+from runtime.processes.meeting import Place, meet
+from tests.chaos.processes import free_port
+from tests.test_launch import written
+
+pytestmark = pytest.mark.single
+
+
+def met(*places: Place, patience_seconds: float = 20.0) -> list[str]:
+    """Let machines meet, each in a thread; return their tokens, or what they say instead."""
+
+    def one(place: Place) -> str:
+        try:
+            return meet(place, patience_seconds=patience_seconds)
+        except MeetingError as error:
+            return f"error: {error}"
+
+    with ThreadPoolExecutor(len(places)) as threads:
+        return list(threads.map(one, places))
+
+
+def test_all_get_the_same_token_in_whatever_order_they_come() -> None:
+    port = free_port()
+    tokens = met(*(Place(3, rank, "127.0.0.1", port, 2) for rank in (2, 0, 1)))
+    assert len(set(tokens)) == 1
+    assert not tokens[0].startswith("error")
+    again = met(*(Place(3, rank, "127.0.0.1", port, 2) for rank in (0, 1, 2)))  # the port is free at once
+    assert len(set(again)) == 1
+    assert again[0] != tokens[0]
+
+
+def test_a_machine_with_another_number_of_processes_is_named_on_all() -> None:
+    port = free_port()
+    said = met(Place(3, 0, "127.0.0.1", port, 2), Place(3, 1, "127.0.0.1", port, 4), Place(3, 2, "127.0.0.1", port, 2))
+    host = socket.gethostname()
+    expected = f"error: host {host} (node rank 1) was started otherwise than host {host}: --processes 4 there, 2 here"
+    assert said[:2] == [expected, expected]
+
+
+def test_a_machine_that_was_told_another_number_of_machines_is_named() -> None:
+    port = free_port()
+    said = met(Place(2, 0, "127.0.0.1", port, 1), Place(3, 1, "127.0.0.1", port, 1))
+    assert all("--nodes 3 there, 2 here" in one for one in said)
+
+
+def test_two_machines_of_one_rank_are_named() -> None:
+    port = free_port()
+    said = met(*(Place(3, rank, "127.0.0.1", port, 1) for rank in (0, 1, 1)))
+    assert "both say that they are node rank 1" in said[0]
+
+
+def test_a_machine_that_does_not_come_is_named_in_bounded_time() -> None:
+    port = free_port()
+    said = met(Place(3, 0, "127.0.0.1", port, 1), Place(3, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
+    assert f"of 3 machines, node rank 2 did not come to 127.0.0.1:{port} within 1 s" in said[0]
+    assert said[1] == said[0] or "cannot be reached" in said[1]
+
+
+def test_a_main_host_that_is_not_there_is_told_in_bounded_time() -> None:
+    port = free_port()
+    (said,) = met(Place(2, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
+    assert f"the main host 127.0.0.1:{port} cannot be reached from host {socket.gethostname()}" in said
+    assert "Connection refused" in said
+    assert "--main-port" in said
+    (said,) = met(Place(2, 1, "no-such-host.invalid", port, 1), patience_seconds=1.0)
+    assert "the main host no-such-host.invalid:" in said
+
+
+def test_another_program_at_that_port_is_told() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (said,) = met(Place(2, 0, "127.0.0.1", port, 1))
+        assert "Address already in use" in said
+        assert "choose another --main-port on all machines" in said
+
+
+def test_the_first_machine_must_be_the_main_host() -> None:
+    (said,) = met(Place(2, 0, "192.0.2.1", free_port(), 1))  # an address of no machine
+    assert "192.0.2.1 is not an address of this machine" in said
+
+
+def test_who_else_knocks_is_no_machine_of_ours() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(meet, Place(2, 0, "127.0.0.1", port, 1), patience_seconds=20.0)
+        for text in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"hello": "lockstep"}\n', b""):
+            with connected(port) as knocking:
+                knocking.sendall(text)
+        second = threads.submit(meet, Place(2, 1, "127.0.0.1", port, 1), patience_seconds=20.0)
+        assert first.result() == second.result()
+
+
+def connected(port: int) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:  # the first machine is about to listen
+            continue
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2"], "--node-rank: must be 0 to 1"),
+        (["--nodes", "2"], "--main-address: is required"),
+        (["--nodes", "2", "--node-rank", "2", "--main-address", "h"], "--node-rank: must be 0 to 1"),
+        (["--nodes", "2", "--node-rank", "1", "--main-address", "h", "--main-port", "70000"], "--main-port: must be"),
+        (["--node-rank", "1"], "--node-rank: needs --nodes 2"),
+        (["--nodes", "2", "strategy.world_size=3"], "is 3, which 2 machines cannot share evenly"),
+    ],
+)
+def test_options_that_make_no_place_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["train", str(written(tmp_path)), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_meeting_that_fails_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, limit={"steps": 1, "start_seconds": 1})
+    place = ["--nodes", "2", "--node-rank", "1", "--main-address", "127.0.0.1", "--main-port", str(free_port())]
+    assert main(["train", str(path), *place]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("lockstep: the main host 127.0.0.1:")
+    assert said.count("\n") == 1
+
+
+def test_loopback_is_left_to_gloo() -> None:
+    assert interface_to("127.0.0.1") is None
+    assert interface_to("no-such-host.invalid") is None
