@@ -66,10 +66,11 @@ def prepare(
     warn: Callable[[str], None],
     tell: Callable[[str], None],
 ) -> Prepared:
-    """Build a run's parts. Collective: every rank must call this.
+    """Build a run's parts, module and optimizer as the strategy prepares them. Collective: every rank must call this.
 
     Args:
-        stored: training state of the checkpoint that the run goes on from; its identity is what must fit.
+        stored: training state of the checkpoint that the run goes on from; its identity is what must fit, and its progress
+            says what is trainable.
         warn: told what gives up exactness.
         tell: told what became of the weights that the run starts from.
 
@@ -93,7 +94,12 @@ def prepare(
     begin_training(optimizer)
     freezing.apply(0)
     schedule = assembly.build_schedule(loaded, optimizer, length)
-    averaging = build_averaging(loaded, module)
+    progress = Progress()
+    if stored is not None:
+        progress.load_state_dict(stored["progress"])
+    freezing.apply(progress.cursor.epoch)
+    strategy.prepare(module, optimizer)
+    averaging = build_averaging(loaded, strategy)
     divergence = Divergence(
         loaded.values.divergence,
         sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
@@ -101,14 +107,14 @@ def prepare(
     )
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
-    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, Progress())
+    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress)
     return Prepared(data, identity, sharing, state, freezing)
 
 
-def build_averaging(loaded: LoadedConfiguration, module: TrainingModule) -> WeightAverage | None:
-    """Build the running average of a module's weights, or None if the configuration wants none."""
+def build_averaging(loaded: LoadedConfiguration, strategy: Strategy) -> WeightAverage | None:
+    """Build the running average of a prepared module's weights, or None if the configuration wants none."""
     section = loaded.values.averaging
-    return WeightAverage(module, section) if section is not None else None
+    return WeightAverage(strategy.unwrapped, section, strategy.weights()) if section is not None else None
 
 
 def build_evaluator(
@@ -236,7 +242,7 @@ def build_module(
     training: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> TrainingModule:
-    """Build model and objective, on the device.
+    """Build model and objective, where the strategy wants them.
 
     Args:
         training: synchronised BatchNorm and its GPUs are for training alone.
@@ -257,7 +263,7 @@ def build_module(
 
             inductor.fallback_random = True  # compiled code then draws eager's random numbers
         model.compile(backend=section.backend, mode=section.mode, dynamic=section.dynamic, fullgraph=section.fullgraph)
-    return TrainingModule(model, objective).to(strategy.device)
+    return strategy.place(TrainingModule(model, objective))
 
 
 def compare_ranks(

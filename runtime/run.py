@@ -146,8 +146,6 @@ class Run:
     def _train(self, prepared: Prepared) -> RunResult:
         strategy, progress = self._strategy, self._progress
         module = prepared.state.module
-        self._freezing.apply(progress.cursor.epoch)
-        strategy.prepare(module, self._state.optimizer)
         was_over = self._milestones.over and not progress.evaluation_due
         self._validation, self._test = (
             build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),

@@ -24,9 +24,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from runtime.checkpoints.shards import in_memory
 from runtime.config.sections import DistributedDataParallel
 from runtime.errors import ConfigurationError, DivergenceError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
+from runtime.optimization.combined import load_exactly
+from runtime.optimization.held_weights import HeldWeights, WholeWeights
 from runtime.randomness import preserved_random_state
 from runtime.strategies import DeviceFlag, Update
 from runtime.strategies.bare_step import bare_step
@@ -56,6 +59,8 @@ class AcceleratedStrategy:
     """
 
     skipping_devices: tuple[str, ...] = ("cuda",)
+    sharded = False
+    forwards_together = False
 
     def __init__(
         self,
@@ -97,6 +102,10 @@ class AcceleratedStrategy:
         self._optimizer_step: Callable[[], Any] | None = None
         self._hook = options.communication_hook
         self._max_grad_value = max_grad_value
+
+    def place(self, module: TrainingModule) -> TrainingModule:
+        """Move a module to this rank's device."""
+        return module.to(self.device)
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
         """Wrap module and optimizer. Collective.
@@ -281,6 +290,32 @@ class AcceleratedStrategy:
         if self._autocast_dtype is None:
             return _NOTHING
         return cast(AbstractContextManager[None], torch.autocast(self.device.type, self._autocast_dtype))
+
+    def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """Call the model alone."""
+        return self.unwrapped.model(*positional, **named)
+
+    def module_state(self, part: nn.Module) -> dict[str, Any]:
+        """Return a part's state dict."""
+        return part.state_dict()
+
+    def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load a part's state dict."""
+        part.load_state_dict(in_memory(state))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state."""
+        assert self._optimizer is not None
+        return self._optimizer.state_dict()
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, in its own types."""
+        assert self._optimizer is not None
+        load_exactly(self._optimizer, in_memory(state))
+
+    def weights(self) -> HeldWeights:
+        """Return all weights."""
+        return WholeWeights(self.unwrapped)
 
     def state(self) -> Mapping[str, Any]:
         """Return the loss scale's state."""

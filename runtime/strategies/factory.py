@@ -1,0 +1,23 @@
+"""The one place where the configuration's ``strategy.kind`` becomes a strategy."""
+
+from __future__ import annotations
+
+from runtime.config.sections import RunConfiguration
+from runtime.strategies import Strategy
+
+
+def build_strategy(values: RunConfiguration) -> Strategy:
+    """Bring the processes together and return how they share the work. Collective.
+
+    Raises:
+        torch.distributed.DistError: they did not come together within ``limit.stall_seconds``.
+        ConfigurationError: this machine, or the process group, cannot do what is asked for.
+    """
+    from runtime.strategies.accelerated import AcceleratedStrategy
+
+    return AcceleratedStrategy(
+        precision=values.precision,
+        options=values.strategy.ddp,
+        max_grad_value=values.optimizer.max_grad_value,
+        timeout_seconds=values.limit.stall_seconds,
+    )
