@@ -13,6 +13,15 @@ def build_strategy(values: RunConfiguration) -> Strategy:
         torch.distributed.DistError: they did not come together within ``limit.stall_seconds``.
         ConfigurationError: this machine, or the process group, cannot do what is asked for.
     """
+    if values.strategy.kind == "fsdp":
+        from runtime.strategies.fully_sharded import FullyShardedStrategy
+
+        return FullyShardedStrategy(
+            precision=values.precision,
+            section=values.strategy.fsdp,
+            max_grad_value=values.optimizer.max_grad_value,
+            timeout_seconds=values.limit.stall_seconds,
+        )
     from runtime.strategies.accelerated import AcceleratedStrategy
 
     return AcceleratedStrategy(
