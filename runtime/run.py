@@ -128,7 +128,7 @@ class Run:
             )
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
-            self._open_reporter(stack)
+            self._open_reporter(stack, prepared)
             try:
                 return self._train(prepared)
             except (RuntimeError, MemoryError) as error:
@@ -403,7 +403,7 @@ class Run:
 
     # The run folder
 
-    def _open_reporter(self, stack: ExitStack) -> None:
+    def _open_reporter(self, stack: ExitStack, prepared: Prepared) -> None:
         if self._strategy.rank != 0:
             return
         trackers = build_trackers(self._loaded, self._progress, run_id=self._identity.tracker_id, warn=self._warn)
@@ -421,6 +421,7 @@ class Run:
                 steps_per_epoch=data.steps_per_epoch,
                 step=self._progress.step,
                 total_steps=limit.steps or epochs_steps,
+                memory=prepared.memory,
             )
         )
 

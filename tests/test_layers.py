@@ -83,6 +83,7 @@ LAYERS = [
         "strategies.finite",
         "strategies.accelerated",
         "strategies.blocks",
+        "strategies.memory",
         "strategies.sharded_tensors",
         "strategies.fully_sharded",
         "strategies.factory",
