@@ -26,7 +26,12 @@ import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile
 
 WATCHED = range(4, 7)  # steps, counted from 1, whose traffic is counted
-KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+KINDS = {  # events of torch's profiler
+    "gloo:all_reduce": "all-reduce",
+    "nccl:all_reduce": "all-reduce",
+    "c10d::_allgather_base_": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+}
 
 
 def strategies() -> dict[str, dict[str, Any]]:
@@ -124,7 +129,7 @@ def traffic(profiler: Any) -> dict[str, tuple[float, float]]:
     """Return, for each kind of collective, how many a step there were and how many bytes went in."""
     found: dict[str, list[int]] = {}
     for event in profiler.events():
-        kind = KINDS.get(event.name.removeprefix("c10d::")) if event.name.startswith("c10d::") else None
+        kind = KINDS.get(event.name)
         if kind is None:
             continue
         # A gathered tensor is counted as a whole, which is what a reduce-scatter begins with.

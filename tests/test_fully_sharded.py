@@ -18,6 +18,7 @@ from runtime.errors import ConfigurationError
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping
+from tests.test_strategies import force_overflow
 
 
 def gpt(folder: Path, kind: str = "fsdp", **changes: Any) -> dict[str, Any]:
@@ -356,10 +357,15 @@ def refused(config: dict[str, Any]) -> str:
     return "trained"
 
 
-def predict_and_evaluate(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    from runtime.session import evaluate, predict
+def written(config: dict[str, Any], output: str) -> None:
+    from runtime.session import predict
 
-    predict(config, split="train", output=f"{folder}/predicted.jsonl")
+    predict(config, split="train", output=output)
+
+
+def evaluated(config: dict[str, Any]) -> dict[str, Any]:
+    from runtime.session import evaluate
+
     return dict(evaluate(config, split="train", weights="averaged").results)
 
 
@@ -370,14 +376,16 @@ def test_a_checkpoint_is_evaluated_and_predicted_by_ranks_with_uneven_shares(poo
     alone = {**config, "strategy": {"kind": "ddp"}}
     found = {}
     for name, processes, each in (("one", 1, alone), ("two", 2, config), ("four", 4, config)):
-        (tmp_path / name).mkdir()
-        found[name] = pool.run(predict_and_evaluate, processes, each, str(tmp_path / name))[0]
-    rows = {name: (tmp_path / name / "predicted.jsonl").read_text().splitlines() for name in found}
-    assert len(rows["one"]) == 64
+        pool.run(written, processes, each, str(tmp_path / f"{name}.csv"))
+        found[name] = pool.run(evaluated, processes, each)[0]
+    rows = {name: (tmp_path / f"{name}.csv").read_text().splitlines() for name in found}
+    numbers = {name: [[float(n) for n in row.split(",")] for row in lines[1:]] for name, lines in rows.items()}
+    assert len(numbers["one"]) == 64
     for name in ("two", "four"):
         assert found[name] == pytest.approx(found["one"], rel=1e-10)
-        for ours, theirs in zip(rows[name], rows["one"], strict=True):
-            assert json.loads(ours).keys() == json.loads(theirs).keys()
+        assert rows[name][0] == rows["one"][0]
+        for ours, theirs in zip(numbers[name], numbers["one"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "NAdam", "RMSprop"])
@@ -387,3 +395,66 @@ def test_optimizers_whose_kernels_or_early_state_torch_does_not_shard_give_the_s
     changes = {"optimizer": {"target": optimizer, "args": {"lr": 0.01}, "max_grad_value": 0.01}, "limit": {"steps": 3}}
     ddp = pool.run(observe, 1, gpt(tmp_path / "ddp", "ddp", **changes))[0]
     assert largest_difference(ddp, pool.run(observe, 2, gpt(tmp_path / "fsdp", **changes))[0]) < 1e-10
+
+
+def test_frozen_parameters_batch_norm_and_swa_are_those_of_ddp(pool: ProcessPool, tmp_path: Path) -> None:
+    data = {"train": {"target": "tiny:points"}, "validation": {"target": "tiny:points", "args": {"size": 31}}}
+    changes = {
+        "model": {"target": "tiny:Mlp", "args": {}, "freeze": ["net.4.bias"]},
+        "data": data,
+        "batch": {"global_size": 16, "slots": 5},
+        "averaging": {"kind": "swa", "every": "1 step", "start": "1 step"},
+        "limit": {"steps": 6},
+        "evaluation": {"every": "3 steps"},
+    }
+    ddp = pool.run(observe, 1, configuration(tmp_path / "ddp", **changes))[0]
+    fsdp = pool.run(observe, 2, configuration(tmp_path / "fsdp", **changes, strategy={"kind": "fsdp"}))
+    assert largest_difference(ddp, fsdp[0]) < 1e-10
+    assert fsdp[0]["results"] == pytest.approx(ddp["results"], rel=1e-10)
+    assert fsdp[0]["buffers"] == fsdp[1]["buffers"]
+    for name in ("ddp", "fsdp"):
+        export(tmp_path / name, tmp_path / f"{name}.safetensors", weights="averaged", warn=print)
+    ours, theirs = load_file(tmp_path / "fsdp.safetensors"), load_file(tmp_path / "ddp.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], value, rtol=1e-10, atol=1e-12) for name, value in theirs.items())
+
+
+def test_fp16_lowers_its_scale_on_all_ranks_alike_and_resumes_bitwise(pool: ProcessPool, tmp_path: Path) -> None:
+    changes = {
+        "model": {"target": "tiny_sharded:Gpt", "args": {"dtype": "float32"}},
+        "precision": "fp16",
+        "limit": {"steps": 8},
+    }
+    whole = pool.run(force_overflow, 2, gpt(tmp_path / "whole", **changes), 2.0**20)[0]
+    state = load_state(checkpoint(tmp_path / "whole", 8))[1]
+    skipped = state["progress"]["skipped_steps"]
+    assert 2 <= len(skipped) < 8
+    assert state["strategy"]["scaler"]["scale"] < 2.0**20
+    config = gpt(tmp_path / "resumed", **changes)
+    pool.run(force_overflow, 2, {**config, "limit": {"steps": 2}}, 2.0**20)
+    assert_bitwise_equal(whole, pool.run(force_overflow, 2, config, 7.0)[0])
+
+
+def test_schedule_free_weights_are_saved_and_resumed(pool: ProcessPool, tmp_path: Path) -> None:
+    optimizer = {"target": "schedulefree:AdamWScheduleFree", "args": {"lr": 0.01, "foreach": False}}
+    changes = {"optimizer": optimizer, "limit": {"steps": 6}}
+    ddp = pool.run(observe, 1, gpt(tmp_path / "ddp", "ddp", **changes))[0]
+    config = gpt(tmp_path / "fsdp", **changes)
+    pool.run(observe_stopping, 2, config, 3)
+    assert largest_difference(ddp, pool.run(observe, 2, config)[0]) < 1e-10
+
+
+def test_a_rollback_of_sharded_state_takes_the_way_of_ddp(pool: ProcessPool, tmp_path: Path) -> None:
+    changes = {"divergence": {"non_finite": "rollback"}, "checkpoint": {"every": "1 step"}, "limit": {"steps": 5}}
+    ddp = pool.run(observe, 1, deep(tmp_path / "ddp", {"kind": "ddp"}, 2, **changes))[0]
+    fsdp = pool.run(observe, 2, deep(tmp_path / "fsdp", {"kind": "fsdp"}, 2, **changes))[0]
+    assert largest_difference(ddp, fsdp) < 1e-10
+
+
+@pytest.mark.single
+def test_a_launcher_that_was_told_to_shard_is_refused_where_the_yaml_says_ddp(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigurationError, match="ACCELERATE_USE_FSDP"):
+        observe(gpt(tmp_path, "ddp"))
