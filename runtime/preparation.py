@@ -42,6 +42,7 @@ from runtime.reporting.console import ConsoleTracker
 from runtime.reporting.facts import versions
 from runtime.reporting.reporter import JsonLines, Tracker
 from runtime.strategies import Strategy
+from runtime.strategies.memory import StateBytes, state_bytes
 from runtime.training.divergence import Divergence
 from runtime.training.early_stopping import EarlyStopping
 from runtime.training.fitting import fitting_micro_size
@@ -59,6 +60,7 @@ class Prepared:
     sharing: Sharing
     state: RunState
     freezing: Freezing
+    memory: StateBytes
 
 
 def prepare(
@@ -68,10 +70,11 @@ def prepare(
     warn: Callable[[str], None],
     tell: Callable[[str], None],
 ) -> Prepared:
-    """Build a run's parts. Collective: every rank must call this.
+    """Build a run's parts, module and optimizer as the strategy prepares them. Collective: every rank must call this.
 
     Args:
-        stored: training state of the checkpoint that the run goes on from; its identity is what must fit.
+        stored: training state of the checkpoint that the run goes on from; its identity is what must fit, and its progress
+            says what is trainable.
         warn: told what gives up exactness.
         tell: told what became of the weights that the run starts from.
 
@@ -96,7 +99,13 @@ def prepare(
     begin_training(optimizer)
     freezing.apply(0)
     schedule = assembly.build_schedule(loaded, optimizer, length)
-    averaging = build_averaging(loaded, module)
+    progress = Progress()
+    if stored is not None:
+        progress.load_state_dict(stored["progress"])
+    freezing.apply(progress.cursor.epoch)
+    memory = state_bytes(loaded.values.strategy, module, optimizer, strategy.world_size)
+    strategy.prepare(module, optimizer)
+    averaging = build_averaging(loaded, strategy)
     divergence = Divergence(
         loaded.values.divergence,
         sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
@@ -104,14 +113,14 @@ def prepare(
     )
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
-    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, Progress())
-    return Prepared(data, identity, sharing, state, freezing)
+    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress)
+    return Prepared(data, identity, sharing, state, freezing, memory)
 
 
-def build_averaging(loaded: LoadedConfiguration, module: TrainingModule) -> WeightAverage | None:
-    """Build the running average of a module's weights, or None if the configuration wants none."""
+def build_averaging(loaded: LoadedConfiguration, strategy: Strategy) -> WeightAverage | None:
+    """Build the running average of a prepared module's weights, or None if the configuration wants none."""
     section = loaded.values.averaging
-    return WeightAverage(module, section) if section is not None else None
+    return WeightAverage(strategy.unwrapped, section, strategy.weights()) if section is not None else None
 
 
 def build_evaluator(
@@ -239,7 +248,7 @@ def build_module(
     training: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> TrainingModule:
-    """Build model and objective, on the device.
+    """Build model and objective, where the strategy wants them.
 
     Args:
         training: synchronised BatchNorm and its GPUs are for training alone.
@@ -253,14 +262,12 @@ def build_module(
         if strategy.device.type != "cuda":
             raise ConfigurationError([loaded.problem(("batch_norm",), "sync needs GPUs; use local")])
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    section = loaded.values.compile
-    if section is not None:
-        if torch.are_deterministic_algorithms_enabled():
-            from torch._inductor import config as inductor
+    if loaded.values.compile is not None and torch.are_deterministic_algorithms_enabled():
+        from torch._inductor import config as inductor
 
-            inductor.fallback_random = True  # compiled code then draws eager's random numbers
-        model.compile(backend=section.backend, mode=section.mode, dynamic=section.dynamic, fullgraph=section.fullgraph)
-    return TrainingModule(model, objective).to(strategy.device)
+        inductor.fallback_random = True  # compiled code then draws eager's random numbers
+    assembly.rebuild_blocks(loaded, model)
+    return strategy.place(TrainingModule(model, objective))
 
 
 def compare_ranks(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly
-from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.checkpoint import load_model, load_state, open_state
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
@@ -50,7 +51,7 @@ class RunResult:
         step: global batches consumed in all.
         results: of the last evaluation of the validation data; ``test/…`` of the test data. Equal on every rank.
         folder: the run folder.
-        model: the trained model.
+        make_model: returns the trained model.
         message: why it finished before its limit, if it did.
     """
 
@@ -58,8 +59,13 @@ class RunResult:
     step: int
     results: Mapping[str, Result]
     folder: Path
-    model: nn.Module
+    make_model: Callable[[], nn.Module]
     message: str = ""
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The trained model; where the processes held it together, a whole one on the CPU, of the last checkpoint."""
+        return self.make_model()
 
 
 class Run:
@@ -95,6 +101,8 @@ class Run:
             device=strategy.device,
             section=self._values.checkpoint.model_copy(update={"best": self._values.best}),
             warn=self._warn,
+            writers=strategy.world_size if strategy.sharded else 1,
+            timeout_seconds=self._values.limit.stall_seconds,
         )
 
     def train(self) -> RunResult:
@@ -104,7 +112,7 @@ class Run:
             self._folder.open()
             self._stop_wish.watch_file(self._folder.path / STOP_FILE)
             found = self._folder.newest(self._values.resume)
-            stored = load_state(found.path) if found is not None else None
+            stored = self._read(found) if found is not None else None
             before = stored[1] if stored else None
             prepared = prepare(self._loaded, self._strategy, before, self._warn, self._reporter.message)
             self._freezing = prepared.freezing
@@ -120,7 +128,7 @@ class Run:
             )
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
-            self._open_reporter(stack)
+            self._open_reporter(stack, prepared)
             try:
                 return self._train(prepared)
             except (RuntimeError, MemoryError) as error:
@@ -136,6 +144,10 @@ class Run:
         """Tell whether no other job has taken the run folder over; for rank 0."""
         return self._folder.owned
 
+    def _read(self, found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint's state, of tensors no more than this rank will need."""
+        return open_state(found.path) if self._strategy.sharded else load_state(found.path)
+
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)
         self._state.follow(found.rollbacks)
@@ -146,8 +158,6 @@ class Run:
     def _train(self, prepared: Prepared) -> RunResult:
         strategy, progress = self._strategy, self._progress
         module = prepared.state.module
-        self._freezing.apply(progress.cursor.epoch)
-        strategy.prepare(module, self._state.optimizer)
         was_over = self._milestones.over and not progress.evaluation_due
         self._validation, self._test = (
             build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
@@ -277,7 +287,7 @@ class Run:
         found = self._folder.roll_back(
             wanted, max_rollbacks=section.max_rollbacks, learning_rate_factor=section.learning_rate_factor
         )
-        self._go_on_from(found, load_state(found.path))
+        self._go_on_from(found, self._read(found))
         self._reporter.rewind(self._progress.step)
         self._warn(
             f"step {wanted.step} (epoch {wanted.cursor.epoch + 1}, batch {wanted.cursor.batch + 1}): {wanted.reason}; back to "
@@ -393,7 +403,7 @@ class Run:
 
     # The run folder
 
-    def _open_reporter(self, stack: ExitStack) -> None:
+    def _open_reporter(self, stack: ExitStack, prepared: Prepared) -> None:
         if self._strategy.rank != 0:
             return
         trackers = build_trackers(self._loaded, self._progress, run_id=self._identity.tracker_id, warn=self._warn)
@@ -411,6 +421,7 @@ class Run:
                 steps_per_epoch=data.steps_per_epoch,
                 step=self._progress.step,
                 total_steps=limit.steps or epochs_steps,
+                memory=prepared.memory,
             )
         )
 
@@ -431,5 +442,18 @@ class Run:
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
         message = self._milestones.why_early if outcome == "finished" else ""
-        model = self._state.module.model
-        return RunResult(outcome, self._progress.step, self._results, self._folder.path, model, message)
+        return RunResult(outcome, self._progress.step, self._results, self._folder.path, self._model_maker(), message)
+
+    def _model_maker(self) -> Callable[[], nn.Module]:
+        if not self._strategy.sharded:
+            model = self._state.module.model
+            return lambda: model
+        saved = self._folder.last_saved()
+        assert saved is not None
+
+        def make() -> nn.Module:
+            whole = assembly.build_model(self._loaded)
+            whole.load_state_dict(load_model(saved))
+            return whole
+
+        return make

@@ -264,17 +264,12 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
     from torch.distributed import DistError
 
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.strategies.factory import build_strategy
 
     choose_interface(environment.store_address()[0])
     stall_seconds = values.limit.stall_seconds
     try:
-        strategy = AcceleratedStrategy(
-            precision=values.precision,
-            options=values.strategy.ddp,
-            max_grad_value=values.optimizer.max_grad_value,
-            timeout_seconds=stall_seconds,
-        )
+        strategy = build_strategy(values)
     except DistError as error:
         address, port = environment.store_address()
         raise PeerError(

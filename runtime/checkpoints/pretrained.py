@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from runtime.checkpoints.checkpoint import damage_of
-from runtime.checkpoints.serialization import checksum, join_state
+from runtime.checkpoints.checkpoint import damage_of, load_model
+from runtime.checkpoints.serialization import checksum
+from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError, did_you_mean
 from runtime.config.learning import Weights
 from runtime.optimization.patterns import described_misses, matches, useless
@@ -110,6 +111,8 @@ def weights_digest(file: Path) -> str | None:
 
 
 def _files(file: Path) -> list[Path]:
+    if (file / INDEX).is_file():
+        return [file / "manifest.json"]  # which has the digests of all shards
     if file.is_dir():
         whole = file / f"model{_SAFETENSORS}"
         return _files(whole if whole.is_file() else file / f"model{_INDEX}")
@@ -208,7 +211,7 @@ def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
     file = folder / f"model{_SAFETENSORS}"
     if not file.is_file() and (folder / f"model{_INDEX}").is_file():
         return _read(folder / f"model{_INDEX}", section)
-    if not file.is_file():
+    if not file.is_file() and not (folder / INDEX).is_file():
         hint = "; name one of its checkpoints" if (folder / "checkpoints").is_dir() else ""
         raise ComponentError(f"{folder} is a folder without {file.name}{hint}", ("file",))
     if not (folder / "manifest.json").is_file():
@@ -216,8 +219,7 @@ def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
     damage = damage_of(folder)
     if damage is not None:
         raise ComponentError(f"the checkpoint {folder} is damaged ({damage})", ("file",))
-    tree = json.loads((folder / "state.json").read_text())["model"]  # which names share one tensor
-    return _tensors(join_state(tree, load_file(file)), file, section)
+    return _tensors(load_model(folder), file, section)
 
 
 def _tensors(content: Any, file: Path, section: Weights) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from typing import Any
 from torch.optim import Optimizer
 
 from runtime.checkpoints.attempts import Rollback
+from runtime.checkpoints.shards import in_memory
 from runtime.config.file import LoadedConfiguration, exact_keys
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
 from runtime.optimization.averaging import WeightAverage
-from runtime.optimization.combined import load_exactly
 from runtime.optimization.evaluation_weights import cloned, evaluated_weights, load_training_weights, training_weights
 from runtime.optimization.schedule import Schedule
 from runtime.strategies import Strategy
@@ -36,22 +36,25 @@ class RunState:
     progress: Progress
 
     def collect(self) -> dict[str, dict[str, Any]]:
-        """Return the model's state dict and everything else (``training``), as tensors and plain data.
+        """Return the model's state dict and everything else (``training``), as tensors, shards and plain data.
 
         Where the optimizer has other weights for evaluation, those are the model's, and training's are beside them.
+        Collective where the strategy is sharded.
         """
-        weights = training_weights(self.optimizer, self.module)
-        model, objective = self.module.model.state_dict(), self.module.objective.state_dict()
-        if weights is not None:
-            with evaluated_weights(self.optimizer):
+        strategy = self.strategy
+        weights = training_weights(self.optimizer, self.module, strategy.weights())
+        with evaluated_weights(self.optimizer):
+            model = strategy.module_state(self.module.model)
+            objective = strategy.module_state(self.module.objective)
+            if weights is not None:  # what is put back below would change them
                 model, objective = cloned(model), cloned(objective)
         training = {
             "objective": objective,
             "weights": weights,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": strategy.optimizer_state(),
             "schedule": self.schedule.state_dict(),
             "averaging": None if self.averaging is None else self.averaging.state_dict(),
-            "strategy": dict(self.strategy.state()),
+            "strategy": dict(strategy.state()),
             "divergence": self.divergence.state_dict(),
             "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             "progress": self.progress.state_dict(),
@@ -61,26 +64,29 @@ class RunState:
     def restore(self, model: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Go on from a state. The schedule comes after the optimizer, whose rates it knows without its warm-up factor.
 
+        The strategy has prepared module and optimizer; their tensors may be read as they are asked for. Collective.
+
         Raises:
             CheckpointError: the state does not fit the model or the optimizer.
         """
-        wanted, there = (_group_keys(state) for state in (self.optimizer.state_dict(), training["optimizer"]))
+        wanted, there = _group_keys(self.optimizer.param_groups), _group_keys(training["optimizer"]["param_groups"])
+        strategy = self.strategy
         if wanted != there:
             raise CheckpointError(
                 f"the checkpoint does not fit {type(self.optimizer).__name__}: it was made with another optimizer, whose "
                 f"groups have {sorted(there)}"
             )
         try:
-            self.module.model.load_state_dict(model)
-            self.module.objective.load_state_dict(training["objective"])
-            load_exactly(self.optimizer, training["optimizer"])
-            load_training_weights(training.get("weights"), self.module)
-            self.schedule.load_state_dict(training["schedule"])
+            strategy.load_module_state(self.module.model, model)
+            strategy.load_module_state(self.module.objective, training["objective"])
+            strategy.load_optimizer_state(training["optimizer"])
+            load_training_weights(training.get("weights"), strategy.weights())
+            self.schedule.load_state_dict(in_memory(training["schedule"]))
             if self.averaging is not None and training["averaging"] is not None:
                 self.averaging.load_state_dict(training["averaging"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
-        self.strategy.load_state(training["strategy"])
+        strategy.load_state(training["strategy"])
         self.divergence.load_state_dict(training["divergence"])
         if self.early_stopping is not None:
             self.early_stopping.load_state_dict(training["early_stopping"])
@@ -180,8 +186,8 @@ def _same(old: Any, new: Any) -> bool:
     return bool(old == new) or repr(old) == repr(new)  # NaN equals nothing, not even itself
 
 
-def _group_keys(optimizer: Mapping[str, Any]) -> set[str]:
-    return {key for group in optimizer["param_groups"] for key in group}
+def _group_keys(groups: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {key for group in groups for key in group}
 
 
 def _allowed(key: str, allowed: Sequence[str]) -> bool:

@@ -84,17 +84,23 @@ class Evaluator:
         agreement = Agreement(world_size=strategy.world_size, device=device)
         totals: dict[str, Any] = {"samples": 0.0}
         weight: Weight = 0.0
+        spare: Any = None  # a batch that was seen, on its device
         for own in self._rounds():  # as many on every rank
             agreement.begin(stop_wished())
             if agreement.end():
                 return None
             if own is None:
+                self._run_along(spare)
                 continue
             number, count, batch = own
             totals["samples"] += count
-            weight = add_weights(weight, objective.checked_weight(batch, count))
+            weight = add_weights(weight, objective.checked_weight(batch, count)) if count else weight
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
             batch = strategy.to_device(batch)
+            spare = batch if strategy.forwards_together else None
+            if not count:  # read for want of one of its own
+                self._run_along(batch)
+                continue
             with strategy.autocast():
                 loss = strategy.unwrapped(batch)
             # Of an objective with several sums, each is a part of its own as well.
@@ -121,9 +127,35 @@ class Evaluator:
         size = len(self._samples)
         microbatches = -(-size // self._micro_size)
         own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
+        if not own and strategy.forwards_together:
+            yield from self._borrowed(self._samples, rounds=-(-microbatches // strategy.world_size))
+            return
         batches = read(self._samples, (self._share(number, size) for number in own), self._make_loader)
         for place in range(-(-microbatches // strategy.world_size)):
             yield (own[place], len(self._share(own[place], size).ids), next(batches)) if place < len(own) else None
+
+    def _borrowed(self, samples: Samples, *, rounds: int) -> Iterator[tuple[int, int, Any]]:
+        """Yield the first microbatch in every round, as one of no samples: this rank has none of its own."""
+        first = self._share(0, len(samples))
+        for batch in read(samples, (first for _ in range(rounds)), self._make_loader):
+            yield 0, 0, batch
+
+    def _run_along(self, batch: Any) -> None:
+        """Run a forward pass that counts nothing, where other ranks need one for theirs.
+
+        Raises:
+            EvaluationError: there is no batch to run it with.
+        """
+        strategy = self._strategy
+        if not strategy.forwards_together:
+            return
+        if batch is None:
+            raise EvaluationError(
+                f"{self._split}: the stream has fewer microbatches than there are processes, and each of them needs one "
+                "(strategy.kind); lower evaluation.micro_size, or use fewer processes"
+            )
+        with strategy.autocast():
+            strategy.unwrapped(batch)
 
     def _share(self, number: int, size: int) -> SlotIndex:
         start = number * self._micro_size

@@ -31,7 +31,6 @@ from runtime.inference.prediction import Predictor
 from runtime.inference.predictions_file import Format, PredictionsFile, check_target, format_of
 from runtime.inference.request import Request, Which, columns_of_sample
 from runtime.inference.submission import SubmissionFile, header_of
-from runtime.objective import TrainingModule
 from runtime.optimization.averaging import WeightAverage, checked
 from runtime.preparation import build_averaging, build_module, compare_ranks, evaluation_micro_size, evaluator_of
 from runtime.processes.control import gather_bytes, on_rank_0
@@ -125,8 +124,8 @@ class Inference:
         compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
         if request.weights is None and not (weights.averaging or {}).get("count"):
             which = "raw"  # as the run's own evaluations did before averaging.start
-        averaging = _restored(module, weights, build_averaging(loaded, module) if which == "averaged" else None)
         strategy.prepare_evaluation(module)
+        averaging = _restored(strategy, weights, build_averaging(loaded, strategy) if which == "averaged" else None)
         done = Inferred(
             "finished",
             self._checkpoint.path,
@@ -315,15 +314,15 @@ def print_results(done: Inferred, reported: Mapping[str, Result]) -> None:
         console.print(f"written to {done.output}", soft_wrap=True, markup=False)
 
 
-def _restored(module: TrainingModule, weights: Weights, averaging: WeightAverage | None) -> WeightAverage | None:
-    """Give the module the checkpoint's raw weights, and the average its own, to be swapped in.
+def _restored(strategy: Strategy, weights: Weights, averaging: WeightAverage | None) -> WeightAverage | None:
+    """Give the prepared module the checkpoint's raw weights, and the average its own, to be swapped in.
 
     Raises:
         CheckpointError: they do not fit, or there is no average.
     """
     try:
-        module.model.load_state_dict(weights.model)
-        module.objective.load_state_dict(weights.objective)
+        strategy.load_module_state(strategy.unwrapped.model, weights.model)
+        strategy.load_module_state(strategy.unwrapped.objective, weights.objective)
         if averaging is not None:
             averaging.load_state_dict(_usable(weights.averaging))
     except (RuntimeError, KeyError) as error:

@@ -80,14 +80,19 @@ class Predictor:
     def _run_share(self, append: Callable[[bytes], None], stop_wished: Callable[[], bool]) -> bool:
         strategy = self._strategy
         microbatches = -(-len(self._samples) // self._micro_size)
-        own = range(strategy.rank, microbatches, strategy.world_size)
+        own = list(range(strategy.rank, microbatches, strategy.world_size))
+        rounds = -(-microbatches // strategy.world_size)
+        spare = rounds - len(own) if strategy.forwards_together else 0
+        own += [0] * spare  # run along with the others, and forgotten
         batches = read(self._samples, map(self._share, own), self._make_loader)
         agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
-        for place in range(-(-microbatches // strategy.world_size)):  # as many rounds on every rank
+        for place in range(rounds):  # as many on every rank
             agreement.begin(stop_wished())
             if agreement.end():
                 return False
             payload = self._predicted(own[place], next(batches)) if place < len(own) else b""
+            if place >= len(own) - spare:
+                payload = b""
             for gathered in gather_on_rank_0(payload, strategy.device):  # in the order of the ranks, so in order
                 if gathered:
                     append(gathered)
@@ -101,7 +106,7 @@ class Predictor:
         seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
         positional, named = model_arguments(fields, strategy.to_device(batch))
         with strategy.autocast():
-            output = fields.output_of(module.model(*positional, **named))
+            output = fields.output_of(strategy.output(positional, named))
             predictions = self._named(module.objective, output)
         return self._encode(self._columns.build(predictions, ids, index))
 

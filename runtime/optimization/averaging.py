@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from runtime.checkpoints.shards import whole
 from runtime.config.learning import Averaging
 from runtime.errors import CheckpointError
+from runtime.optimization.held_weights import HeldWeights, WholeWeights
 
 
 class WeightAverage:
@@ -26,17 +28,20 @@ class WeightAverage:
     to. With ``swa`` the average has BatchNorm statistics of its own, computed by :mod:`runtime.optimization.batch_statistics`.
 
     Args:
-        module: the bare TrainingModule; its parameters must stay the same objects.
+        module: the bare TrainingModule.
         section: the configuration's section.
+        weights: what this rank holds of the module's parameters, and so of their averages. Default: all of them.
 
     Attributes:
         count: how many weights were taken in.
     """
 
-    def __init__(self, module: nn.Module, section: Averaging) -> None:
+    def __init__(self, module: nn.Module, section: Averaging, weights: HeldWeights | None = None) -> None:
         self._section = section
-        self._parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
-        self._average = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._weights = weights or WholeWeights(module)
+        self._average = {
+            name: piece.detach().clone() for name, piece in self._weights.pieces().items() if piece.is_floating_point()
+        }
         norms = batch_norms(module) if section.kind == "swa" else {}
         # By owner and name, not by tensor: Accelerate's prepare puts other tensors in the place of buffers.
         self._buffers = {
@@ -87,9 +92,12 @@ class WeightAverage:
         self._statistics, self._statistics_of = dict(statistics), self.count
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages by parameter name, the statistics by buffer name, and the counts."""
+        """Return the averages by parameter name, the statistics by buffer name, and the counts.
+
+        Collective where the ranks hold the weights together.
+        """
         return {
-            "average": dict(self._average),
+            "average": {name: self._weights.to_store(name, piece) for name, piece in self._average.items()},
             "count": self.count,
             "statistics": dict(self._statistics),
             "statistics_of": self._statistics_of if self._buffers else None,
@@ -102,9 +110,9 @@ class WeightAverage:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         for name, average in self._average.items():
-            average.copy_(state["average"][name])
+            average.copy_(self._weights.from_store(name, state["average"][name]))
         self._statistics = {
-            name: state["statistics"][name].to(norm.get_buffer(key).device, copy=True)
+            name: whole(state["statistics"][name]).to(norm.get_buffer(key).device, copy=True)
             for name, (norm, key) in self._buffers.items()
             if name in state["statistics"]
         }
@@ -127,7 +135,8 @@ class WeightAverage:
     @torch.no_grad()
     def _take_in(self) -> None:
         averages: list[Tensor] = list(self._average.values())
-        weights: list[Tensor] = list(self._parameters.values())
+        held = self._weights.pieces()
+        weights: list[Tensor] = [held[name] for name in self._average]
         if self.count == 0:
             torch._foreach_copy_(averages, weights)
         elif self._section.kind == "swa":
@@ -142,13 +151,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        places: list[tuple[Tensor, Tensor]] = [(p, self._average[name]) for name, p in self._parameters.items()]
+        held = self._weights.pieces()
+        places: list[tuple[Tensor, Tensor]] = [(held[name], average) for name, average in self._average.items()]
         if self._buffers and not self.lacks_statistics:
             places += [(norm.get_buffer(key), self._statistics[name]) for name, (norm, key) in self._buffers.items()]
         for place, other in places:
             kept = place.detach().clone()
             place.copy_(other)
             other.copy_(kept)
+        self._weights.written()
 
 
 def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:

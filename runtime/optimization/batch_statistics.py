@@ -87,7 +87,7 @@ class BatchStatistics:
                 if agreement.end():
                     return None
                 for microbatch in window.microbatches:
-                    if microbatch.filler:
+                    if microbatch.filler and not self._strategy.forwards_together:
                         continue
                     for _, norm in norms:
                         norm.reset_running_stats()
@@ -97,7 +97,7 @@ class BatchStatistics:
                     with self._strategy.autocast():
                         module(self._strategy.to_device(microbatch.batch))
                     for total, (_, norm) in zip(totals, norms, strict=True):
-                        total += _weighted(norm)
+                        total += 0 if microbatch.filler else _weighted(norm)
         summed = sum_over_ranks(torch.cat(totals).cpu(), device)
         parts = torch.split(summed, [len(total) for total in totals])
         return {

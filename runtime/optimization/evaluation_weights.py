@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runtime.checkpoints.shards import Shard, Stored
 from runtime.optimization.combined import members
+from runtime.optimization.held_weights import HeldWeights
 
 
 def switches(optimizer: Optimizer) -> bool:
@@ -52,30 +54,38 @@ def evaluated_weights(optimizer: Optimizer) -> Iterator[None]:
                 parameter.copy_(weight)
 
 
-def training_weights(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor] | None:
+def training_weights(optimizer: Optimizer, module: nn.Module, held: HeldWeights) -> dict[str, Tensor | Shard] | None:
     """Return training's weights by name, for a checkpoint; None where they are the model's."""
     if not switches(optimizer):
         return None
     switched = {id(p) for member in _switching(optimizer) for group in member.param_groups for p in group["params"]}
-    return {name: p.detach() for name, p in module.named_parameters() if id(p) in switched}
+    names = [name for name, p in module.named_parameters() if id(p) in switched]
+    return {name: held.to_store(name, held.pieces()[name]) for name in names}
 
 
 @torch.no_grad()
-def load_training_weights(weights: Mapping[str, Tensor] | None, module: nn.Module) -> None:
+def load_training_weights(weights: Mapping[str, Stored] | None, held: HeldWeights) -> None:
     """Put training's weights into the module, after its state and the optimizer's were loaded."""
-    parameters = dict(module.named_parameters())
     for name, weight in (weights or {}).items():
-        parameters[name].copy_(weight)
+        held.pieces()[name].copy_(held.from_store(name, weight))
+    if weights:
+        held.written()
 
 
 def cloned(state: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a state dict's tensors; those that share their memory (tied weights) share it in the copy."""
     copies: dict[Any, Tensor] = {}
+
+    def copy(name: str, value: Tensor) -> Tensor:
+        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
+        return copies.setdefault(identity, value.detach().clone())
+
     copied = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
-            value = copies.setdefault(identity, value.detach().clone())
+            value = copy(name, value)
+        elif isinstance(value, Shard) and value.part is not None:
+            value = value._replace(part=copy(name, value.part))
         copied[name] = value
     return copied
 

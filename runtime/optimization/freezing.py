@@ -50,7 +50,7 @@ class Freezing:
             _check(patterns, frozen, ("unfreeze", str(number), "match"), "nothing that model.freeze freezes matches")
         self._module = module
         self._mode = mode
-        self._parameters = {name: names[name] for name in frozen}
+        self._frozen = frozenset(frozen)
         self._since = {
             name: min([epoch - 1 for epoch, patterns in unfreeze if matches(name, patterns)], default=math.inf)
             for name in frozen
@@ -64,7 +64,7 @@ class Freezing:
         Gradients of what is frozen must have been cleared.
         """
         changed = False
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._parameters().items():
             trained = epoch >= self._since[name]
             changed |= trained != parameter.requires_grad
             parameter.requires_grad_(trained)
@@ -80,16 +80,21 @@ class Freezing:
     @property
     def trains_at_first(self) -> bool:
         """Tell whether there is a parameter to train before anything is unfrozen."""
-        frozen = {id(p) for p in self._parameters.values()}
+        frozen = {id(p) for p in self._parameters().values()}
         return any(p.requires_grad and id(p) not in frozen for p in self._module.parameters())
 
     def trained_from(self, name: str) -> float:
         """Return the epoch, counted from 1, from whose start on ``model.freeze`` lets a parameter be trained; or infinity."""
         return self._since.get(name, 0) + 1
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is ever frozen, by name: preparing a module may put other objects in the place of its parameters."""
+        named = ((name.removeprefix("model."), p) for name, p in self._module.named_parameters())
+        return {name: parameter for name, parameter in named if name in self._frozen}
+
     def _wholly_frozen(self, module: nn.Module) -> Iterator[nn.Module]:
         parameters = list(module.parameters())
-        ours = {id(parameter) for parameter in self._parameters.values()}
+        ours = {id(parameter) for parameter in self._parameters().values()}
         if not any(id(parameter) in ours for parameter in parameters):
             return
         if not any(parameter.requires_grad for parameter in parameters):

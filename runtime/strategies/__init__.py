@@ -3,6 +3,10 @@
 The contract: gradients are *summed* over microbatches and over ranks, so a loss divided by the global batch's weight gives
 the global batch's gradient whoever ran which slot. A strategy owns the process group, the wrapped module, autocast and the
 loss scale; the loop knows none of them.
+
+All that touches the state of model and optimizer goes through the strategy, since a rank may hold only a part of it: what
+is saved, what is loaded, what is averaged, how a model is called in evaluation. Nothing outside this folder asks which
+strategy it has; :attr:`Strategy.sharded` and :attr:`Strategy.forwards_together` say what follows from it.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.objective import Loss, TrainingModule, Weight
+from runtime.optimization.held_weights import HeldWeights
 
 
 class Update(NamedTuple):
@@ -65,12 +70,33 @@ class Strategy(Protocol):
     world_size: int
     rank: int
 
+    @property
+    def sharded(self) -> bool:
+        """Tell whether the state is spread over the ranks: then all of them take part in collecting and in saving it."""
+        ...
+
+    @property
+    def forwards_together(self) -> bool:
+        """Tell whether a forward pass of one rank needs one of every other.
+
+        Then all run as many, in evaluation and prediction too; those to spare count nothing.
+        """
+        ...
+
+    def place(self, module: TrainingModule) -> TrainingModule:
+        """Return a module that was built on the CPU where :meth:`prepare` wants it."""
+        ...
+
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
-        """Wrap module and optimizer, which is already on the device. Collective."""
+        """Wrap module and optimizer, which has not been stepped. Collective.
+
+        The module's parameters may be other objects afterwards, under the same names; the optimizer is the same object and
+        holds them.
+        """
         ...
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
-        """Take a module, already on the device, that is called and not trained: nothing is wrapped or reduced."""
+        """Take a module that was placed, and is called and not trained: nothing is reduced. Collective."""
         ...
 
     def rewrap(self) -> None:
@@ -122,6 +148,37 @@ class Strategy(Protocol):
 
     def autocast(self) -> AbstractContextManager[None]:
         """Surround a forward pass outside training."""
+        ...
+
+    def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """Call the model alone, without its objective. Collective where forward passes are."""
+        ...
+
+    def module_state(self, part: nn.Module) -> dict[str, Any]:
+        """Return the state dict of the prepared module or a part of it, each tensor whole or as this rank's ``Shard``.
+
+        Collective where sharded: in the same order on all ranks.
+        """
+        ...
+
+    def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load a whole state dict, whose tensors are ``Stored``, into the prepared module or a part of it. Collective.
+
+        Raises:
+            RuntimeError, KeyError, ValueError: it does not fit.
+        """
+        ...
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state dict, as :meth:`module_state` does: in torch's form, parameters counted through."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load a whole optimizer state, as :meth:`load_module_state` does, whichever strategy it was saved under."""
+        ...
+
+    def weights(self) -> HeldWeights:
+        """Return what this rank holds of each parameter of the prepared module, for what averages or exchanges weights."""
         ...
 
     def state(self) -> Mapping[str, Any]:

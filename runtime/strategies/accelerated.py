@@ -24,9 +24,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from runtime.checkpoints.shards import in_memory
 from runtime.config.sections import DistributedDataParallel
 from runtime.errors import ConfigurationError, DivergenceError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
+from runtime.optimization.combined import load_exactly
+from runtime.optimization.held_weights import HeldWeights, WholeWeights
 from runtime.randomness import preserved_random_state
 from runtime.strategies import DeviceFlag, Update
 from runtime.strategies.bare_step import bare_step
@@ -56,6 +59,8 @@ class AcceleratedStrategy:
     """
 
     skipping_devices: tuple[str, ...] = ("cuda",)
+    sharded = False
+    forwards_together = False
 
     def __init__(
         self,
@@ -97,6 +102,10 @@ class AcceleratedStrategy:
         self._optimizer_step: Callable[[], Any] | None = None
         self._hook = options.communication_hook
         self._max_grad_value = max_grad_value
+
+    def place(self, module: TrainingModule) -> TrainingModule:
+        """Move a module to this rank's device."""
+        return module.to(self.device)
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
         """Wrap module and optimizer. Collective.
@@ -200,7 +209,7 @@ class AcceleratedStrategy:
         assert self._optimizer is not None and self._optimizer_step is not None
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        gradients = [grad for p in self._parameters if (grad := p.grad) is not None]
+        gradients = self._gradients()
         # Judged in one way at every step: the norm of finite gradients can overflow, so how often it is reported must not
         # decide whether a step is applied.
         judged_by_norm = max_grad_norm is not None or not self._all_fp32
@@ -209,7 +218,7 @@ class AcceleratedStrategy:
             return self._step_on_device(gradients, max_grad_norm, grad_norm, judged_by_norm=judged_by_norm)
         finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else all_finite(gradients)
         if finite:
-            self._clip(max_grad_norm, grad_norm)
+            self._clip(gradients, max_grad_norm, grad_norm)
             if self._scaler is not None:
                 self._scaler.step(self._optimizer)
             else:
@@ -231,14 +240,18 @@ class AcceleratedStrategy:
             found += ~torch.isfinite(grad_norm)
         else:
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, found.new_ones(()))
-        self._clip(max_grad_norm, grad_norm)
+        self._clip(gradients, max_grad_norm, grad_norm)
         optimizer.found_inf = found
         self._optimizer_step()
         del optimizer.found_inf
         self.discard()
         return Update(skipped=DeviceFlag(found), judged=True, grad_norm=grad_norm)
 
-    def _clip(self, max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
+    def _gradients(self) -> list[Tensor]:
+        """Return what this rank holds of the reduced gradient."""
+        return [grad for p in self._parameters if (grad := p.grad) is not None]
+
+    def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
         if max_grad_norm is not None and grad_norm is not None:
             clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
         elif self._max_grad_value is not None:
@@ -281,6 +294,32 @@ class AcceleratedStrategy:
         if self._autocast_dtype is None:
             return _NOTHING
         return cast(AbstractContextManager[None], torch.autocast(self.device.type, self._autocast_dtype))
+
+    def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """Call the model alone."""
+        return self.unwrapped.model(*positional, **named)
+
+    def module_state(self, part: nn.Module) -> dict[str, Any]:
+        """Return a part's state dict."""
+        return part.state_dict()
+
+    def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load a part's state dict."""
+        part.load_state_dict(in_memory(state))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state."""
+        assert self._optimizer is not None
+        return self._optimizer.state_dict()
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, in its own types."""
+        assert self._optimizer is not None
+        load_exactly(self._optimizer, in_memory(state))
+
+    def weights(self) -> HeldWeights:
+        """Return all weights."""
+        return WholeWeights(self.unwrapped)
 
     def state(self) -> Mapping[str, Any]:
         """Return the loss scale's state."""

@@ -1,0 +1,39 @@
+"""The one place where the configuration's ``strategy.kind`` becomes a strategy."""
+
+from __future__ import annotations
+
+from runtime import environment
+from runtime.config.sections import RunConfiguration
+from runtime.errors import ConfigurationError, Problem
+from runtime.strategies import Strategy
+
+
+def build_strategy(values: RunConfiguration) -> Strategy:
+    """Bring the processes together and return how they share the work. Collective.
+
+    Raises:
+        torch.distributed.DistError: they did not come together within ``limit.stall_seconds``.
+        ConfigurationError: this machine, or the process group, cannot do what is asked for.
+    """
+    if values.strategy.kind == "fsdp":
+        from runtime.strategies.fully_sharded import FullyShardedStrategy
+
+        return FullyShardedStrategy(
+            precision=values.precision,
+            section=values.strategy.fsdp,
+            max_grad_value=values.optimizer.max_grad_value,
+            timeout_seconds=values.limit.stall_seconds,
+        )
+    if environment.launched_for_sharding():  # on GPUs Accelerate would shard with settings of its own, without a word
+        what = (
+            "is set (accelerate launch --use_fsdp), and strategy.kind is ddp; set strategy.kind: fsdp, and leave it out"
+        )
+        raise ConfigurationError([Problem("environment", "ACCELERATE_USE_FSDP", what)])
+    from runtime.strategies.accelerated import AcceleratedStrategy
+
+    return AcceleratedStrategy(
+        precision=values.precision,
+        options=values.strategy.ddp,
+        max_grad_value=values.optimizer.max_grad_value,
+        timeout_seconds=values.limit.stall_seconds,
+    )
