@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -458,3 +462,32 @@ def test_a_launcher_that_was_told_to_shard_is_refused_where_the_yaml_says_ddp(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigurationError, match="ACCELERATE_USE_FSDP"):
         observe(gpt(tmp_path, "ddp"))
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_from_its_shards_bit_for_bit(tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        config = full(tmp_path / name, limit={"steps": 60}, checkpoint={"every": "3 steps"})
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(config))
+        return ["lockstep", "train", str(tmp_path / f"{name}.yaml"), "--processes", "2"]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    killed = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not any(step > 9 for step in steps_saved(tmp_path / "killed")):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for process in psutil.Process(killed.pid).children(recursive=True):  # launcher and ranks, in the middle of an epoch
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert killed.wait(60) != 0
+    assert max(steps_saved(tmp_path / "killed")) < 60
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    ours, theirs = (load_state(checkpoint(tmp_path / name, 60))[0] for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def steps_saved(folder: Path) -> list[int]:
+    there = (folder / "checkpoints").glob("step-????????")
+    return [int(path.name.removeprefix("step-")) for path in there]
