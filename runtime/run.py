@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class RunResult:
         step: global batches consumed in all.
         results: of the last evaluation of the validation data; ``test/…`` of the test data. Equal on every rank.
         folder: the run folder.
-        model: the trained model.
+        model: the trained model; where the strategy shards it, whole on rank 0.
         message: why it finished before its limit, if it did.
     """
 
@@ -110,6 +110,7 @@ class Run:
             self._freezing = prepared.freezing
             self._data, self._identity, self._sharing = prepared.data, prepared.identity, prepared.sharing
             self._state, self._progress = prepared.state, prepared.state.progress
+            self._parameters = prepared.parameters
             values = self._values
             self._milestones = Milestones(
                 values.limit,
@@ -334,7 +335,8 @@ class Run:
         return True
 
     def _save(self, window: Window, leaving: bool) -> None:
-        self._folder.prepare_saving(self._collected)
+        if not self._folder.saving_prepared:
+            self._folder.prepare_saving(self._collecting())
         best = self._folder.is_best(self._results_of_this_step())
         if leaving or best or self._milestones.is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
@@ -348,11 +350,18 @@ class Run:
             places = self._reading.places if self._reading is not None else self._places
             self._told_places = told_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._folder.save(
-            self._collected, step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
+            self._collecting(), step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
         )
 
     def _results_of_this_step(self) -> dict[str, Result]:
         return self._results if self._evaluated_step == self._progress.step else {}
+
+    def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
+        """Return what collects the state. Where it is spread over the ranks, all take part, at once."""
+        if not self._strategy.sharded:
+            return self._collected
+        collected = self._collected()
+        return lambda: collected
 
     def _collected(self) -> dict[str, dict[str, Any]]:
         state = self._state.collect()
@@ -402,7 +411,8 @@ class Run:
         self._reporter.start(
             start_facts(
                 self._loaded,
-                self._state.module,
+                self._state.module.objective,
+                parameters=self._parameters,
                 sharing=self._sharing,
                 device=self._strategy.device.type,
                 num_samples=data.num_samples,
@@ -427,6 +437,7 @@ class Run:
         for text in self._folder.best_messages():
             self._reporter.message(text)
         self._reporter.close(outcome)
+        self._strategy.release()
         self._strategy.barrier()  # all ranks leave after the last write
         message = self._milestones.why_early if outcome == "finished" else ""
         model = self._state.module.model

@@ -232,7 +232,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
     stall_seconds = values.limit.stall_seconds
     try:
-        strategy = build_strategy(values)
+        strategy = build_strategy(loaded)
     except DistError as error:
         address, port = environment.store_address()
         raise PeerError(

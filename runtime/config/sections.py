@@ -24,6 +24,7 @@ from runtime.config.types import (
     free,
     refuse,
 )
+from runtime.config.zero import Zero
 
 
 class EarlyStopping(Section):
@@ -103,12 +104,14 @@ class DistributedDataParallel(Section):
 class Strategy(Section):
     """How the processes share the work."""
 
-    kind: Literal["ddp"] = free("ddp")
-    """``ddp``: every process holds the whole model (also with one process)."""
+    kind: Literal["ddp", "zero"] = free("ddp")
+    """``ddp``: every process holds the whole model (also with one process); ``zero``: DeepSpeed shards it."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
     """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
     ddp: DistributedDataParallel = DistributedDataParallel()
     """Options of DistributedDataParallel."""
+    zero: Zero = Zero()
+    """Options of ``zero``."""
 
 
 class Evaluation(Section):
