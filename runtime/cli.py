@@ -126,8 +126,10 @@ def _train(options: argparse.Namespace) -> int:
 
     from runtime.assembly import check_components
     from runtime.processes.launching import num_gpus, train_locally
+    from runtime.strategies.zero_launch import check_start
 
     check_components(loaded)
+    check_start(loaded)
     gpus = num_gpus()
     processes = options.processes or loaded.values.strategy.world_size or max(1, gpus)
     return train_locally(loaded, options.config, options.overrides, processes=processes, use_gpus=gpus >= processes)

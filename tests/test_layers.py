@@ -85,6 +85,7 @@ LAYERS = [
         "strategies.bare_step",
         "strategies.finite",
         "strategies.accelerated",
+        "strategies.zero_launch",
         "strategies.zero_engine",
         "strategies.zero_optimizers",
         "strategies.zero_state",

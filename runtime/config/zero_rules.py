@@ -70,8 +70,18 @@ def _rules(values: RunConfiguration) -> list[tuple[object, str, str]]:
             f"sync does not go with DeepSpeed's engine; use local, {_DDP}",
         ),
         (
+            values.averaging and _on_disk(values),
+            "averaging",
+            "the average is taken of the float32 weights, which offload_optimizer: nvme leaves on the disk; offload to cpu",
+        ),
+        (
             values.compile and values.strategy.zero.stage == 3,
             "compile",
             "the parameters of stage 3 come and go during a pass, which cannot be compiled; leave it out, or take stage 2",
         ),
     ]
+
+
+def _on_disk(values: RunConfiguration) -> bool:
+    offload = values.strategy.zero.offload_optimizer
+    return offload is not None and offload.device == "nvme"

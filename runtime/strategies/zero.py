@@ -33,7 +33,6 @@ from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.strategies import Update
 from runtime.strategies.accelerated import moved
 from runtime.strategies.zero_engine import (
-    check_installed,
     check_machine,
     chose_cpu,
     environment,
@@ -60,13 +59,11 @@ class ZeroStrategy:
         timeout_seconds: longest wait for the other ranks, to come together and in a collective.
 
     Raises:
-        MissingDependencyError: deepspeed is not installed.
         ConfigurationError: this machine cannot do what is asked for.
         PeerError: the ranks did not come together in time.
     """
 
     def __init__(self, *, precision: Precision, generated: Mapping[str, Any], timeout_seconds: float = 1800.0) -> None:
-        check_installed()
         self._json = deepcopy(dict(generated))
         self._stage: int = self._json["zero_optimization"]["stage"]
         on_cpu = chose_cpu()

@@ -6,7 +6,6 @@ compiles a communication library of its own for minutes. So the process group is
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import warnings
@@ -21,25 +20,14 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 from torch._C._distributed_c10d import HashStore
 
-from runtime.errors import ConfigurationError, MissingDependencyError, Problem
+from runtime.errors import ConfigurationError, Problem
 
 # What `accelerate launch` leaves for its own way of making the engine: the YAML says all of it.
 _NOT_READ = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_CONFIG_DS_FIELDS")
 _NOT_READ_PREFIXES = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
-_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 _ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 _RENAMED = r"`torch\.distributed\.\w+` is deprecated"
 _COMMUNICATION_BUILD = "deepspeed_shm_comm"
-
-
-def check_installed() -> None:
-    """Refuse to start without the package.
-
-    Raises:
-        MissingDependencyError: with the line that installs it.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MissingDependencyError("deepspeed", "strategy.kind: zero", "deepspeed")
 
 
 def chose_cpu() -> bool:
@@ -49,7 +37,7 @@ def chose_cpu() -> bool:
 
 
 def check_machine(json: Mapping[str, Any], *, on_cpu: bool) -> None:
-    """Refuse what this machine, or the way it was launched, cannot do.
+    """Refuse what this machine cannot do.
 
     Raises:
         ConfigurationError: naming the key.
@@ -67,12 +55,6 @@ def check_machine(json: Mapping[str, Any], *, on_cpu: bool) -> None:
                 "nvme needs DeepSpeed's asynchronous reads and writes, which need libaio (apt-get install libaio-dev)"
             )
             problems.append(Problem("configuration", f"strategy.zero.{nvme[0]}", what))
-    launched = os.environ.get(_STAGE)
-    if "zero_stage" in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "") and launched != str(zero["stage"]):
-        what = (
-            f"is {zero['stage']}, and the configuration file of `accelerate launch` says {launched}: take it out there"
-        )
-        problems.append(Problem("configuration", "strategy.zero.stage", what))
     if problems:
         raise ConfigurationError(problems)
 
