@@ -116,6 +116,16 @@ class Objective(nn.Module):
         return type(self).weight is Objective.weight
 
 
+class ModelCall(NamedTuple):
+    """In the place of a batch: a call of the model alone.
+
+    For strategies that must be told of each call at the root of what they wrap.
+    """
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
 class TrainingModule(nn.Module):
     """Model and objective as the one module that a strategy prepares.
 
@@ -143,6 +153,8 @@ class TrainingModule(nn.Module):
         Raises:
             ObjectiveError: the objective returned something else than a scalar sum.
         """
+        if isinstance(batch, ModelCall):
+            return self.model(*batch.positional, **batch.named)  # type: ignore[no-any-return]
         loss = self.objective.forward(self.model, batch)
         if filler:
             trainable = [p for p in self.parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly
-from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.checkpoint import load_model, load_state, open_state
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
@@ -50,7 +51,7 @@ class RunResult:
         step: global batches consumed in all.
         results: of the last evaluation of the validation data; ``test/…`` of the test data. Equal on every rank.
         folder: the run folder.
-        model: the trained model; where the strategy shards it, whole on rank 0.
+        make_model: returns the trained model.
         message: why it finished before its limit, if it did.
     """
 
@@ -58,8 +59,13 @@ class RunResult:
     step: int
     results: Mapping[str, Result]
     folder: Path
-    model: nn.Module
+    make_model: Callable[[], nn.Module]
     message: str = ""
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The trained model; where the processes held it together, a whole one on the CPU, of the last checkpoint."""
+        return self.make_model()
 
 
 class Run:
@@ -95,6 +101,8 @@ class Run:
             device=strategy.device,
             section=self._values.checkpoint.model_copy(update={"best": self._values.best}),
             warn=self._warn,
+            writers=strategy.world_size if strategy.sharded else 1,
+            timeout_seconds=self._values.limit.stall_seconds,
         )
 
     def train(self) -> RunResult:
@@ -104,7 +112,7 @@ class Run:
             self._folder.open()
             self._stop_wish.watch_file(self._folder.path / STOP_FILE)
             found = self._folder.newest(self._values.resume)
-            stored = load_state(found.path) if found is not None else None
+            stored = self._read(found) if found is not None else None
             before = stored[1] if stored else None
             prepared = prepare(self._loaded, self._strategy, before, self._warn, self._reporter.message)
             self._freezing = prepared.freezing
@@ -136,6 +144,10 @@ class Run:
     def owns_folder(self) -> bool:
         """Tell whether no other job has taken the run folder over; for rank 0."""
         return self._folder.owned
+
+    def _read(self, found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint's state, of tensors no more than this rank will need."""
+        return open_state(found.path) if self._strategy.sharded else load_state(found.path)
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)
@@ -276,7 +288,7 @@ class Run:
         found = self._folder.roll_back(
             wanted, max_rollbacks=section.max_rollbacks, learning_rate_factor=section.learning_rate_factor
         )
-        self._go_on_from(found, load_state(found.path))
+        self._go_on_from(found, self._read(found))
         self._reporter.rewind(self._progress.step)
         self._warn(
             f"step {wanted.step} (epoch {wanted.cursor.epoch + 1}, batch {wanted.cursor.batch + 1}): {wanted.reason}; back to "
@@ -335,8 +347,7 @@ class Run:
         return True
 
     def _save(self, window: Window, leaving: bool) -> None:
-        if not self._folder.saving_prepared:
-            self._folder.prepare_saving(self._collecting())
+        self._folder.prepare_saving(self._collected)
         best = self._folder.is_best(self._results_of_this_step())
         if leaving or best or self._milestones.is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
@@ -350,18 +361,11 @@ class Run:
             places = self._reading.places if self._reading is not None else self._places
             self._told_places = told_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._folder.save(
-            self._collecting(), step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
+            self._collected, step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
         )
 
     def _results_of_this_step(self) -> dict[str, Result]:
         return self._results if self._evaluated_step == self._progress.step else {}
-
-    def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
-        """Return what collects the state. Where it is spread over the ranks, all take part, at once."""
-        if not self._strategy.sharded:
-            return self._collected
-        collected = self._collected()
-        return lambda: collected
 
     def _collected(self) -> dict[str, dict[str, Any]]:
         state = self._state.collect()
@@ -437,8 +441,20 @@ class Run:
         for text in self._folder.best_messages():
             self._reporter.message(text)
         self._reporter.close(outcome)
-        self._strategy.release()
         self._strategy.barrier()  # all ranks leave after the last write
         message = self._milestones.why_early if outcome == "finished" else ""
-        model = self._state.module.model
-        return RunResult(outcome, self._progress.step, self._results, self._folder.path, model, message)
+        return RunResult(outcome, self._progress.step, self._results, self._folder.path, self._model_maker(), message)
+
+    def _model_maker(self) -> Callable[[], nn.Module]:
+        if not self._strategy.sharded:
+            model = self._state.module.model
+            return lambda: model
+        saved = self._folder.last_saved()
+        assert saved is not None
+
+        def make() -> nn.Module:
+            whole = assembly.build_model(self._loaded)
+            whole.load_state_dict(load_model(saved))
+            return whole
+
+        return make

@@ -60,14 +60,9 @@ def observe(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
         "results": dict(result.results),
         "losses": {r["step"]: r.get("loss") for r in records if r["event"] == "train"},
         "norms": {r["step"]: r.get("grad_norm") for r in records if r["event"] == "train"},
-        "weights": {name: _array(tensor) for name, tensor in result.model.state_dict().items()},
+        "weights": {name: tensor.clone().numpy() for name, tensor in result.model.state_dict().items()},
         "buffers": buffers,
     }
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    """Other ranks than 0 may be left with what passes ran on."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).clone().numpy()
 
 
 def _bytes_of(module: torch.nn.Module) -> bytes:

@@ -85,12 +85,12 @@ def test_one_save_waits_for_the_one_before_and_none_follows_a_failure(
     most: list[int] = []
     write = CheckpointFolder.write
 
-    def counting(self: Any, snapshot: Any) -> Path:
+    def counting(self: Any, snapshot: Any, writers: Any) -> Path:
         at_once.append(snapshot.step)
         most.append(len(at_once))
         if snapshot.step == 3:
             raise CheckpointError("the disk is gone")
-        path = write(self, snapshot)
+        path = write(self, snapshot, writers)
         at_once.pop()
         return path
 

@@ -206,7 +206,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         ("optimizer.target=Adagrad", "optimizer.target", "anew"),
         ("batch.micro_size=auto", "batch.micro_size", "give a number"),
         ("compile=true", "compile", "stage 3"),
-        ("batch_norm=sync", "batch_norm", "use local"),
+        ("batch_norm=sync", "batch_norm", "goes with strategy.kind: ddp"),
     ],
 )
 def test_what_cannot_go_together_is_refused(tmp_path: Path, override: str, key: str, said: str) -> None:
@@ -232,9 +232,9 @@ def test_clipping_by_value_and_gradual_unfreezing_are_refused(tmp_path: Path) ->
     ]
 
 
-def test_another_strategy_asks_nothing_of_it(tmp_path: Path) -> None:
-    run = loaded(tmp_path, "    extra: {gradient_clipping: 0.5}\n", "strategy.kind=ddp", "optimizer.target=Muon")
-    assert run.values.strategy.kind == "ddp"
+def test_options_of_zero_beside_another_strategy_are_not_ignored(tmp_path: Path) -> None:
+    (message,) = told(tmp_path, "", "strategy.kind=ddp")
+    assert message == "run.yaml:13 strategy.zero: is ignored with kind: ddp; leave it out"
 
 
 def test_the_missing_package_is_named_with_the_line_that_installs_it(
@@ -250,7 +250,7 @@ def test_the_missing_package_is_named_with_the_line_that_installs_it(
 @pytest.mark.parametrize(
     ("variables", "overrides", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["strategy.kind=ddp"], "was told to use DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["strategy={kind: ddp}"], "was told to use DeepSpeed"),
         (
             {"ACCELERATE_CONFIG_DS_FIELDS": "zero_stage", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
             [],

@@ -9,6 +9,8 @@ newest good one. Checksums guard against damage, not malice: that is why nothing
         training.safetensors    optimizer, objective, averages
         state.json              progress, cursor, schedule, everything that is not a tensor
         manifest.json           written last
+    checkpoints/step-00001600/                          of a strategy whose ranks hold the state together:
+        model-00000-of-00002.safetensors, …, shards.json    in the place of the first two (sharded_files.py)
     checkpoints/step-00001600-epoch-4-loss-0.2171/      one of the best when it was saved
     checkpoints/step-00001600-attempt-2/                saved after the second rollback
     checkpoints/best.json                               what is best, with its value
@@ -25,10 +27,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from runtime.checkpoints.attempts import Attempts
 from runtime.checkpoints.best import ranked
@@ -41,12 +43,16 @@ from runtime.checkpoints.serialization import (
     write_durably,
     write_tensors,
 )
+from runtime.checkpoints.sharded_files import INDEX, Receipt, index_of, tensors_on_disk, write_pieces
+from runtime.checkpoints.shards import in_memory, whole
 from runtime.checkpoints.snapshot import Snapshot
+from runtime.checkpoints.together import ALONE, Writers
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 is that of a checkpoint without shards, still written where there are none
 _FILES = ("model.safetensors", "training.safetensors", "state.json")
+_SHARDED_FILES = (INDEX, "state.json")
 _NAME = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
 _UNFINISHED = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")
 
@@ -97,29 +103,42 @@ class CheckpointFolder:
         self._before_commit = before_commit
         self.attempts = Attempts(folder)
 
-    def write(self, snapshot: Snapshot) -> Path:
+    def write(self, snapshot: Snapshot, writers: Writers = ALONE) -> Path:
         """Write one checkpoint and drop those that are no longer kept.
+
+        Args:
+            writers: the ranks that write it together; the others call :func:`write_along` meanwhile.
 
         Raises:
             CheckpointError: it could not be written; what was there before is untouched.
         """
-        known = [c for c in self._checkpoints() if (c.step, c.attempt) == (snapshot.step, snapshot.attempt)]
-        if known and (known[-1].results or not snapshot.results):
-            return known[-1].path
-        final = self.folder / self._name(snapshot, evaluated=bool(known))
-        partial = self.folder / f"{final.name}.partial-{secrets.token_hex(4)}"
+        waiting = True  # the others, to be told where to write
         try:
+            known = [c for c in self._checkpoints() if (c.step, c.attempt) == (snapshot.step, snapshot.attempt)]
+            if known and (known[-1].results or not snapshot.results):
+                return known[-1].path
+            final = self.folder / self._name(snapshot, evaluated=bool(known))
+            partial = self.folder / f"{final.name}.partial-{secrets.token_hex(4)}"
             make_folder(self.folder)
             partial.mkdir()
-            _write_files(partial, snapshot)
+            waiting = False
+            writers.tell(str(partial))
+        except OSError as error:
+            raise self._unsaved(snapshot, error) from error
+        finally:
+            if waiting:
+                writers.tell(None)
+        self._finish(partial, final, snapshot, writers)
+        return final
+
+    def _finish(self, partial: Path, final: Path, snapshot: Snapshot, writers: Writers) -> None:
+        try:
+            _write_files(partial, snapshot, writers)
             self._before_commit()
             os.rename(partial, final)
             sync_folder(self.folder)
         except OSError as error:
-            raise CheckpointError(
-                f"step {snapshot.step} could not be saved to {self.folder}: {error.strerror or error}; "
-                "earlier checkpoints are whole"
-            ) from error
+            raise self._unsaved(snapshot, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # nothing is left under this name once it has been renamed
         try:
@@ -127,7 +146,12 @@ class CheckpointFolder:
             self._drop_old()
         except OSError as error:
             self._warn(f"checkpoints could not be tidied up: {error}")
-        return final
+
+    def _unsaved(self, snapshot: Snapshot, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"step {snapshot.step} could not be saved to {self.folder}: {error.strerror or error}; "
+            "earlier checkpoints are whole"
+        )
 
     def newest(self, *, usable: Callable[[Checkpoint], str | None] = lambda checkpoint: None) -> Checkpoint | None:
         """Return the newest whole checkpoint that no rollback has abandoned; a damaged one is moved aside and named.
@@ -227,12 +251,45 @@ def listed(folder: Path, attempts: Attempts) -> list[tuple[Checkpoint, bool]]:
     return found
 
 
+def write_along(snapshot: Snapshot, writers: Writers) -> None:
+    """Write this rank's part of a checkpoint that rank 0 makes. For the other ranks."""
+    folder = writers.tell()
+    if folder is not None:
+        receipt = write_pieces(Path(folder), snapshot, rank=writers.rank, world_size=writers.world_size)
+        writers.gather(receipt.as_bytes())
+
+
 def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the model's state dict and the training state of a verified checkpoint, on the CPU."""
     tree = json.loads((path / "state.json").read_text())
-    model = join_state(tree["model"], load_file(path / "model.safetensors"))
-    training = join_state(tree["training"], load_file(path / "training.safetensors"))
-    return model, training
+    return join_state(tree["model"], load_tensors(path, "model")), join_state(
+        tree["training"], load_tensors(path, "training")
+    )
+
+
+def open_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Like :func:`load_state`; tensors are read when they are asked for, and no more of them than is asked for."""
+    tree = json.loads((path / "state.json").read_text())
+    return join_state(tree["model"], tensors_on_disk(path, "model")), join_state(
+        tree["training"], tensors_on_disk(path, "training")
+    )
+
+
+def load_tensors(path: Path, part: str) -> dict[str, Tensor]:
+    """Return all tensors of a verified checkpoint, whole.
+
+    Args:
+        part: ``model`` or ``training``.
+    """
+    if (path / INDEX).is_file():
+        return {name: whole(tensor) for name, tensor in tensors_on_disk(path, part).items()}
+    return load_file(path / f"{part}.safetensors")
+
+
+def load_model(path: Path) -> dict[str, Any]:
+    """Return the model's state dict of a verified checkpoint, on the CPU; tied weights are one tensor."""
+    tree = json.loads((path / "state.json").read_text())["model"]
+    return cast(dict[str, Any], join_state(tree, load_tensors(path, "model")))
 
 
 @dataclass(frozen=True)
@@ -261,30 +318,14 @@ def load_weights(path: Path) -> Weights:
     try:
         tree = json.loads((path / "state.json").read_text())
         training = tree["training"]
-        model = join_state(tree["model"], load_file(path / "model.safetensors"))
-        with safe_open(path / "training.safetensors", framework="pt") as file:
-            parts = {part: join_state(training[part], _Lazy(file)) for part in ("objective", "averaging")}
+        model = join_state(tree["model"], load_tensors(path, "model"))
+        lazy = tensors_on_disk(path, "training")
+        parts = {part: in_memory(join_state(training[part], lazy)) for part in ("objective", "averaging")}
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
         ) from error
     return Weights(model, parts["objective"], parts["averaging"], training["identity"])
-
-
-class _Lazy(Mapping[str, Any]):
-    """The tensors of a safetensors file, read when they are asked for."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def __getitem__(self, name: str) -> Any:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.keys())
-
-    def __len__(self) -> int:
-        return len(self._file.keys())
 
 
 def damage_of(path: Path) -> str | None:
@@ -305,7 +346,7 @@ def damage_of(path: Path) -> str | None:
         raise CheckpointError(
             f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
         )
-    for name in _FILES:
+    for name in _SHARDED_FILES if INDEX in files else _FILES:
         if name not in files:
             return f"{name} is not in manifest.json"
     for name, (size, digest) in files.items():
@@ -327,21 +368,30 @@ def _version_of_state(path: Path) -> int | None:
         return None
 
 
-def _write_files(folder: Path, snapshot: Snapshot) -> None:
+def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
+    version = 2 if snapshot.shards else 1
     tree = {
-        "version": FORMAT_VERSION,
+        "version": version,
         "step": snapshot.step,
         "attempt": snapshot.attempt,
         "epoch": snapshot.epoch,
         "results": dict(snapshot.results),
         **snapshot.trees,
     }
-    files = {
-        f"{file}.safetensors": write_tensors(folder / f"{file}.safetensors", t) for file, t in snapshot.tensors.items()
-    }
+    files: dict[str, tuple[int, str]] = {}
+    if snapshot.shards:
+        own = write_pieces(folder, snapshot, rank=0, world_size=writers.world_size)
+        receipts = [Receipt.read(told) for told in writers.gather(own.as_bytes())]
+        index = index_of(receipts, folder)
+        for receipt in receipts:
+            files |= receipt.files
+        files[INDEX] = write_durably(folder / INDEX, json.dumps(index, indent=1).encode())
+    else:
+        for file, tensors in snapshot.tensors.items():
+            files[f"{file}.safetensors"] = write_tensors(folder / f"{file}.safetensors", tensors)
     files["state.json"] = write_durably(folder / "state.json", json.dumps(tree, indent=1).encode())
     manifest = {
-        "version": FORMAT_VERSION,
+        "version": version,
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
     }
     write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())

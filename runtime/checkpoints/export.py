@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime.checkpoints.checkpoint import damage_of
+from runtime.checkpoints.checkpoint import damage_of, load_tensors
 from runtime.checkpoints.inspection import is_checkpoint, newest_whole
 from runtime.checkpoints.serialization import join_state
+from runtime.checkpoints.sharded_files import tensors_on_disk
+from runtime.checkpoints.shards import in_memory
 from runtime.checkpoints.unfinished import hidden_folder, put_in_place
 from runtime.errors import CheckpointError, ConfigurationError, Problem
 from runtime.optimization.averaging import averaged_state
@@ -128,7 +130,7 @@ def _chosen(source: Path, *, warn: Callable[[str], None]) -> Path:
 
 
 def _raw(checkpoint: Path, tree: Mapping[str, Any], *, warn: Callable[[str], None]) -> dict[str, Tensor]:
-    state = join_state(tree["model"], load_file(checkpoint / "model.safetensors"))
+    state = join_state(tree["model"], load_tensors(checkpoint, "model"))
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         warn(f"left out, since they are no tensors (load with strict=False): {', '.join(others)}")
@@ -138,7 +140,7 @@ def _raw(checkpoint: Path, tree: Mapping[str, Any], *, warn: Callable[[str], Non
 def _averaged(state: Mapping[str, Tensor], checkpoint: Path, tree: Mapping[str, Any]) -> dict[str, Tensor]:
     stored = tree["training"].get("averaging")
     if stored is not None:
-        stored = join_state(stored, load_file(checkpoint / "training.safetensors"))
+        stored = in_memory(join_state(stored, tensors_on_disk(checkpoint, "training")))
     try:
         return averaged_state(state, stored)
     except CheckpointError as error:

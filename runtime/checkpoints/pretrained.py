@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from runtime.checkpoints.checkpoint import damage_of
-from runtime.checkpoints.serialization import checksum, join_state
+from runtime.checkpoints.checkpoint import damage_of, load_model
+from runtime.checkpoints.serialization import checksum
+from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError, did_you_mean
 from runtime.config.learning import Weights
 from runtime.optimization.patterns import described_misses, matches, useless
@@ -101,6 +102,8 @@ def load_weights(model: nn.Module, section: Weights, file: Path) -> WeightsRepor
 def weights_digest(file: Path) -> str | None:
     """Return a digest of what :func:`load_weights` reads, or None if it is not there."""
     path = file / f"model{_SAFETENSORS}" if file.is_dir() else file
+    if (file / INDEX).is_file():
+        path = file / "manifest.json"  # which has the digests of all shards
     try:
         return checksum(path)[:16]
     except OSError:
@@ -170,7 +173,7 @@ def _content(file: Path) -> Any:
 
 def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
     file = folder / f"model{_SAFETENSORS}"
-    if not file.is_file():
+    if not file.is_file() and not (folder / INDEX).is_file():
         hint = "; name one of its checkpoints" if (folder / "checkpoints").is_dir() else ""
         raise ComponentError(f"{folder} is a folder without {file.name}{hint}", ("file",))
     if not (folder / "manifest.json").is_file():
@@ -178,8 +181,7 @@ def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
     damage = damage_of(folder)
     if damage is not None:
         raise ComponentError(f"the checkpoint {folder} is damaged ({damage})", ("file",))
-    tree = json.loads((folder / "state.json").read_text())["model"]  # which names share one tensor
-    return _tensors(join_state(tree, load_file(file)), file, section)
+    return _tensors(load_model(folder), file, section)
 
 
 def _tensors(content: Any, file: Path, section: Weights) -> dict[str, Tensor]:

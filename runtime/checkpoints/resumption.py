@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from runtime.checkpoints.attempts import Rollback
+from runtime.checkpoints.shards import in_memory
 from runtime.config.file import LoadedConfiguration, exact_keys
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
@@ -80,7 +81,7 @@ class RunState:
             strategy.load_module_state(self.module.objective, training["objective"])
             strategy.load_optimizer_state(training["optimizer"])
             load_training_weights(training.get("weights"), strategy.weights())
-            self.schedule.load_state_dict(training["schedule"])
+            self.schedule.load_state_dict(in_memory(training["schedule"]))
             if self.averaging is not None and training["averaging"] is not None:
                 self.averaging.load_state_dict(training["averaging"])
         except (RuntimeError, ValueError, KeyError) as error:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from runtime import environment
 from runtime.checkpoints.attempts import Rollback
@@ -21,6 +20,9 @@ from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder
 from runtime.checkpoints.fence import Fence
 from runtime.checkpoints.saving import BackgroundSaving
 from runtime.checkpoints.serialization import make_folder
+from runtime.checkpoints.sharded_files import tensors_on_disk
+from runtime.checkpoints.shards import whole
+from runtime.checkpoints.together import Writers
 from runtime.config.sections import Checkpoint as CheckpointSection
 from runtime.config.sections import Resume
 from runtime.errors import CheckpointError, DivergenceError, RunFolderError
@@ -54,6 +56,8 @@ class RunFolder:
         device: the process group's.
         section: what is saved and kept.
         warn: told what was found damaged.
+        writers: how many ranks save: all where each holds a part of the state, otherwise rank 0 alone.
+        timeout_seconds: longest wait of a writer for the others.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class RunFolder:
         device: torch.device,
         section: CheckpointSection,
         warn: Callable[[str], None],
+        writers: int = 1,
+        timeout_seconds: float = 1800.0,
     ) -> None:
         self.path = path
         self._rank = rank
@@ -75,6 +81,9 @@ class RunFolder:
         self._fence: Fence | None = None
         self._best = BestResults(section.best, [])
         self._prepared = False
+        self._went_on_from: Path | None = None
+        self._num_writers = writers
+        self._timeout_seconds = timeout_seconds
 
     def open(self) -> None:
         """Make the folder, and keep other jobs from writing to it. Collective: every rank must call this.
@@ -83,6 +92,9 @@ class RunFolder:
             RunFolderError: it cannot be made, or another job is writing to it.
         """
         self._on_rank_0(self._open)
+        if self._checkpoints is not None or self._num_writers > 1:
+            writers = Writers(rank=self._rank, world_size=self._num_writers, timeout_seconds=self._timeout_seconds)
+            self._saving = BackgroundSaving(self._checkpoints, writers)
 
     def close(self) -> None:
         """Let what is being written be finished, and other jobs in. Never raises."""
@@ -123,7 +135,11 @@ class RunFolder:
             self._saving.save(collect(), results=results, **of_snapshot)
             self._refuse_problem()
 
-        self._on_rank_0(save)
+        if self._num_writers > 1:
+            self._wait_for_all()
+            save()
+        else:
+            self._on_rank_0(save)
         self._best.add(results)
 
     def is_best(self, results: Mapping[str, Any]) -> bool:
@@ -162,13 +178,13 @@ class RunFolder:
         Raises:
             CheckpointError: the last save failed.
         """
+        self._wait_for_all()
 
-        def wait() -> None:
-            assert self._saving is not None
+    def _wait_for_all(self) -> None:
+        """Wait until no rank writes any more, and raise what went wrong on rank 0, on all. Collective."""
+        if self._saving is not None:
             self._saving.wait()
-            self._refuse_problem()
-
-        self._on_rank_0(wait)
+        self._on_rank_0(self._refuse_problem)
 
     def roll_back(self, wanted: RollbackWanted, *, max_rollbacks: int, learning_rate_factor: float) -> Found:
         """Abandon what came after the last good checkpoint, and return that. Collective: every rank must call this.
@@ -178,9 +194,20 @@ class RunFolder:
         Raises:
             DivergenceError: there have been too many rollbacks, or there is no good checkpoint.
         """
+        self._wait_for_all()
         found = self._go_on(self._on_rank_0(lambda: self._roll_back(wanted, max_rollbacks, learning_rate_factor)))
         assert found is not None
         return found
+
+    def last_saved(self) -> Path | None:
+        """Return the newest checkpoint of this start, or that which it went on from. Collective."""
+
+        def told() -> str | None:
+            saved = self._saving.saved if self._saving is not None else None
+            return str(saved or self._went_on_from or "") or None
+
+        path = self._on_rank_0(told)
+        return Path(path) if path is not None else None
 
     def best_messages(self) -> list[str]:
         """Name the best checkpoints, on rank 0."""
@@ -206,7 +233,6 @@ class RunFolder:
             before_commit=self._fence.check,
         )
         self._checkpoints.clear_partial()
-        self._saving = BackgroundSaving(self._checkpoints)
 
     def _newest(self) -> dict[str, Any]:
         assert self._checkpoints is not None
@@ -216,9 +242,6 @@ class RunFolder:
 
     def _roll_back(self, wanted: RollbackWanted, max_rollbacks: int, factor: float) -> dict[str, Any]:
         assert self._checkpoints is not None
-        assert self._saving is not None
-        self._saving.wait()
-        self._refuse_problem()
         attempts = self._checkpoints.attempts
         where = f"step {wanted.step}: {wanted.reason}"
         if len(attempts.rollbacks) >= max_rollbacks:
@@ -256,6 +279,7 @@ class RunFolder:
         if "found" not in reply:
             return None
         found = reply["found"]
+        self._went_on_from = Path(found["path"])
         return Found(Path(found["path"]), found["results"], tuple(Rollback.read(entry) for entry in found["rollbacks"]))
 
     def _refuse_problem(self) -> None:
@@ -280,9 +304,7 @@ def _say_at_once(text: str) -> None:
 
 def _poison(checkpoint: Checkpoint) -> str | None:
     """Say which of the model's tensors holds a NaN or an infinity, or None."""
-    with safe_open(checkpoint.path / "model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  not a mapping
-            tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                return f"{name} in it is not finite"
+    for name, stored in tensors_on_disk(checkpoint.path, "model").items():
+        if stored.dtype.is_floating_point and not torch.isfinite(whole(stored)).all():
+            return f"{name} in it is not finite"
     return None

@@ -8,27 +8,36 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from runtime.checkpoints.checkpoint import CheckpointFolder
+from runtime.checkpoints.checkpoint import CheckpointFolder, write_along
 from runtime.checkpoints.snapshot import HostBuffers, Snapshot
+from runtime.checkpoints.together import ALONE, Writers
 from runtime.errors import LockstepError
 
 
 class BackgroundSaving:
-    """Saves one checkpoint at a time. For rank 0.
+    """Saves one checkpoint at a time. For rank 0, and for every rank that holds a part of the state.
+
+    Args:
+        checkpoints: of the run; None on other ranks than 0, which write along.
+        writers: the ranks that save together.
 
     Attributes:
         problem: why the last checkpoint could not be written, once that is known.
+        saved: the last checkpoint that was written, on rank 0.
         longest_seconds: the longest a save has taken, from the copy to the final name.
     """
 
-    def __init__(self, checkpoints: CheckpointFolder) -> None:
+    def __init__(self, checkpoints: CheckpointFolder | None, writers: Writers = ALONE) -> None:
         self._checkpoints = checkpoints
+        self._writers = writers
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self.problem: str | None = None
         self.longest_seconds = 0.0
+        self.saved: Path | None = None
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Begin to make room for a state like this one."""
@@ -62,7 +71,10 @@ class BackgroundSaving:
 
     def _write(self, snapshot: Snapshot, started: float) -> None:
         try:
-            self._checkpoints.write(snapshot)
+            if self._checkpoints is not None:
+                self.saved = self._checkpoints.write(snapshot, self._writers)
+            else:
+                write_along(snapshot, self._writers)
         except LockstepError as error:
             self.problem = str(error)
         except Exception as error:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.checkpoints.shards import Shard
 from runtime.errors import CheckpointError
 
 _DTYPES = {
@@ -30,10 +31,13 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
+def split_state(state: Any, shards: dict[str, Shard] | None = None) -> tuple[Any, dict[str, Tensor]]:
     """Split nested state into what JSON can hold and a flat mapping of tensors, which are not copied.
 
     Tensors that are views of one and the same memory (tied weights) are stored once.
+
+    Args:
+        shards: gets this rank's parts of tensors that ranks hold together; default: there are none.
 
     Raises:
         CheckpointError: something is neither a tensor nor plain data, with the path that leads to it.
@@ -41,13 +45,22 @@ def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     seen: dict[Any, str] = {}
 
+    def first_name(value: Tensor, path: str) -> str:
+        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
+        return seen.setdefault(identity, path)
+
     def split(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
-            if identity not in seen:
-                seen[identity] = path
+            name = first_name(value, path)
+            if name == path:
                 tensors[path] = value.detach()
-            return {"$tensor": seen[identity]}
+            return {"$tensor": name}
+        if isinstance(value, Shard):
+            assert shards is not None
+            name = path if value.part is None else first_name(value.part, path)
+            if name == path:
+                shards[path] = value
+            return {"$tensor": name}
         if isinstance(value, Mapping):
             if all(isinstance(key, str) and not key.startswith("$") for key in value):
                 return {key: split(inner, f"{path}/{key}" if path else key) for key, inner in value.items()}
@@ -69,8 +82,12 @@ def split_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
     return split(state, ""), tensors
 
 
-def join_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo :func:`split_state`."""
+def join_state(tree: Any, tensors: Mapping[str, Any]) -> Any:
+    """Undo :func:`split_state`.
+
+    Args:
+        tensors: by name; in memory, or on disk to be read when they are asked for.
+    """
     if isinstance(tree, list):
         return [join_state(inner, tensors) for inner in tree]
     if not isinstance(tree, dict):
@@ -84,6 +101,20 @@ def join_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if set(tree) == {"$float"}:
         return float(tree["$float"])
     return {key: join_state(inner, tensors) for key, inner in tree.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what safetensors calls a type.
+
+    Raises:
+        KeyError: it cannot hold it.
+    """
+    return _DTYPES[dtype]
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """Return the type that safetensors calls so."""
+    return {told: dtype for dtype, told in _DTYPES.items()}[name]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.checkpoints.serialization import split_state
+from runtime.checkpoints.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Snapshot:
         results: of the evaluation of the same step, empty if there was none.
         trees: by file, what JSON can hold.
         tensors: by file, on the CPU.
+        shards: by file, this rank's parts of tensors that the ranks hold together, on the CPU; empty where there are none.
     """
 
     step: int
@@ -36,6 +38,7 @@ class Snapshot:
     results: Mapping[str, Any]
     trees: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]]
+    shards: Mapping[str, Mapping[str, Shard]] = field(default_factory=dict)
 
 
 class HostBuffers:
@@ -47,7 +50,7 @@ class HostBuffers:
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Begin to make buffers for a state like this one, in the background."""
-        tensors = {(file, name): t for file, part in state.items() for name, t in split_state(part)[1].items()}
+        tensors = {(file, name): t for file, part in state.items() for name, t in _held(part).items()}
         self._making = threading.Thread(target=self._make, args=(tensors,), name="lockstep-buffers", daemon=True)
         self._making.start()
 
@@ -60,17 +63,26 @@ class HostBuffers:
         if self._making is not None:
             self._making.join()
             self._making = None
-        trees, tensors = {}, {}
+        trees, tensors, shards = {}, {}, {}
         on_device = False
+
+        def copied(file: str, name: str, tensor: Tensor) -> Tensor:
+            buffer = self._buffer(file, name, tensor)
+            buffer.copy_(tensor, non_blocking=True)
+            return buffer
+
         for file, part in state.items():
-            trees[file], found = split_state(part)
-            tensors[file] = {name: self._buffer(file, name, tensor) for name, tensor in found.items()}
-            for name, tensor in found.items():
-                tensors[file][name].copy_(tensor, non_blocking=True)
-                on_device |= tensor.is_cuda
+            parts: dict[str, Shard] = {}
+            trees[file], found = split_state(part, parts)
+            tensors[file] = {name: copied(file, name, tensor) for name, tensor in found.items()}
+            shards[file] = {
+                name: shard if shard.part is None else shard._replace(part=copied(file, name, shard.part))
+                for name, shard in parts.items()
+            }
+            on_device |= any(tensor.is_cuda for tensor in _held(part).values())
         if on_device:
             torch.cuda.current_stream().synchronize()  # the writer reads what has arrived
-        return Snapshot(trees=trees, tensors=tensors, **of_snapshot)
+        return Snapshot(trees=trees, tensors=tensors, shards=shards if any(shards.values()) else {}, **of_snapshot)
 
     def _make(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
         for (file, name), tensor in tensors.items():
@@ -82,3 +94,10 @@ class HostBuffers:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[file, name] = buffer
         return buffer
+
+
+def _held(part: Any) -> dict[str, Tensor]:
+    """Return all tensors of one file's state that this rank saves."""
+    shards: dict[str, Shard] = {}
+    tensors = split_state(part, shards)[1]
+    return tensors | {name: shard.part for name, shard in shards.items() if shard.part is not None}

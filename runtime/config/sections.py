@@ -6,7 +6,7 @@ and the new value. The others are marked ``free``. Reading a file into these cla
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -101,17 +101,68 @@ class DistributedDataParallel(Section):
         )
 
 
+class ShardedPrecision(Section):
+    """Types in which sharded parameters travel. The parameters themselves, and the optimizer's state, keep their own."""
+
+    parameters: Literal["bf16", "fp16"]
+    """What parameters are gathered in; that of ``precision``. Sends half, and rounds what autocast would leave as it is."""
+    gradients: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What gradients are summed over the ranks in."""
+
+
+class FullySharded(Section):
+    """Options of FSDP2, torch's fully_shard."""
+
+    wrap: list[str] = free([])
+    """Classes of the blocks that are gathered one at a time, a transformer's layers. Default: the model as one block."""
+    min_parameters: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Instead of ``wrap``: blocks are the smallest modules with parts and at least so many parameters."""
+    reshard_after_forward: bool = free(True)
+    """Let a block go after its forward pass, and gather it again for its backward pass: less memory, more sent."""
+    mixed_precision: ShardedPrecision | None = None
+    """Types in which parameters and gradients travel. Default: their own."""
+    cpu_offload: bool = free(False)
+    """Keep parameters, gradients and optimizer state in host memory; the optimizer steps there."""
+    no_sync: bool = free(False)
+    """Reduce gradients once a step rather than in every microbatch: sends less, and needs memory for a whole gradient."""
+    replicas: int = Field(1, ge=1, json_schema_extra={"resume": "free"})
+    """HSDP: so many groups of processes hold a sharded copy each, such as one on each host. Must divide the world size."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_block(self) -> Self:
+        both = self.wrap and self.min_parameters is not None
+        return refuse(self, (both, "min_parameters", "blocks are told by class or by size; leave one of the two out"))
+
+
 class Strategy(Section):
     """How the processes share the work."""
 
-    kind: Literal["ddp", "zero"] = free("ddp")
-    """``ddp``: every process holds the whole model (also with one process); ``zero``: DeepSpeed shards it."""
+    kind: Literal["ddp", "fsdp", "zero"] = free("ddp")
+    """``ddp``: every process holds the whole model (also with one process). ``fsdp`` and ``zero`` (DeepSpeed): the processes
+    hold it together."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
     """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
     ddp: DistributedDataParallel = DistributedDataParallel()
     """Options of DistributedDataParallel."""
+    fsdp: FullySharded = FullySharded()
+    """Options of FSDP2."""
     zero: Zero = Zero()
-    """Options of ``zero``."""
+    """Options of DeepSpeed's ZeRO."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        others = {name for name in ("ddp", "fsdp", "zero") if name != self.kind}
+        return refuse(
+            self,
+            *(
+                (
+                    getattr(self, name) != type(getattr(self, name))(),
+                    name,
+                    f"is ignored with kind: {self.kind}; leave it out",
+                )
+                for name in sorted(others)
+            ),
+        )
 
 
 class Evaluation(Section):
@@ -346,6 +397,7 @@ class RunConfiguration(Section):
                 )
                 for number, best in enumerate(self.checkpoint.best)
             ),
+            *self._sharding_rules(),
             (
                 self.checkpoint.best and not validated,
                 "checkpoint.best",
@@ -391,6 +443,37 @@ class RunConfiguration(Section):
                 f"no result is called {schedule.monitor!r}; {unknown}",
             ),
         )
+
+    def _sharding_rules(self) -> list[tuple[Any, str, str]]:
+        """What a model that the processes hold together cannot do."""
+        kind, mixed = self.strategy.kind, self.strategy.fsdp.mixed_precision
+        if kind == "ddp":
+            return []
+        targets = [self.optimizer.target, *(group.target for group in self.optimizer.groups)]
+        factored = [target for target in targets if (target or "").rpartition(":")[2] == "Adafactor"]
+        return [
+            (
+                self.batch.micro_size == "auto",
+                "batch.micro_size",
+                f"auto tries sizes on each rank by itself, which kind: {kind} cannot; give a number",
+            ),
+            (self.batch_norm == "sync", "batch_norm", f"sync goes with strategy.kind: ddp, not with {kind}"),
+            (
+                self.model.unfreeze,
+                "model.unfreeze",
+                f"with strategy.kind: {kind} what is trained is fixed at the start; use ddp, or two runs",
+            ),
+            (
+                factored,
+                "optimizer.target",
+                f"Adafactor keeps sums over rows and columns, which strategy.kind: {kind} cannot cut; use AdamW, or ddp",
+            ),
+            (
+                mixed is not None and mixed.parameters != self.precision,
+                "strategy.fsdp.mixed_precision.parameters",
+                f"must be that of precision ({self.precision})",
+            ),
+        ]
 
     def _one_rate_for_all(self) -> bool:
         """Tell whether the schedule would write over rates that differ between groups."""

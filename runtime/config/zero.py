@@ -48,9 +48,9 @@ class Zero(Section):
     """Keep optimizer state (and the float32 weights) off the GPU, and update there. Default: on the GPU."""
     offload_parameters: Annotated[Offload | None, _DEVICE_ALONE] = free(None)
     """Stage 3: keep the parameters off the GPU. Default: on the GPU."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = free({})
     """More of DeepSpeed's JSON, as in ``{zero_optimization: {reduce_bucket_size: 50000000}}``."""
-    file: str | None = None
+    file: str | None = free(None)
     """A JSON file of DeepSpeed's, relative to the YAML. It is compared with the YAML; what says ``auto`` follows from it."""
 
     @model_validator(mode="after")

@@ -65,11 +65,6 @@ def _rules(values: RunConfiguration) -> list[tuple[object, str, str]]:
             f"auto tries the model whole, which sharding is there to avoid; give a number, {_DDP}",
         ),
         (
-            values.batch_norm == "sync",
-            "batch_norm",
-            f"sync does not go with DeepSpeed's engine; use local, {_DDP}",
-        ),
-        (
             values.averaging and _on_disk(values),
             "averaging",
             "the average is taken of the float32 weights, which offload_optimizer: nvme leaves on the disk; offload to cpu",

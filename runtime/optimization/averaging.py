@@ -39,8 +39,9 @@ class WeightAverage:
     def __init__(self, module: nn.Module, section: Averaging, weights: HeldWeights | None = None) -> None:
         self._section = section
         self._weights = weights or WholeWeights(module)
-        self._held = {name: piece for name, piece in self._weights.pieces().items() if piece.is_floating_point()}
-        self._average = {name: piece.detach().clone() for name, piece in self._held.items()}
+        self._average = {
+            name: piece.detach().clone() for name, piece in self._weights.pieces().items() if piece.is_floating_point()
+        }
         norms = batch_norms(module) if section.kind == "swa" else {}
         # By owner and name, not by tensor: Accelerate's prepare puts other tensors in the place of buffers.
         self._buffers = {
@@ -134,7 +135,8 @@ class WeightAverage:
     @torch.no_grad()
     def _take_in(self) -> None:
         averages: list[Tensor] = list(self._average.values())
-        weights: list[Tensor] = list(self._held.values())
+        held = self._weights.pieces()
+        weights: list[Tensor] = [held[name] for name in self._average]
         if self.count == 0:
             torch._foreach_copy_(averages, weights)
         elif self._section.kind == "swa":
@@ -149,7 +151,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        places: list[tuple[Tensor, Tensor]] = [(piece, self._average[name]) for name, piece in self._held.items()]
+        held = self._weights.pieces()
+        places: list[tuple[Tensor, Tensor]] = [(held[name], average) for name, average in self._average.items()]
         if self._buffers and not self.lacks_statistics:
             places += [(norm.get_buffer(key), self._statistics[name]) for name, (norm, key) in self._buffers.items()]
         for place, other in places:

@@ -83,17 +83,21 @@ def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return moved.cpu()
 
 
-def from_rank_0(value: Any, device: torch.device) -> Any:
-    """Return rank 0's value of something that JSON can hold. Collective: every rank must call this."""
+def from_rank_0(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
+    """Return rank 0's value of something that JSON can hold. Collective: every rank must call this.
+
+    Args:
+        group: of all ranks; default: the default one.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     text = json.dumps(value).encode() if dist.get_rank() == 0 else b""
     length = torch.tensor([len(text)], device=device)
-    dist.broadcast(length, 0)
+    dist.broadcast(length, 0, group=group)
     buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
     if dist.get_rank() == 0:
         buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    dist.broadcast(buffer, 0)
+    dist.broadcast(buffer, 0, group=group)
     return json.loads(bytes(buffer.cpu().tolist()))
 
 
@@ -119,19 +123,23 @@ def on_rank_0(act: Callable[[], Any], *, rank: int, device: torch.device) -> Any
     return reply["value"]
 
 
-def gather_bytes(payload: bytes, device: torch.device) -> list[bytes]:
-    """Return every rank's bytes, in rank order, on every rank. Collective: every rank must call this."""
+def gather_bytes(payload: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """Return every rank's bytes, in rank order, on every rank. Collective: every rank must call this.
+
+    Args:
+        group: of all ranks; default: the default one.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [payload]
     world_size = dist.get_world_size()
     length = torch.tensor([len(payload)], device=device)
     lengths = [torch.zeros_like(length) for _ in range(world_size)]
-    dist.all_gather(lengths, length)
+    dist.all_gather(lengths, length, group=group)
     longest = max(int(n) for n in lengths)
     own = torch.zeros(longest, dtype=torch.uint8, device=device)
     own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
     buffers = [torch.empty_like(own) for _ in range(world_size)]
-    dist.all_gather(buffers, own)
+    dist.all_gather(buffers, own, group=group)
     return [buffer[: int(n)].cpu().numpy().tobytes() for buffer, n in zip(buffers, lengths, strict=True)]
 
 

@@ -189,10 +189,6 @@ class Strategy(Protocol):
         """Go on from a state."""
         ...
 
-    def release(self) -> None:
-        """After the last step, let the module hold its weights whole and in their own type, on rank 0 at least. Collective."""
-        ...
-
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         ...

@@ -209,7 +209,7 @@ class AcceleratedStrategy:
         assert self._optimizer is not None and self._optimizer_step is not None
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        gradients = [grad for p in self._parameters if (grad := p.grad) is not None]
+        gradients = self._gradients()
         # Judged in one way at every step: the norm of finite gradients can overflow, so how often it is reported must not
         # decide whether a step is applied.
         judged_by_norm = max_grad_norm is not None or not self._all_fp32
@@ -218,7 +218,7 @@ class AcceleratedStrategy:
             return self._step_on_device(gradients, max_grad_norm, grad_norm, judged_by_norm=judged_by_norm)
         finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else all_finite(gradients)
         if finite:
-            self._clip(max_grad_norm, grad_norm)
+            self._clip(gradients, max_grad_norm, grad_norm)
             if self._scaler is not None:
                 self._scaler.step(self._optimizer)
             else:
@@ -240,14 +240,18 @@ class AcceleratedStrategy:
             found += ~torch.isfinite(grad_norm)
         else:
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, found.new_ones(()))
-        self._clip(max_grad_norm, grad_norm)
+        self._clip(gradients, max_grad_norm, grad_norm)
         optimizer.found_inf = found
         self._optimizer_step()
         del optimizer.found_inf
         self.discard()
         return Update(skipped=DeviceFlag(found), judged=True, grad_norm=grad_norm)
 
-    def _clip(self, max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
+    def _gradients(self) -> list[Tensor]:
+        """Return what this rank holds of the reduced gradient."""
+        return [grad for p in self._parameters if (grad := p.grad) is not None]
+
+    def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
         if max_grad_norm is not None and grad_norm is not None:
             clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
         elif self._max_grad_value is not None:
@@ -325,9 +329,6 @@ class AcceleratedStrategy:
         """Go on from a loss scale."""
         if self._scaler is not None and "scaler" in state:
             self._scaler.load_state_dict(dict(state["scaler"]))
-
-    def release(self) -> None:
-        """Do nothing: the module holds its weights."""
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""

@@ -24,6 +24,15 @@ def build_strategy(loaded: LoadedConfiguration) -> Strategy:
             timeout_seconds=values.limit.stall_seconds,
         )
 
+    if values.strategy.kind == "fsdp":
+        from runtime.strategies.fully_sharded import FullyShardedStrategy
+
+        return FullyShardedStrategy(
+            precision=values.precision,
+            section=values.strategy.fsdp,
+            max_grad_value=values.optimizer.max_grad_value,
+            timeout_seconds=values.limit.stall_seconds,
+        )
     from runtime.strategies.accelerated import AcceleratedStrategy
 
     return AcceleratedStrategy(

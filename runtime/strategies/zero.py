@@ -278,16 +278,6 @@ class ZeroStrategy:
         assert self._sharded is not None and self._module is not None
         return ShardedWeights(self._module, self._sharded)
 
-    @torch.no_grad()
-    def release(self) -> None:
-        """Let rank 0's module hold the weights whole, in float32 and on the CPU. Collective."""
-        if self._sharded is None or (self._stage < 3 and self._autocast_dtype is None):
-            return
-        for parameter in self.unwrapped.parameters():
-            weight = self._sharded.weight(parameter)
-            if self.rank == 0:
-                parameter.data = weight
-
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         dist.barrier()

@@ -1,0 +1,141 @@
+"""The files of a checkpoint that all ranks write together, and one way to read those and plain ones.
+
+    model-00001-of-00004.safetensors       what rank 1 holds of the model; likewise training-…
+    shards.json                            each tensor's whole shape and type, and where its pieces are
+
+Each rank writes at the same time as the others and tells rank 0 what; rank 0 finds the pieces to cover every tensor, and only
+then finishes the transaction (checkpoint.py). Any number of ranks reads what any other number wrote, by slices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from runtime.checkpoints.serialization import dtype_called, dtype_name, write_tensors
+from runtime.checkpoints.shards import Piece, Shard, TensorOnDisk
+from runtime.checkpoints.snapshot import Snapshot
+from runtime.errors import CheckpointError
+
+INDEX = "shards.json"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one rank has written.
+
+    Args:
+        files: name to size in bytes and sha256.
+        pieces: by part (``model``, ``training``) and tensor: ``file``, ``dtype``, ``whole`` shape, ``offsets`` and ``shape``.
+        problem: why it could not.
+    """
+
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    pieces: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    problem: str | None = None
+
+    def as_bytes(self) -> bytes:
+        """Return it as it travels between ranks."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def read(cls, told: bytes) -> Receipt:
+        """Undo :meth:`as_bytes`."""
+        content = json.loads(told)
+        return cls(
+            {name: tuple(facts) for name, facts in content["files"].items()}, content["pieces"], content["problem"]
+        )
+
+
+def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int) -> Receipt:
+    """Write what this rank has to save; what goes wrong is in the receipt, since others wait for it."""
+    files: dict[str, tuple[int, str]] = {}
+    pieces: dict[str, dict[str, dict[str, Any]]] = {}
+    try:
+        for part, shards in snapshot.shards.items():
+            held = {name: shard for name, shard in shards.items() if shard.part is not None}
+            if rank == 0:  # what every rank holds alike
+                held |= {name: Shard(tuple(t.shape), (0,) * t.ndim, t) for name, t in snapshot.tensors[part].items()}
+            file = f"{part}-{rank:05d}-of-{world_size:05d}.safetensors"
+            values = {name: shard.part for name, shard in held.items() if shard.part is not None}
+            if values:
+                files[file] = write_tensors(folder / file, values)
+            pieces[part] = {
+                name: {
+                    "file": file,
+                    "dtype": dtype_name(values[name].dtype),
+                    "whole": list(shard.shape),
+                    "offsets": list(shard.offsets),
+                    "shape": list(values[name].shape),
+                }
+                for name, shard in held.items()
+            }
+    except OSError as error:
+        return Receipt(problem=error.strerror or str(error))
+    except CheckpointError as error:
+        return Receipt(problem=str(error))
+    return Receipt(files, pieces)
+
+
+def index_of(receipts: Sequence[Receipt], folder: Path) -> dict[str, Any]:
+    """Return the content of ``shards.json``.
+
+    Raises:
+        CheckpointError: a rank could not write, its file is not seen here, or the pieces do not cover a tensor.
+    """
+    index: dict[str, dict[str, Any]] = {}
+    for rank, receipt in enumerate(receipts):
+        if receipt.problem is not None:
+            raise CheckpointError(f"rank {rank} could not write its part: {receipt.problem}")
+        for file, (size, _) in receipt.files.items():
+            if not (folder / file).is_file() or (folder / file).stat().st_size != size:
+                raise CheckpointError(
+                    f"rank {rank} wrote {file}, which rank 0 does not see in {folder}: the run folder must be on a file "
+                    "system that all hosts share"
+                )
+        for part, pieces in receipt.pieces.items():
+            for name, piece in pieces.items():
+                whole = {"dtype": piece["dtype"], "shape": piece["whole"]}
+                entry = index.setdefault(part, {}).setdefault(name, {**whole, "pieces": []})
+                entry["pieces"].append({key: piece[key] for key in ("file", "offsets", "shape")})
+    for entries in index.values():
+        for name, entry in entries.items():
+            found = sum(math.prod(piece["shape"]) for piece in entry["pieces"])
+            if found != math.prod(entry["shape"]):
+                raise CheckpointError(f"of {name} the ranks hold {found} of {math.prod(entry['shape'])} values")
+    return index
+
+
+def tensors_on_disk(checkpoint: Path, part: str) -> dict[str, TensorOnDisk]:
+    """Return the tensors of a verified checkpoint, of which nothing is read yet.
+
+    Args:
+        part: ``model`` or ``training``.
+
+    Raises:
+        OSError: a file is gone.
+    """
+    if (checkpoint / INDEX).is_file():
+        entries = json.loads((checkpoint / INDEX).read_text()).get(part, {})
+        return {
+            name: TensorOnDisk(
+                entry["shape"],
+                dtype_called(entry["dtype"]),
+                [Piece(checkpoint / p["file"], name, tuple(p["offsets"]), tuple(p["shape"])) for p in entry["pieces"]],
+            )
+            for name, entry in entries.items()
+        }
+    path, found = checkpoint / f"{part}.safetensors", {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a mapping
+            view = file.get_slice(name)
+            shape = tuple(view.get_shape())
+            dtype = dtype_called(view.get_dtype())
+            found[name] = TensorOnDisk(shape, dtype, [Piece(path, name, (0,) * len(shape), shape)])
+    return found
