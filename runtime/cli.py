@@ -181,8 +181,10 @@ def _train(options: argparse.Namespace) -> int:
 
     from runtime.assembly import check_components
     from runtime.processes.launching import examine_locally, num_gpus, train_locally
+    from runtime.strategies.zero_launch import check_start
 
     check_components(loaded)
+    check_start(loaded)
     gpus = num_gpus()
     configured = loaded.values.strategy.world_size
     if configured is not None and configured % options.nodes:

@@ -53,13 +53,18 @@ _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporti
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run consists of before its first step."""
+    """What a run consists of before its first step.
+
+    Args:
+        parameters: how many elements of them are trained, and how many are frozen.
+    """
 
     data: TrainingData
     identity: Identity
     sharing: Sharing
     state: RunState
     freezing: Freezing
+    parameters: tuple[int, int]
     memory: StateBytes
 
 
@@ -104,6 +109,7 @@ def prepare(
         progress.load_state_dict(stored["progress"])
     freezing.apply(progress.cursor.epoch)
     memory = state_bytes(loaded.values.strategy, module, optimizer, strategy.world_size)
+    parameters = _trained_and_frozen(module)  # of which a strategy may leave this rank a part
     strategy.prepare(module, optimizer)
     averaging = build_averaging(loaded, strategy)
     divergence = Divergence(
@@ -114,7 +120,12 @@ def prepare(
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
     state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress)
-    return Prepared(data, identity, sharing, state, freezing, memory)
+    return Prepared(data, identity, sharing, state, freezing, parameters, memory)
+
+
+def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in module.parameters()) - trained
 
 
 def build_averaging(loaded: LoadedConfiguration, strategy: Strategy) -> WeightAverage | None:

@@ -118,6 +118,7 @@ class Run:
             self._freezing = prepared.freezing
             self._data, self._identity, self._sharing = prepared.data, prepared.identity, prepared.sharing
             self._state, self._progress = prepared.state, prepared.state.progress
+            self._parameters = prepared.parameters
             values = self._values
             self._milestones = Milestones(
                 values.limit,
@@ -414,7 +415,8 @@ class Run:
         self._reporter.start(
             start_facts(
                 self._loaded,
-                self._state.module,
+                self._state.module.objective,
+                parameters=self._parameters,
                 sharing=self._sharing,
                 device=self._strategy.device.type,
                 num_samples=data.num_samples,

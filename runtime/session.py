@@ -257,8 +257,10 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
     """Check the components, join the process group, and make the watch over it, which is not started yet."""
     from runtime.assembly import check_components
     from runtime.determinism import default_determinism, determinism
+    from runtime.strategies.zero_launch import check_start
 
     check_components(loaded)
+    check_start(loaded)
     values = loaded.values
     stack.enter_context(determinism(values.determinism or default_determinism(), values.matmul))
 
@@ -269,7 +271,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
     choose_interface(environment.store_address()[0])
     stall_seconds = values.limit.stall_seconds
     try:
-        strategy = build_strategy(values)
+        strategy = build_strategy(loaded)
     except DistError as error:
         address, port = environment.store_address()
         raise PeerError(

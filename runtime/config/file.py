@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from runtime.config.component import did_you_mean
 from runtime.config.sections import RunConfiguration
 from runtime.config.yaml_file import read_file, read_value
+from runtime.config.zero_rules import zero_problems
 from runtime.errors import ConfigurationError, Problem
 
 _YES_AND_NO = ("yes", "no", "on", "off")
@@ -86,7 +87,11 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
     if problems:
         raise ConfigurationError(problems)
-    return LoadedConfiguration(values, path, lines)
+    loaded = LoadedConfiguration(values, path, lines)
+    problems = zero_problems(values, lambda key: _where(lines, tuple(key)), loaded.beside)
+    if problems:
+        raise ConfigurationError(problems)
+    return loaded
 
 
 def load_run(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfiguration:

@@ -24,6 +24,7 @@ from runtime.config.types import (
     free,
     refuse,
 )
+from runtime.config.zero import Zero
 
 
 class EarlyStopping(Section):
@@ -140,18 +141,21 @@ class FullySharded(Section):
 class Strategy(Section):
     """How the processes share the work."""
 
-    kind: Literal["ddp", "fsdp"] = free("ddp")
-    """``ddp``: every process holds the whole model (also with one process). ``fsdp``: the processes hold it together."""
+    kind: Literal["ddp", "fsdp", "zero"] = free("ddp")
+    """``ddp``: every process holds the whole model (also with one process). ``fsdp`` and ``zero`` (DeepSpeed): the processes
+    hold it together."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
     """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
     ddp: DistributedDataParallel = DistributedDataParallel()
     """Options of DistributedDataParallel."""
     fsdp: FullySharded = FullySharded()
     """Options of FSDP2."""
+    zero: Zero = Zero()
+    """Options of DeepSpeed's ZeRO."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
-        others = {name for name in ("ddp", "fsdp") if name != self.kind}
+        others = {name for name in ("ddp", "fsdp", "zero") if name != self.kind}
         return refuse(
             self,
             *(

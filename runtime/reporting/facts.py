@@ -14,14 +14,15 @@ import torch
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Sharing
 from runtime.losses.weighted_sum import WeightedSum
-from runtime.objective import Objective, TrainingModule
+from runtime.objective import Objective
 from runtime.strategies.memory import StateBytes
 
 
 def start_facts(
     loaded: LoadedConfiguration,
-    module: TrainingModule,
+    objective: Objective,
     *,
+    parameters: tuple[int, int],
     sharing: Sharing,
     device: str,
     num_samples: int | None,
@@ -33,12 +34,12 @@ def start_facts(
     """Return the facts of one start: texts for people, numbers for the record.
 
     Args:
+        parameters: how many elements are trained, and how many are frozen.
         memory: what each process holds, by the formula.
         step: steps that the run has behind it.
     """
     global_size = loaded.values.batch.global_size
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in module.parameters()) - trainable
+    trainable, frozen = parameters
     processes = f"{sharing.world_size} process{'es' * (sharing.world_size > 1)}"
     slots = f"{sharing.slots} slot{'s' * (sharing.slots > 1)}"
     return {
@@ -58,7 +59,7 @@ def start_facts(
         "world_size": sharing.world_size,
         "slots": sharing.slots,
         "device": device,
-        "inexact": inexact_choices(loaded, module.objective),
+        "inexact": inexact_choices(loaded, objective),
         **versions(),
     }
 

@@ -175,7 +175,7 @@ class AcceleratedStrategy:
         """Move a batch's tensors to this rank's device, from pinned memory without waiting."""
         if self.device.type == "cpu":
             return batch
-        return _moved(batch, self.device)
+        return moved(batch, self.device)
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
@@ -363,13 +363,14 @@ class AcceleratedStrategy:
             )
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """Move a batch's tensors, nested as they are, from pinned memory without waiting."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
+        return type(batch)(*(moved(value, device) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_moved(value, device) for value in batch)
+        return type(batch)(moved(value, device) for value in batch)
     return batch.to(device) if hasattr(batch, "to") else batch

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from runtime import environment
-from runtime.config.sections import RunConfiguration
+from runtime.config.file import LoadedConfiguration
 from runtime.errors import ConfigurationError, Problem
 from runtime.strategies import Strategy
 
 
-def build_strategy(values: RunConfiguration) -> Strategy:
+def build_strategy(loaded: LoadedConfiguration) -> Strategy:
     """Bring the processes together and return how they share the work. Collective.
 
     Raises:
         torch.distributed.DistError: they did not come together within ``limit.stall_seconds``.
         ConfigurationError: this machine, or the process group, cannot do what is asked for.
     """
+    values = loaded.values
+    if values.strategy.kind == "zero":
+        from runtime.config.zero_json import generate
+        from runtime.strategies.zero import ZeroStrategy
+
+        return ZeroStrategy(
+            precision=values.precision,
+            generated=generate(values, loaded.beside),
+            timeout_seconds=values.limit.stall_seconds,
+        )
+
     if values.strategy.kind == "fsdp":
         from runtime.strategies.fully_sharded import FullyShardedStrategy
 

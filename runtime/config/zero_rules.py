@@ -1,0 +1,82 @@
+"""What cannot go with ``strategy.kind: zero``, told before anything starts, with the reason and the way out. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runtime.config.sections import RunConfiguration
+from runtime.config.zero_json import contradictions, read_sources
+from runtime.errors import Problem
+
+_NOT_ELEMENTWISE = ("Muon", "Adafactor", "LBFGS")
+_DDP = "or use strategy.kind: ddp"
+
+
+def zero_problems(
+    values: RunConfiguration, where: Callable[[Sequence[str]], str], beside: Callable[[str], Path]
+) -> list[Problem]:
+    """Return all mistakes of a run that is to be sharded; none for other runs.
+
+    Args:
+        where: returns file and line of a key of the YAML.
+        beside: returns a path relative to the YAML.
+    """
+    if values.strategy.kind != "zero":
+        return []
+    broken = [Problem(where(key.split(".")), key, what) for wrong, key, what in _rules(values) if wrong]
+    sources, unreadable = read_sources(values, where, beside)
+    return [*broken, *unreadable, *contradictions(values, sources, where)]
+
+
+def _rules(values: RunConfiguration) -> list[tuple[object, str, str]]:
+    optimizer, model = values.optimizer, values.model
+    name = optimizer.target
+    return [
+        (
+            optimizer.max_grad_value is not None,
+            "optimizer.max_grad_value",
+            f"DeepSpeed clips by norm only; take max_grad_norm, {_DDP}",
+        ),
+        (
+            any(group.target is not None for group in optimizer.groups),
+            "optimizer.groups",
+            f"groups with optimizers of their own cannot be sharded together; use one optimizer, {_DDP}",
+        ),
+        (
+            name in _NOT_ELEMENTWISE,
+            "optimizer.target",
+            f"{name} looks at whole matrices, and DeepSpeed hands an optimizer flat parts of parameters; take AdamW, {_DDP}",
+        ),
+        (
+            name == "Adagrad",
+            "optimizer.target",
+            "DeepSpeed builds Adagrad anew with its default arguments, so groups and schedule would have no effect; take "
+            f"RMSprop or AdamW, {_DDP}",
+        ),
+        (
+            model.unfreeze,
+            "model.unfreeze",
+            f"DeepSpeed cuts the trainable parameters up once, at the start; freeze alone works, {_DDP}",
+        ),
+        (
+            values.batch.micro_size == "auto",
+            "batch.micro_size",
+            f"auto tries the model whole, which sharding is there to avoid; give a number, {_DDP}",
+        ),
+        (
+            values.averaging and _on_disk(values),
+            "averaging",
+            "the average is taken of the float32 weights, which offload_optimizer: nvme leaves on the disk; offload to cpu",
+        ),
+        (
+            values.compile and values.strategy.zero.stage == 3,
+            "compile",
+            "the parameters of stage 3 come and go during a pass, which cannot be compiled; leave it out, or take stage 2",
+        ),
+    ]
+
+
+def _on_disk(values: RunConfiguration) -> bool:
+    offload = values.strategy.zero.offload_optimizer
+    return offload is not None and offload.device == "nvme"

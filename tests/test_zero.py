@@ -1,0 +1,391 @@
+"""ZeRO through DeepSpeed: every stage trains what DDP trains, saves what DDP saves, and goes on from either."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+
+from runtime.errors import ConfigurationError, DivergenceError
+from tests.observed import configuration, observe
+from tests.process_pool import ProcessPool
+from tests.test_resumption import observe_stopping
+
+ROOT = Path(__file__).parents[1]
+STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
+# Float32, and sums in another order. AdamW turns a rounding error of a gradient near zero into one of the rate's size.
+TOLERANCE = 1e-4
+PERSISTENT_NONE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # so small a model would stay whole
+
+
+def zero(stage: int, **options: Any) -> dict[str, Any]:
+    return {"kind": "zero", "zero": {"stage": stage, "extra": PERSISTENT_NONE, **options}}
+
+
+def gpt(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The GPT of configs/ shrunk: sentences of very uneven length, some without a target; five slots, so two ranks accumulate
+    three microbatches, one of them a filler; two groups of parameters, dropout, clipping, warm-up and cosine."""
+    size = {"vocab_size": 11, "context_length": 12, "num_layers": 2, "num_heads": 2, "width": 16, "dropout": 0.1}
+    return configuration(
+        folder,
+        **{
+            "model": {"target": "GPT", "args": size},
+            "data": {"train": {"target": "tiny:tokens", "args": {"size": 60}}},
+            "objective": "NextTokenLoss",
+            "batch": {"global_size": 13, "slots": 5},
+            "optimizer": {
+                "target": "AdamW",
+                "args": {"lr": 0.01, "weight_decay": 0.1},
+                "max_grad_norm": 1.0,
+                "no_decay": True,
+            },
+            "schedule": {"target": "CosineAnnealingLR", "warmup_steps": 3, "args": {"T_max": 30}},
+            "limit": {"steps": 20},
+            **changes,
+        },
+    )
+
+
+def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest checkpoint's model and training state."""
+    from runtime.checkpoints.checkpoint import load_state
+
+    path = max(path for path in (folder / "checkpoints").glob("step-????????"))
+    return load_state(path)
+
+
+def differences(expected: Path, got: Path) -> dict[str, float]:
+    """Largest absolute differences of what two runs saved; nothing may be missing, empty or of another shape."""
+    (model, training), (other_model, other_training) = saved(expected), saved(got)
+    assert model.keys() == other_model.keys()
+    optimizer, other_optimizer = training["optimizer"], other_training["optimizer"]
+    assert optimizer["param_groups"] == other_optimizer["param_groups"]
+    assert optimizer["state"].keys() == other_optimizer["state"].keys()
+    assert training["progress"] == other_training["progress"]
+    assert training["schedule"] == other_training["schedule"]
+    found = {"weights": largest(model, other_model), "optimizer": 0.0, "average": 0.0}
+    for number, entry in optimizer["state"].items():
+        found["optimizer"] = max(found["optimizer"], largest(entry, other_optimizer["state"][number]))
+    if training["averaging"] is not None:
+        assert training["averaging"]["count"] == other_training["averaging"]["count"]
+        found["average"] = largest(training["averaging"]["average"], other_training["averaging"]["average"])
+    return found
+
+
+def largest(expected: dict[str, Any], got: dict[str, Any]) -> float:
+    assert expected.keys() == got.keys()
+    worst = 0.0
+    for name, value in expected.items():
+        assert torch.as_tensor(value).shape == torch.as_tensor(got[name]).shape, name
+        worst = max(worst, float((torch.as_tensor(value) - torch.as_tensor(got[name])).abs().max()))
+    return worst
+
+
+def relative(expected: dict[int, float], got: dict[int, float]) -> float:
+    assert expected.keys() == got.keys()
+    return max(abs(got[step] - value) / abs(value) for step, value in expected.items())
+
+
+@pytest.fixture(scope="module")
+def reference(pool: ProcessPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    return folder, pool.run(observe, 2, gpt(folder))[0]
+
+
+@STAGES
+def test_each_stage_trains_what_ddp_trains(
+    pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]], stage: int
+) -> None:
+    folder, expected = reference
+    got = pool.run(observe, 2, gpt(tmp_path, strategy=zero(stage)))[0]
+    assert relative(expected["losses"], got["losses"]) < TOLERANCE
+    assert relative(expected["norms"], got["norms"]) < TOLERANCE
+    assert max(differences(folder, tmp_path).values()) < TOLERANCE
+
+
+def divided_wrongly(config: dict[str, Any], mistake: str) -> dict[str, Any]:
+    """Train with a classic mistake in the strategy."""
+    from runtime.strategies import zero as module
+
+    right, backward = module.starting_gradient, module.ZeroStrategy.backward
+    if mistake == "mean over ranks":
+        module.starting_gradient = lambda loss, weight, *, scale: right(loss, weight, scale=1.0)
+    elif mistake == "mean of means":
+        # Each microbatch by its own weight, as engines do: here three quarters of the sentences have few tokens.
+        module.starting_gradient = lambda loss, weight, *, scale: right(
+            loss, max(float(loss.detach()) / 2.0, 1.0), scale=scale
+        )
+    try:
+        return observe(config)
+    finally:
+        module.starting_gradient, module.ZeroStrategy.backward = right, backward
+
+
+@pytest.mark.parametrize("mistake", ["mean over ranks", "mean of means"])
+def test_a_wrong_division_would_be_caught(
+    pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]], mistake: str
+) -> None:
+    config = gpt(tmp_path, strategy=zero(2), limit={"steps": 3})
+    got = pool.run(divided_wrongly, 2, config, mistake)[0]
+    expected = {step: reference[1]["norms"][step] for step in got["norms"]}
+    assert relative(expected, got["norms"]) > 100 * TOLERANCE
+
+
+@STAGES
+def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
+    changes = {"strategy": zero(stage), "averaging": {"decay": 0.9}, "limit": {"steps": 8}}
+    pool.run(observe, 2, gpt(tmp_path / "whole", **changes))
+    pool.run(observe_stopping, 2, gpt(tmp_path / "stopped", **changes), 3)
+    assert saved(tmp_path / "stopped")[1]["progress"]["step"] == 3
+    pool.run(observe, 2, gpt(tmp_path / "stopped", **changes))
+    assert set(differences(tmp_path / "whole", tmp_path / "stopped").values()) == {0.0}
+
+
+WAYS = {
+    "2 to 1": (2, True, 1, True),
+    "1 to 2": (1, True, 2, True),
+    "ddp to zero": (2, False, 2, True),
+    "zero to ddp": (2, True, 1, False),
+}
+
+
+@STAGES
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_with_another_world_size_and_from_and_to_ddp(
+    pool: ProcessPool, tmp_path: Path, stage: int, way: str
+) -> None:
+    first, sharded_first, then, sharded_then = WAYS[way]
+    changes = {"averaging": {"decay": 0.9}, "limit": {"steps": 8}}
+    pool.run(observe, 1, gpt(tmp_path / "whole", **changes))
+
+    def part(sharded: bool) -> dict[str, Any]:
+        return gpt(tmp_path / "moved", **changes, strategy=zero(stage) if sharded else {})
+
+    pool.run(observe_stopping, first, part(sharded_first), 3)
+    pool.run(observe, then, part(sharded_then))
+    assert max(differences(tmp_path / "whole", tmp_path / "moved").values()) < TOLERANCE
+
+
+@STAGES
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
+    pool: ProcessPool, tmp_path: Path, stage: int, precision: str
+) -> None:
+    changes = {
+        "model": {"target": "tiny:Deep", "args": {"dropout": 0.0, "layers": 1}},
+        "data": {"train": {"target": "tiny:points", "args": {"dtype": "float32"}}},
+        "objective": {"target": "tiny_divergence:Astray"},  # the third batch
+        "optimizer": {"target": "AdamW", "args": {"lr": 0.01}},
+        "divergence": {"non_finite": "skip"},
+        "strategy": zero(stage),
+        "precision": precision,
+        "checkpoint": {"every": "1 step", "keep": 9},
+        "limit": {"steps": 4},
+    }
+    pool.run(observe, 2, configuration(tmp_path, **changes))
+    from runtime.checkpoints.checkpoint import load_state
+
+    second, third, fourth = (load_state(tmp_path / "checkpoints" / f"step-0000000{n}") for n in (2, 3, 4))
+    assert third[1]["progress"]["skipped_steps"] == [3]
+    assert third[1]["progress"]["updates"] == 2
+    assert largest(second[0], third[0]) == 0.0
+    for number, entry in second[1]["optimizer"]["state"].items():
+        assert largest(entry, third[1]["optimizer"]["state"][number]) == 0.0
+    assert fourth[1]["progress"]["updates"] == 3
+    assert 0.0 < largest(third[0], fourth[0]) < 0.1
+
+
+def stopped(config: dict[str, Any]) -> str:
+    try:
+        observe(config)
+    except (DivergenceError, ConfigurationError) as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank_where_that_is_the_policy(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    config = gpt(tmp_path, strategy=zero(2), objective={"target": "tiny_losses:Infinite"})
+    assert all("NaN or infinite" in message for message in pool.run(stopped, 2, config))
+
+
+@STAGES
+def test_a_loss_that_jumps_is_left_out_and_gone_round_as_with_ddp(
+    pool: ProcessPool, tmp_path: Path, stage: int
+) -> None:
+    """The step's gradient is finite, and there already: it must be cleared, and leave no trace."""
+    changes = {
+        "model": {"target": "tiny:Deep", "args": {"dropout": 0.0, "layers": 1}},
+        "data": {"train": {"target": "tiny:points", "args": {"dtype": "float32"}}},
+        "objective": {"target": "tiny_divergence:Astray", "args": {"factor": 1000.0, "batch": 4}},
+        "optimizer": {"target": "AdamW", "args": {"lr": 0.01}},
+        "checkpoint": {"every": "2 steps"},
+        "limit": {"steps": 8},
+    }
+    for policy in ("skip", "rollback"):
+        spike = {"divergence": {"spike": {"window": 3, "sigma": 20.0, "policy": policy}}}
+        expected, got = tmp_path / policy / "ddp", tmp_path / policy / "zero"
+        pool.run(observe, 2, configuration(expected, **changes, **spike))
+        pool.run(observe, 2, configuration(got, **changes, **spike, strategy=zero(stage)))
+        (path,) = {path.name for path in (got / "checkpoints").glob("step-00000008*")}
+        assert (expected / "checkpoints" / path).is_dir()
+        models = [
+            torch.cat([value.flatten() for value in load_model(folder / "checkpoints" / path).values()])
+            for folder in (expected, got)
+        ]
+        assert (models[0] - models[1]).abs().max() < TOLERANCE
+
+
+def load_model(path: Path) -> dict[str, Any]:
+    from runtime.checkpoints.checkpoint import load_state
+
+    return load_state(path)[0]
+
+
+@STAGES
+def test_bf16_trains_close_to_fp32_and_saves_the_float32_weights(
+    pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]], stage: int
+) -> None:
+    got = pool.run(observe, 2, gpt(tmp_path, strategy=zero(stage), precision="bf16"))[0]
+    assert got["losses"] != reference[1]["losses"]
+    assert relative(reference[1]["losses"], got["losses"]) < 0.02
+    model = saved(tmp_path)[0]
+    assert {value.dtype for value in model.values()} == {torch.float32}
+    assert any((value != value.bfloat16().float()).any() for value in model.values())
+
+
+@STAGES
+def test_the_average_and_uneven_evaluations_are_ddps(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
+    """Five microbatches on two ranks, then one: where forward passes gather parameters, every rank runs as many."""
+    validation = {"target": "tiny:tokens", "args": {"size": 9}}
+    changes = {
+        "averaging": {"decay": 0.8, "start": "2 steps"},
+        "limit": {"steps": 6},
+        "evaluation": {"every": "3 steps", "micro_size": 2},
+    }
+    config = gpt(tmp_path / "ddp", **changes)
+    config["data"]["validation"] = validation
+    expected = pool.run(observe, 2, config)[0]
+    config = {**config, "output": str(tmp_path / "zero"), "strategy": zero(stage)}
+    ranks = pool.run(observe, 2, config)
+    assert ranks[0]["results"] == ranks[1]["results"]
+    assert ranks[0]["results"]["loss"] == pytest.approx(expected["results"]["loss"], rel=TOLERANCE)
+    assert max(differences(tmp_path / "ddp", tmp_path / "zero").values()) < TOLERANCE
+    assert saved(tmp_path / "zero")[1]["averaging"]["count"] > 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloading_to_the_host_changes_nothing(
+    pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]], stage: int
+) -> None:
+    offload = {"offload_optimizer": "cpu", **({"offload_parameters": "cpu"} if stage == 3 else {})}
+    got = pool.run(observe, 2, gpt(tmp_path, strategy=zero(stage, **offload)))[0]
+    assert relative(reference[1]["losses"], got["losses"]) < TOLERANCE
+    assert max(differences(reference[0], tmp_path).values()) < TOLERANCE
+
+
+def test_frozen_weights_stay_and_are_saved_unrounded(pool: ProcessPool, tmp_path: Path) -> None:
+    model = {**gpt(tmp_path)["model"], "freeze": ["token_embedding.*"]}
+    for stage in (2, 3):
+        for steps in (1, 3):
+            config = gpt(tmp_path / str(stage), model=model, precision="bf16", strategy=zero(stage))
+            pool.run(observe, 2, {**config, "limit": {"steps": steps}})
+        name = "token_embedding.weight"
+        first, last = (load_model(tmp_path / str(stage) / "checkpoints" / f"step-0000000{n}") for n in (1, 3))
+        assert torch.equal(first[name], last[name])
+        assert (last[name] != last[name].bfloat16().float()).any()
+        assert not torch.equal(first["final_norm.weight"], last["final_norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"target": "tiny:Deep", "args": {"dtype": "float64"}}}, "float32 only"),
+        (
+            {"optimizer": {"target": "schedulefree:AdamWScheduleFree", "args": {"lr": 0.01}}},
+            "other weights for evaluation",
+        ),
+        ({"precision": "fp16"}, "no fp16 on CPUs"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_with_the_reason(
+    pool: ProcessPool, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    points = {"train": {"target": "tiny:points", "args": {"dtype": "float32"}}}
+    model = {"target": "tiny:Deep", "args": {}}
+    config = configuration(tmp_path, **{"model": model, "data": points, "strategy": zero(2), **changes})
+    for message in pool.run(stopped, 2, config):
+        assert said in message
+        assert "\n" not in message
+
+
+def elementwise(name: str, **args: Any) -> str | None:
+    from runtime.strategies.zero_optimizers import unshardable
+
+    parameters = [torch.nn.Parameter(torch.randn(3, 4))]
+    return unshardable(getattr(torch.optim, name)(parameters, **{"lr": 0.01, **args}))
+
+
+SHARDED = ("Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+
+
+@pytest.mark.single
+def test_every_optimizer_of_torch_is_sharded_or_refused() -> None:
+    for name in SHARDED:
+        assert elementwise(name) is None, name
+    assert "elementwise" not in (elementwise("Adagrad") or "")
+    assert "anew" in str(elementwise("Adagrad"))
+    for name in ("Muon", "Adafactor"):
+        assert "each element" in str(elementwise(name)), name
+    optimizers = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    known = {
+        *SHARDED,
+        "Adagrad",
+        "Muon",
+        "Adafactor",
+        "Optimizer",
+        "LBFGS",
+        "SparseAdam",
+    }  # the last two no strategy takes
+    assert optimizers - known == set()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHARDED)
+def test_every_sharded_optimizer_trains_what_it_trains_with_ddp(pool: ProcessPool, tmp_path: Path, name: str) -> None:
+    changes = {"optimizer": {"target": name, "args": {"lr": 1e-3}, "max_grad_norm": 1.0}, "limit": {"steps": 6}}
+    if name == "SGD":
+        changes["optimizer"]["args"]["momentum"] = 0.9
+    pool.run(observe, 2, gpt(tmp_path / "ddp", **changes))
+    for stage in (1, 2, 3):
+        folder = tmp_path / str(stage)
+        pool.run(observe_stopping, 2, gpt(folder, **changes, strategy=zero(stage)), 3)
+        pool.run(observe, 2, gpt(folder, **changes, strategy=zero(stage)))
+        assert differences(tmp_path / "ddp", folder)["weights"] < TOLERANCE
+
+
+@pytest.mark.single
+def test_the_backend_is_named_in_its_own_files_only() -> None:
+    allowed = {"runtime/config/zero.py", "runtime/config/zero_json.py", "runtime/config/zero_rules.py"}
+    for folder in ("runtime", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
+            name = str(path.relative_to(ROOT))
+            if name not in allowed and not name.startswith("runtime/strategies/zero"):
+                lines = path.read_text().splitlines()
+                assert not [line for line in lines if re.search("deepspeed", line, re.I) and '"""' not in line], name
+
+
+def test_metrics_are_reported_as_with_ddp(
+    pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]]
+) -> None:
+    pool.run(observe, 2, gpt(tmp_path, strategy=zero(3), limit={"steps": 1}))
+    start, *_ = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected, *_ = [json.loads(line) for line in (reference[0] / "metrics.jsonl").read_text().splitlines()]
+    assert start["model"] == expected["model"] == "6,960 parameters"
