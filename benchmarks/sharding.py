@@ -136,6 +136,10 @@ def traffic(profiler: Any) -> dict[str, tuple[float, float]]:
         sizes = [size(shape) for shape in event.input_shapes]
         if max(sizes, default=0) > 8:  # messages of a few numbers are the loop's own
             found.setdefault(kind, []).append(4 * max(sizes))
+    for inner in found.get("reduce-scatter", []) if torch.distributed.is_gloo_available() else ():
+        if inner in found.get("all-reduce", []):  # gloo's reduce-scatter is an all-reduce of its own
+            found["all-reduce"].remove(inner)
+    found = {kind: sizes for kind, sizes in found.items() if sizes}
     return {kind: (len(sizes) / len(WATCHED), sum(sizes) / len(WATCHED)) for kind, sizes in found.items()}
 
 

@@ -230,7 +230,7 @@ def test_a_rank_that_cannot_write_its_part_ends_the_run_on_every_rank(pool: Proc
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_recomputed_and_compiled_blocks_change_no_result(pool: ProcessPool, tmp_path: Path, kind: str) -> None:
     plain = pool.run(observe, 2, gpt(tmp_path / "plain", "ddp", limit={"steps": 3}))[0]
     model = {"target": "tiny_sharded:Gpt", "args": {}, "checkpoint_activations": ["Block"]}
@@ -274,9 +274,10 @@ def test_checkpointed_blocks_run_forward_twice(pool: ProcessPool, tmp_path: Path
 
 def test_bf16_gathering_stays_within_its_rounding(pool: ProcessPool, tmp_path: Path) -> None:
     model = {"target": "tiny_sharded:Gpt", "args": {"dtype": "float32"}}
-    ddp = pool.run(observe, 2, gpt(tmp_path / "ddp", "ddp", model=model, precision="bf16"))[0]
+    changes = {"model": model, "precision": "bf16", "limit": {"steps": 8}}
+    ddp = pool.run(observe, 2, gpt(tmp_path / "ddp", "ddp", **changes))[0]
     mixed = {"kind": "fsdp", "fsdp": {"wrap": ["Block"], "mixed_precision": {"parameters": "bf16"}}}
-    fsdp = pool.run(observe, 2, gpt(tmp_path / "fsdp", model=model, precision="bf16", strategy=mixed))[0]
+    fsdp = pool.run(observe, 2, gpt(tmp_path / "fsdp", **changes, strategy=mixed))[0]
     worst = max(abs(fsdp["losses"][step] / loss - 1) for step, loss in ddp["losses"].items())
     assert 0 < worst < 0.01
     assert all(value.dtype == "float32" for value in fsdp["weights"].values())
@@ -392,7 +393,9 @@ def test_a_checkpoint_is_evaluated_and_predicted_by_ranks_with_uneven_shares(poo
             assert ours == pytest.approx(theirs, rel=1e-10)
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "NAdam", "RMSprop"])
+@pytest.mark.parametrize(
+    "optimizer", ["Adagrad", *(pytest.param(name, marks=pytest.mark.long) for name in ("SGD", "NAdam", "RMSprop"))]
+)
 def test_optimizers_whose_kernels_or_early_state_torch_does_not_shard_give_the_same(
     pool: ProcessPool, tmp_path: Path, optimizer: str
 ) -> None:
@@ -439,6 +442,7 @@ def test_fp16_lowers_its_scale_on_all_ranks_alike_and_resumes_bitwise(pool: Proc
     assert_bitwise_equal(whole, pool.run(force_overflow, 2, config, 7.0)[0])
 
 
+@pytest.mark.long
 def test_schedule_free_weights_are_saved_and_resumed(pool: ProcessPool, tmp_path: Path) -> None:
     optimizer = {"target": "schedulefree:AdamWScheduleFree", "args": {"lr": 0.01, "foreach": False}}
     changes = {"optimizer": optimizer, "limit": {"steps": 6}}
