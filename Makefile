@@ -1,6 +1,6 @@
 # make train    a trained model on real data
 # make test     linters and all tests
-# make bench    time per step, to the first step and of a save, against hand-written PyTorch
+# make bench    time per step, to the first step and of a save, against hand-written PyTorch; memory and traffic of each strategy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +38,7 @@ bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup_time.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint_time.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sharding.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from runtime.optimization.optimizer import check_optimizer
 from runtime.optimization.parameter_groups import ParameterGroup
 from runtime.optimization.schedule import Schedule, Successor
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.strategies.blocks import blocks_of_classes, checkpoint_activations, compile_blocks
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -139,6 +141,37 @@ def build_model(loaded: LoadedConfiguration) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise _wrong(loaded, ("model", "target"), f"is a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def rebuild_blocks(loaded: LoadedConfiguration, model: nn.Module) -> None:
+    """Let blocks of a model be recomputed in the backward pass, and it or its blocks be compiled, as configured.
+
+    Raises:
+        ConfigurationError: the model has no such blocks.
+    """
+    values, section = loaded.values, loaded.values.compile
+    _blocks(loaded, model, ("strategy", "fsdp", "wrap"), values.strategy.fsdp.wrap)
+    recomputed = _blocks(loaded, model, ("model", "checkpoint_activations"), values.model.checkpoint_activations)
+    checkpoint_activations(recomputed)
+    if section is None:
+        return
+    options: dict[str, Any] = {
+        "backend": section.backend,
+        "mode": section.mode,
+        "dynamic": section.dynamic,
+        "fullgraph": section.fullgraph,
+    }
+    if section.blocks:
+        compile_blocks(_blocks(loaded, model, ("compile", "blocks"), section.blocks), partial(torch.compile, **options))
+    else:
+        model.compile(**options)
+
+
+def _blocks(loaded: LoadedConfiguration, model: nn.Module, key: tuple[str, ...], classes: list[str]) -> list[nn.Module]:
+    try:
+        return blocks_of_classes(model, classes)
+    except ComponentError as mistake:
+        raise _wrong(loaded, key, mistake.what) from mistake
 
 
 def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) -> Samples | StreamSamples | None:

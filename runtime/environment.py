@@ -6,6 +6,7 @@ LOCKSTEP_OUTCOME        file in which evaluate.py and predict.py leave their out
 LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
 LOCKSTEP_DATA           folder in which data is looked for that is neither where its path says nor in an installed package
 WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
+ACCELERATE_USE_FSDP     set by ``accelerate launch --use_fsdp``
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
 """
@@ -45,6 +46,11 @@ def data_folder() -> Path | None:
 def is_watched() -> bool:
     """Tell whether ranks watch each other and leave when one is lost."""
     return os.environ.get("LOCKSTEP_WATCH") != "off"
+
+
+def launched_for_sharding() -> bool:
+    """Tell whether the launcher was told to let Accelerate shard the model."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 
 def store_address() -> tuple[str, int]:

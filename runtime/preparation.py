@@ -40,6 +40,7 @@ from runtime.reporting.console import ConsoleTracker
 from runtime.reporting.facts import versions
 from runtime.reporting.reporter import JsonLines, Tracker
 from runtime.strategies import Strategy
+from runtime.strategies.memory import StateBytes, state_bytes
 from runtime.training.divergence import Divergence
 from runtime.training.early_stopping import EarlyStopping
 from runtime.training.fitting import fitting_micro_size
@@ -62,6 +63,7 @@ class Prepared:
     state: RunState
     freezing: Freezing
     parameters: tuple[int, int]
+    memory: StateBytes
 
 
 def prepare(
@@ -104,6 +106,7 @@ def prepare(
         progress.load_state_dict(stored["progress"])
     freezing.apply(progress.cursor.epoch)
     parameters = _trained_and_frozen(module)  # of which a strategy may leave this rank a part
+    memory = state_bytes(loaded.values.strategy, module, optimizer, strategy.world_size)
     strategy.prepare(module, optimizer)
     averaging = build_averaging(loaded, strategy)
     divergence = Divergence(
@@ -114,7 +117,7 @@ def prepare(
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
     state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress)
-    return Prepared(data, identity, sharing, state, freezing, parameters)
+    return Prepared(data, identity, sharing, state, freezing, parameters, memory)
 
 
 def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:
@@ -267,13 +270,11 @@ def build_module(
         if strategy.device.type != "cuda":
             raise ConfigurationError([loaded.problem(("batch_norm",), "sync needs GPUs; use local")])
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    section = loaded.values.compile
-    if section is not None:
-        if torch.are_deterministic_algorithms_enabled():
-            from torch._inductor import config as inductor
+    if loaded.values.compile is not None and torch.are_deterministic_algorithms_enabled():
+        from torch._inductor import config as inductor
 
-            inductor.fallback_random = True  # compiled code then draws eager's random numbers
-        model.compile(backend=section.backend, mode=section.mode, dynamic=section.dynamic, fullgraph=section.fullgraph)
+        inductor.fallback_random = True  # compiled code then draws eager's random numbers
+    assembly.rebuild_blocks(loaded, model)
     return strategy.place(TrainingModule(model, objective))
 
 

@@ -28,9 +28,9 @@ from runtime.objective import Objective, TrainingModule
 from runtime.optimization.averaging import batch_norms
 from runtime.optimization.combined import members
 from runtime.optimization.curve import Curve, drawn, save_picture, simulate
-from runtime.optimization.evaluation_weights import begin_training
 from runtime.optimization.freezing import Freezing
 from runtime.reporting.facts import inexact_choices
+from runtime.strategies.memory import in_units, state_bytes
 
 _CPU = torch.device("cpu")
 _UNKNOWN_END = "how many steps there are shows when the stream ends"
@@ -52,6 +52,7 @@ def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = 
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     model = assembly.build_model(loaded)
     weights = assembly.load_pretrained(loaded, model)
+    assembly.rebuild_blocks(loaded, model)
     module = TrainingModule(model, build_objective(loaded))
     freezing = assembly.build_freezing(loaded, module)
     freezing.unfreeze_all()
@@ -60,7 +61,7 @@ def show(loaded: LoadedConfiguration, processes: int, *, picture: Path | None = 
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
-    memory = list(_memory(loaded, module, optimizer))
+    memory = list(_memory(loaded, module, optimizer, processes))
     curve = _curve(loaded, optimizer, data)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
@@ -139,18 +140,10 @@ def _slots(loaded: LoadedConfiguration, processes: int) -> Iterator[tuple[str, s
     yield "microbatches", f"{rounds} per step on each of {processes} process{'es' * (processes > 1)}"
 
 
-def _memory(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str]]:
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    parameter_bytes = sum(p.nbytes for p in module.parameters())
-    gradient_bytes = sum(p.nbytes for p in trainable)
-    buffer_bytes = sum(b.nbytes for b in module.buffers())
-    yield (
-        "state",
-        (
-            f"{_bytes(parameter_bytes)} parameters, {_bytes(gradient_bytes)} gradients, {_bytes(buffer_bytes)} buffers, "
-            f"{_optimizer_bytes(optimizer)} optimizer, on each process"
-        ),
-    )
+def _memory(
+    loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer, processes: int
+) -> Iterator[tuple[str, str]]:
+    yield "state", str(state_bytes(loaded.values.strategy, module, optimizer, processes))
     metrics = MetricSet(assembly.build_metrics(loaded), _CPU)
     if metrics:
         growing = ", ".join(
@@ -158,23 +151,7 @@ def _memory(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer
             for name, argument in metrics.growing.items()
         )
         grows = f"; grows with the data: {growing}" if growing else ""
-        yield "metric state", f"{_bytes(metrics.state_bytes)}{grows}"
-
-
-def _optimizer_bytes(optimizer: Optimizer) -> str:
-    """Measure the state after one step of zero gradients; the model is not used afterwards."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        begin_training(optimizer)
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    except Exception:  # an optimizer of the user's may want a closure
-        return "unknown"
-    states = [state for member in members(optimizer) for state in member.state.values()]
-    tensors = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
-    optimizer.zero_grad(set_to_none=True)
-    return _bytes(sum(t.nbytes for t in tensors))
+        yield "metric state", f"{in_units(metrics.state_bytes)}{grows}"
 
 
 def _curve(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData) -> Curve | None:
@@ -297,11 +274,3 @@ def _promises(loaded: LoadedConfiguration, module: TrainingModule) -> Iterator[s
         yield "determinism fast (this machine's default or the YAML): a resumed run is equal to rounding, not bit for bit"
     if not found and not names:
         yield "nothing else depends on K, the world size or the kind of device, beyond rounding"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -91,6 +91,7 @@ LAYERS = [
         "strategies.zero_state",
         "strategies.zero",
         "strategies.blocks",
+        "strategies.memory",
         "strategies.sharded_tensors",
         "strategies.fully_sharded",
         "strategies.factory",

@@ -13,6 +13,7 @@ from runtime.config.types import (
     Interval,
     Section,
     Shorthand,
+    free,
     refuse,
 )
 
@@ -58,6 +59,8 @@ class Model(ComponentSection):
     """Frozen parameters that are trained from later epochs on."""
     frozen_mode: Literal["eval", "train"] = "eval"
     """Mode of modules all of whose parameters are frozen; ``eval``: BatchNorm statistics stand still, dropout is off."""
+    checkpoint_activations: list[str] = free([])
+    """Classes of the blocks that keep only their inputs for the backward pass, and run forward again in it."""
 
     @model_validator(mode="after")
     def _freezes(self) -> Self:

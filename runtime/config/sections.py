@@ -69,6 +69,8 @@ class Limit(Section):
 class Compile(Section):
     """torch.compile of the model. Off unless this section is there; ``compile: true`` takes the defaults."""
 
+    blocks: list[str] = []
+    """Classes of the blocks that are compiled one by one; equal ones share their code. Default: the model as a whole."""
     backend: str = "inductor"
     """Compiler backend."""
     mode: str | None = None
@@ -456,6 +458,11 @@ class RunConfiguration(Section):
                 self.batch.micro_size == "auto",
                 "batch.micro_size",
                 f"auto tries sizes on each rank by itself, which kind: {kind} cannot; give a number",
+            ),
+            (
+                self.compile is not None and not self.compile.blocks,
+                "compile.blocks",
+                f"with strategy.kind: {kind} blocks are compiled one by one: name their classes",
             ),
             (self.batch_norm == "sync", "batch_norm", f"sync goes with strategy.kind: ddp, not with {kind}"),
             (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +15,7 @@ from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Sharing
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective
+from runtime.strategies.memory import StateBytes
 
 
 def start_facts(
@@ -27,11 +29,13 @@ def start_facts(
     steps_per_epoch: int | None,
     step: int,
     total_steps: int | None,
+    memory: StateBytes,
 ) -> dict[str, Any]:
     """Return the facts of one start: texts for people, numbers for the record.
 
     Args:
         parameters: how many elements are trained, and how many are frozen.
+        memory: what each process holds, by the formula.
         step: steps that the run has behind it.
     """
     global_size = loaded.values.batch.global_size
@@ -46,6 +50,8 @@ def start_facts(
         else f"{num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
         "batch": f"{global_size} samples in {slots} of at most {-(-global_size // sharing.slots)}",
         "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
+        "memory": str(memory),
+        "state_bytes": asdict(memory),
         "folder": str(loaded.output),
         "resumed": f"after step {step}" if step else "",
         "step": step,
@@ -64,6 +70,10 @@ def inexact_choices(loaded: LoadedConfiguration, objective: Objective) -> list[s
     found = []
     if values.strategy.ddp.communication_hook:
         found.append(f"strategy.ddp.communication_hook: gradients are sent in {values.strategy.ddp.communication_hook}")
+    mixed = values.strategy.fsdp.mixed_precision
+    if mixed is not None:
+        what = f"parameters travel in {mixed.parameters}, gradients in {mixed.gradients}"
+        found.append(f"strategy.fsdp.mixed_precision: {what}")
     if values.batch_norm == "sync":
         found.append("batch_norm: sync normalises over the slots that run at one time, which depends on the world size")
     if objective.couples_samples:

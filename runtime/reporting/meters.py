@@ -7,7 +7,9 @@ seen from the time that each rank spends by itself, reading data and running for
 from __future__ import annotations
 
 import json
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -127,8 +129,9 @@ class TrainingMeter:
         # Of an objective with several sums, each is a part of its own as well.
         sums = {name: float(total) for name in self._held if (total := self._sum(name)).ndim == 0}
         alone = {phase: self._times.seconds.get(phase, 0.0) for phase in _ALONE}
-        told = [json.loads(reply) for reply in gather_bytes(json.dumps([sums, alone]).encode(), self._device)]
-        summed = sum_in_order([sums for sums, _ in told])
+        payload = json.dumps([sums, alone, peak_memory_bytes(self._device)]).encode()
+        told = [json.loads(reply) for reply in gather_bytes(payload, self._device)]
+        summed = sum_in_order([sums for sums, _, _ in told])
         self.seconds = seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
         report |= self._objective.means(summed, self._weight)
@@ -137,9 +140,8 @@ class TrainingMeter:
         report["samples_per_second"] = self._samples / seconds
         if self._objective.unit == "tokens" and isinstance(self._weight, float):
             report["tokens_per_second"] = self._weight / seconds
-        report |= _shares([alone for _, alone in told], seconds)
-        if self._device.type == "cuda":
-            report["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
+        report |= _shares([alone for _, alone, _ in told], seconds)
+        report["peak_memory_bytes"] = max(peak for _, _, peak in told)
         report |= self._metrics.compute()
         self._metrics.reset()
         self._reset()
@@ -162,6 +164,14 @@ class TrainingMeter:
         self._samples = 0
         self._times.seconds.clear()
         self._since = time.monotonic()
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """Return the most that torch has held on a GPU; on a CPU the most that the process has held, Python included."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _shares(alone: list[dict[str, float]], seconds: float) -> dict[str, Result]:

@@ -53,6 +53,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
     """
 
     sharded = True
+    writes_together = True
     forwards_together = True
     skipping_devices = ()  # whether a gradient is finite is known after a reduction of the shards' norms
 
@@ -75,10 +76,14 @@ class FullyShardedStrategy(AcceleratedStrategy):
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             timeout = timedelta(seconds=timeout_seconds)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        self._mesh = self._make_mesh()
         self._silent = False
         self._fused: list[dict[str, Any]] = []
         self._watched: set[nn.Module] = set()
+        try:
+            self._mesh = self._make_mesh()
+        except ConfigurationError:
+            self.close()  # the next run in this process may be of another world
+            raise
 
     def place(self, module: TrainingModule) -> TrainingModule:
         """Leave a module on the CPU: its blocks are moved one at a time, and each rank keeps its part."""
