@@ -101,7 +101,7 @@ class Run:
             device=strategy.device,
             section=self._values.checkpoint.model_copy(update={"best": self._values.best}),
             warn=self._warn,
-            writers=strategy.world_size if strategy.sharded else 1,
+            writers=strategy.world_size if strategy.writes_together else 1,
             timeout_seconds=self._values.limit.stall_seconds,
         )
 
@@ -347,7 +347,8 @@ class Run:
         return True
 
     def _save(self, window: Window, leaving: bool) -> None:
-        self._folder.prepare_saving(self._collected)
+        if not self._folder.saving_prepared:
+            self._folder.prepare_saving(self._collecting())
         best = self._folder.is_best(self._results_of_this_step())
         if leaving or best or self._milestones.is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
@@ -361,11 +362,18 @@ class Run:
             places = self._reading.places if self._reading is not None else self._places
             self._told_places = told_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._folder.save(
-            self._collected, step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
+            self._collecting(), step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
         )
 
     def _results_of_this_step(self) -> dict[str, Result]:
         return self._results if self._evaluated_step == self._progress.step else {}
+
+    def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
+        """Return what collects the state. Where ranks hold it together and rank 0 writes it, all take part, at once."""
+        if not self._strategy.sharded or self._strategy.writes_together:
+            return self._collected
+        collected = self._collected()
+        return lambda: collected
 
     def _collected(self) -> dict[str, dict[str, Any]]:
         state = self._state.collect()

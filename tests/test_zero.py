@@ -19,6 +19,9 @@ from tests.test_resumption import observe_stopping
 
 ROOT = Path(__file__).parents[1]
 STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
+LONG = pytest.mark.long
+# The other stages have less that could go wrong here, and are left to make test-long.
+THIRD_STAGE = pytest.mark.parametrize("stage", [pytest.param(1, marks=LONG), pytest.param(2, marks=LONG), 3])
 # Float32, and sums in another order. AdamW turns a rounding error of a gradient near zero into one of the rate's size.
 TOLERANCE = 1e-4
 PERSISTENT_NONE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # so small a model would stay whole
@@ -137,7 +140,7 @@ def test_a_wrong_division_would_be_caught(
     assert relative(expected, got["norms"]) > 100 * TOLERANCE
 
 
-@STAGES
+@THIRD_STAGE
 def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
     changes = {"strategy": zero(stage), "averaging": {"decay": 0.9}, "limit": {"steps": 8}}
     pool.run(observe, 2, gpt(tmp_path / "whole", **changes))
@@ -155,7 +158,7 @@ WAYS = {
 }
 
 
-@STAGES
+@THIRD_STAGE
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_with_another_world_size_and_from_and_to_ddp(
     pool: ProcessPool, tmp_path: Path, stage: int, way: str
@@ -173,7 +176,7 @@ def test_a_run_goes_on_with_another_world_size_and_from_and_to_ddp(
 
 
 @STAGES
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=LONG)])
 def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
     pool: ProcessPool, tmp_path: Path, stage: int, precision: str
 ) -> None:
@@ -216,7 +219,7 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_where_that_is_the_policy
     assert all("NaN or infinite" in message for message in pool.run(stopped, 2, config))
 
 
-@STAGES
+@THIRD_STAGE
 def test_a_loss_that_jumps_is_left_out_and_gone_round_as_with_ddp(
     pool: ProcessPool, tmp_path: Path, stage: int
 ) -> None:
@@ -249,7 +252,7 @@ def load_model(path: Path) -> dict[str, Any]:
     return load_state(path)[0]
 
 
-@STAGES
+@THIRD_STAGE
 def test_bf16_trains_close_to_fp32_and_saves_the_float32_weights(
     pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]], stage: int
 ) -> None:
@@ -261,7 +264,7 @@ def test_bf16_trains_close_to_fp32_and_saves_the_float32_weights(
     assert any((value != value.bfloat16().float()).any() for value in model.values())
 
 
-@STAGES
+@THIRD_STAGE
 def test_the_average_and_uneven_evaluations_are_ddps(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
     """Five microbatches on two ranks, then one: where forward passes gather parameters, every rank runs as many."""
     validation = {"target": "tiny:tokens", "args": {"size": 9}}
@@ -281,6 +284,7 @@ def test_the_average_and_uneven_evaluations_are_ddps(pool: ProcessPool, tmp_path
     assert saved(tmp_path / "zero")[1]["averaging"]["count"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloading_to_the_host_changes_nothing(
     pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]], stage: int
@@ -291,6 +295,7 @@ def test_offloading_to_the_host_changes_nothing(
     assert max(differences(reference[0], tmp_path).values()) < TOLERANCE
 
 
+@pytest.mark.long
 def test_frozen_weights_stay_and_are_saved_unrounded(pool: ProcessPool, tmp_path: Path) -> None:
     model = {**gpt(tmp_path)["model"], "freeze": ["token_embedding.*"]}
     for stage in (2, 3):

@@ -30,7 +30,7 @@ def zero_problems(
 
 
 def _rules(values: RunConfiguration) -> list[tuple[object, str, str]]:
-    optimizer, model = values.optimizer, values.model
+    optimizer = values.optimizer
     name = optimizer.target
     return [
         (
@@ -53,11 +53,6 @@ def _rules(values: RunConfiguration) -> list[tuple[object, str, str]]:
             "optimizer.target",
             "DeepSpeed builds Adagrad anew with its default arguments, so groups and schedule would have no effect; take "
             f"RMSprop or AdamW, {_DDP}",
-        ),
-        (
-            model.unfreeze,
-            "model.unfreeze",
-            f"DeepSpeed cuts the trainable parameters up once, at the start; freeze alone works, {_DDP}",
         ),
         (
             values.batch.micro_size == "auto",

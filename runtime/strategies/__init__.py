@@ -76,6 +76,11 @@ class Strategy(Protocol):
         ...
 
     @property
+    def writes_together(self) -> bool:
+        """Tell whether each rank writes a part of the state, as its ``Shard``; otherwise rank 0 writes all of it."""
+        ...
+
+    @property
     def forwards_together(self) -> bool:
         """Tell whether a forward pass of one rank needs one of every other.
 

@@ -60,6 +60,7 @@ class AcceleratedStrategy:
 
     skipping_devices: tuple[str, ...] = ("cuda",)
     sharded = False
+    writes_together = False
     forwards_together = False
 
     def __init__(

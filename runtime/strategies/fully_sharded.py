@@ -53,6 +53,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
     """
 
     sharded = True
+    writes_together = True
     forwards_together = True
     skipping_devices = ()  # whether a gradient is finite is known after a reduction of the shards' norms
 

@@ -24,7 +24,7 @@ class StateBytes:
     Args:
         parameters: held between steps.
         gradients: of what is trained, reduced.
-        optimizer: state that is as large as the parameters; None where it cannot be told.
+        optimizer: state that is as large as the parameters, and weights of its own; None where it cannot be told.
         buffers: whole on every process.
         gathered: besides, for a while: the two largest blocks and their gradients, or with ``no_sync`` a whole gradient.
     """
@@ -46,6 +46,8 @@ class StateBytes:
 
 def state_bytes(section: Strategy, module: nn.Module, optimizer: Optimizer, world_size: int) -> StateBytes:
     """Return what each of so many processes holds of a module that has not been prepared."""
+    if section.kind == "zero":
+        return _of_zero(section.zero.stage, module, optimizer, world_size)
     shards = max(1, world_size // section.fsdp.replicas) if section.kind == "fsdp" else 1
 
     def held(parameter: Tensor) -> int:
@@ -71,6 +73,29 @@ def state_bytes(section: Strategy, module: nn.Module, optimizer: Optimizer, worl
         optimizer_bytes,
         sum(buffer.nbytes for buffer in module.buffers()),
         _gathered(section, module, trained) if section.kind == "fsdp" and shards > 1 else 0,
+    )
+
+
+def _of_zero(stage: int, module: nn.Module, optimizer: Optimizer, world_size: int) -> StateBytes:
+    """Return what a process holds in float32: with bf16 or fp16, half of the parameters and gradients.
+
+    Rajbhandari et al. 2020, section 3; the weights that are updated are a copy of their own in every stage.
+    """
+    parts = {key: world_size if stage >= least else 1 for key, least in (("gradients", 2), ("parameters", 3))}
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    optimizer_bytes: int | None
+    try:
+        groups = [(number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        state = sum(_state_per_byte(optimizer, number, p.dtype, p.ndim) * p.nbytes for number, p in groups)
+        optimizer_bytes = round(trained / world_size + state / world_size)
+    except Exception:
+        optimizer_bytes = None
+    return StateBytes(
+        sum(parameter.nbytes for parameter in module.parameters()) // parts["parameters"],
+        trained // parts["gradients"],
+        optimizer_bytes,
+        sum(buffer.nbytes for buffer in module.buffers()),
+        0,
     )
 
 

@@ -91,6 +91,11 @@ class ZeroStrategy:
         return True
 
     @property
+    def writes_together(self) -> bool:
+        """Tell that rank 0 writes what was gathered, as it would with DDP."""
+        return False
+
+    @property
     def forwards_together(self) -> bool:
         """Tell whether a forward pass gathers parameters: in stage 3, where the module is trained."""
         return self._stage == 3 and self._engine is not None
