@@ -11,18 +11,23 @@ from pathlib import Path
 from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
 from runtime.errors import ConfigurationError, LockstepError, Problem
 from runtime.processes.meeting import Place
-from runtime.submission.queue import add_jobs
-from runtime.submission.schedulers import add_submit
 
 _STOPPED = (
     "exit code: 0 done; 75 stopped, with nothing written (the same command begins anew); 2 configuration; 1 failure"
 )
 
 
+_ON_A_CLUSTER = {
+    "submit": "hand a run to a cluster's scheduler",
+    "jobs": "list one's runs in Slurm's queue",
+    "stop": "let a run save and leave",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
-    parser = _parser()
-    options = parsed(parser, arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parsed(_parser(given[0] if given else ""), given)
     try:
         code: int = options.run(options)
     except LockstepError as error:
@@ -31,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser of all commands; those of a cluster are only named unless one of them is given."""
     parser = argparse.ArgumentParser(
         prog="lockstep", description="Train what one YAML file describes, on any number of processes."
     )
@@ -73,8 +79,15 @@ def _parser() -> argparse.ArgumentParser:
         _add_processes(inference)
         inference.set_defaults(run=_infer, act=act)
 
-    add_submit(commands)
-    add_jobs(commands)
+    if command in _ON_A_CLUSTER:
+        from runtime.submission.queue import add_jobs
+        from runtime.submission.schedulers import add_submit
+
+        add_submit(commands)
+        add_jobs(commands)
+    else:
+        for name, summary in _ON_A_CLUSTER.items():
+            commands.add_parser(name, help=summary)
 
     checkpoints = commands.add_parser(
         "checkpoints",

@@ -642,13 +642,13 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_kept(config: Path, told: 
     run = config.parent / "run"
     shutil.copytree(two_steps, run)
     path = run / "checkpoints" / "step-00000002" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
     state = path.with_name("state.json")
-    state.write_text(json.dumps({**json.loads(state.read_text()), "version": 2}))
+    state.write_text(json.dumps({**json.loads(state.read_text()), "version": 3}))
     before = contents(run / "checkpoints")
     message = told(entry.main, config, code=1)
     assert "step-00000002" in message
-    assert "format 2" in message
+    assert "format 3" in message
     assert contents(run / "checkpoints") == before
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.errors import ConfigurationError, ObjectiveError
-from runtime.strategies.accelerated import _moved
+from runtime.strategies.accelerated import moved as moved_to
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.test_accumulation import TOLERANCE, batches_of, initial, plain_update, relative_difference
@@ -144,7 +144,7 @@ def test_pairs_are_ranked_from_the_yaml_alone(pool: ProcessPool, tmp_path: Path,
 @pytest.mark.single
 def test_nested_tensors_move_as_they_are() -> None:
     batch = {"a": [torch.ones(2), {"b": (torch.zeros(1), "text", 3)}], "c": None}
-    moved = _moved(batch, torch.device("meta"))
+    moved = moved_to(batch, torch.device("meta"))
     assert moved["a"][0].device.type == moved["a"][1]["b"][0].device.type == "meta"
     assert moved["a"][1]["b"][1:] == ("text", 3)
     assert moved["c"] is None

@@ -362,7 +362,7 @@ def test_big_checkpoints_are_verified_behind_a_bar_on_a_terminal_only(
 
 
 def test_help_of_the_command_comes_without_torch() -> None:
-    for command in ("checkpoints", "export"):
+    for command in ("checkpoints", "export", "train", "show"):
         code = (
             f"import sys, runtime.cli\ntry: runtime.cli.main([{command!r}, '--help'])\n"
             "except SystemExit: sys.exit(any(name in sys.modules for name in ('torch', 'rich', 'pydantic')))"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +58,13 @@ def state_bytes(section: Strategy, module: nn.Module, optimizer: Optimizer, worl
     parameters = list(module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer_bytes: int | None
+    per_byte_of = cache(_state_per_byte)
     try:
         total = 0.0
         for member in members(optimizer):
             for number, group in enumerate(member.param_groups):
                 for parameter in group["params"]:
-                    per_byte = _state_per_byte(member, number, parameter.dtype, parameter.ndim)
+                    per_byte = per_byte_of(member, number, parameter.dtype, parameter.ndim)
                     total += per_byte * held(parameter)
         optimizer_bytes = round(total)
     except Exception:  # an optimizer of the user's may want a closure, or more than one matrix
@@ -84,9 +86,10 @@ def _of_zero(stage: int, module: nn.Module, optimizer: Optimizer, world_size: in
     parts = {key: world_size if stage >= least else 1 for key, least in (("gradients", 2), ("parameters", 3))}
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     optimizer_bytes: int | None
+    per_byte_of = cache(_state_per_byte)
     try:
         groups = [(number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        state = sum(_state_per_byte(optimizer, number, p.dtype, p.ndim) * p.nbytes for number, p in groups)
+        state = sum(per_byte_of(optimizer, number, p.dtype, p.ndim) * p.nbytes for number, p in groups)
         optimizer_bytes = round(trained / world_size + state / world_size)
     except Exception:
         optimizer_bytes = None

@@ -18,7 +18,7 @@ from tests.chaos.setting import STEPS, TOLERANCE, BrokenPromiseError
 
 CHECKPOINT = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
 ASIDE = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")
-_TIMINGS = ("time", "samples_per_second", "data_share", "slowest_rank", "slowest_rank_excess")
+_TIMINGS = ("time", "samples_per_second", "data_share", "slowest_rank", "slowest_rank_excess", "peak_memory_bytes")
 
 
 def is_whole(path: Path) -> bool:
