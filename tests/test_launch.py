@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,37 @@ def test_accelerate_launch_with_two_processes_trains_one_model(tmp_path: Path) -
     first, *_ = records(tmp_path)
     assert (first["event"], first["world_size"], first["slots"]) == ("start", 2, 4)
     assert [r["step"] for r in records(tmp_path) if r["event"] == "train"] == [1, 2, 3]
+
+
+@pytest.mark.long
+def test_torchrun_on_two_machines_trains_what_two_processes_of_one_do(tmp_path: Path) -> None:
+    """Two agents that know each other by address and port only, here both on the loopback."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    one = run([sys.executable, "-m", "runtime.cli", "train", str(written(here)), "--processes", "2"])
+    assert one.returncode == 0, one.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    train = [str(ROOT / "runtime" / "train.py"), str(written(there))]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *place, "--node_rank", rank, *train],
+            env=clean_environment(ACCELERATE_USE_CPU="true"),
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+        )
+        for rank in ("0", "1")
+    ]
+    told = [agent.communicate(timeout=120)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told
+    first, *_ = records(there)
+    assert (first["event"], first["world_size"]) == ("start", 2)
+    losses = [[r["loss"] for r in records(folder) if r["event"] == "train"] for folder in (here, there)]
+    assert losses[0] == losses[1] and losses[0]
 
 
 def test_lockstep_train_prints_a_line_that_works_and_names_the_outcome(tmp_path: Path) -> None:
