@@ -45,6 +45,7 @@ def test_hooks_registered_later_are_called() -> None:
     assert called == [1]
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 def test_a_profiler_sees_the_step() -> None:
     _, optimizer = made()
     step = bare_step(optimizer)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.strategies.accelerated import AcceleratedStrategy
 from runtime.training.verdicts import Verdicts
@@ -55,7 +56,11 @@ def test_the_state_is_bit_for_bit_what_the_host_would_have_left(
     changes = {"optimizer": optimizer, "objective": objective, "schedule": SCHEDULE, **RARELY}
     by_host = observe(run(tmp_path / "host", divergence={"non_finite": "skip"}, **changes))
     by_device, times = late(observe, run(tmp_path / "device", divergence={"non_finite": "skip"}, **changes))
-    assert times >= 3
+    kind: Any = getattr(torch.optim, optimizer["target"])
+    if getattr(
+        kind([torch.zeros(1)], fused=True), "_step_supports_amp_scaling", False
+    ):  # torch 2.11's Adagrad does not
+        assert times >= 3
     assert_bitwise_equal(by_host, by_device)
     states = [state(tmp_path / name, "step-00000006") for name in ("host", "device")]
     assert tensors(states[0]) == tensors(states[1])
