@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -82,8 +85,19 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(own: Callable[[int], Any] | None, worker: int) -> None:
-    """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent."""
+    """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent.
+
+    Torch's own watch begins behind this, so it would take whoever adopts the worker of a dead process for its parent.
+    """
+    threading.Thread(target=_end_with_parent, name="lockstep-orphan", daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if own is not None:
         own(worker)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
