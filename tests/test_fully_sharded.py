@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -473,7 +474,7 @@ def test_a_killed_run_goes_on_from_its_shards_bit_for_bit(tmp_path: Path) -> Non
     def command(name: str) -> list[str]:
         config = full(tmp_path / name, limit={"steps": 60}, checkpoint={"every": "3 steps"})
         (tmp_path / f"{name}.yaml").write_text(json.dumps(config))
-        return ["lockstep", "train", str(tmp_path / f"{name}.yaml"), "--processes", "2"]
+        return [sys.executable, "-m", "runtime.cli", "train", str(tmp_path / f"{name}.yaml"), "--processes", "2"]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
     killed = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
