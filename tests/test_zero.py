@@ -394,3 +394,13 @@ def test_metrics_are_reported_as_with_ddp(
     start, *_ = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected, *_ = [json.loads(line) for line in (reference[0] / "metrics.jsonl").read_text().splitlines()]
     assert start["model"] == expected["model"] == "6,960 parameters"
+
+
+def linear_after(config: dict[str, Any]) -> bool:
+    before = torch.nn.functional.linear
+    observe(config)
+    return torch.nn.functional.linear is before
+
+
+def test_what_stage_3_puts_in_place_of_torchs_ends_with_the_run(pool: ProcessPool, tmp_path: Path) -> None:
+    assert pool.run(linear_after, 2, gpt(tmp_path, strategy=zero(3), limit={"steps": 1})) == [True, True]

@@ -123,6 +123,7 @@ class ZeroStrategy:
             self._run_under_autocast(module)
         zero = self._json["zero_optimization"]
         zero.setdefault("reduce_bucket_size", min(_DEFAULT_BUCKET, sum(p.numel() for p in self._parameters)))
+        self._linear = torch.nn.functional.linear  # stage 3 puts its own in place, for all later runs of this process
         with environment(on_cpu=self.device.type == "cpu"):
             self._engine, _ = self._accelerator.prepare(module, optimizer)
         self._sharded = ShardedState(self._engine, groups, keys, self._stage)
@@ -291,6 +292,7 @@ class ZeroStrategy:
         """Leave the process group, if this strategy made it; DeepSpeed forgets all that it keeps for the whole process."""
         if self._engine is not None:
             self._engine.destroy()
+            torch.nn.functional.linear = self._linear
         self._engine = self._sharded = None
         self._parameters = []
         if self._owns_group and dist.is_initialized():
