@@ -19,12 +19,12 @@ pytestmark = pytest.mark.single
 GOLDEN = Path(__file__).parent / "golden"
 CPU = JobSpec(
     script=Path("/opt/lockstep/runtime/train.py"),
-    config=Path("/work/runs/digits/jobs/20261122-120000/digits.yaml"),
-    overrides=["limit.epochs=3", 'code="/work/runs/digits/jobs/20261122-120000/code"'],
+    config=Path("/shared/runs/digits/jobs/20261122-120000/digits.yaml"),
+    overrides=["limit.epochs=3", 'code="/shared/runs/digits/jobs/20261122-120000/code"'],
     nodes=2,
     name="digits",
-    run_folder=Path("/work/runs/digits"),
-    working_folder=Path("/work"),
+    run_folder=Path("/shared/runs/digits"),
+    working_folder=Path("/shared"),
     time_limit_seconds=600,
 )
 GPU = replace(
@@ -55,7 +55,7 @@ HOSTILE = 'it\'s $(touch pwned) `touch pwned` "x" %j; touch pwned # \\ @{command
         ("slurm-cpu.sh", script(CPU, SlurmOptions(), python="/opt/venv/bin/python", secrets_file=None)),
         (
             "slurm-gpu.sh",
-            script(GPU, ON_GPUS, python="/opt/venv/bin/python", secrets_file=Path("/work/runs/s/secrets")),
+            script(GPU, ON_GPUS, python="/opt/venv/bin/python", secrets_file=Path("/shared/runs/s/secrets")),
         ),
         (
             "slurm-container.sh",

@@ -1,10 +1,10 @@
 #!/bin/bash
 # A training run on 4 node(s), 32 process(es). Made by `lockstep submit slurm`; `sbatch` of this file submits it again.
 #SBATCH --job-name=digits
-#SBATCH --comment=lockstep:/work/runs/digits
+#SBATCH --comment=lockstep:/shared/runs/digits
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
-#SBATCH --output=/work/runs/digits/logs/slurm-%j.log
+#SBATCH --output=/shared/runs/digits/logs/slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@150
@@ -22,12 +22,12 @@
 set -uo pipefail
 
 python=/opt/venv/bin/python
-run=/work/runs/digits
+run=/shared/runs/digits
 logs="$run/logs/slurm-$SLURM_JOB_ID"
-secrets=/work/runs/s/secrets
+secrets=/shared/runs/s/secrets
 restart=${SLURM_RESTART_COUNT:-0}
 ranks="$logs/restart-$restart"
-cd -- /work && mkdir -p -- "$ranks" || exit 1
+cd -- /shared && mkdir -p -- "$ranks" || exit 1
 if [ "$restart" -gt 3 ]; then # Slurm requeues by itself when a node is lost
   echo "lockstep: the job was started again $restart times, more than --max-requeues 3; it ends here"
   exit 1
@@ -72,7 +72,7 @@ trap 'echo "lockstep: the job is being ended or preempted"' TERM
 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --kill-on-bad-exit=0 --wait=70 \
   --output="${ranks//%/%%}/rank-%t.log" \
   bash -c 'trap "" USR1; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
-  /opt/venv/bin/python /opt/lockstep/runtime/train.py /work/runs/digits/jobs/20261122-120000/digits.yaml limit.epochs=3 'code="/work/runs/digits/jobs/20261122-120000/code"' 2> >(tee -a -- "$ranks/srun.log" >&2) &
+  /opt/venv/bin/python /opt/lockstep/runtime/train.py /shared/runs/digits/jobs/20261122-120000/digits.yaml limit.epochs=3 'code="/shared/runs/digits/jobs/20261122-120000/code"' 2> >(tee -a -- "$ranks/srun.log" >&2) &
 step=$!
 touch -- "$ranks/rank-0.log"
 tail --pid=$$ --lines=+1 --follow=name -- "$ranks/rank-0.log" 2>/dev/null &
