@@ -24,8 +24,6 @@ from runtime.inference.predictions_file import CsvFile, JsonLinesFile, ParquetFi
 from runtime.losses.by_name import NextTokenLoss, torch_loss
 from runtime.objective import Objective
 
-pytestmark = pytest.mark.single
-
 LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 3.0]], dtype=torch.float64)
 
 

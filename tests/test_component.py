@@ -17,8 +17,6 @@ from runtime.config import component
 from runtime.config.component import ComponentError, add_code_folder, build, check, check_arguments, locate
 from runtime.errors import DataError
 
-pytestmark = pytest.mark.single
-
 Write = Callable[..., Path]
 
 

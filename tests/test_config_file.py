@@ -16,8 +16,6 @@ import yaml
 from runtime.config.file import LoadedConfiguration, exact_keys, json_schema, load
 from runtime.errors import ConfigurationError
 
-pytestmark = pytest.mark.single
-
 REPOSITORY = Path(__file__).parents[1]
 GOOD = """\
 model: zoo:Net

@@ -26,8 +26,6 @@ from runtime.data_sources.source_code import END_OF_DOCUMENT, VOCAB_SIZE
 from runtime.data_sources.token_chunks import IGNORED
 from runtime.errors import DataError, MissingDependencyError
 
-pytestmark = pytest.mark.single
-
 CONTEXT_LENGTH = 8
 
 

@@ -15,8 +15,6 @@ from runtime.entry import parsed
 from runtime.processes import node
 from tests.test_kubernetes import tool
 
-pytestmark = pytest.mark.single
-
 ROOT = Path(__file__).parent.parent
 DOCKERFILES = [ROOT / "docker" / name for name in ("Dockerfile", "Dockerfile.cpu")]
 

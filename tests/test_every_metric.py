@@ -15,8 +15,6 @@ from runtime.evaluation.metrics import MetricSet
 from runtime.losses.assembly import build_objective
 from tests.measured_metrics import CPU, data, load_task
 
-pytestmark = pytest.mark.single
-
 SIZE = 101
 GIVEN = {
     "num_classes": 5,

@@ -30,8 +30,6 @@ from tests.project import tiny
 from tests.test_checkpoint import folder, save
 from tests.test_inspection import on_disk, rolled_back, spoil
 
-pytestmark = pytest.mark.single
-
 SUFFIXES = pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,

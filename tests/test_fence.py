@@ -22,8 +22,6 @@ from runtime import environment
 from runtime.checkpoints.fence import Fence
 from runtime.errors import RunFolderError
 
-pytestmark = pytest.mark.single
-
 ROOT = Path(__file__).parent.parent
 SHORT = 0.6  # seconds until a lock that stands still is taken over; the counter moves every tenth of a second
 LONG = 600.0  # nobody waits for so long: what takes over does so at once

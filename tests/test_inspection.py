@@ -28,8 +28,6 @@ from runtime.errors import CheckpointError, RunFolderError
 from tests.observed import configuration, observe
 from tests.test_checkpoint import folder, save, snapshot
 
-pytestmark = pytest.mark.single
-
 
 def rolled_back(path: Path, *, attempt: int = 1, to: int) -> None:
     Attempts(path).record(Rollback(attempt, to, to + 1, "the loss jumped", (), 1.0))

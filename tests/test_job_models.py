@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from runtime.model_zoo import EncoderClassifier, MatrixFactorization, NGramClassifier, TabularMLP
 
-pytestmark = pytest.mark.single
-
 
 def test_matrix_factorization_is_a_product_of_matrices() -> None:
     model = MatrixFactorization(4, 5, 3)

@@ -28,8 +28,6 @@ from runtime.entry import parsed
 from runtime.errors import ConfigurationError, LockstepError
 from runtime.processes import node
 
-pytestmark = pytest.mark.single
-
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 VERSIONS = sorted({major_minor(version) for version in all_versions()}, key=lambda text: int(text.split(".")[1]))[-5:]

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.single
-
 ROOT = Path(__file__).parent.parent
 # A module imports only from layers below its own; within a layer, only from those before it in the line.
 LAYERS = [

@@ -15,8 +15,6 @@ from runtime.processes.meeting import Place, meet
 from tests.chaos.processes import free_port
 from tests.test_launch import written
 
-pytestmark = pytest.mark.single
-
 
 def met(*places: Place, patience_seconds: float = 20.0) -> list[str]:
     """Let machines meet, each in a thread; return their tokens, or what they say instead."""

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from runtime.model_zoo import GPT, MLP, ConvNet
 from runtime.model_zoo.gpt import Attention, FeedForward
 
-pytestmark = pytest.mark.single
-
 
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())

@@ -16,8 +16,6 @@ from runtime.errors import DataError
 from runtime.files import existing
 from tests.reading import equal, read_steps
 
-pytestmark = pytest.mark.single
-
 RATIOS = {"validation": 0.2, "test": 0.1}
 SIZES = [1, 2, 3, 9, 10, 25, 40]  # choices of each user, among 60 items
 

@@ -24,8 +24,6 @@ from runtime.data_sources.token_chunks import IGNORED
 from runtime.errors import DataError
 from tests.reading import equal, read_steps
 
-pytestmark = pytest.mark.single
-
 GENERATOR = np.random.default_rng(5)
 FEATURES = GENERATOR.normal(3, 2, (23, 4))
 LABELS = GENERATOR.integers(0, 3, 23)

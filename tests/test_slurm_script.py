@@ -14,8 +14,6 @@ from launch.job import JobSpec
 from launch.slurm import SlurmOptions, script, secrets_text, warning_seconds
 from runtime.errors import ConfigurationError
 
-pytestmark = pytest.mark.single
-
 GOLDEN = Path(__file__).parent / "golden"
 CPU = JobSpec(
     script=Path("/opt/lockstep/runtime/train.py"),

@@ -24,8 +24,6 @@ import pytest
 from runtime.processes import stopping
 from runtime.processes.stopping import StopWish
 
-pytestmark = pytest.mark.single
-
 ROOT = Path(__file__).parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PRELUDE = '''

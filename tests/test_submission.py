@@ -23,8 +23,6 @@ from runtime.submission.requeueing import main as judge_job
 from runtime.submission.snapshot import code_files, revision, snapshot
 from tests.observed import configuration
 
-pytestmark = pytest.mark.single
-
 FINISHED = {"outcome": "finished", "exit_code": 0}
 SAVED = {"outcome": "stopped", "exit_code": 75, "reason": "SIGTERM"}
 BY_FILE = {"outcome": "stopped", "exit_code": 75, "reason": "the file STOP"}

@@ -10,8 +10,6 @@ import pytest
 from runtime.cli import main
 from tests.test_kubernetes import ROOT, container, documents
 
-pytestmark = pytest.mark.single
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

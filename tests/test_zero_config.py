@@ -15,8 +15,6 @@ from runtime.config.file import LoadedConfiguration, load
 from runtime.config.zero_json import generate
 from runtime.errors import ConfigurationError, MissingDependencyError
 
-pytestmark = pytest.mark.single
-
 LINES = """\
 model: {target: "zoo:Net"}
 data: {train: "zoo:points"}
