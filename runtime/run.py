@@ -25,7 +25,7 @@ from runtime.evaluation.metrics import MetricSet, Result
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training, evaluated_weights
 from runtime.preparation import Prepared, build_averaged_evaluation, build_evaluator, build_trackers, prepare
-from runtime.processes.control import Agreement, sum_over_ranks
+from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
 from runtime.processes.watch import Position
@@ -209,7 +209,7 @@ class Run:
             num_workers=loader.num_workers,
             weigh=None if objective.counts_samples else objective.checked_weight,
             num_weights=objective.num_weights,
-            sum_over_ranks=self._sum_weights,
+            begin_sum=self._begin_sum,
         )
         return self._data.read(
             how,
@@ -232,11 +232,16 @@ class Run:
                 self._reporter.message(f"epoch {window.cursor.epoch + 1}: {trainable:,} parameters are trained")
             yield window
 
-    def _sum_weights(self, weights: Tensor) -> Tensor:
-        self._times.enter("weigh", self._progress.step + 1)  # here the ranks wait for the slowest reader
-        total = sum_over_ranks(weights, self._strategy.device)
-        self._times.enter("data", self._progress.step + 1)
-        return total
+    def _begin_sum(self, weights: Tensor) -> Callable[[], Tensor]:
+        finish = begin_sum_over_ranks(weights, self._strategy.device)
+
+        def waited() -> Tensor:
+            self._times.enter("weigh", self._progress.step + 1)  # here the ranks wait for the slowest reader
+            total = finish()
+            self._times.enter("data", self._progress.step + 1)
+            return total
+
+        return waited
 
     def _parts(self, module: TrainingModule) -> Parts:
         strategy = self._strategy

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -236,7 +237,7 @@ def test_global_weights_are_the_same_number_for_any_sharing_out(ahead: int) -> N
                     windows,
                     weigh=lambda ids, samples: float(weight_of[ids].sum()),
                     slots=4,
-                    sum_over_ranks=lambda block, blocks=blocks: blocks.append(block.clone()) or block,
+                    begin_sum=lambda block, blocks=blocks: blocks.append(block.clone()) or (lambda: block),
                     ahead=ahead,
                 )
             )
@@ -247,12 +248,36 @@ def test_global_weights_are_the_same_number_for_any_sharing_out(ahead: int) -> N
     assert sum(w for block in weights(1) for w in block) == pytest.approx(float(weight_of.sum()))
 
 
+def test_weights_are_on_their_way_before_the_step_that_needs_them() -> None:
+    events: list[str] = []
+
+    def begin_sum(weights: torch.Tensor) -> Callable[[], torch.Tensor]:
+        events.append("begun")
+        return lambda: events.append("read") or weights  # type: ignore[func-returns-value]
+
+    windows = windows_of(Samples(Ids(20), seed=0), slots=1, world_size=1, rank=0, batch_size=2)
+    weighed = with_weights(windows, weigh=lambda ids, samples: 1.0, slots=1, begin_sum=begin_sum, ahead=4)
+    for _ in weighed:
+        events.append("step")  # noqa: PERF401 - the generator writes to the same list
+    assert events == [
+        *("begun", "read", "step", "step"),
+        *("begun", "step", "step", "read", "step", "step"),
+        *("begun", "step", "step", "read", "step"),  # the last block has two steps
+        "step",
+    ]
+
+
 def test_several_weights_are_summed_each_and_nothing_at_all_is_zero() -> None:
     windows = windows_of(Samples(Ids(20), seed=0), slots=3, world_size=1, rank=0, batch_size=8)
-    even = lambda ids, samples: (float(samples), float((ids % 2 == 0).sum()) if len(totals) < 1 else 0.0)  # noqa: E731
+    weighed = itertools.count()
+
+    def weigh(ids: torch.Tensor, samples: int) -> tuple[float, float]:
+        of_first_step = next(weighed) < 3
+        return float(samples), float((ids % 2 == 0).sum()) if of_first_step else 0.0
+
     totals: list[Any] = []
     for window in with_weights(
-        windows, weigh=even, num_weights=2, slots=3, sum_over_ranks=lambda block: block, ahead=1
+        windows, weigh=weigh, num_weights=2, slots=3, begin_sum=lambda block: lambda: block, ahead=1
     ):
         ids = torch.cat([microbatch.batch for microbatch in window.microbatches])
         totals.append((window.weight, float(len(ids)), float((ids % 2 == 0).sum())))
@@ -260,7 +285,7 @@ def test_several_weights_are_summed_each_and_nothing_at_all_is_zero() -> None:
     assert totals[1][0] == (8.0, 0.0)
     windows = windows_of(Samples(Ids(8), seed=0), slots=3, world_size=1, rank=0, batch_size=8)
     nothing = with_weights(
-        windows, weigh=lambda ids, samples: (0.0, 0.0), num_weights=2, slots=3, sum_over_ranks=lambda block: block
+        windows, weigh=lambda ids, samples: (0.0, 0.0), num_weights=2, slots=3, begin_sum=lambda block: lambda: block
     )
     assert next(nothing).weight == 0.0
 

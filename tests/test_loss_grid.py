@@ -115,7 +115,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from runtime.data.training_data import How, MappedData
     from runtime.losses.assembly import build_objective
     from runtime.objective import TrainingModule
-    from runtime.processes.control import sum_over_ranks
+    from runtime.processes.control import begin_sum_over_ranks
     from runtime.strategies.accelerated import AcceleratedStrategy
 
     def new_strategy() -> AcceleratedStrategy:
@@ -135,7 +135,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             num_workers=0,
             weigh=None if module.objective.counts_samples else module.objective.checked_weight,
             num_weights=module.objective.num_weights,
-            sum_over_ranks=lambda weights: sum_over_ranks(weights, group.device),
+            begin_sum=lambda weights: begin_sum_over_ranks(weights, group.device),
         )
         data = MappedData(samples, sources.build_order(loaded, samples.source))
         stop = lambda cursor, steps: steps >= 3  # noqa: E731

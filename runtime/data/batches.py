@@ -20,6 +20,9 @@ from runtime.data.samples import Samples, SlotIndex
 Weigh = Callable[[Any, int], float | tuple[float, ...]]
 """Returns the weight of a batch of so many samples, or several weights."""
 
+BeginSum = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
+"""Begins to sum a CPU tensor over all ranks; what it returns waits for the sum. Collective."""
+
 
 class Cursor(NamedTuple):
     """The next global batch to be consumed."""
@@ -155,27 +158,40 @@ def with_weights(
     weigh: Weigh,
     num_weights: int | None = None,
     slots: int,
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    begin_sum: BeginSum,
     ahead: int = 8,
 ) -> Iterator[Window]:
     """Replace each window's global weight, the number of samples, before its first forward pass.
 
-    Collective: every rank must iterate, at the same pace.
+    The weights of a block of steps travel in one reduction, which is begun half a block before they are needed, so that no rank
+    waits for it. Collective: every rank must iterate, at the same pace.
 
     Args:
         weigh: weight of one batch of so many samples.
         num_weights: how many weights a batch has; None: one, as a number.
-        sum_over_ranks: sums a float64 tensor over the ranks.
-        ahead: steps whose weights travel in one reduction; as many windows are held in memory.
+        begin_sum: begins to sum a float64 tensor over the ranks.
+        ahead: steps of a block; one and a half times as many windows are held in memory.
     """
-    while block := [window for _, window in zip(range(ahead), windows, strict=False)]:
+
+    def next_block() -> tuple[list[Window], Callable[[], torch.Tensor]] | None:
+        block = [window for _, window in zip(range(ahead), windows, strict=False)]
+        if not block:
+            return None
         # One row a step, one column a slot: summed in slot order, the weight is the same number for any sharing-out.
         weights = torch.zeros(len(block), slots, num_weights or 1, dtype=torch.float64)
         for row, window in enumerate(block):
             for microbatch in window.microbatches:
                 if not microbatch.filler:
                     note_weight(weights[row, microbatch.slot], weigh(microbatch.batch, microbatch.samples))
-        for window, total in zip(block, sum_over_ranks(weights).sum(dim=1).tolist(), strict=True):
+        return block, begin_sum(weights)
+
+    following = next_block()
+    while following is not None:
+        block, finish_sum = following
+        following = None
+        for place, (window, total) in enumerate(zip(block, finish_sum().sum(dim=1).tolist(), strict=True)):
+            if place == len(block) // 2:
+                following = next_block()
             yield window._replace(weight=told_weight(total, num_weights))
 
 

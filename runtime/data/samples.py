@@ -79,7 +79,8 @@ class Samples(Dataset[Any]):
     def _fetch_whole(self, ids: Ids) -> Any:
         if isinstance(self.source, TensorDataset) and not self._own_collate:
             rows = torch.from_numpy(ids)
-            return tuple(tensor[rows] for tensor in self.source.tensors)
+            # Half of what indexing takes, which, though, finds rows on another device than theirs.
+            return tuple([t.index_select(0, rows) if t.is_cpu else t[rows] for t in self.source.tensors])
         if not hasattr(self.source, "__getitems__"):
             return self._collate([self.source[int(i)] for i in ids])
         return self._finished(self.source.__getitems__(ids.tolist()))

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from runtime.data.batches import Cursor, Sharing, Weigh, Window, Windows, upcoming, with_weights
+from runtime.data.batches import BeginSum, Cursor, Sharing, Weigh, Window, Windows, upcoming, with_weights
 from runtime.data.batching import BudgetOrder
 from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.order import Order
@@ -45,14 +44,14 @@ class How:
         num_workers: of the loader.
         weigh: weight of one microbatch of so many samples; None if it is the number of samples.
         num_weights: how many weights a microbatch has; None: one, as a number.
-        sum_over_ranks: sums a float64 tensor over all ranks. Collective.
+        begin_sum: begins to sum a float64 tensor over all ranks. Collective.
     """
 
     sharing: Sharing
     make_loader: MakeLoader
     num_workers: int
     weigh: Weigh | None
-    sum_over_ranks: Callable[[Tensor], Tensor]
+    begin_sum: BeginSum
     num_weights: int | None = None
 
 
@@ -123,7 +122,7 @@ class MappedData:
                 weigh=how.weigh,
                 num_weights=how.num_weights,
                 slots=how.sharing.slots,
-                sum_over_ranks=how.sum_over_ranks,
+                begin_sum=how.begin_sum,
             )
         return Reading(weighed, windows.filler)
 
@@ -185,7 +184,7 @@ class StreamedData:
             num_workers=how.num_workers,
             weigh=how.weigh,
             num_weights=how.num_weights,
-            sum_over_ranks=how.sum_over_ranks,
+            sum_over_ranks=lambda table: how.begin_sum(table)(),
         )
         return Reading(iter(windows), windows.filler, windows.places)
 

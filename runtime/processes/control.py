@@ -26,6 +26,8 @@ from runtime.errors import (
 
 _SECONDS_BETWEEN = 0.25  # a wish waits this long at most; the all-reduce then costs nothing to speak of
 _MOST_STEPS_BETWEEN = 64
+_SHORT = 1024  # bytes of a message that one reduction takes no longer over than over a number
+_LENGTH = 8
 
 
 class Agreement:
@@ -76,11 +78,36 @@ class Agreement:
 
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Sum a CPU tensor over all ranks and return it on the CPU. Collective: every rank must call this."""
+    return begin_sum_over_ranks(tensor, device)()
+
+
+def begin_sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Begin to sum a CPU tensor over all ranks; what is returned waits for the sum, and for nothing that was queued later.
+
+    Collective: every rank must call this. The tensor is not to be used until then.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensor
-    moved = tensor.to(device)
-    dist.all_reduce(moved)
-    return moved.cpu()
+        return lambda: tensor
+    if device.type != "cuda":
+        moved = tensor.to(device)
+        work: Any = dist.all_reduce(moved, async_op=True)
+
+        def waited() -> torch.Tensor:
+            work.wait()
+            return moved.cpu()
+
+        return waited
+    moved = tensor.pin_memory().to(device, non_blocking=True)
+    dist.all_reduce(moved)  # queued; the host does not wait
+    summed = torch.empty_like(tensor, pin_memory=True).copy_(moved, non_blocking=True)
+    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def arrived_sum() -> torch.Tensor:
+        arrived.synchronize()
+        return summed
+
+    return arrived_sum
 
 
 def from_rank_0(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
@@ -126,21 +153,30 @@ def on_rank_0(act: Callable[[], Any], *, rank: int, device: torch.device) -> Any
 def gather_bytes(payload: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:
     """Return every rank's bytes, in rank order, on every rank. Collective: every rank must call this.
 
+    What is short travels with its length, in one message; the rest of what is not follows in a second.
+
     Args:
         group: of all ranks; default: the default one.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [payload]
-    world_size = dist.get_world_size()
-    length = torch.tensor([len(payload)], device=device)
-    lengths = [torch.zeros_like(length) for _ in range(world_size)]
-    dist.all_gather(lengths, length, group=group)
-    longest = max(int(n) for n in lengths)
-    own = torch.zeros(longest, dtype=torch.uint8, device=device)
-    own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
-    buffers = [torch.empty_like(own) for _ in range(world_size)]
+    first = len(payload).to_bytes(_LENGTH, "little") + payload[: _SHORT - _LENGTH]
+    told = _gather(first, _SHORT, device, group)
+    lengths = [int.from_bytes(message[:_LENGTH], "little") for message in told]
+    parts = [message[_LENGTH : _LENGTH + length] for message, length in zip(told, lengths, strict=True)]
+    left = max(lengths) - (_SHORT - _LENGTH)
+    if left <= 0:
+        return parts
+    rests = _gather(payload[_SHORT - _LENGTH :], left, device, group)
+    return [(part + rest)[:length] for part, rest, length in zip(parts, rests, lengths, strict=True)]
+
+
+def _gather(message: bytes, size: int, device: torch.device, group: dist.ProcessGroup | None) -> list[bytes]:
+    """Return every rank's message, filled up to a size that is the same for all."""
+    own = torch.frombuffer(bytearray(message.ljust(size, b"\0")), dtype=torch.uint8).to(device)
+    buffers = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(buffers, own, group=group)
-    return [buffer[: int(n)].cpu().numpy().tobytes() for buffer, n in zip(buffers, lengths, strict=True)]
+    return [buffer.cpu().numpy().tobytes() for buffer in buffers]
 
 
 def gather_on_rank_0(payload: bytes, device: torch.device) -> list[bytes]:
