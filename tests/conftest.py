@@ -19,11 +19,19 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[ProcessPool]:
-    """Gloo processes, as many as a test needs."""
+def processes() -> Iterator[ProcessPool]:
+    """The processes of :func:`pool`."""
     made = ProcessPool()
     yield made
     made.close()
+
+
+@pytest.fixture
+def pool(processes: ProcessPool, request: pytest.FixtureRequest) -> Iterator[ProcessPool]:
+    """Gloo processes, as many as a test needs: one where it is marked ``single``."""
+    processes.most = 1 if request.node.get_closest_marker("single") else None
+    yield processes
+    processes.most = None
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,14 @@ class RemoteError(AssertionError):
 
 
 class ProcessPool:
-    """Runs a function in processes of one world; a new process group for each call."""
+    """Runs a function in processes of one world; a new process group for each call.
+
+    Attributes:
+        most: world size that is not to be exceeded, if any.
+    """
 
     def __init__(self) -> None:
+        self.most: int | None = None
         self._workers: list[tuple[Any, Any]] = []
 
     def _grow(self, size: int) -> None:
@@ -39,6 +44,7 @@ class ProcessPool:
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function in every process of a world and return what each rank returned."""
+        assert self.most is None or world_size <= self.most, "what is marked 'single' makes no process group"
         self._grow(world_size)
         port = _free_port()
         workers = self._workers[:world_size]

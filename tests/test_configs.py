@@ -15,7 +15,6 @@ from runtime.session import train
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_shipped_configuration_is_correct_and_names_the_schema(path: Path) -> None:
     loaded = load(path)
@@ -28,7 +27,6 @@ def test_a_shipped_configuration_is_correct_and_names_the_schema(path: Path) -> 
     assert json.loads((path.parent / "schema.json").read_text()) == json_schema()
 
 
-@pytest.mark.single
 def test_diabetes_beats_least_squares(tmp_path: Path) -> None:
     (path,) = [p for p in CONFIGS if p.stem == "diabetes"]
     result = train(path, f"output={tmp_path}/run", "reporting.progress=false")
@@ -36,7 +34,6 @@ def test_diabetes_beats_least_squares(tmp_path: Path) -> None:
     assert result.results["samples"] == 89
 
 
-@pytest.mark.single
 def test_digits_are_recognised_after_a_few_epochs(tmp_path: Path) -> None:
     (path,) = [p for p in CONFIGS if p.stem == "digits"]
     result = train(path, f"output={tmp_path}/run", "limit.epochs=4")

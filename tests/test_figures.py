@@ -78,7 +78,6 @@ def test_a_run_leaves_tables_and_pictures_of_its_evaluations(pool: ProcessPool, 
     assert [float(row["precision"]) for row in rows] == pytest.approx(truth)
 
 
-@pytest.mark.single
 def test_figures_are_kept_for_the_newest_evaluation_and_for_kept_checkpoints(tmp_path: Path) -> None:
     told: list[str] = []
     figures = tracker(tmp_path, told, pictures=False)
@@ -91,7 +90,6 @@ def test_figures_are_kept_for_the_newest_evaluation_and_for_kept_checkpoints(tmp
     assert not told
 
 
-@pytest.mark.single
 def test_a_missing_matplotlib_is_said_once_and_tables_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     told: list[str] = []
@@ -103,7 +101,6 @@ def test_a_missing_matplotlib_is_said_once_and_tables_go_on(tmp_path: Path, monk
     assert (tmp_path / "figures" / "step-00000002" / "validation-classes.csv").exists()
 
 
-@pytest.mark.single
 def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "figures").write_text("a file")
     told: list[str] = []
@@ -114,7 +111,6 @@ def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path
     assert "figures could not be written" in told[0]
 
 
-@pytest.mark.single
 def test_the_terminal_shows_the_last_evaluation_per_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = ConsoleTracker(progress=False, classes=FOUND)
     console.evaluation("validation", 1, 1, {**RESULTS, "recall": [0.125, 0.125]})
@@ -127,7 +123,6 @@ def test_the_terminal_shows_the_last_evaluation_per_class(tmp_path: Path, capsys
     assert "0.1250" not in shown
 
 
-@pytest.mark.single
 def test_the_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     axes = confusion_figure([[3, 1], [0, 0]], ["a", "b"], "test").axes[0]
     assert np.array_equal(axes.images[0].get_array(), [[0.75, 0.25], [0, 0]])
@@ -135,7 +130,6 @@ def test_the_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
 
 
-@pytest.mark.single
 def test_curves_have_their_points_and_the_names_of_their_classes() -> None:
     results = {"pr": [[[0.5, 1.0], [0.25, 1.0]], [[1.0, 0.0], [0.5, 0.0]], [[0.1], [0.2]]]}  # precision comes first
     ((_, kind, lines),) = ClassResults({"pr": "precision_recall"}, ["a", "b"]).curves(results)
@@ -146,7 +140,6 @@ def test_curves_have_their_points_and_the_names_of_their_classes() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
-@pytest.mark.single
 def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.config.sections import WeightsAndBiases
     from runtime.reporting.wandb_tracker import WandbTracker

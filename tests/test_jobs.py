@@ -65,7 +65,6 @@ def trained(job: str, folder: Path, *overrides: str) -> dict[str, Any]:
     return dict(result.results)
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("job", INSTALL)
 def test_the_header_has_the_line_that_installs_the_data(job: str) -> None:
     header = [line for line in (CONFIGS / f"{job}.yaml").read_text().splitlines() if line.startswith("#")]
@@ -73,7 +72,6 @@ def test_the_header_has_the_line_that_installs_the_data(job: str) -> None:
     assert any(f"lockstep train configs/{job}.yaml" in line for line in header)
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("job", ["fashion_mnist", "california_housing", "adult", "movielens", "sms_spam"])
 def test_missing_data_is_one_message_with_the_line_that_installs_it(
     job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +85,6 @@ def test_missing_data_is_one_message_with_the_line_that_installs_it(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.single
 def test_questions_that_are_missing_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.data_sources import TrecQuestions
 
@@ -156,7 +153,6 @@ PALACE, DAISY = 698, 985  # of ImageNet's 1,000 classes
 
 
 @pytest.mark.long
-@pytest.mark.single
 def test_pretrained_efficientnet_names_what_is_on_two_photos(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that another library trained, loaded as ``model.weights`` does: tensors only, every name found."""
     try:

@@ -163,7 +163,6 @@ def test_lockstep_train_tells_a_failure_by_its_exit_code(tmp_path: Path) -> None
     assert "Traceback" not in done.stderr.split("gradient is NaN")[0]
 
 
-@pytest.mark.single
 def test_cores_are_shared_out_unless_the_user_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -172,7 +171,6 @@ def test_cores_are_shared_out_unless_the_user_says_how_many_threads(monkeypatch:
     assert num_threads(2) == 3
 
 
-@pytest.mark.single
 def test_nothing_is_left_to_defaults() -> None:
     job = JobSpec(script=Path("train.py"), config=Path("a b.yaml"), overrides=["limit.steps=3"], processes_per_node=2)
     line = command(job, python="python", port=1234, num_threads=4)
@@ -185,7 +183,6 @@ def test_nothing_is_left_to_defaults() -> None:
     assert "ACCELERATE_USE_CPU" not in environment(on_gpus, launch="x", num_threads=8)
 
 
-@pytest.mark.single
 def test_the_world_size_asked_for_is_the_launchers_then_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCKSTEP_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
@@ -201,7 +198,6 @@ def test_the_world_size_asked_for_is_the_launchers_then_the_configurations(monke
         requested_world_size(None)
 
 
-@pytest.mark.single
 def test_a_process_group_of_another_size_is_refused() -> None:
     check_world_size(2, 2)
     with pytest.raises(WorldSizeError, match=r"2 processes were asked for, but the process group has 1"):
@@ -210,7 +206,6 @@ def test_a_process_group_of_another_size_is_refused() -> None:
         check_world_size(1, 4)
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("act", ["main(['run.yaml'])", "infer('evaluate', ['run.yaml'])"])
 def test_processes_that_would_train_alone_are_refused_before_torch_is_imported(act: str) -> None:
     code = f"import sys\nfrom runtime.entry import infer, main\nassert {act} == 2\nassert 'torch' not in sys.modules"

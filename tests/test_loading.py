@@ -9,10 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.single
-
 RANK = """
 import os, sys, time
 from pathlib import Path

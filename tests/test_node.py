@@ -117,7 +117,6 @@ def children(pid: int) -> list[str]:
         return []
 
 
-@pytest.mark.single
 def test_a_machine_that_waits_for_the_others_leaves_when_it_is_asked_to(tmp_path: Path) -> None:
     node = Node([*line(written(tmp_path), "--nodes", "2", "--main-port", str(port := free_port()))])
     while not listens(port) and node.process.poll() is None:
@@ -154,7 +153,6 @@ def test_when_a_rank_is_killed_all_machines_end_with_a_failure_that_may_be_got_p
     assert any("rank 3" in text for text in first.said)
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("arguments", "code", "what"),
     [
@@ -174,7 +172,6 @@ def test_what_can_be_told_at_once_is_told_before_a_process_is_started(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("left", "codes", "expected"),
     [

@@ -257,7 +257,6 @@ def test_evaluation_and_prediction_change_nothing_in_the_run_folder(run: Path, t
     assert contents() == before
 
 
-@single
 def test_random_numbers_are_those_of_the_evaluation_in_any_world(pool: ProcessPool, tmp_path: Path) -> None:
     config = {**config_of(tmp_path / "run"), "model": "tiny_prediction:Drawing"}
     train(config)
@@ -412,7 +411,6 @@ def test_nothing_more_is_predicted_once_it_cannot_be_written(
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-@single
 def test_memory_does_not_grow_with_the_number_of_rows(
     run: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

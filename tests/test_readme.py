@@ -34,7 +34,6 @@ def environment() -> dict[str, str]:
     return clean_environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.mark.single
 def test_the_yaml_page_is_a_valid_configuration(tmp_path: Path) -> None:
     path = tmp_path / "page.yaml"
     path.write_text(block("yaml", "# yaml-language-server"))
@@ -42,7 +41,6 @@ def test_the_yaml_page_is_a_valid_configuration(tmp_path: Path) -> None:
     assert loaded.values.batch.global_size == 64
 
 
-@pytest.mark.single
 def test_the_yaml_page_names_every_top_level_key() -> None:
     from runtime.config.sections import RunConfiguration
 
@@ -89,7 +87,6 @@ def sentences():
 """
 
 
-@pytest.mark.single
 def test_several_losses_train_as_written(tmp_path: Path) -> None:
     """Against each loss by hand, divided by the trust of what it counts."""
     from torch.nn.functional import cross_entropy
@@ -117,7 +114,6 @@ def test_several_losses_train_as_written(tmp_path: Path) -> None:
     assert told["loss"] == pytest.approx(expected[0] + 0.5 * expected[1], rel=1e-5)
 
 
-@pytest.mark.single
 def test_the_metrics_are_built_as_written(tmp_path: Path) -> None:
     from runtime import assembly
 

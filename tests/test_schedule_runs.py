@@ -210,7 +210,6 @@ def test_show_says_what_a_schedule_counts_and_draws_it(
         assert word in text, (word, text)
 
 
-@single
 def test_the_curve_is_drawn_to_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread

@@ -240,7 +240,6 @@ def not_finite(config: dict[str, Any]) -> str:
     return "trained"
 
 
-@pytest.mark.single
 def test_compiled_models_give_the_same_losses(tmp_path: Path) -> None:
     eager = observe(deep(tmp_path / "eager"))
     compiled = observe(deep(tmp_path / "compiled", compile={"backend": "aot_eager"}))

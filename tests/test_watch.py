@@ -318,7 +318,6 @@ def test_where_no_rank_lags_nobody_is_blamed(tmp_path: Path) -> None:
             assert "threading.Event().wait()" in ranks.told(rank)
 
 
-@pytest.mark.single
 def test_with_one_process_nothing_is_started() -> None:
     before = threading.active_count()
     watch = Watch(
@@ -330,7 +329,6 @@ def test_with_one_process_nothing_is_started() -> None:
     watch.stop()
 
 
-@pytest.mark.single
 def test_a_store_that_cannot_be_reached_is_named() -> None:
     port = free_port()
     watch = Watch(
@@ -340,7 +338,6 @@ def test_a_store_that_cannot_be_reached_is_named() -> None:
         watch.start()
 
 
-@pytest.mark.single
 def test_changes_of_phase_are_counted_anew_in_each_step_and_every_entry_is_told_from_the_one_before() -> None:
     position = Position()
     seen = []
@@ -355,7 +352,6 @@ def beat(rank: int, phase: str, step: int, moves: int, *, in_collective: bool = 
     return Heartbeat(1, rank, "h", phase, step, moves, 60.0, in_collective)
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("beats", "expected"),
     [
