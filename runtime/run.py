@@ -20,11 +20,11 @@ from runtime.data.batches import Window
 from runtime.data.streams import Place
 from runtime.data.training_data import How, Reading, StreamedData, places_of, told_places
 from runtime.errors import OutOfMemoryError
-from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.metrics import MetricSet, Result
+from runtime.evaluations import Evaluations
 from runtime.objective import TrainingModule
-from runtime.optimization.evaluation_weights import end_training, evaluated_weights
-from runtime.preparation import Prepared, build_averaged_evaluation, build_evaluator, build_trackers, prepare
+from runtime.optimization.evaluation_weights import end_training
+from runtime.preparation import Prepared, build_trackers, prepare
 from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
@@ -88,8 +88,6 @@ class Run:
         self._position = position
         self._times = PhaseTimes(position)
         self._reporter = Reporter()
-        self._results: dict[str, Result] = {}
-        self._evaluated_step = -1
         self._stragglers = Stragglers()
         self._reading: Reading | None = None
         self._places: dict[int, Place] = {}
@@ -127,6 +125,16 @@ class Run:
                 progress=self._progress,
                 early_stopping=self._state.early_stopping,
             )
+            self._evaluations = Evaluations(
+                self._loaded,
+                prepared,
+                self._strategy,
+                self._milestones,
+                reporter=self._reporter,
+                times=self._times,
+                garbage=self._garbage,
+                stop_wished=self._stop_wished,
+            )
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             self._open_reporter(stack, prepared)
@@ -153,20 +161,12 @@ class Run:
         self._state.restore(*stored)
         self._state.follow(found.rollbacks)
         self._places = places_of(stored[1].get("stream", {}), self._strategy.rank)
-        self._results = dict(found.results)
-        self._evaluated_step = self._progress.step if found.results else -1
+        self._evaluations.go_on_from(found.results)
 
     def _train(self, prepared: Prepared) -> RunResult:
         strategy, progress = self._strategy, self._progress
         module = prepared.state.module
         was_over = self._milestones.over and not progress.evaluation_due
-        self._validation, self._test = (
-            build_evaluator(self._loaded, strategy, "validation", slots=self._sharing.slots),
-            build_evaluator(self._loaded, strategy, "test", slots=self._sharing.slots),
-        )
-        self._weights = build_averaged_evaluation(
-            self._loaded, prepared, strategy, enter=self._statistics_go_on, tell=self._reporter.message
-        )
         if was_over:
             why, keys = self._milestones.why_early or f"{progress.step} steps", "limit.epochs or limit.steps"
             keys = "limit.early_stopping.patience" if self._milestones.why_early else keys
@@ -178,13 +178,15 @@ class Run:
         outcome: Literal["finished", "stopped"] | None = None
         with self._garbage:
             while outcome is None:
-                if progress.evaluation_due and not self._catch_up_evaluation():
-                    outcome = "stopped"
-                else:
-                    outcome = "finished" if self._milestones.over else self._trained(module)
+                if progress.evaluation_due:
+                    if not self._evaluations.catch_up():
+                        outcome = "stopped"
+                        break
+                    self._save_state()
+                outcome = "finished" if self._milestones.over else self._trained(module)
         if self._milestones.why_early and not was_over:
             self._reporter.message(f"This run is finished: {self._milestones.why_early}.")
-        if outcome == "finished" and not self._evaluate_test():
+        if outcome == "finished" and not self._evaluations.test():
             outcome = "stopped"
         return self._close(outcome)
 
@@ -275,7 +277,7 @@ class Run:
             is_due=lambda window: not self._folder.saving_prepared or self._milestones.is_anything_due(window),
             report=self._report,
             evaluate=self._evaluate,
-            enough=self._enough,
+            enough=self._evaluations.enough,
             save=self._save,
         )
 
@@ -315,46 +317,15 @@ class Run:
                 self._reporter.message(straggling)
 
     def _evaluate(self, window: Window) -> dict[str, Result] | None:
-        if not self._milestones.is_due(self._values.evaluation.every, window) or not (
-            self._validation or window.run_ends
-        ):
-            return None
         self._meter.pause()
-        results = self._validate()
+        results = self._evaluations.after_step(window)
         self._meter.resume()
         return results
-
-    def _validate(self) -> dict[str, Result] | None:
-        """Evaluate, or note that the evaluation was cut short and is still to come."""
-        results = self._evaluated(self._validation)
-        self._progress.evaluation_due = results is None
-        if results:
-            self._results, self._evaluated_step = results, self._progress.step
-            self._reporter.evaluation("validation", self._progress.step, self._progress.epoch, results)
-        return results
-
-    def _enough(self, results: Mapping[str, Result]) -> bool:
-        """Judge results for early stopping; they are equal on every rank."""
-        stopping = self._state.early_stopping
-        if stopping is None:
-            return False
-        stopping.after_evaluation(results, self._progress.step)
-        return stopping.exhausted
-
-    def _catch_up_evaluation(self) -> bool:
-        """Do what was cut short when the run was left; return whether it was done this time."""
-        results = self._validate()
-        if results is None:
-            return False
-        self._state.schedule.after_evaluation(results)
-        self._enough(results)
-        self._save_state()
-        return True
 
     def _save(self, window: Window, leaving: bool) -> None:
         if not self._folder.saving_prepared:
             self._folder.prepare_saving(self._collecting())
-        best = self._folder.is_best(self._results_of_this_step())
+        best = self._folder.is_best(self._evaluations.results_of_this_step)
         if leaving or best or self._milestones.is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
             self._meter.pause()
@@ -362,16 +333,13 @@ class Run:
             self._meter.resume()
 
     def _save_state(self) -> None:
-        progress, results = self._progress, self._results_of_this_step()
+        progress, results = self._progress, self._evaluations.results_of_this_step
         if isinstance(self._data, StreamedData):
             places = self._reading.places if self._reading is not None else self._places
             self._told_places = told_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._folder.save(
             self._collecting(), step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
         )
-
-    def _results_of_this_step(self) -> dict[str, Result]:
-        return self._results if self._evaluated_step == self._progress.step else {}
 
     def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
         """Return what collects the state. Where ranks hold it together and rank 0 writes it, all take part, at once."""
@@ -388,32 +356,6 @@ class Run:
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state
-
-    def _evaluated(self, evaluator: Evaluator | None) -> dict[str, Result] | None:
-        self._times.enter("evaluate", self._progress.step)
-
-        def before_round() -> bool:
-            self._times.enter("evaluate", self._progress.step)  # a sign of life: an evaluation may take long
-            return self._stop_wished()
-
-        with evaluated_weights(self._state.optimizer), self._garbage.paused():
-            return self._weights.evaluate(
-                evaluator, self._progress, last=lambda: self._milestones.may_be_over, stop_wished=before_round
-            )
-
-    def _statistics_go_on(self) -> None:
-        self._times.enter("evaluate", self._progress.step)  # a sign of life, as above
-
-    def _evaluate_test(self) -> bool:
-        """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""
-        if self._test is None:
-            return True
-        results = self._evaluated(self._test)
-        if results is None:
-            return False
-        self._reporter.evaluation("test", self._progress.step, self._progress.epoch, results)
-        self._results = {**self._results, **{f"test/{name}": value for name, value in results.items()}}
-        return True
 
     # The run folder
 
@@ -457,7 +399,9 @@ class Run:
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
         message = self._milestones.why_early if outcome == "finished" else ""
-        return RunResult(outcome, self._progress.step, self._results, self._folder.path, self._model_maker(), message)
+        return RunResult(
+            outcome, self._progress.step, self._evaluations.results, self._folder.path, self._model_maker(), message
+        )
 
     def _model_maker(self) -> Callable[[], nn.Module]:
         if not self._strategy.sharded:

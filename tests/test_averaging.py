@@ -240,23 +240,23 @@ def test_swa_that_is_stopped_after_any_step_goes_on_bitwise(
 
 def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second global batch of the pass for statistics after a step."""
+    from runtime.evaluations import Evaluations
     from runtime.processes import control
     from runtime.processes.stopping import StopWish
-    from runtime.run import Run
 
     seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
-    go_on, bool_of, seen = Run._statistics_go_on, StopWish.__bool__, []
+    go_on, bool_of, seen = Evaluations._statistics_go_on, StopWish.__bool__, []
 
     def noting(self: Any) -> None:
         seen.extend([step] if self._progress.step == step else [])
         go_on(self)
 
-    Run._statistics_go_on = noting  # type: ignore[method-assign]
+    Evaluations._statistics_go_on = noting  # type: ignore[method-assign]
     StopWish.__bool__ = lambda self: len(seen) > 1  # type: ignore[method-assign]
     try:
         return observe(config)
     finally:
-        Run._statistics_go_on, StopWish.__bool__ = go_on, bool_of  # type: ignore[method-assign]
+        Evaluations._statistics_go_on, StopWish.__bool__ = go_on, bool_of  # type: ignore[method-assign]
         control._SECONDS_BETWEEN = seconds_between
 
 

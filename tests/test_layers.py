@@ -141,6 +141,7 @@ LAYERS = [
         "checkpoints.resumption",
         "reporting.facts",
         "preparation",
+        "evaluations",
         "checkpoints.inspection",
         "checkpoints.selection",
         "inference.request",

@@ -1,0 +1,123 @@
+"""The evaluations of a run: when they are due, of which weights, what they found, what was cut short and is still to come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from runtime.config.file import LoadedConfiguration
+from runtime.data.batches import Window
+from runtime.evaluation.evaluator import Evaluator
+from runtime.evaluation.metrics import Result
+from runtime.optimization.evaluation_weights import evaluated_weights
+from runtime.preparation import Prepared, build_averaged_evaluation, build_evaluator
+from runtime.processes.garbage import GarbageCollection
+from runtime.reporting.meters import PhaseTimes
+from runtime.reporting.reporter import Reporter
+from runtime.strategies import Strategy
+from runtime.training.milestones import Milestones
+
+
+class Evaluations:
+    """Evaluates validation and test data as the run's configuration asks. Collective: every rank calls alike.
+
+    Args:
+        stop_wished: whether this process was asked to stop.
+
+    Attributes:
+        results: of the last evaluation of the validation data, and behind ``test/`` of the test data; equal on every rank.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedConfiguration,
+        prepared: Prepared,
+        strategy: Strategy,
+        milestones: Milestones,
+        *,
+        reporter: Reporter,
+        times: PhaseTimes,
+        garbage: GarbageCollection,
+        stop_wished: Callable[[], bool],
+    ) -> None:
+        self._every = loaded.values.evaluation.every
+        self._milestones, self._state, self._progress = milestones, prepared.state, prepared.state.progress
+        self._reporter, self._times, self._garbage, self._stop_wished = reporter, times, garbage, stop_wished
+        self._validation, self._test = (
+            build_evaluator(loaded, strategy, split, slots=prepared.sharing.slots) for split in ("validation", "test")
+        )
+        self._weights = build_averaged_evaluation(
+            loaded, prepared, strategy, enter=self._statistics_go_on, tell=reporter.message
+        )
+        self.results: dict[str, Result] = {}
+        self._step = -1
+
+    def go_on_from(self, results: Mapping[str, Result]) -> None:
+        """Take over what a checkpoint's step was found to give; empty where it was not evaluated."""
+        self.results = dict(results)
+        self._step = self._progress.step if results else -1
+
+    @property
+    def results_of_this_step(self) -> dict[str, Result]:
+        """Results of the weights as they are now, if they were evaluated."""
+        return self.results if self._step == self._progress.step else {}
+
+    def after_step(self, window: Window) -> dict[str, Result] | None:
+        """Evaluate the validation data if that is due; None where it is not, or was cut short."""
+        if not self._milestones.is_due(self._every, window) or not (self._validation or window.run_ends):
+            return None
+        return self._validate()
+
+    def _validate(self) -> dict[str, Result] | None:
+        """Evaluate, or note that the evaluation was cut short and is still to come."""
+        results = self._evaluated(self._validation)
+        self._progress.evaluation_due = results is None
+        if results:
+            self.results, self._step = results, self._progress.step
+            self._reporter.evaluation("validation", self._progress.step, self._progress.epoch, results)
+        return results
+
+    def enough(self, results: Mapping[str, Result]) -> bool:
+        """Judge results for early stopping; they are equal on every rank."""
+        stopping = self._state.early_stopping
+        if stopping is None:
+            return False
+        stopping.after_evaluation(results, self._progress.step)
+        return stopping.exhausted
+
+    def catch_up(self) -> bool:
+        """Do what was cut short when the run was left; return whether it was done this time."""
+        results = self._validate()
+        if results is None:
+            return False
+        self._state.schedule.after_evaluation(results)
+        self.enough(results)
+        return True
+
+    def test(self) -> bool:
+        """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""
+        if self._test is None:
+            return True
+        results = self._evaluated(self._test)
+        if results is None:
+            return False
+        self._reporter.evaluation("test", self._progress.step, self._progress.epoch, results)
+        self.results = {**self.results, **{f"test/{name}": value for name, value in results.items()}}
+        return True
+
+    def _evaluated(self, evaluator: Evaluator | None) -> dict[str, Result] | None:
+        self._give_sign_of_life()
+
+        def before_round() -> bool:
+            self._give_sign_of_life()
+            return self._stop_wished()
+
+        with evaluated_weights(self._state.optimizer), self._garbage.paused():
+            return self._weights.evaluate(
+                evaluator, self._progress, last=lambda: self._milestones.may_be_over, stop_wished=before_round
+            )
+
+    def _statistics_go_on(self) -> None:
+        self._give_sign_of_life()
+
+    def _give_sign_of_life(self) -> None:
+        self._times.enter("evaluate", self._progress.step)  # an evaluation may take long
