@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
-from torch.optim.swa_utils import SWALR
 
 from runtime.checkpoints.pretrained import WeightsReport, load_weights, weights_digest
 from runtime.config import component
@@ -22,8 +19,7 @@ from runtime.config.building import function as _function
 from runtime.config.building import wrong as _wrong
 from runtime.config.component import ComponentError
 from runtime.config.file import LoadedConfiguration
-from runtime.config.learning import Anneal, Averaging, Weights
-from runtime.config.learning import Schedule as ScheduleSection
+from runtime.config.learning import Weights
 from runtime.config.types import ComponentSection
 from runtime.data import sources
 from runtime.data.batches import Sharing
@@ -34,14 +30,9 @@ from runtime.data.training_data import MappedData, StreamedData, TrainingData
 from runtime.errors import ConfigurationError, DataError, EvaluationError, MissingDependencyError
 from runtime.files import PACKAGE, existing
 from runtime.losses.assembly import OBJECTIVES, losses_of, refused_loss
-from runtime.objective import TrainingModule
-from runtime.optimization import optimizer as optimizer_building
 from runtime.optimization import schedulers
-from runtime.optimization.evaluation_weights import switches
-from runtime.optimization.freezing import Freezing
+from runtime.optimization.assembly import length_arguments
 from runtime.optimization.optimizer import check_optimizer
-from runtime.optimization.parameter_groups import ParameterGroup
-from runtime.optimization.schedule import Schedule, Successor
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies.blocks import blocks_of_classes, checkpoint_activations, compile_blocks
 
@@ -124,7 +115,7 @@ def check_components(loaded: LoadedConfiguration) -> None:
         mistakes.extend((key, mistake) for mistake in refused_loss(loaded, loss))
     mistakes += [(("optimizer",), mistake) for mistake in check_optimizer(values.optimizer, loaded.code)]
     if values.schedule is not None and values.schedule.target is not None:
-        target, args, filled_in = values.schedule.target, values.schedule.args, _length_arguments(loaded)
+        target, args, filled_in = values.schedule.target, values.schedule.args, length_arguments(loaded)
         found = schedulers.check(target, args, code=loaded.code, filled_in=filled_in)
         mistakes.extend((("schedule",), mistake) for mistake in found)
     for name, metric in values.evaluation.metrics.items():
@@ -248,37 +239,6 @@ def check_batch_norm(loaded: LoadedConfiguration, sharing: Sharing, *, smallest_
         )
 
 
-def build_optimizer(loaded: LoadedConfiguration, module: nn.Module) -> Optimizer:
-    """Build the optimizer over a TrainingModule's trainable parameters, fused where torch can."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise _wrong(loaded, ("model",), "has no trainable parameters")
-    try:
-        optimizer = optimizer_building.build(loaded.values.optimizer, module, loaded.code)
-    except ComponentError as mistake:
-        raise _wrong(loaded, ("optimizer", *mistake.path), mistake.what) from mistake
-    if switches(optimizer) and loaded.values.averaging is not None:
-        raise _wrong(loaded, ("averaging",), f"{type(optimizer).__name__} averages by itself; leave 'averaging' out")
-    return optimizer
-
-
-def parameter_groups(loaded: LoadedConfiguration, module: nn.Module) -> list[ParameterGroup]:
-    """Return what :func:`build_optimizer` makes groups of, in the order of the optimizer's groups."""
-    return optimizer_building.groups_of(loaded.values.optimizer, module, loaded.code)
-
-
-def build_freezing(loaded: LoadedConfiguration, module: TrainingModule) -> Freezing:
-    """Build what freezes and unfreezes parameters; nothing is frozen by it yet."""
-    section = loaded.values.model
-    stages = [(stage.epoch, stage.match) for stage in section.unfreeze]
-    try:
-        freezing = Freezing(module, freeze=section.freeze, unfreeze=stages, mode=section.frozen_mode)
-    except ComponentError as mistake:
-        raise _wrong(loaded, ("model", *mistake.path), mistake.what) from mistake
-    if not freezing.trains_at_first:
-        raise _wrong(loaded, ("model", "freeze"), "leaves no parameter to train in the first epoch")
-    return freezing
-
-
 def load_pretrained(loaded: LoadedConfiguration, model: nn.Module) -> WeightsReport | None:
     """Load the weights that a run starts from, if the configuration names any, and return what became of them."""
     section = loaded.values.model.weights
@@ -310,85 +270,6 @@ def _pretrained_file(loaded: LoadedConfiguration, section: Weights) -> Path:
         raise ComponentError(str(error), ("file",)) from error
 
 
-def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: int | None) -> Schedule:
-    """Build the schedule on the bare optimizer.
-
-    Args:
-        length: see :func:`schedule_length`.
-    """
-    section, averaging = loaded.values.schedule, loaded.values.averaging
-    if section is None:
-        return Schedule(optimizer, successor=_successor(averaging, optimizer))
-    scheduler = None if section.target is None else _scheduler(loaded, section, optimizer, length)
-    return Schedule(
-        optimizer,
-        scheduler,
-        interval=section.interval,
-        warmup_steps=section.warmup_steps,
-        monitor=section.monitor,
-        successor=_successor(averaging, optimizer),
-    )
-
-
-def _successor(averaging: Averaging | None, optimizer: Optimizer) -> Successor | None:
-    """Build what the rate follows while late weights are averaged; torch wants it built after the first scheduler."""
-    if averaging is None or averaging.start is None or averaging.learning_rate is None:
-        return None
-    anneal = averaging.anneal or Anneal(epochs=10)
-    length = anneal.epochs or anneal.steps
-    assert length is not None
-    scheduler = SWALR(optimizer, averaging.learning_rate, anneal_epochs=length, anneal_strategy=anneal.strategy)
-    return Successor(scheduler, averaging.start, "epoch" if anneal.epochs else "step")
-
-
-def _scheduler(loaded: LoadedConfiguration, section: ScheduleSection, optimizer: Optimizer, length: int | None) -> Any:
-    assert section.target is not None
-    arguments = {**section.args, **dict.fromkeys(_length_arguments(loaded), length)}
-    try:
-        scheduler = schedulers.build(section.target, arguments, optimizer, code=loaded.code)
-    except ComponentError as mistake:
-        raise _wrong(loaded, ("schedule", *mistake.path), mistake.what) from mistake
-    if isinstance(scheduler, ReduceLROnPlateau) != section.watches:
-        raise _wrong(
-            loaded,
-            ("schedule", "target"),
-            f"makes a {type(scheduler).__name__}; a class that follows evaluations is known by a name that ends in "
-            "ReduceLROnPlateau",
-        )
-    if isinstance(scheduler, OneCycleLR) and length is not None and scheduler.total_steps < length:
-        what = f"OneCycleLR ends after {scheduler.total_steps} {section.interval}s, and the run has {length} for it"
-        raise _wrong(loaded, ("schedule", "args"), what)
-    return scheduler
-
-
-def schedule_length(loaded: LoadedConfiguration, data: TrainingData) -> int | None:
-    """Return how many epochs, or steps after the warm-up, the scheduler counts in the whole run; None where nobody knows.
-
-    Raises:
-        ConfigurationError: nobody knows, and the scheduler was to be told.
-    """
-    limit, section, steps_per_epoch = loaded.values.limit, loaded.values.schedule, data.steps_per_epoch
-    by_epoch = section is not None and section.interval == "epoch"
-    if steps_per_epoch is None and (limit.epochs is None if by_epoch else limit.steps is None):
-        if follows_limit(loaded):
-            name = _length_arguments(loaded)[0]
-            raise _wrong(
-                loaded,
-                ("schedule", "args"),
-                f"needs {name}: it cannot follow from the limit, as a stream's length is unknown",
-            )
-        return None
-    if by_epoch:
-        return limit.epochs or -(-(limit.steps or 0) // (steps_per_epoch or 1))
-    steps = limit.steps or data.num_steps(limit.epochs or 0) or 0
-    return max(1, steps - (section.warmup_steps if section else 0))
-
-
-def follows_limit(loaded: LoadedConfiguration) -> bool:
-    """Tell whether the schedule's length was left to follow from the run's limit, which then cannot be changed."""
-    return bool(_length_arguments(loaded))
-
-
 def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
     """Build the metrics; each call makes new ones."""
     if not loaded.values.evaluation.metrics:
@@ -418,15 +299,3 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
         what = f"{len(names)} names, but the metrics tell {found} classes apart"
         raise _wrong(loaded, ("evaluation", "class_names"), what)
     return metrics
-
-
-def _length_arguments(loaded: LoadedConfiguration) -> list[str]:
-    section = loaded.values.schedule
-    if section is None or section.target is None:
-        return []
-    try:
-        found = component.locate(section.target, namespaces=schedulers.NAMESPACES, code=loaded.code)
-    except ComponentError:
-        return []  # told by check_components
-    name = schedulers.length_argument(found, section.args) if callable(found) else None
-    return [name] if name else []

@@ -32,6 +32,13 @@ from runtime.evaluation.figures import FiguresTracker
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
+from runtime.optimization.assembly import (
+    build_freezing,
+    build_optimizer,
+    build_schedule,
+    follows_limit,
+    schedule_length,
+)
 from runtime.optimization.averaging import WeightAverage
 from runtime.optimization.batch_statistics import BatchStatistics
 from runtime.optimization.evaluation_weights import begin_training
@@ -88,7 +95,7 @@ def prepare(
     """
     weights = assembly.pretrained_digest(loaded)
     module = build_module(loaded, strategy, tell=tell if stored is None else None)
-    freezing = assembly.build_freezing(loaded, module)
+    freezing = build_freezing(loaded, module)
     freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
     data = assembly.build_training_data(loaded)
     told = data.identity((strategy.world_size, loaded.values.data.loader.num_workers))
@@ -96,14 +103,14 @@ def prepare(
     compare_ranks(loaded, strategy, module, told, {"the weights of model.weights": weights, **seen})
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
-    length = assembly.schedule_length(loaded, data)
+    length = schedule_length(loaded, data)
     identity = _identity(loaded, strategy, _Fresh(module, data, length, weights), stored, warn)
     sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
     assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
-    optimizer = assembly.build_optimizer(loaded, module)
+    optimizer = build_optimizer(loaded, module)
     begin_training(optimizer)
     freezing.apply(0)
-    schedule = assembly.build_schedule(loaded, optimizer, length)
+    schedule = build_schedule(loaded, optimizer, length)
     progress = Progress()
     if stored is not None:
         progress.load_state_dict(stored["progress"])
@@ -330,7 +337,7 @@ def _identity(
         what = f"{batch.global_size} samples cannot keep {world_size} processes busy; use fewer processes"
         raise ConfigurationError([loaded.problem(("batch", "global_size"), what)])
     data = fresh.data.identity((world_size, loaded.values.data.loader.num_workers))
-    length = fresh.schedule_length if assembly.follows_limit(loaded) else None
+    length = fresh.schedule_length if follows_limit(loaded) else None
     weights = fresh.weights
     if stored is None:
         slots = batch.slots or default_slots(batch.global_size, _micro_size(loaded, strategy, fresh), world_size)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, get_num_threads, nn
 
 from runtime import assembly
-from runtime.checkpoints.checkpoint import load_model, load_state, open_state
+from runtime.checkpoints.reading import load_model, load_state, open_state
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window

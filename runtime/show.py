@@ -25,6 +25,14 @@ from runtime.evaluation.metrics import MetricSet
 from runtime.losses.assembly import build_objective
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective, TrainingModule
+from runtime.optimization.assembly import (
+    build_freezing,
+    build_optimizer,
+    build_schedule,
+    follows_limit,
+    parameter_groups,
+    schedule_length,
+)
 from runtime.optimization.averaging import batch_norms
 from runtime.optimization.combined import members
 from runtime.optimization.curve import Curve, drawn, save_picture, simulate
@@ -58,9 +66,9 @@ def show(
     weights = assembly.load_pretrained(loaded, model)
     assembly.rebuild_blocks(loaded, model)
     module = TrainingModule(model, build_objective(loaded))
-    freezing = assembly.build_freezing(loaded, module)
+    freezing = build_freezing(loaded, module)
     freezing.unfreeze_all()
-    optimizer = assembly.build_optimizer(loaded, module)
+    optimizer = build_optimizer(loaded, module)
     groups = list(_groups(loaded, module, optimizer))
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
@@ -163,7 +171,7 @@ def _curve(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData
     per_epoch, total = data.steps_per_epoch, _total_steps(loaded, data)
     if total is None:
         return None
-    schedule = assembly.build_schedule(loaded, optimizer, assembly.schedule_length(loaded, data))
+    schedule = build_schedule(loaded, optimizer, schedule_length(loaded, data))
     curve = simulate(schedule, steps=total, steps_per_epoch=per_epoch)
     section, averaging = loaded.values.schedule, loaded.values.averaging
     if section is not None and section.warmup_steps:
@@ -204,7 +212,7 @@ def _schedule(loaded: LoadedConfiguration, curve: Curve | None, *, draw: bool) -
         yield f"(drawn as if {section.monitor} never stopped improving; it is multiplied by 'factor' where it does)"
     if curve.total > len(curve.rates[0]):
         yield f"(the first {len(curve.rates[0]):,} of {curve.total:,} steps)"
-    if assembly.follows_limit(loaded):
+    if follows_limit(loaded):
         yield "its length follows from the limit, which then cannot be raised later"
 
 
@@ -239,7 +247,7 @@ def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:
 
 def _groups(loaded: LoadedConfiguration, module: TrainingModule, optimizer: Optimizer) -> Iterator[str]:
     """One line for each parameter group, in the order of a scheduler's lists."""
-    labelled = iter(assembly.parameter_groups(loaded, module))
+    labelled = iter(parameter_groups(loaded, module))
     for member in members(optimizer):
         yield type(member).__name__
         for group in member.param_groups:

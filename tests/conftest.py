@@ -19,19 +19,23 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def processes() -> Iterator[ProcessPool]:
-    """The processes of :func:`pool`."""
+def pool() -> Iterator[ProcessPool]:
+    """Gloo processes, as many as a test needs."""
     made = ProcessPool()
     yield made
     made.close()
 
 
-@pytest.fixture
-def pool(processes: ProcessPool, request: pytest.FixtureRequest) -> Iterator[ProcessPool]:
-    """Gloo processes, as many as a test needs: one where it is marked ``single``."""
-    processes.most = 1 if request.node.get_closest_marker("single") else None
-    yield processes
-    processes.most = None
+@pytest.fixture(autouse=True)
+def one_process_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hold tests marked ``single`` to what the mark says."""
+    if "pool" not in request.fixturenames or request.node.get_closest_marker("single") is None:
+        yield
+        return
+    pool: ProcessPool = request.getfixturevalue("pool")
+    pool.most = 1
+    yield
+    pool.most = None
 
 
 @pytest.fixture(scope="session")

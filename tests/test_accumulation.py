@@ -196,7 +196,7 @@ def test_a_window_without_any_target_updates_nothing(
 
 
 def saved_state(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler, swa_utils
 
-from runtime.checkpoints.checkpoint import load_state
 from runtime.checkpoints.export import export
+from runtime.checkpoints.reading import load_state
 from runtime.cli import main
 from runtime.config.learning import Averaging
 from runtime.data.batches import cut

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from runtime.checkpoints import serialization
-from runtime.checkpoints.checkpoint import CheckpointFolder, listed, load_state
+from runtime.checkpoints.checkpoint import CheckpointFolder, listed
+from runtime.checkpoints.reading import load_state
 from runtime.checkpoints.snapshot import HostBuffers, Snapshot
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError

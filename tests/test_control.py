@@ -15,7 +15,7 @@ def told(rank: int, length: int) -> bytes:
 def gather_all(cases: list[list[int]]) -> list[list[bytes]]:
     import torch.distributed as dist
 
-    from runtime.config.sections import DistributedDataParallel
+    from runtime.config.strategy import DistributedDataParallel
     from runtime.processes.control import gather_bytes
     from runtime.strategies.accelerated import AcceleratedStrategy
 
@@ -39,7 +39,7 @@ def test_messages_of_any_length_arrive_whole_and_in_rank_order(pool: ProcessPool
 def sum_two_at_once() -> list[float]:
     import torch.distributed as dist
 
-    from runtime.config.sections import DistributedDataParallel
+    from runtime.config.strategy import DistributedDataParallel
     from runtime.processes.control import begin_sum_over_ranks
     from runtime.strategies.accelerated import AcceleratedStrategy
 

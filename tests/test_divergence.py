@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.reading import load_state
 from runtime.checkpoints.serialization import split_state
 from runtime.errors import DivergenceError
 from tests.chaos.nursery import Nursery

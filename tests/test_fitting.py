@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.reading import load_state
 from runtime.errors import OutOfMemoryError, PeerError
 from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import assembly
-from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.reading import load_state
 from runtime.config.file import load
 from runtime.errors import ConfigurationError
 from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
+from runtime.optimization.assembly import build_freezing
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_optimizers import BATCH, SIZE, as_observed, batches, built, take_gradient, whole_batches
@@ -51,7 +51,7 @@ def state_of(folder: Path, step: int) -> dict[str, Any]:
 def trained(config: dict[str, Any]) -> list[list[str]]:
     """Names of what is trainable, epoch by epoch."""
     loaded, model = built(config)
-    freezing = assembly.build_freezing(loaded, TrainingModule(model, build_objective(loaded)))
+    freezing = build_freezing(loaded, TrainingModule(model, build_objective(loaded)))
     found = []
     for epoch in range(4):
         freezing.apply(epoch)
@@ -223,7 +223,7 @@ def test_frozen_batch_norm_stands_still_until_it_is_unfrozen(
 def test_modules_that_are_wholly_frozen_are_in_evaluation_mode_and_no_others(tmp_path: Path) -> None:
     loaded, model = built(normed(tmp_path, freeze=["encoder.layer.0.*", "encoder.layer.1.norm.*", "bins.*"]))
     module = TrainingModule(model, build_objective(loaded))
-    freezing = assembly.build_freezing(loaded, module)
+    freezing = build_freezing(loaded, module)
     freezing.apply(0)
     module.eval()
     module.train()

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.checkpoints.checkpoint import damage_of, load_state
 from runtime.checkpoints.export import export
 from runtime.checkpoints.inspection import inspect
+from runtime.checkpoints.reading import damage_of, load_state
 from runtime.errors import ConfigurationError
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool

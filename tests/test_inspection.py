@@ -19,8 +19,8 @@ from rich.console import Console
 
 from runtime.checkpoints import inspection
 from runtime.checkpoints.attempts import Attempts, Rollback
-from runtime.checkpoints.checkpoint import damage_of
 from runtime.checkpoints.inspection import Inspected, Listing, inspect, newest_whole
+from runtime.checkpoints.reading import damage_of
 from runtime.checkpoints.table import print_listing
 from runtime.cli import main
 from runtime.config.sections import Best

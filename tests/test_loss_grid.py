@@ -108,13 +108,14 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from runtime import assembly
     from runtime.config import component
     from runtime.config.file import load
-    from runtime.config.sections import DistributedDataParallel
+    from runtime.config.strategy import DistributedDataParallel
     from runtime.data import sources
     from runtime.data.batches import Cursor, Sharing
     from runtime.data.loading import read_here
     from runtime.data.training_data import How, MappedData
     from runtime.losses.assembly import build_objective
     from runtime.objective import TrainingModule
+    from runtime.optimization.assembly import build_optimizer
     from runtime.processes.control import begin_sum_over_ranks
     from runtime.strategies.accelerated import AcceleratedStrategy
 
@@ -128,7 +129,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         module = TrainingModule(assembly.build_model(loaded), build_objective(loaded))
         samples, strategy = assembly.build_samples(loaded, "train", batch_size=16), new_strategy()
         assert samples is not None
-        strategy.prepare(module, assembly.build_optimizer(loaded, module))
+        strategy.prepare(module, build_optimizer(loaded, module))
         how = How(
             sharing=Sharing(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),
             make_loader=read_here,

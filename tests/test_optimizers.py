@@ -19,6 +19,7 @@ from runtime.errors import ConfigurationError
 from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
 from runtime.optimization import optimizer as optimizer_building
+from runtime.optimization.assembly import build_optimizer
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping
@@ -156,7 +157,7 @@ def test_muon_names_the_parameters_that_it_does_not_take(tmp_path: Path) -> None
     with pytest.raises(
         ConfigurationError, match=r"matrices only, not first.bias, body.0.bias, head.bias: .*target: AdamW"
     ):
-        assembly.build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
+        build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
@@ -189,7 +190,7 @@ def groups_of(tmp_path: Path, optimizer: dict[str, Any], **changes: Any) -> dict
     changes.setdefault("model", {"target": "tiny_transfer:Classifier", "args": {}})
     loaded, model = built(whole_batches(tmp_path, optimizer, **changes))
     assembly.check_components(loaded)
-    made = assembly.build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
+    made = build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: group for group in made.param_groups for p in group["params"]}
     assert set(found) == set(names.values())
@@ -366,7 +367,7 @@ def test_schedule_free_weights_are_averaged_where_they_are_evaluated_and_saved(
     whole = pool.run(observe, world_size, config)[0]
     assert largest_difference(as_observed(by_hand), whole) < 1e-10  # what the caller gets
     assert whole["results"]["loss"] == pytest.approx(expected, rel=1e-10)
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     model, state = load_state(tmp_path / "whole" / "checkpoints" / "step-00000004")
     for name, value in by_hand.state_dict().items():

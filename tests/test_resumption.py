@@ -324,7 +324,7 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def weights_of(folder: Path, step: int) -> bytes:
-    from runtime.checkpoints.checkpoint import damage_of
+    from runtime.checkpoints.reading import damage_of
 
     (checkpoint,) = (folder / "checkpoints").glob(f"step-{step:08d}-epoch-*")
     assert damage_of(checkpoint) is None
@@ -356,7 +356,7 @@ def averages(folder: Path) -> dict[str, bytes]:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     (path,) = (folder / "checkpoints").glob(f"step-{step:08d}*")
     return load_state(path)[1]

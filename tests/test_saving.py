@@ -13,7 +13,8 @@ import torch
 
 from runtime.checkpoints import checkpoint, serialization
 from runtime.checkpoints.attempts import Attempts, Rollback
-from runtime.checkpoints.checkpoint import CheckpointFolder, listed, load_state
+from runtime.checkpoints.checkpoint import CheckpointFolder, listed
+from runtime.checkpoints.reading import load_state
 from runtime.checkpoints.saving import BackgroundSaving
 from runtime.checkpoints.snapshot import HostBuffers
 from runtime.config.sections import Best

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, lr_scheduler
 
 from runtime.assembly import check_components
-from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.reading import load_state
 from runtime.cli import main
 from runtime.config.file import load
 from runtime.optimization.curve import Curve, drawn, simulate

@@ -247,13 +247,13 @@ def test_compiled_models_give_the_same_losses(tmp_path: Path) -> None:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
 
 
 def saved_model(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[0]
 

@@ -57,7 +57,7 @@ def gpt(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest checkpoint's model and training state."""
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     path = max(path for path in (folder / "checkpoints").glob("step-????????"))
     return load_state(path)
@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
         "limit": {"steps": 4},
     }
     pool.run(observe, 2, configuration(tmp_path, **changes))
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     second, third, fourth = (load_state(tmp_path / "checkpoints" / f"step-0000000{n}") for n in (2, 3, 4))
     assert third[1]["progress"]["skipped_steps"] == [3]
@@ -247,7 +247,7 @@ def test_a_loss_that_jumps_is_left_out_and_gone_round_as_with_ddp(
 
 
 def load_model(path: Path) -> dict[str, Any]:
-    from runtime.checkpoints.checkpoint import load_state
+    from runtime.checkpoints.reading import load_state
 
     return load_state(path)[0]
 

@@ -27,32 +27,24 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import Any
 
 from runtime.checkpoints.attempts import Attempts
 from runtime.checkpoints.best import ranked
+from runtime.checkpoints.reading import damage_of
 from runtime.checkpoints.serialization import (
-    checksum,
-    join_state,
     make_folder,
     replace_file,
     sync_folder,
     write_durably,
     write_tensors,
 )
-from runtime.checkpoints.sharded_files import INDEX, Receipt, index_of, tensors_on_disk, write_pieces
-from runtime.checkpoints.shards import in_memory, whole
+from runtime.checkpoints.sharded_files import INDEX, Receipt, index_of, write_pieces
 from runtime.checkpoints.snapshot import Snapshot
 from runtime.checkpoints.together import ALONE, Writers
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError
 
-FORMAT_VERSION = 2  # 1 is that of a checkpoint without shards, still written where there are none
-_FILES = ("model.safetensors", "training.safetensors", "state.json")
-_SHARDED_FILES = (INDEX, "state.json")
 _NAME = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
 _UNFINISHED = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")
 
@@ -257,115 +249,6 @@ def write_along(snapshot: Snapshot, writers: Writers) -> None:
     if folder is not None:
         receipt = write_pieces(Path(folder), snapshot, rank=writers.rank, world_size=writers.world_size)
         writers.gather(receipt.as_bytes())
-
-
-def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the model's state dict and the training state of a verified checkpoint, on the CPU."""
-    tree = json.loads((path / "state.json").read_text())
-    return join_state(tree["model"], load_tensors(path, "model")), join_state(
-        tree["training"], load_tensors(path, "training")
-    )
-
-
-def open_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Like :func:`load_state`; tensors are read when they are asked for, and no more of them than is asked for."""
-    tree = json.loads((path / "state.json").read_text())
-    return join_state(tree["model"], tensors_on_disk(path, "model")), join_state(
-        tree["training"], tensors_on_disk(path, "training")
-    )
-
-
-def load_tensors(path: Path, part: str) -> dict[str, Tensor]:
-    """Return all tensors of a verified checkpoint, whole.
-
-    Args:
-        part: ``model`` or ``training``.
-    """
-    if (path / INDEX).is_file():
-        return {name: whole(tensor) for name, tensor in tensors_on_disk(path, part).items()}
-    return load_file(path / f"{part}.safetensors")
-
-
-def load_model(path: Path) -> dict[str, Any]:
-    """Return the model's state dict of a verified checkpoint, on the CPU; tied weights are one tensor."""
-    tree = json.loads((path / "state.json").read_text())["model"]
-    return cast(dict[str, Any], join_state(tree, load_tensors(path, "model")))
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What of a checkpoint is needed to call its model.
-
-    Args:
-        model: its state dict, the raw weights.
-        objective: the objective's own.
-        averaging: state of the running average; None where there was none.
-        identity: what the run was, with ``slots`` and ``configuration``.
-    """
-
-    model: Mapping[str, Any]
-    objective: Mapping[str, Any]
-    averaging: Mapping[str, Any] | None
-    identity: Mapping[str, Any]
-
-
-def load_weights(path: Path) -> Weights:
-    """Return what is needed to call the model of a verified checkpoint, on the CPU; the optimizer's state is not read.
-
-    Raises:
-        CheckpointError: a file of it is gone.
-    """
-    try:
-        tree = json.loads((path / "state.json").read_text())
-        training = tree["training"]
-        model = join_state(tree["model"], load_tensors(path, "model"))
-        lazy = tensors_on_disk(path, "training")
-        parts = {part: in_memory(join_state(training[part], lazy)) for part in ("objective", "averaging")}
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
-        ) from error
-    return Weights(model, parts["objective"], parts["averaging"], training["identity"])
-
-
-def damage_of(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, or None if every byte is as it was written.
-
-    Raises:
-        CheckpointError: it was written by a newer version of Lockstep.
-    """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        version = int(manifest["version"])
-        files = {
-            name: (int(expected["bytes"]), str(expected["sha256"])) for name, expected in manifest["files"].items()
-        }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return "manifest.json is missing or unreadable"
-    if version > FORMAT_VERSION and _version_of_state(path) == version:  # else it is the number that is damaged
-        raise CheckpointError(
-            f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
-        )
-    for name in _SHARDED_FILES if INDEX in files else _FILES:
-        if name not in files:
-            return f"{name} is not in manifest.json"
-    for name, (size, digest) in files.items():
-        file = path / name
-        try:
-            if not file.is_file() or file.stat().st_size != size:
-                return f"{name} is missing or cut short"
-            if checksum(file) != digest:
-                return f"{name} does not match its checksum"
-        except OSError as error:  # a bad sector
-            return f"{name} cannot be read: {error.strerror or error}"
-    return None if version == _version_of_state(path) else "manifest.json and state.json name different formats"
-
-
-def _version_of_state(path: Path) -> int | None:
-    try:
-        return int(json.loads((path / "state.json").read_text())["version"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:

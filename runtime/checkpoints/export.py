@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime.checkpoints.checkpoint import damage_of, load_tensors
 from runtime.checkpoints.inspection import is_checkpoint, newest_whole
+from runtime.checkpoints.reading import damage_of, load_tensors
 from runtime.checkpoints.serialization import join_state
 from runtime.checkpoints.sharded_files import tensors_on_disk
 from runtime.checkpoints.shards import in_memory

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
 from runtime.checkpoints.attempts import Attempts
-from runtime.checkpoints.checkpoint import Checkpoint, damage_of, listed
+from runtime.checkpoints.checkpoint import Checkpoint, listed
+from runtime.checkpoints.reading import damage_of
 from runtime.errors import CheckpointError, RunFolderError
 
 State = Literal["whole", "damaged", "newer format", "moved aside", "partial"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from runtime.checkpoints.checkpoint import damage_of, load_model
+from runtime.checkpoints.reading import damage_of, load_model
 from runtime.checkpoints.serialization import checksum
 from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError, did_you_mean

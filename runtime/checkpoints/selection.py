@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runtime.checkpoints.attempts import Attempts
-from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder, damage_of, listed
+from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder, listed
 from runtime.checkpoints.inspection import checkpoints_folder, is_checkpoint, newest_whole
+from runtime.checkpoints.reading import damage_of
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError, ConfigurationError, Problem
 

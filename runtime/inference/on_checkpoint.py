@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from runtime import assembly
-from runtime.checkpoints.checkpoint import Checkpoint, Weights, load_weights
+from runtime.checkpoints.checkpoint import Checkpoint
+from runtime.checkpoints.reading import Weights, load_weights
 from runtime.checkpoints.selection import chosen
 from runtime.checkpoints.serialization import replace_file
 from runtime.config.file import LoadedConfiguration, exact_keys

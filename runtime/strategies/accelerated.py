@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 
 from runtime.checkpoints.shards import in_memory
-from runtime.config.sections import DistributedDataParallel
+from runtime.config.strategy import DistributedDataParallel
 from runtime.errors import ConfigurationError, DivergenceError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.optimization.combined import load_exactly

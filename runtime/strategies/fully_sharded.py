@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.optim import Optimizer
 
 from runtime.config.component import ComponentError
-from runtime.config.sections import DistributedDataParallel, FullySharded
+from runtime.config.strategy import DistributedDataParallel, FullySharded
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, ModelCall, TrainingModule
 from runtime.optimization.combined import load_exactly, members

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.config.sections import Strategy
+from runtime.config.strategy import Strategy
 from runtime.optimization.combined import members
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
 

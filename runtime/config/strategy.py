@@ -1,0 +1,111 @@
+"""The sections of the YAML that say how processes share the work, and how it is compiled. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from runtime.config.types import Section, free, refuse
+from runtime.config.zero import Zero
+
+
+class Compile(Section):
+    """torch.compile of the model. Off unless this section is there; ``compile: true`` takes the defaults."""
+
+    blocks: list[str] = []
+    """Classes of the blocks that are compiled one by one; equal ones share their code. Default: the model as a whole."""
+    backend: str = "inductor"
+    """Compiler backend."""
+    mode: str | None = None
+    """Preset of the backend, such as ``max-autotune``."""
+    dynamic: bool | None = None
+    """Compile for varying shapes. Default: torch decides."""
+    fullgraph: bool = False
+    """Refuse graph breaks."""
+
+
+class DistributedDataParallel(Section):
+    """Options of torch's DistributedDataParallel."""
+
+    bucket_mb: float = Field(25.0, gt=0)
+    """Size of the gradient buckets, in MiB."""
+    static_graph: bool = free(False)
+    """The graph is the same at every step; lets DDP reorder and allows re-entrant checkpointing."""
+    find_unused_parameters: bool = free(False)
+    """Search each forward pass for parameters without a gradient."""
+    gradient_as_bucket_view: bool = free(True)
+    """Gradients live inside the buckets: less memory, one copy fewer."""
+    communication_hook: Literal["fp16", "bf16"] | None = None
+    """Send gradients in half precision. Inexact: the sum is rounded."""
+
+    @model_validator(mode="after")
+    def _static_or_searched(self) -> Self:
+        both = self.static_graph and self.find_unused_parameters
+        return refuse(
+            self, (both, "find_unused_parameters", "a static graph needs no search; leave one of the two out")
+        )
+
+
+class ShardedPrecision(Section):
+    """Types in which sharded parameters travel. The parameters themselves, and the optimizer's state, keep their own."""
+
+    parameters: Literal["bf16", "fp16"]
+    """What parameters are gathered in; that of ``precision``. Sends half, and rounds what autocast would leave as it is."""
+    gradients: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What gradients are summed over the ranks in."""
+
+
+class FullySharded(Section):
+    """Options of FSDP2, torch's fully_shard."""
+
+    wrap: list[str] = free([])
+    """Classes of the blocks that are gathered one at a time, a transformer's layers. Default: the model as one block."""
+    min_parameters: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Instead of ``wrap``: blocks are the smallest modules with parts and at least so many parameters."""
+    reshard_after_forward: bool = free(True)
+    """Let a block go after its forward pass, and gather it again for its backward pass: less memory, more sent."""
+    mixed_precision: ShardedPrecision | None = None
+    """Types in which parameters and gradients travel. Default: their own."""
+    cpu_offload: bool = free(False)
+    """Keep parameters, gradients and optimizer state in host memory; the optimizer steps there."""
+    no_sync: bool = free(False)
+    """Reduce gradients once a step rather than in every microbatch: sends less, and needs memory for a whole gradient."""
+    replicas: int = Field(1, ge=1, json_schema_extra={"resume": "free"})
+    """HSDP: so many groups of processes hold a sharded copy each, such as one on each host. Must divide the world size."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_block(self) -> Self:
+        both = self.wrap and self.min_parameters is not None
+        return refuse(self, (both, "min_parameters", "blocks are told by class or by size; leave one of the two out"))
+
+
+class Strategy(Section):
+    """How the processes share the work."""
+
+    kind: Literal["ddp", "fsdp", "zero"] = free("ddp")
+    """``ddp``: every process holds the whole model (also with one process). ``fsdp`` and ``zero`` (DeepSpeed): the processes
+    hold it together."""
+    world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
+    """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
+    ddp: DistributedDataParallel = DistributedDataParallel()
+    """Options of DistributedDataParallel."""
+    fsdp: FullySharded = FullySharded()
+    """Options of FSDP2."""
+    zero: Zero = Zero()
+    """Options of DeepSpeed's ZeRO."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        others = {name for name in ("ddp", "fsdp", "zero") if name != self.kind}
+        return refuse(
+            self,
+            *(
+                (
+                    getattr(self, name) != type(getattr(self, name))(),
+                    name,
+                    f"is ignored with kind: {self.kind}; leave it out",
+                )
+                for name in sorted(others)
+            ),
+        )
