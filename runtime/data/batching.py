@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from runtime.data.order import Ids, KeyedPermutation
+from runtime.data.order import EpochOrder, Ids, KeyedPermutation
 from runtime.errors import DataError
 from runtime.randomness import Purpose, derive
 
@@ -19,30 +19,7 @@ _BLOCK = 4096  # draws of a class made at once
 Numbers = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 
-class _EpochOrder:
-    """An order whose epochs are drawn whole, when first asked for; holds one epoch's ids in memory."""
-
-    def __init__(self) -> None:
-        self._drawn: tuple[int, list[Ids]] | None = None
-
-    def num_batches(self, epoch: int) -> int:
-        """Return the number of global batches in an epoch."""
-        return len(self._batches(epoch))
-
-    def batch(self, epoch: int, index: int) -> Ids:
-        """Return the sample ids of one global batch."""
-        return self._batches(epoch)[index]
-
-    def _batches(self, epoch: int) -> list[Ids]:
-        if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = (epoch, self._draw(epoch))
-        return self._drawn[1]
-
-    def _draw(self, epoch: int) -> list[Ids]:
-        raise NotImplementedError
-
-
-class LengthGroupedOrder(_EpochOrder):
+class LengthGroupedOrder(EpochOrder):
     """Batches of samples of similar length, every sample once per epoch.
 
     A keyed permutation is cut into stretches of ``stretch_batches`` batches; within each, samples are sorted by length, the
@@ -78,7 +55,7 @@ class LengthGroupedOrder(_EpochOrder):
         return _shuffled_batches(batches, self._seed, epoch, keep_last=len(ids) % size > 0)
 
 
-class BudgetOrder(_EpochOrder):
+class BudgetOrder(EpochOrder):
     """Batches of as many samples as a budget of tokens (or any cost) allows, every sample once per epoch.
 
     With shuffling, samples come in a keyed permutation; ``padded`` ones sorted by length within stretches of about

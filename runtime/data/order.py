@@ -177,41 +177,51 @@ class WeightedOrder:
         return self._drawn[2]
 
 
-class SamplerOrder:
-    """A torch sampler or batch sampler, drawn once per epoch under the epoch's seed, on every rank alike.
+class EpochOrder:
+    """An order whose epochs are drawn whole, when first asked for; holds one epoch's ids in memory."""
 
-    Holds one epoch's indices in memory.
-    """
+    def __init__(self) -> None:
+        self._drawn: tuple[int, list[Ids]] | None = None
+
+    def num_batches(self, epoch: int) -> int:
+        """Return the number of global batches in an epoch."""
+        return len(self._batches(epoch))
+
+    def batch(self, epoch: int, index: int) -> Ids:
+        """Return the sample ids of one global batch."""
+        return self._batches(epoch)[index]
+
+    def _batches(self, epoch: int) -> list[Ids]:
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = (epoch, self._draw(epoch))
+        return self._drawn[1]
+
+    def _draw(self, epoch: int) -> list[Ids]:
+        raise NotImplementedError
+
+
+class SamplerOrder(EpochOrder):
+    """A torch sampler or batch sampler, drawn once per epoch under the epoch's seed, on every rank alike."""
 
     def __init__(
         self, sampler: Iterable[Any], *, num_samples: int, batch_size: int | None, seed: int, drop_last: bool
     ) -> None:
         """Take a sampler of indices, or with ``batch_size=None`` a batch sampler whose batches are the global batches."""
+        super().__init__()
         self._sampler = sampler
         self._num_samples = num_samples
         self._batch_size = batch_size
         self._seed = seed
         self._drop_last = drop_last
-        self._drawn: tuple[int, list[Ids]] | None = None
 
-    def num_batches(self, epoch: int) -> int:
-        """Return the number of global batches that the sampler draws in this epoch."""
-        return len(self._batches(epoch))
-
-    def batch(self, epoch: int, index: int) -> Ids:
-        """Return the sample ids of one global batch, in the sampler's order."""
-        return self._batches(epoch)[index]
-
-    def _batches(self, epoch: int) -> list[Ids]:
-        if self._drawn is None or self._drawn[0] != epoch:
-            with preserved_random_state(_CPU):
-                seed_everything(derive(self._seed, Purpose.ORDER, epoch), _CPU)
-                if hasattr(self._sampler, "set_epoch"):
-                    self._sampler.set_epoch(epoch)
-                drawn = list(self._sampler)
-            batches = [self._checked(batch) for batch in self._cut(drawn)]
-            self._drawn = (epoch, [batch for batch in batches if batch.size])
-        return self._drawn[1]
+    def _draw(self, epoch: int) -> list[Ids]:
+        with preserved_random_state(_CPU):
+            seed_everything(derive(self._seed, Purpose.ORDER, epoch), _CPU)
+            if hasattr(self._sampler, "set_epoch"):
+                self._sampler.set_epoch(epoch)
+            drawn = list(self._sampler)
+        batches = [self._checked(batch) for batch in self._cut(drawn)]
+        return [batch for batch in batches if batch.size]
 
     def _cut(self, drawn: list[Any]) -> Sequence[Any]:
         if self._batch_size is None:
