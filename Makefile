@@ -1,6 +1,6 @@
 # make train    a trained model on real data
 # make test     linters and all tests
-# make image-test  the image for CPUs, built and run (podman)
+# make image-test  both images, built and run, and the two machines of compose.yaml (podman)
 # make bench    time per step, to the first step and of a save, against hand-written PyTorch; memory and traffic of each strategy
 PYTHON ?= python3
 VENV := .venv

@@ -1,4 +1,4 @@
-"""The pods of a job on Kubernetes: what is the same whether a Job or a JobSet starts them, and what is refused."""
+"""The pods of a job on Kubernetes: what is the same whatever starts them, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,12 +15,31 @@ from launch.job import JobSpec
 from runtime.errors import Problem
 
 PORT = 29500  # where the machines meet
-CONTAINER = "train"
-REPLICATED = "node"  # name of the one replicated job in a JobSet
+NODE = "node"  # of the container, and of the one replicated job in a JobSet: Kubeflow's Trainer knows both by this name
 _QUANTITY = re.compile(r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+class Kind(StrEnum):
+    """What starts the pods, as kubectl names it."""
+
+    JOB = "job"
+    JOBSET = "jobset"
+    TRAINJOB = "trainjob"
+
+
+@dataclass(frozen=True)
+class TrainingRuntime:
+    """A runtime of Kubeflow's Trainer that is installed in the cluster.
+
+    Args:
+        kind: ``ClusterTrainingRuntime``, or ``TrainingRuntime`` for one of the job's own namespace.
+    """
+
+    name: str
+    kind: str = "ClusterTrainingRuntime"
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,8 @@ class Pods:
         secrets: where the values of ``job.secrets`` are, by name.
         cpus, memory: that each pod gets, as Kubernetes writes quantities. Default: whatever is free.
         user, group: by number; neither is root's.
-        jobset: make a JobSet, which starts all pods anew when one has failed.
+        kind: what is to start the pods.
+        runtime: that a TrainJob refers to. Default: one of its own, which starts and ends pods as a JobSet of ours does.
     """
 
     config_text: str
@@ -65,13 +86,14 @@ class Pods:
     memory: str | None = None
     user: int = 1000
     group: int = 1000
-    jobset: bool = False
+    kind: Kind = Kind.JOB
+    runtime: TrainingRuntime | None = None
 
 
 def pod_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
-    """Return what each pod is; ``name`` is that of the Job or JobSet."""
+    """Return what each pod is; ``name`` is that of the Job, JobSet or TrainJob."""
     mounts, volumes = _mounts_and_volumes(name, job, pods)
-    named = {} if pods.jobset or job.nodes == 1 else {"subdomain": name}
+    named = {"subdomain": name} if pods.kind is Kind.JOB and job.nodes > 1 else {}
     return {
         "restartPolicy": "Never",
         **named,
@@ -92,11 +114,11 @@ def pod_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
         },
         "containers": [
             {
-                "name": CONTAINER,
+                "name": NODE,
                 "image": job.image,
                 "#args": "Not 'command', which would replace the image's own first process; that one is to pass SIGTERM on.",
                 "args": [
-                    _literal(argument) if literal else argument for argument, literal in _arguments(name, job, pods)
+                    literal(argument) if as_it_is else argument for argument, as_it_is in _arguments(name, job, pods)
                 ],
                 "workingDir": str(job.working_folder),
                 "env": list(_environment(job, pods)),
@@ -119,7 +141,7 @@ def _arguments(name: str, job: JobSpec, pods: Pods) -> Iterator[tuple[str, bool]
         yield "--gpus", True
     if job.nodes == 1:
         return
-    first = f"{name}-{REPLICATED}-0-0" if pods.jobset else f"{name}-0"
+    first = f"{name}-0" if pods.kind is Kind.JOB else f"{name}-{NODE}-0-0"
     for argument in ("--nodes", str(job.nodes), "--main-address", f"{first}.{name}", "--main-port", str(PORT)):
         yield argument, True
     yield "--node-rank", True
@@ -131,7 +153,7 @@ def _environment(job: JobSpec, pods: Pods) -> Iterator[dict[str, Any]]:
     if pods.cpus is not None:  # processes see all cores of the machine, and would start as many threads
         plain["OMP_NUM_THREADS"] = str(max(1, pods.cpus // job.processes_per_node))
     for variable, value in {**plain, **job.environment}.items():
-        yield {"name": variable, "value": _literal(value)}
+        yield {"name": variable, "value": literal(value)}
     for variable in job.secrets:
         found = pods.secrets[variable]
         yield {"name": variable, "valueFrom": {"secretKeyRef": {"name": found.secret, "key": found.key}}}
@@ -179,41 +201,46 @@ def config_name(name: str, pods: Pods) -> str:
     return f"{name}-{hashlib.sha256(pods.config_text.encode()).hexdigest()[:10]}"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Return a text so that it arrives as it is: Kubernetes fills in ``$(NAME)`` in arguments and in variables."""
     return text.replace("$", "$$")
 
 
 def problems(job: JobSpec, pods: Pods) -> Iterator[Problem]:
     """Yield what Kubernetes would refuse, and what would lose the run."""
-
-    def problem(key: str, what: str) -> Problem:
-        return Problem("command line", key, what)
-
     if not job.image:
-        yield problem("--image", "is required: what the pods run")
+        yield _problem("--image", "is required: what the pods run")
     if pods.namespace is not None and not _LABEL.fullmatch(pods.namespace):
-        yield problem("--namespace", f"{pods.namespace!r} is no name of a namespace (a-z, 0-9 and -, at most 63)")
+        yield _problem("--namespace", f"{pods.namespace!r} is no name of a namespace (a-z, 0-9 and -, at most 63)")
     if 0 in (pods.user, pods.group):
-        yield problem("--user", "is root, as whom no pod is to run; give USER:GROUP by number, 1000:1000")
+        yield _problem("--user", "is root, as whom no pod is to run; give USER:GROUP by number, 1000:1000")
+    if pods.runtime is not None:
+        if pods.kind is not Kind.TRAINJOB:
+            yield _problem("--runtime", "is what a TrainJob refers to: add --trainjob")
+        if not _OBJECT.fullmatch(pods.runtime.name):
+            yield _problem("--runtime", f"{pods.runtime.name!r} is no name of a runtime")
     if pods.memory is not None and not _QUANTITY.fullmatch(pods.memory):
-        yield problem("--memory", f"{pods.memory!r} is no quantity of memory, such as 64Gi")
+        yield _problem("--memory", f"{pods.memory!r} is no quantity of memory, such as 64Gi")
+    if len(pods.config_text.encode()) > 1_000_000:
+        yield _problem("CONFIG", "has more than a megabyte, which a ConfigMap cannot hold")
+    if ":" in str(job.config):
+        yield _problem("CONFIG", f"{str(job.config)!r} has a colon, which Kubernetes takes in no path to mount")
+    yield from _problems_of_secrets(job, pods)
+    yield from _problems_of_volumes(job, pods)
+
+
+def _problems_of_secrets(job: JobSpec, pods: Pods) -> Iterator[Problem]:
     for variable, found in pods.secrets.items():
         if not _OBJECT.fullmatch(found.secret) or not _SECRET_KEY.fullmatch(found.key):
-            yield problem(
+            yield _problem(
                 f"--secret {variable}", f"'{found.secret}/{found.key}' is no name of a Secret and of a key in it"
             )
     for variable in job.secrets:
         if variable in job.environment:
-            yield problem(variable, "is a variable and a secret: leave out --env or --secret")
+            yield _problem(variable, "is a variable and a secret: leave out --env or --secret")
         elif variable not in pods.secrets:
             what = f"is a secret: keep it in one of the cluster's, and name that: --secret {variable}=SECRET/KEY"
-            yield problem(variable, what)
-    if len(pods.config_text.encode()) > 1_000_000:
-        yield problem("CONFIG", "has more than a megabyte, which a ConfigMap cannot hold")
-    if ":" in str(job.config):
-        yield problem("CONFIG", f"{str(job.config)!r} has a colon, which Kubernetes takes in no path to mount")
-    yield from _problems_of_volumes(job, pods)
+            yield _problem(variable, what)
 
 
 def _problems_of_volumes(job: JobSpec, pods: Pods) -> Iterator[Problem]:
@@ -221,11 +248,11 @@ def _problems_of_volumes(job: JobSpec, pods: Pods) -> Iterator[Problem]:
     for volume in pods.volumes:
         key = f"--volume {volume.source}:{volume.path}"
         if not volume.path.is_absolute() or ":" in str(volume.path) or ".." in volume.path.parts:
-            yield Problem("command line", key, "is to be mounted at an absolute path without colons or '..'")
+            yield _problem(key, "is to be mounted at an absolute path without colons or '..'")
         if not volume.source.startswith("/") and not _OBJECT.fullmatch(volume.source):
-            yield Problem("command line", key, f"{volume.source!r} is neither a claim's name nor an absolute path")
+            yield _problem(key, f"{volume.source!r} is neither a claim's name nor an absolute path")
         if volume.path in seen:
-            yield Problem("command line", key, "is mounted where another volume is")
+            yield _problem(key, "is mounted where another volume is")
         seen.add(volume.path)
     assert job.run_folder is not None
     folder = PurePosixPath(job.run_folder)
@@ -233,4 +260,8 @@ def _problems_of_volumes(job: JobSpec, pods: Pods) -> Iterator[Problem]:
     if not over or max(over, key=lambda volume: len(volume.path.parts)).read_only:
         what = f"{folder} is on no volume that can be written to, and would end with its pod: --volume CLAIM:{folder.parent}"
         several = ", a claim that all machines can write to (ReadWriteMany)" if job.nodes > 1 else ""
-        yield Problem("command line", "output", f"{what}{several}")
+        yield _problem("output", f"{what}{several}")
+
+
+def _problem(key: str, what: str) -> Problem:
+    return Problem("command line", key, what)

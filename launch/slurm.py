@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from launch import pyxis
 from launch.job import JobSpec, refuse_control_characters
 from runtime.errors import ConfigurationError, Problem
 
@@ -30,6 +31,7 @@ class SlurmOptions:
         cpus_per_process: cores of each process. Default: what the partition gives.
         interface: network interface that the ranks talk over. Default: the one of the address they meet at.
         container: image that the ranks run in, by the pyxis plugin of srun.
+        mounts: that the container gets besides, as ``PATH[:PATH[:ro]]``.
         extra: further options of sbatch, such as ``--mem=64G``.
     """
 
@@ -40,6 +42,7 @@ class SlurmOptions:
     cpus_per_process: int | None = None
     interface: str | None = None
     container: str | None = None
+    mounts: Sequence[str] = ()
     extra: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -53,11 +56,19 @@ class SlurmOptions:
                 yield from refuse_control_characters(f"--{name}", value)
                 if not value:
                     yield Problem("command line", f"--{name}", "is empty")
+        for text in self.mounts:
+            yield from refuse_control_characters("--container-mount", text)
+        yield from pyxis.problems_of_options(self.container, self.mounts)
         for text in self.extra:
             yield from refuse_control_characters("--sbatch", text)
             name = text.removeprefix("--").partition("=")[0]
             if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.+)?", text, re.DOTALL):
                 yield Problem("command line", "--sbatch", f"{text!r} is not of the form --option or --option=value")
+            elif name.startswith("container"):
+                what = (
+                    f"--{name} would put the job script itself into a container; for its processes there is --container"
+                )
+                yield Problem("command line", "--sbatch", what)
             elif name in _OURS:
                 yield Problem("command line", "--sbatch", f"--{name} is set by Lockstep, which could not work without")
 
@@ -77,7 +88,7 @@ def script(
         module: the entry point as a module, for where the script's path does not hold, as in a container.
 
     Raises:
-        ConfigurationError: the run folder is one that Slurm cannot write a log to.
+        ConfigurationError: the run folder is one that Slurm cannot write a log to, or that no container can mount.
     """
     assert job.run_folder is not None
     assert job.working_folder is not None
@@ -85,6 +96,8 @@ def script(
     if "\\" in folder:
         what = f"{folder!r} holds a backslash, which turns off the job's number in Slurm's names of logs"
         raise ConfigurationError([Problem("command line", "output", what)])
+    if options.container is not None and (found := list(pyxis.problems_of_folders(job))):
+        raise ConfigurationError(found)
     log = f"{folder.replace('%', '%%')}/logs/slurm-%j.log"  # Slurm fills in %j, and would also fill in a folder's %
     entry = ["-m", module] if module is not None else [str(job.script)]
     line = ["python3" if options.container else python, *entry, str(job.config), *job.overrides]
@@ -152,13 +165,13 @@ def _exports(job: JobSpec, options: SlurmOptions) -> Iterator[str]:
         # one that looks fast.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             yield f"export {name}={shlex.quote(options.interface)}"
+    if options.container is not None:
+        yield "export PYTHONNOUSERSITE=1  # the home folder, if it is mounted, has packages for another Python"
     for name, value in job.environment.items():
         yield f"export {name}={shlex.quote(value)}"
 
 
 def _step_options(job: JobSpec, options: SlurmOptions) -> Iterator[str]:
     if options.container is not None:
-        mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys((job.working_folder, job.run_folder)))
-        yield f"--container-image={shlex.quote(options.container)}"
-        yield f"--container-mounts={shlex.quote(mounts)}"
-        yield "--container-workdir=" + shlex.quote(str(job.working_folder))
+        names = [line.removeprefix("export ").partition("=")[0] for line in _exports(job, options)]
+        yield from pyxis.step_options(job, options.container, options.mounts, variables=names)

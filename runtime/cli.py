@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
+from runtime.environment import SlurmStep, slurm_step
 from runtime.errors import ConfigurationError, LockstepError, Problem
 from runtime.processes.meeting import Place
 
@@ -146,12 +147,19 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    several = parser.add_argument_group("several machines", "the same command on each, with its own --node-rank")
-    several.add_argument("--nodes", metavar="N", type=_count, default=1, help="machines (default: 1)")
+    several = parser.add_argument_group(
+        "several machines",
+        "the same command on each, with its own --node-rank; or none of these in a step of Slurm's with one task on each "
+        "machine: srun --ntasks-per-node=1",
+    )
+    several.add_argument("--nodes", metavar="N", type=_count, help="machines (default: 1)")
     several.add_argument("--node-rank", metavar="R", type=int, help="which of them this is: 0 is the main host")
     several.add_argument("--main-address", metavar="HOST", help="name or address of the main host")
     several.add_argument(
-        "--main-port", metavar="PORT", type=int, default=29500, help="a free port on it (default: 29500)"
+        "--main-port",
+        metavar="PORT",
+        type=_port,
+        help="a free port on it (default: 29500; in a step, from the job's id)",
     )
 
 
@@ -160,8 +168,13 @@ def _place(options: argparse.Namespace, processes: int) -> Place | None:
 
     Raises:
         ConfigurationError: options that are missing, or mean nothing.
+        SchedulerError: Slurm does not say where the first machine is.
     """
-    nodes, rank, address = options.nodes, options.node_rank, options.main_address
+    nodes, rank, address = options.nodes or 1, options.node_rank, options.main_address
+    if (step := _step(options)) is not None:
+        from runtime.processes.slurm_step import place_in_step
+
+        return place_in_step(step, processes=processes, port=options.main_port)
     if nodes == 1:
         given = [f"--{name}" for name, value in (("node-rank", rank), ("main-address", address)) if value is not None]
         if given:
@@ -174,16 +187,26 @@ def _place(options: argparse.Namespace, processes: int) -> Place | None:
         problems.append(
             Problem("command line", "--main-address", "is required: the main host, as all machines know it")
         )
-    if not 0 < options.main_port < 65536:
-        problems.append(Problem("command line", "--main-port", "must be 1 to 65535"))
     if problems:
         raise ConfigurationError(problems)
-    return Place(nodes, rank, address, options.main_port, processes)
+    return Place(nodes, rank, address, options.main_port or 29500, processes)
+
+
+def _step(options: argparse.Namespace) -> SlurmStep | None:
+    """Return the step of Slurm's that says which machine this is, unless the command line does."""
+    said = (options.nodes, options.node_rank, options.main_address)
+    return slurm_step() if said == (None, None, None) else None
 
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"must be 1 to 65535, not {text!r}")
     return int(text)
 
 
@@ -200,10 +223,12 @@ def _train(options: argparse.Namespace) -> int:
     check_start(loaded)
     gpus = num_gpus()
     configured = loaded.values.strategy.world_size
-    if configured is not None and configured % options.nodes:
-        what = f"is {configured}, which {options.nodes} machines cannot share evenly"
+    step = _step(options)
+    nodes = step.nodes if step is not None else options.nodes or 1
+    if configured is not None and configured % nodes:
+        what = f"is {configured}, which {nodes} machines cannot share evenly"
         raise ConfigurationError([loaded.problem(("strategy", "world_size"), what)])
-    processes = options.processes or (configured or 0) // options.nodes or max(1, gpus)
+    processes = options.processes or (configured or 0) // nodes or max(1, gpus)
     start = train_locally if options.act == "train" else examine_locally
     return start(
         loaded,

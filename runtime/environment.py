@@ -10,12 +10,14 @@ WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate la
 GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
 ACCELERATE_USE_FSDP     set by ``accelerate launch --use_fsdp``
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
+SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS, SLURM_STEP_NODELIST, SLURM_NODEID    what srun has started, and which of it this is
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import WorldSizeError
@@ -83,6 +85,33 @@ def job_identity() -> tuple[str | None, int]:
     if job != "none":  # torchrun's default, the same for every run
         return job, int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
     return None, 0
+
+
+@dataclass(frozen=True)
+class SlurmStep:
+    """What ``srun`` has started.
+
+    Args:
+        tasks: on all nodes.
+        node_rank: of this task's node, counted from 0.
+        node_list: as Slurm writes it: ``n[1-4]``.
+        job: its id.
+    """
+
+    nodes: int
+    tasks: int
+    node_rank: int
+    node_list: str
+    job: int
+
+
+def slurm_step() -> SlurmStep | None:
+    """Return the step that this process is a task of, or None."""
+    names = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+    nodes, tasks, rank, node_list, job = (os.environ.get(name, "") for name in names)
+    if not node_list or not all(value.isdigit() for value in (nodes, tasks, rank, job)):
+        return None
+    return SlurmStep(int(nodes), int(tasks), int(rank), node_list, int(job))
 
 
 def requested_world_size(configured: int | None) -> int:

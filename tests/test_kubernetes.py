@@ -23,10 +23,11 @@ from kubernetes_validate.utils import all_versions, major_minor
 from launch.job import JobSpec
 from launch.kubernetes import manifests, object_name
 from launch.manifest import manifest_text
-from launch.pods import Pods, SecretKey, Volume
+from launch.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
 from runtime.entry import parsed
 from runtime.errors import ConfigurationError, LockstepError
 from runtime.processes import node
+from tests.kubeflow_trainer import jobset_spec
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -110,9 +111,14 @@ def pods(**changes: Any) -> Pods:
 ON_CPUS = {"nodes": 1, "processes_per_node": 2, "use_gpus": False, "secrets": [], "environment": {}}
 KINDS = {
     "job": manifests(job(), pods()),
-    "jobset": manifests(job(), pods(jobset=True)),
+    "jobset": manifests(job(), pods(kind=Kind.JOBSET)),
+    "trainjob": manifests(job(), pods(kind=Kind.TRAINJOB)),
+    "trainjob-runtime": manifests(job(), pods(kind=Kind.TRAINJOB, runtime=TrainingRuntime("torch-distributed"))),
     "one-machine": manifests(job(**ON_CPUS), pods(secrets={}, cpus=None, memory=None, namespace=None)),
 }
+
+
+MADE = [kind for kind in KINDS if kind != "trainjob-runtime"]  # what becomes of whose pods is for us to say
 
 
 def documents(text: str) -> dict[str, Any]:
@@ -121,9 +127,11 @@ def documents(text: str) -> dict[str, Any]:
 
 def job_spec(text: str) -> dict[str, Any]:
     found = documents(text)
-    if "JobSet" in found:
-        return found["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]
-    return found["Job"]["spec"]
+    if "Job" in found:
+        return found["Job"]["spec"]
+    made = jobset_spec(found["TrainJob"], found["TrainingRuntime"]) if "TrainJob" in found else found["JobSet"]["spec"]
+    (replicated,) = made["replicatedJobs"]
+    return replicated["template"]["spec"]
 
 
 def pod_spec(text: str) -> dict[str, Any]:
@@ -215,14 +223,16 @@ def test_kubectl_reads_what_was_meant(kind: str, tmp_path: Path) -> None:
     assert kubectl_reads(KINDS[kind], tmp_path) == list(yaml.safe_load_all(KINDS[kind]))
 
 
-def test_kubectl_reads_hostile_values_as_the_texts_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", Kind)
+def test_kubectl_reads_hostile_values_as_the_texts_they_are(kind: Kind, tmp_path: Path) -> None:
     environment = {f"V{number}": value for number, value in enumerate(HOSTILE)}
     overrides = [f"name={value}" for value in HOSTILE]
     config_text = "\n".join(HOSTILE) + "\n \n\ttab \n\n"
-    text = manifests(job(name="$(a) b; c", environment=environment, overrides=overrides), pods(config_text=config_text))
-    config, _, run = kubectl_reads(text, tmp_path)
+    hostile = job(name="$(a) b; c", environment=environment, overrides=overrides)
+    text = manifests(hostile, pods(config_text=config_text, kind=kind))
+    config, *_ = read = kubectl_reads(text, tmp_path)
     assert config["data"] == {"run.yaml": config_text}
-    (only,) = run["spec"]["template"]["spec"]["containers"]
+    only = container(manifest_text(read))
     given_out = {
         entry["name"]: filled_in(entry["value"], {"HOME": "/root"}) for entry in only["env"] if "value" in entry
     }
@@ -265,7 +275,7 @@ def becomes_of(policy: dict[str, Any], *, exit_code: int, disrupted: bool = Fals
     """
     for rule in policy["rules"]:
         if codes := rule.get("onExitCodes"):
-            assert (codes["operator"], codes["containerName"]) == ("In", "train")
+            assert (codes["operator"], codes["containerName"]) == ("In", "node")
             if exit_code in codes["values"]:
                 return rule["action"]
         elif disrupted and {"type": "DisruptionTarget", "status": "True"} in rule["onPodConditions"]:
@@ -273,7 +283,7 @@ def becomes_of(policy: dict[str, Any], *, exit_code: int, disrupted: bool = Fals
     return "Count"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MADE)
 def test_a_pod_is_replaced_when_it_is_to_go_on_and_the_job_fails_when_it_would_fail_again(kind: str) -> None:
     policy = job_spec(KINDS[kind])["podFailurePolicy"]
     assert becomes_of(policy, exit_code=75) == "Ignore"
@@ -296,7 +306,7 @@ def test_failures_are_counted_once_by_whoever_starts_the_pods_anew() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MADE)
 def test_a_pod_has_time_to_save_and_does_not_meet_its_successor(kind: str) -> None:
     assert pod_spec(KINDS[kind])["terminationGracePeriodSeconds"] >= 2 * job().grace_seconds
     assert job_spec(KINDS[kind])["podReplacementPolicy"] == "Failed"
@@ -323,7 +333,7 @@ def test_pods_find_the_first_one_by_a_name_that_dns_knows_before_it_is_ready() -
     assert network["publishNotReadyAddresses"] is network["enableDNSHostnames"] is True
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MADE)
 def test_the_command_of_a_pod_is_understood_by_what_it_starts(kind: str) -> None:
     args = container(KINDS[kind])["args"]
     assert args[:3] == ["python", "-m", "runtime.processes.node"]
@@ -341,7 +351,7 @@ def test_the_command_of_a_pod_is_understood_by_what_it_starts(kind: str) -> None
 # Privileges, secrets, threads
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MADE)
 def test_pods_meet_the_restricted_pod_security_standard(kind: str) -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards, but for hostPath volumes, which users ask for."""
     spec, only = pod_spec(KINDS[kind]), container(KINDS[kind])

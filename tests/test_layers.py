@@ -41,6 +41,7 @@ LAYERS = [
         "checkpoints.fence",
         "processes.watch",
         "processes.meeting",
+        "processes.slurm_step",
         "processes.interface",
     ],
     [

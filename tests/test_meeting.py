@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runtime.cli import main
+from runtime.environment import slurm_step
 from runtime.errors import MeetingError
 from runtime.processes.interface import interface_to
 from runtime.processes.meeting import Place, meet
+from runtime.processes.slurm_step import place_in_step
 from tests.chaos.processes import free_port
 from tests.test_launch import written
 
@@ -41,7 +44,8 @@ def test_all_get_the_same_token_in_whatever_order_they_come() -> None:
 
 def test_a_machine_with_another_number_of_processes_is_named_on_all() -> None:
     port = free_port()
-    said = met(Place(3, 0, "127.0.0.1", port, 2), Place(3, 1, "127.0.0.1", port, 4), Place(3, 2, "127.0.0.1", port, 2))
+    places = [Place(3, rank, "127.0.0.1", port, processes) for rank, processes in enumerate((2, 4, 2))]
+    said = met(*places, patience_seconds=3)  # for the third, which may come when the first has left
     host = socket.gethostname()
     expected = f"error: host {host} (node rank 1) was started otherwise than host {host}: --processes 4 there, 2 here"
     assert said[:2] == [expected, expected]
@@ -116,7 +120,6 @@ def connected(port: int) -> socket.socket:
         (["--nodes", "2"], "--node-rank: must be 0 to 1"),
         (["--nodes", "2"], "--main-address: is required"),
         (["--nodes", "2", "--node-rank", "2", "--main-address", "h"], "--node-rank: must be 0 to 1"),
-        (["--nodes", "2", "--node-rank", "1", "--main-address", "h", "--main-port", "70000"], "--main-port: must be"),
         (["--node-rank", "1"], "--node-rank: needs --nodes 2"),
         (["--nodes", "2", "strategy.world_size=3"], "is 3, which 2 machines cannot share evenly"),
     ],
@@ -127,6 +130,92 @@ def test_options_that_make_no_place_are_refused(
     assert main(["train", str(written(tmp_path)), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "-1", "a"])
+def test_a_port_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], port: str) -> None:
+    place = ["--nodes", "2", "--node-rank", "1", "--main-address", "h", f"--main-port={port}"]
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(written(tmp_path)), *place])
+    assert left.value.code == 2
+    assert f"--main-port: must be 1 to 65535, not '{port}'" in capsys.readouterr().err
+
+
+# A step of Slurm's
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, *, nodes: int, tasks: int) -> None:
+    variables = {
+        "STEP_NUM_NODES": nodes,
+        "STEP_NUM_TASKS": tasks,
+        "NODEID": 1,
+        "STEP_NODELIST": "n[1-2]",
+        "JOB_ID": 40007,
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+
+def with_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    (folder / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+SCONTROL = """\
+case "$*" in
+  "show hostnames n[1-2]") echo n1; echo n2;;
+  "-o show node n1") echo "NodeName=n1 Arch=x NodeAddr=10.1.2.3 NodeHostName=n1";;
+  *) exit 1;;
+esac"""
+
+
+def test_slurm_says_which_machine_of_a_step_this_is_and_where_the_first_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_step(monkeypatch, nodes=2, tasks=2)
+    with_scontrol(tmp_path, monkeypatch, SCONTROL)
+    step = slurm_step()
+    assert step is not None
+    assert place_in_step(step, processes=3, port=None) == Place(2, 1, "10.1.2.3", 10007, 3)
+    assert place_in_step(step, processes=3, port=77) == Place(2, 1, "10.1.2.3", 77, 3)
+    assert place_in_step(replace(step, tasks=1, nodes=1), processes=3, port=None) is None
+
+
+@pytest.mark.parametrize(
+    ("tasks", "script", "code", "message"),
+    [
+        (4, SCONTROL, 2, "srun: started 4 tasks on 2 machine(s), and each would start a machine's processes"),
+        (2, "echo no such node >&2; exit 1", 1, "does not say where this step began: no such node: give --nodes,"),
+        (2, None, 1, "scontrol cannot be asked where it began"),
+    ],
+)
+def test_a_step_that_makes_no_place_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tasks: int,
+    script: str | None,
+    code: int,
+    message: str,
+) -> None:
+    in_step(monkeypatch, nodes=2, tasks=tasks)
+    if script is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        with_scontrol(tmp_path, monkeypatch, script)
+    assert main(["doctor", str(written(tmp_path))]) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_command_line_that_says_which_machine_this_is_needs_no_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_step(monkeypatch, nodes=2, tasks=4)
+    assert main(["train", str(written(tmp_path)), "--nodes", "2"]) == 2
+    assert "--main-address: is required" in capsys.readouterr().err
 
 
 def test_a_meeting_that_fails_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from runtime.checkpoints.checkpoint import load_state
 from runtime.config.file import load
-from tests.observed import configuration, observe
+from tests.observed import PROJECT, configuration, observe
 from tests.process_pool import ProcessPool
 from tests.slurm_cluster import SlurmCluster, outcome, started_cluster, steps
 from tests.test_failure import endless
@@ -133,12 +135,50 @@ def test_a_step_that_is_started_with_fewer_tasks_is_refused(slurm: SlurmCluster,
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def doctor(slurm: SlurmCluster, config: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Examine both nodes in a step of srun's; each has a host name of its own, by which NODE in a word is replaced."""
+    named = 'hostname "$SLURMD_NODENAME"; exec "${@//NODE/$SLURMD_NODENAME}"'
+    line = ["srun", "--nodes=2", "--ntasks-per-node=1", "unshare", "--uts", "bash", "-c", named, "named"]
+    return subprocess.run(
+        [*line, "lockstep", "doctor", str(config), *words],
+        env=slurm.environment,
+        cwd=config.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_doctor_names_the_machine_of_a_step_that_differs(slurm: SlurmCluster, tmp_path: Path) -> None:
+    path = written(tmp_path, configuration(tmp_path / "run"))
+    for node in ("n1", "n2"):
+        shutil.copytree(PROJECT, tmp_path / node)
+    (tmp_path / "n2" / "more.py").touch()
+    done = doctor(slurm, path, f"code={tmp_path}/NODE")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"rank 1 \(host n2\) has code \S+, rank 0 \(host n1\) \S+\n", done.stderr), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_the_doctor_examines_each_process_of_each_machine_of_a_step(slurm: SlurmCluster, tmp_path: Path) -> None:
+    path = written(tmp_path, configuration(tmp_path / "run"))
+    done = doctor(slurm, path, "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^rank (\d)  host (\S+)  cpu", done.stdout, re.M)
+    assert found == [("0", "n1"), ("1", "n1"), ("2", "n2"), ("3", "n2")]
+    assert done.stdout.count("all is well") == 1
+
+
 def test_a_job_goes_on_from_its_last_checkpoint_after_a_rank_was_killed(
     slurm: SlurmCluster, pool: ProcessPool, tmp_path: Path
 ) -> None:
+    """The run at W&B is the same one, too: offline, each start leaves a folder whose name ends in the id of its run."""
     run = tmp_path / "run"
     config = endless(tmp_path, checkpoint={"every": "50 steps"})
-    job = slurm.submit(written(tmp_path, config), "--nodes", "2")
+    tracked = {**config, "reporting": {**config["reporting"], "wandb": {"mode": "offline"}}}
+    job = slurm.submit(written(tmp_path, tracked), "--nodes", "2")
     wait_for_step(slurm, run, job, 100)
     doomed = slurm.pid_of_rank(job, 1)
     assert doomed is not None
@@ -155,6 +195,9 @@ def test_a_job_goes_on_from_its_last_checkpoint_after_a_rank_was_killed(
     said = log(slurm, run, job)
     assert (found["ExitCode"], found["Restarts"]) == ("75:0", "1"), said
     assert "the job is not requeued: stopped by the user" in said
+    (checkpoint,) = (run / "checkpoints").glob(f"step-{outcome(run)['step']:08}*")
+    ids = [path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*-*")]
+    assert ids == [load_state(checkpoint)[1]["identity"]["tracker_id"]] * 2
     assert_as_if_never_interrupted(pool, run, config, outcome(run)["step"])
 
 

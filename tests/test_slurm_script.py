@@ -59,7 +59,7 @@ HOSTILE = 'it\'s $(touch pwned) `touch pwned` "x" %j; touch pwned # \\ @{command
             "slurm-container.sh",
             script(
                 GPU,
-                SlurmOptions(container="registry/lockstep:1"),
+                SlurmOptions(container="registry.example#lockstep:1", mounts=["/datasets:/data:ro"], interface="ib0"),
                 python="/opt/venv/bin/python",
                 secrets_file=None,
                 module="runtime.train",
@@ -209,9 +209,18 @@ def test_what_could_begin_a_line_of_its_own_is_refused(change: dict[str, object]
     [
         ({"partition": "a\nb"}, "--partition: holds a line break"),
         ({"partition": ""}, "--partition: is empty"),
+        ({"container": "registry.example/a/b:1"}, "wants a # after the registry, 'registry.example#a/b:1'"),
+        ({"container": "localhost:5000/a"}, "'localhost:5000#a'"),
+        ({"mounts": ["/data"]}, "--container-mount: needs --container"),
+        ({"container": "a", "mounts": ["data:/data"]}, "'data:/data' is not of absolute paths"),
+        ({"container": "a", "mounts": ["/a,/b"]}, "'/a,/b' is not of absolute paths"),
+        ({"container": "a", "mounts": ["/$(id):/b"]}, "is not of absolute paths"),
+        ({"container": "a", "mounts": ["/a:/b:rw"]}, "'/a:/b:rw' ends in 'rw', which is not ro"),
+        ({"container": "a", "mounts": ["/a\nb"]}, "--container-mount: holds a line break"),
         ({"extra": ["mem=3"]}, "'mem=3' is not of the form --option"),
         ({"extra": ["--mem=3 --wrap=x\n"]}, "--sbatch: holds a line break"),
         ({"extra": ["--signal=USR1@5"]}, "--signal is set by Lockstep"),
+        ({"extra": ["--container-image=a"]}, "--container-image would put the job script itself into a container"),
         ({"extra": ["--no-requeue"]}, "--no-requeue is set by Lockstep"),
     ],
 )
@@ -223,6 +232,49 @@ def test_options_that_would_break_the_script_are_refused(options: dict[str, obje
 def test_a_folder_in_which_slurm_would_not_number_its_logs_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="holds a backslash"):
         script(replace(CPU, run_folder=Path("/a\\b")), SlurmOptions(), python="p", secrets_file=None)
+
+
+@pytest.mark.parametrize(
+    "image", ["lockstep:1", "user/lockstep:1", "registry.example#a/b:1", "/images/a b.sqsh", "me@host.example#a/b"]
+)
+def test_an_image_is_written_as_pyxis_reads_it(image: str) -> None:
+    assert SlurmOptions(container=image).container == image
+
+
+@pytest.mark.parametrize(("key", "path"), [("run_folder", "/a,b"), ("run_folder", "/a:b"), ("working_folder", "/a$b")])
+def test_a_folder_that_pyxis_would_take_for_two_is_refused(key: str, path: str) -> None:
+    job = replace(CPU, **{key: Path(path)})  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="which --container cannot mount"):
+        script(job, SlurmOptions(container="a"), python="p", secrets_file=None)
+    assert script(job, SlurmOptions(), python="p", secrets_file=None)
+
+
+def test_what_the_script_sets_is_set_in_a_container_too_whatever_its_image_says(tmp_path: Path) -> None:
+    """srun gets the names of all that the script has added to the environment, by pyxis's --container-env."""
+    secrets = tmp_path / "secrets"
+    secrets.write_text(secrets_text({"WANDB_API_KEY": "hush"}))
+    job = replace(
+        CPU,
+        run_folder=tmp_path / "run",
+        working_folder=tmp_path,
+        environment={"NCCL_DEBUG": "WARN"},
+        secrets=["WANDB_API_KEY"],
+    )
+    _, told, variables = run_by_bash(tmp_path, job, SlurmOptions(container="a", interface="ib0"), secrets)
+    (names,) = [
+        line.partition("=")[2].split(",") for line in told.splitlines() if line.startswith("srun: --container-env=")
+    ]
+    added = {line.partition("=")[0] for line in variables.splitlines()} - {
+        "PATH",
+        "TOLD",
+        "PWD",
+        "OLDPWD",
+        "SHLVL",
+        "_",
+    }
+    assert {*names} == {name for name in added if not name.startswith("SLURM_")}
+    assert "hush" not in told
+    assert f"srun: --container-mounts={tmp_path}:{tmp_path},{tmp_path}/run:{tmp_path}/run\n" in told
 
 
 def test_the_warning_leaves_time_to_save_but_at_most_half_of_the_limit() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from launch.job import JobSpec, is_secret
 from launch.kubernetes import manifests, object_name
-from launch.pods import Pods, SecretKey, Volume
+from launch.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
 from runtime.config.file import LoadedConfiguration
 from runtime.errors import ConfigurationError, LockstepError, Problem
 from runtime.submission.options import add_job_options, checked, count, described, variables
@@ -67,8 +67,28 @@ def add(schedulers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         default=PurePosixPath("/workspace"),
         help="folder in the image that this one stands for (default: /workspace)",
     )
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--jobset",
+        dest="kind",
+        action="store_const",
+        const=Kind.JOBSET,
+        default=Kind.JOB,
+        help="make a JobSet, which starts all pods anew when one has failed",
+    )
+    kinds.add_argument(
+        "--trainjob",
+        dest="kind",
+        action="store_const",
+        const=Kind.TRAINJOB,
+        help="make a TrainJob of Kubeflow's Trainer, and the runtime that it refers to",
+    )
     parser.add_argument(
-        "--jobset", action="store_true", help="make a JobSet, which starts all pods anew when one has failed"
+        "--runtime",
+        metavar="[KIND/]NAME",
+        type=training_runtime,
+        help="with --trainjob: the runtime that is to be used, a ClusterTrainingRuntime or trainingruntime/NAME of the "
+        "namespace; whether pods are started again is its decision (default: one of its own)",
     )
     parser.add_argument("--apply", action="store_true", help="hand the manifests to kubectl (default: print them)")
     parser.set_defaults(run=_submit)
@@ -100,9 +120,22 @@ def user(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def training_runtime(text: str) -> TrainingRuntime:
+    """Parse ``[KIND/]NAME``, the kind as kubectl takes it."""
+    *kind, name = text.split("/")
+    kinds = {kind.lower(): kind for kind in ("ClusterTrainingRuntime", "TrainingRuntime")}
+    found = kinds.get("/".join(kind).lower() or "clustertrainingruntime")
+    if found is None or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME or trainingruntime/NAME")
+    return TrainingRuntime(name, found)
+
+
 def _submit(options: argparse.Namespace) -> int:
     if options.apply and options.dry_run:
         raise ConfigurationError([Problem("command line", "--apply", "and --dry-run contradict each other")])
+    if options.runtime is not None and options.max_requeues is not None:
+        what = "is for the installed runtime to say: leave it out, or leave out --runtime"
+        raise ConfigurationError([Problem("command line", "--max-requeues", what)])
     if options.time is not None:
         # The run leaves by itself and is continued; a limit of Kubernetes' own would end it for good.
         options.overrides.append(f"limit.time={options.time}s")
@@ -144,7 +177,8 @@ def _job_and_pods(loaded: LoadedConfiguration, options: argparse.Namespace) -> t
         memory=options.memory,
         user=options.user[0],
         group=options.user[1],
-        jobset=options.jobset,
+        kind=options.kind,
+        runtime=options.runtime,
     )
     return job, pods
 
@@ -176,8 +210,9 @@ def _apply(text: str, *, namespace: str | None) -> None:
 
 
 def _tell(job: JobSpec, pods: Pods) -> None:
-    name, kind = object_name(job.name), "jobset" if pods.jobset else "job"
-    made = f"{kind},configmap" if pods.jobset else f"{kind},service,configmap"
+    name, kind = object_name(job.name), pods.kind
+    beside = {Kind.JOB: "service,", Kind.JOBSET: "", Kind.TRAINJOB: "" if pods.runtime else "trainingruntime,"}
+    made = f"{kind},{beside[kind]}configmap"
     ours = f"app.kubernetes.io/instance={name}"
     selector = f"{ours},batch.kubernetes.io/job-completion-index=0"
     where = "" if pods.namespace is None else f" --namespace {pods.namespace}"

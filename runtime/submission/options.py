@@ -39,7 +39,10 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         "SECRET, PASSWORD) travel apart",
     )
     parser.add_argument(
-        "--max-requeues", metavar="N", type=count, default=20, help="how often it may be started again (default: 20)"
+        "--max-requeues",
+        metavar="N",
+        type=count,
+        help=f"how often it may be started again (default: {JobSpec.max_requeues})",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
 
@@ -134,7 +137,7 @@ def described(loaded: LoadedConfiguration, options: argparse.Namespace, given: V
         time_limit_seconds=options.time,
         grace_seconds=values.limit.grace_seconds,
         silence_seconds=values.limit.silence_seconds,
-        max_requeues=options.max_requeues,
+        max_requeues=options.max_requeues or JobSpec.max_requeues,
     )
 
 

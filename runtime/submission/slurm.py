@@ -47,7 +47,18 @@ def add(schedulers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         metavar="NAME",
         help="network interface of gloo and NCCL (default: that of the first node's address)",
     )
-    parser.add_argument("--container", metavar="IMAGE", help="image that the processes run in (srun with pyxis)")
+    parser.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="image that the processes run in, by srun with pyxis: REGISTRY#NAME:TAG, or a squashfs file",
+    )
+    parser.add_argument(
+        "--container-mount",
+        metavar="PATH[:PATH[:ro]]",
+        action="append",
+        default=[],
+        help="what it sees besides this folder and the run folder, such as data; may be given again",
+    )
     parser.add_argument(
         "--sbatch",
         metavar="OPTION",
@@ -70,6 +81,7 @@ def _submit(options: argparse.Namespace) -> int:
         cpus_per_process=options.cpus_per_process,
         interface=options.interface,
         container=options.container,
+        mounts=options.container_mount,
         extra=options.sbatch,
     )
     assert job.run_folder is not None

@@ -28,6 +28,9 @@ fi
 # Set by another launcher whose shell this was submitted from, these would make ranks of another job out of ours.
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_CPU_BIND SLURM_MEM_BIND
 unset LOCKSTEP_OUTCOME "${!ACCELERATE_@}" "${!TORCHELASTIC_@}"
+export GLOO_SOCKET_IFNAME=ib0
+export NCCL_SOCKET_IFNAME=ib0
+export PYTHONNOUSERSITE=1  # the home folder, if it is mounted, has packages for another Python
 export NCCL_DEBUG=WARN
 export NOTE='a,b c'
 if [ -n "$secrets" ]; then . "$secrets" || exit 1; fi
@@ -60,7 +63,7 @@ trap 'echo "lockstep: the job is being ended or preempted"' TERM
 # One task for each process and no launch agent in between: signals arrive, exit codes come back. A rank ignores USR1 until it
 # has a handler of its own. Where one leaves, the others have the time to find out which one it was and to tell.
 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --kill-on-bad-exit=0 --wait=70 \
-  --output="${ranks//%/%%}/rank-%t.log" --container-image=registry/lockstep:1 --container-mounts=/shared:/shared,/shared/runs/digits:/shared/runs/digits --container-workdir=/shared \
+  --output="${ranks//%/%%}/rank-%t.log" --container-image='registry.example#lockstep:1' --container-mounts=/shared:/shared,/shared/runs/digits:/shared/runs/digits,/datasets:/data:ro --container-workdir=/shared --no-container-entrypoint --container-env=MASTER_ADDR,MASTER_PORT,LOCKSTEP_WORLD_SIZE,LOCKSTEP_LAUNCH,OMP_NUM_THREADS,PYTHONSAFEPATH,PYTHONUNBUFFERED,GLOO_SOCKET_IFNAME,NCCL_SOCKET_IFNAME,PYTHONNOUSERSITE,NCCL_DEBUG,NOTE,WANDB_API_KEY \
   bash -c 'trap "" USR1; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
   python3 -m runtime.train /shared/runs/digits/jobs/20261122-120000/digits.yaml limit.epochs=3 'code="/shared/runs/digits/jobs/20261122-120000/code"' 2> >(tee -a -- "$ranks/srun.log" >&2) &
 step=$!
