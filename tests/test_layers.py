@@ -40,6 +40,7 @@ LAYERS = [
         "checkpoints.unfinished",
         "checkpoints.fence",
         "processes.watch",
+        "processes.rendezvous",
         "processes.meeting",
         "processes.interface",
     ],
