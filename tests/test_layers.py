@@ -95,6 +95,8 @@ LAYERS = [
         "strategies.zero_state",
         "strategies.zero",
         "strategies.blocks",
+        "strategies.state_size",
+        "strategies.zero_memory",
         "strategies.memory",
         "strategies.sharded_tensors",
         "strategies.fully_sharded",
