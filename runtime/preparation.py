@@ -49,7 +49,8 @@ from runtime.reporting.console import ConsoleTracker
 from runtime.reporting.facts import versions
 from runtime.reporting.reporter import JsonLines, Tracker
 from runtime.strategies import Strategy
-from runtime.strategies.memory import StateBytes, state_bytes
+from runtime.strategies.memory import state_bytes
+from runtime.strategies.state_size import StateBytes
 from runtime.training.divergence import Divergence
 from runtime.training.early_stopping import EarlyStopping
 from runtime.training.fitting import fitting_micro_size
@@ -115,7 +116,7 @@ def prepare(
     if stored is not None:
         progress.load_state_dict(stored["progress"])
     freezing.apply(progress.cursor.epoch)
-    memory = state_bytes(loaded.values.strategy, module, optimizer, strategy.world_size)
+    memory = state_bytes(loaded, module, optimizer, strategy.world_size)
     parameters = _trained_and_frozen(module)  # of which a strategy may leave this rank a part
     strategy.prepare(module, optimizer)
     averaging = build_averaging(loaded, strategy)

@@ -284,6 +284,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
 def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
     """Make the watch over the other ranks, which says what it must know of the launch."""
+    from runtime.processes.rendezvous import groups_joined
     from runtime.processes.watch import Watch
 
     limit = loaded.values.limit
@@ -294,7 +295,7 @@ def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
         store=environment.store_address(),
         silence_seconds=limit.silence_seconds,
         stall_seconds=limit.stall_seconds,
-        prefix=environment.start_token(),
+        prefix=f"{environment.start_token()}-{groups_joined()}",
     )
 
 

@@ -38,7 +38,8 @@ from runtime.optimization.combined import members
 from runtime.optimization.curve import Curve, drawn, save_picture, simulate
 from runtime.optimization.freezing import Freezing
 from runtime.reporting.facts import inexact_choices
-from runtime.strategies.memory import in_units, state_bytes
+from runtime.strategies.memory import state_bytes
+from runtime.strategies.state_size import in_units
 
 _CPU = torch.device("cpu")
 _LISTED = 12  # parameters, from either end
@@ -155,7 +156,7 @@ def _slots(loaded: LoadedConfiguration, processes: int) -> Iterator[tuple[str, s
 def _memory(
     loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer, processes: int
 ) -> Iterator[tuple[str, str]]:
-    yield "state", str(state_bytes(loaded.values.strategy, module, optimizer, processes))
+    yield "state", str(state_bytes(loaded, module, optimizer, processes))
     metrics = MetricSet(assembly.build_metrics(loaded), _CPU)
     if metrics:
         growing = ", ".join(

@@ -232,11 +232,7 @@ def observe_rates(config: dict[str, Any], after: int | None) -> list[list[float]
 
     noted: list[list[float]] = []
     hook = register_optimizer_step_pre_hook(
-        lambda optimizer, *_: (
-            noted.append([float(group["lr"]) for group in optimizer.param_groups])
-            if len(optimizer.param_groups) == 2  # not one that is made to see how large its state is
-            else None
-        )
+        lambda optimizer, *_: noted.append([float(group["lr"]) for group in optimizer.param_groups])
     )
     try:
         observe_stopping(config, after)

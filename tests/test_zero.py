@@ -404,3 +404,33 @@ def linear_after(config: dict[str, Any]) -> bool:
 
 def test_what_stage_3_puts_in_place_of_torchs_ends_with_the_run(pool: ProcessPool, tmp_path: Path) -> None:
     assert pool.run(linear_after, 2, gpt(tmp_path, strategy=zero(3), limit={"steps": 1})) == [True, True]
+
+
+def hooked(config: dict[str, Any]) -> tuple[int, set[str]]:
+    """Train, and return how many optimizers a user's hooks for all optimizers saw, and which hooks were called."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    seen: dict[int, Any] = {}
+    called = set()
+
+    def hook(name: str) -> Any:
+        def noting(optimizer: Any, *_: Any) -> None:
+            seen[id(optimizer)] = optimizer
+            called.add(name)
+
+        return noting
+
+    hooks = [register_optimizer_step_pre_hook(hook("before")), register_optimizer_step_post_hook(hook("after"))]
+    try:
+        observe(config)
+    finally:
+        for each in hooks:
+            each.remove()
+    return len(seen), called
+
+
+def test_hooks_of_the_users_see_the_runs_optimizer_and_none_that_is_tried_out(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    found = pool.run(hooked, 2, gpt(tmp_path, strategy=zero(2), limit={"steps": 2}))
+    assert found == [(1, {"before", "after"})] * 2

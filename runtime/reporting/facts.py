@@ -15,7 +15,7 @@ from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Sharing
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective
-from runtime.strategies.memory import StateBytes
+from runtime.strategies.state_size import StateBytes
 
 
 def start_facts(

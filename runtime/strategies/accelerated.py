@@ -30,6 +30,7 @@ from runtime.errors import ConfigurationError, DivergenceError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.optimization.combined import load_exactly
 from runtime.optimization.held_weights import HeldWeights, WholeWeights
+from runtime.processes.rendezvous import init_method
 from runtime.randomness import preserved_random_state
 from runtime.strategies import DeviceFlag, Update
 from runtime.strategies.bare_step import bare_step
@@ -87,7 +88,7 @@ class AcceleratedStrategy:
                     # the enum: Accelerate ignores the plain string without a word
                     comm_hook=DDPCommunicationHookType(hooks[options.communication_hook]),
                 ),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+                InitProcessGroupKwargs(init_method=init_method(), timeout=timedelta(seconds=timeout_seconds)),
             ],
         )
         self.device: torch.device = self._accelerator.device

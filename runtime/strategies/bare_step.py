@@ -31,3 +31,21 @@ def bare_step(optimizer: Optimizer) -> Callable[[], Any]:
 
     optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask whether there was a step
     return stepped
+
+
+def trial_step(optimizer: Optimizer) -> None:
+    """Step an optimizer that is only tried out: hooks of the user's for all optimizers have no part in it."""
+    hooks: tuple[dict[int, Any], ...] = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    kept = [dict(each) for each in hooks]
+    try:
+        for each in hooks:
+            each.clear()  # in place: the handles that remove them know the dictionary
+        type(optimizer).step(
+            optimizer
+        )  # the instance may bear one that a schedule has put there, bound to the original
+    finally:
+        for each, before in zip(hooks, kept, strict=True):
+            each.update(before)

@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch._C._distributed_c10d import HashStore
 
 from runtime.errors import ConfigurationError, Problem
+from runtime.processes.rendezvous import init_method
 
 # What `accelerate launch` leaves for its own way of making the engine: the YAML says all of it.
 _NOT_READ = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_CONFIG_DS_FIELDS")
@@ -98,7 +99,7 @@ def make_accelerator(json: dict[str, Any], *, on_cpu: bool, timeout_seconds: flo
         mixed_precision="no",  # the JSON says it
         dynamo_backend="no",
         deepspeed_plugin=_Plugin(hf_ds_config=json, zero3_init_flag=False),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, init_method=init_method(), timeout=timeout)],
     )
 
 

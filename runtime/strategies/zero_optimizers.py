@@ -6,7 +6,7 @@ whole matrix (Muon) or at a parameter's size (Adafactor, LAMB) would go on witho
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Adagrad, Optimizer
 
 from runtime.optimization.combined import CombinedOptimizer
 from runtime.optimization.evaluation_weights import switches
+from runtime.strategies.bare_step import trial_step
 
 _STEPS = 3
 _ROWS, _COLUMNS = 4, 6
@@ -66,10 +67,11 @@ def _updated(
     parameters = [nn.Parameter(start.clone()) for start in starts]
     copy: Any = object.__new__(type(optimizer))
     copy.__dict__.update(optimizer.__dict__)
+    copy._optimizer_step_pre_hooks, copy._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     copy.state = defaultdict(dict)
     copy.param_groups = [{**group, "params": parameters}]
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()
-        type(copy).step(copy)  # the instance may bear one that a schedule has put there, bound to the original
+        trial_step(copy)
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
