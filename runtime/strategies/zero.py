@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from runtime.checkpoints.shards import in_memory, whole
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
+from runtime.optimization.held_weights import HeldWeights, WholeWeights
 from runtime.strategies import Update
 from runtime.strategies.accelerated import moved
 from runtime.strategies.zero_engine import (
@@ -279,10 +280,11 @@ class ZeroStrategy:
         assert self._sharded is not None
         self._sharded.load_optimizer_state(in_memory(state))
 
-    def weights(self) -> ShardedWeights:
-        """Return this rank's part of the weights, for averages of them."""
-        assert self._sharded is not None and self._module is not None
-        return ShardedWeights(self._module, self._sharded)
+    def weights(self) -> HeldWeights:
+        """Return this rank's part of the weights, for averages of them; all of a module that is not trained."""
+        if self._sharded is None:
+            return WholeWeights(self.unwrapped)
+        return ShardedWeights(self.unwrapped, self._sharded)
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""

@@ -80,6 +80,10 @@ class ShardedState:
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
+    def frozen(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the weights of a parameter that is not trained, whole and on the CPU; None of any other."""
+        return self._frozen.get(id(parameter))
+
     def piece(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         """Return this rank's part of a trained parameter's float32 weights, flat and in place, and where it begins."""
         if self._stage < 3:
@@ -119,7 +123,7 @@ class ShardedState:
         import deepspeed
 
         if id(parameter) in self._frozen:
-            self._frozen[id(parameter)] = weight.detach().cpu().clone()
+            self._frozen[id(parameter)].copy_(weight)  # in place: what averages weights holds it
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3), torch.no_grad():
             parameter.copy_(weight)
 
@@ -219,23 +223,30 @@ class ShardedState:
 
 
 class ShardedWeights:
-    """This rank's pieces of the float32 weights, for averages of them (:class:`HeldWeights`)."""
+    """This rank's pieces of the float32 weights, for averages of them (:class:`HeldWeights`).
+
+    What is not trained is there whole, so that the average has every name that it has under other strategies.
+    """
 
     def __init__(self, module: nn.Module, state: ShardedState) -> None:
         self._state = state
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        named = dict(module.named_parameters())
+        self._frozen = {name: frozen for name, p in named.items() if (frozen := state.frozen(p)) is not None}
+        self._parameters = {name: p for name, p in named.items() if name not in self._frozen}
         self._pieces = {name: state.piece(parameter) for name, parameter in self._parameters.items()}
 
     def pieces(self) -> Mapping[str, Tensor]:
-        """Return what is held, by parameter name; flat, and nothing of parameters that are not trained."""
-        return {name: piece for name, (piece, _) in self._pieces.items()}
+        """Return what is held, by parameter name: flat parts of what is trained."""
+        return {**{name: piece for name, (piece, _) in self._pieces.items()}, **self._frozen}
 
     def to_store(self, name: str, piece: Tensor) -> Tensor:
         """Return the whole tensor. Collective."""
-        return self._state.gathered(self._parameters[name], piece)
+        return piece if name in self._frozen else self._state.gathered(self._parameters[name], piece)
 
     def from_store(self, name: str, stored: Stored) -> Tensor:
         """Return this rank's piece of a whole tensor."""
+        if name in self._frozen:
+            return whole(stored)
         piece, start = self._pieces[name]
         return whole(stored).flatten()[start : start + piece.numel()]
 
