@@ -434,3 +434,57 @@ def test_hooks_of_the_users_see_the_runs_optimizer_and_none_that_is_tried_out(
 ) -> None:
     found = pool.run(hooked, 2, gpt(tmp_path, strategy=zero(2), limit={"steps": 2}))
     assert found == [(1, {"before", "after"})] * 2
+
+
+def bytes_of_what_is_saved(config: dict[str, Any]) -> int:
+    """Train, and return the most that this rank held of a state that is saved."""
+    from runtime.checkpoints.serialization import split_state
+    from runtime.run import Run
+
+    collected, held = Run._collected, []
+
+    def noting(self: Any) -> dict[str, Any]:
+        state = collected(self)
+        held.append(sum(tensor.nbytes for tensor in split_state(state)[1].values() if not tensor.is_meta))
+        return state
+
+    Run._collected = noting  # type: ignore[method-assign]
+    try:
+        observe(config)
+    finally:
+        Run._collected = collected  # type: ignore[method-assign]
+    return max(held)
+
+
+@THIRD_STAGE
+def test_rank_0_alone_holds_the_whole_state_when_it_is_saved(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
+    config = gpt(tmp_path, strategy=zero(stage), averaging={"kind": "ema", "decay": 0.9}, limit={"steps": 2})
+    whole, nothing = pool.run(bytes_of_what_is_saved, 2, config)
+    model = sum(tensor.nbytes for tensor in saved(tmp_path)[0].values())
+    assert whole > 4 * model * 0.99  # weights, two moments, an average
+    assert nothing < 0.01 * model
+
+
+def moves_of_the_whole_module(config: dict[str, Any]) -> int:
+    from runtime.objective import TrainingModule
+
+    moves, move = [], TrainingModule.to
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        moves.append(args)
+        return move(self, *args, **kwargs)
+
+    TrainingModule.to = noting  # type: ignore[method-assign]
+    try:
+        observe(config)
+    finally:
+        TrainingModule.to = move  # type: ignore[method-assign]
+    return len(moves)
+
+
+@pytest.mark.parametrize(("stage", "moved"), [pytest.param(2, True, marks=LONG), (3, False)])
+def test_stage_3_never_moves_the_whole_model_to_a_device(
+    pool: ProcessPool, tmp_path: Path, stage: int, moved: bool
+) -> None:
+    moves = pool.run(moves_of_the_whole_module, 2, gpt(tmp_path, strategy=zero(stage), limit={"steps": 1}))
+    assert [count > 0 for count in moves] == [moved] * 2

@@ -102,8 +102,8 @@ class ZeroStrategy:
         return self._stage == 3 and self._engine is not None
 
     def place(self, module: TrainingModule) -> TrainingModule:
-        """Move a module to this rank's device."""
-        return module.to(self.device)
+        """Move a module to this rank's device; for stage 3, leave it on the CPU, from where it is cut up weight by weight."""
+        return module if self._stage == 3 else module.to(self.device)
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
         """Let DeepSpeed take over module and optimizer, which has not been stepped. Collective.
@@ -126,6 +126,8 @@ class ZeroStrategy:
         zero.setdefault("reduce_bucket_size", min(_DEFAULT_BUCKET, sum(p.numel() for p in self._parameters)))
         self._linear = torch.nn.functional.linear  # stage 3 puts its own in place, for all later runs of this process
         with environment(on_cpu=self.device.type == "cpu"):
+            if self._stage == 3:
+                self._cut_up(module)
             self._engine, _ = self._accelerator.prepare(module, optimizer)
         self._sharded = ShardedState(self._engine, groups, keys, self._stage)
         self._sharded.keep_frozen(originals)
@@ -134,7 +136,7 @@ class ZeroStrategy:
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
         """Take a module that is called and not trained: it is whole on every rank."""
-        self._module = module
+        self._module = module.to(self.device)
 
     def rewrap(self) -> None:
         """Refuse: what is trainable is decided when DeepSpeed cuts the parameters up."""
@@ -234,7 +236,7 @@ class ZeroStrategy:
     # The run's state, whole on every rank
 
     def module_state(self, part: nn.Module) -> dict[str, Any]:
-        """Return the state dict of the model or the objective, its tensors whole and on the CPU. Collective."""
+        """Return the state dict of the model or the objective; on rank 0, which saves it, with whole tensors. Collective."""
         assert self._sharded is not None
         gathered: dict[int, Tensor] = {}  # tied weights once, and they stay one
         state = {}
@@ -243,7 +245,7 @@ class ZeroStrategy:
                 if id(value) not in gathered:
                     gathered[id(value)] = self._sharded.weight(value)
                 value = gathered[id(value)]
-            state[name] = value.detach().cpu() if isinstance(value, Tensor) else value
+            state[name] = value if not isinstance(value, Tensor) or value.is_meta else value.detach().cpu()
         return state
 
     def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
@@ -321,6 +323,21 @@ class ZeroStrategy:
         """Return the parameters whose float32 values DeepSpeed would lose: rounded, or not trained and cut up."""
         half = self._autocast_dtype is not None
         return [p for p in module.parameters() if half or not p.requires_grad]
+
+    def _cut_up(self, module: TrainingModule) -> None:
+        """Leave on each rank its part of each weight, one weight after the other: no device ever holds the whole model.
+
+        What DeepSpeed finds cut up it takes as it is; by itself it would first move the module to the device as a whole.
+        """
+        import deepspeed
+
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if self._autocast_dtype is not None and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self._autocast_dtype)
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(self.device)
+        deepspeed.zero.Init(module=module, config_dict_or_path=self._json)
 
     def _run_under_autocast(self, module: TrainingModule) -> None:
         """Let the module's own passes run under autocast, within which DeepSpeed would switch one around it off."""

@@ -48,11 +48,11 @@ class ShardedState:
     # Weights
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """Return a whole parameter on the CPU, in float32 where it is trained."""
+        """Return a whole parameter for rank 0 to save, in float32 where it is trained."""
         if id(parameter) in self._frozen:
             return self._frozen[id(parameter)]
         weight: Tensor = self._utils.safe_get_full_fp32_param(parameter)
-        return weight.detach().cpu()
+        return _for_rank_0(weight.detach())
 
     def set_weights(self, weights: Mapping[nn.Parameter, Tensor]) -> None:
         """Put whole tensors in the place of parameters."""
@@ -96,12 +96,12 @@ class ShardedState:
         return self._zero.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, size), start
 
     def gathered(self, parameter: nn.Parameter, piece: Tensor) -> Tensor:
-        """Return the whole of pieces like :meth:`piece`'s, on the CPU."""
+        """Return the whole of pieces like :meth:`piece`'s, for rank 0 to save."""
         start = self.piece(parameter)[1]
         full = torch.zeros(shape_of(parameter).numel(), dtype=piece.dtype, device=self._engine.device)
         full[start : start + piece.numel()] = piece.to(full.device)
         dist.all_reduce(full)
-        return full.view(shape_of(parameter)).cpu()
+        return _for_rank_0(full.view(shape_of(parameter)))
 
     def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Put a whole tensor in the place of a parameter's weights, or of its optimizer state of one key."""
@@ -130,13 +130,13 @@ class ShardedState:
     # The optimizer
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Return what the optimizer's own ``state_dict`` would be, had nothing been sharded."""
+        """Return what the optimizer's own ``state_dict`` would be, had nothing been sharded, for rank 0 to save."""
         self._link_states()
         state: dict[int, dict[str, Any]] = {}
         for number, (parameter, flat) in enumerate(self._each()):
             entry = self._optimizer.state.get(flat, {})
             state[number] = {
-                key: self._utils.safe_get_full_optimizer_state(parameter, key).cpu()
+                key: _for_rank_0(self._utils.safe_get_full_optimizer_state(parameter, key))
                 if _is_sharded(value, flat)
                 else _cloned(value)
                 for key, value in entry.items()
@@ -273,6 +273,11 @@ def padded_part(parameter: Any, value: Tensor) -> Tensor:
     part = value.new_zeros(parameter.ds_tensor.numel())
     part[:size] = value.flatten()[start : start + size]
     return part
+
+
+def _for_rank_0(gathered: Tensor) -> Tensor:
+    """Return a gathered tensor on the CPU of rank 0; a host of eight ranks would hold it eight times, for nothing."""
+    return gathered.cpu() if dist.get_rank() == 0 else gathered.to("meta")
 
 
 def _is_sharded(value: Any, flat: Tensor) -> bool:
