@@ -9,14 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from runtime.processes.node import exit_code
+from runtime.processes.node import _environment, _parser, exit_code
 from tests.chaos.processes import free_port
 from tests.test_failure import endless
 from tests.test_launch import clean_environment, written
@@ -132,6 +132,84 @@ def listens(port: int) -> bool:
         text.split() for name in ("tcp", "tcp6") for text in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
     return any(int(words[1].rpartition(":")[2], 16) == port and words[3] == "0A" for words in lines)
+
+
+# Waiting for processes, without training in them
+
+WAITS = """
+import signal, subprocess, sys
+from runtime.processes import node
+
+signal.pthread_sigmask(signal.SIG_BLOCK, node._WATCHED)
+line = [sys.executable, "-S", "-c"]
+processes = [subprocess.Popen([*line, code], preexec_fn=node._let_signals_in) for code in sys.argv[2:]]
+print(node._wait(processes, float(sys.argv[1])), flush=True)
+"""
+FAILS = "raise SystemExit(3)"
+ENDS = "raise SystemExit(0)"
+STAYS = "import signal; print('ready', flush=True); signal.pause()"
+LEAVES_LATER = "import time; time.sleep(2)"
+HEARS_THE_SECOND = """
+import signal
+
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+print("ready", flush=True)
+while len(heard) < 2:
+    signal.pause()
+raise SystemExit(75)
+"""
+
+
+@contextmanager
+def waiting(patience_seconds: float, *codes: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that waits for some as for ranks; whatever is left of it is ended."""
+    line = [sys.executable, "-c", WAITS, str(patience_seconds), *codes]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=clean_environment(), start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=_TIMEOUT_SECONDS)
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("wish", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_wish_reaches_the_processes_until_they_have_heeded_it(wish: signal.Signals) -> None:
+    """Once is not enough: to a process that is only starting it says nothing."""
+    with waiting(1000, HEARS_THE_SECOND) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(wish)
+        assert process.communicate(timeout=_TIMEOUT_SECONDS)[0] == "[75]\n"
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ((FAILS, STAYS), "[3, -9]"),  # it never met the other, and would wait for it
+        ((ENDS, LEAVES_LATER), "[0, 0]"),  # which may still be saving
+    ],
+)
+def test_processes_that_stay_are_ended_only_after_one_has_failed(codes: tuple[str, str], expected: str) -> None:
+    with waiting(0.5, *codes) as process:
+        assert process.communicate(timeout=_TIMEOUT_SECONDS)[0].splitlines()[-1] == expected
+
+
+@pytest.mark.single
+def test_processes_are_told_their_ranks_and_one_alone_is_not() -> None:
+    options = _parser().parse_args(
+        ["x.yaml", "--nodes=3", "--node-rank=1", "--processes=2", "--main-address=h", "--main-port=7"]
+    )
+    told = _environment(options, 1, "token")
+    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}
+    assert told.items() >= {**ranks, "MASTER_ADDR": "h", "MASTER_PORT": "7", "LOCKSTEP_WORLD_SIZE": "6"}.items()
+    assert (told["LOCKSTEP_LAUNCH"], told["ACCELERATE_USE_CPU"]) == ("token", "true")
+    assert "ACCELERATE_USE_CPU" not in _environment(_parser().parse_args(["x.yaml", "--gpus"]), 0, "token")
+    alone = _environment(_parser().parse_args(["x.yaml"]), 0, "token")
+    assert {*alone} == {"LOCKSTEP_WORLD_SIZE", "LOCKSTEP_LAUNCH", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU"}
 
 
 @pytest.mark.long
