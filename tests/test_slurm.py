@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from runtime.checkpoints.checkpoint import load_state
+from runtime.checkpoints.reading import load_state
 from runtime.config.file import load
 from tests.observed import PROJECT, configuration, observe
 from tests.process_pool import ProcessPool
