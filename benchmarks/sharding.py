@@ -1,11 +1,11 @@
 """What each strategy holds on a rank, sends in a step and takes in time, in one run each on this machine.
 
-    python benchmarks/sharding.py [--processes 2 4] [--precision fp32 bf16] [--strategies ddp fsdp …] [--rounds 1] [--steps 12]
+    python benchmarks/sharding.py [--processes 2 4] [--precision fp32 bf16] [--strategies ddp fsdp …] [--rounds 1]
 
 A GPT with AdamW, accumulation on two processes, gloo on CPUs or NCCL on GPUs. Bytes held are counted on every rank
-(held_bytes.py) and stand beside the formula that ``lockstep show`` prints. Collectives and bytes are those that torch's profiler
-sees on rank 0, each with its largest tensor; the mean of three steps. Strategies take turns, and of the steps a second the median
-of the rounds is told.
+(held_bytes.py) and stand beside the formula that ``lockstep show`` prints. Collectives and bytes are those that torch's
+profiler sees on rank 0, each with its largest tensor; the mean of three steps. Strategies take turns; of the steps a second the
+median of the rounds is told.
 """
 
 from __future__ import annotations
@@ -183,10 +183,8 @@ def table(processes: int, precision: str, options: argparse.Namespace) -> None:
             f"{count:.0f} {kind} of {total / 2**20:.2f} MiB"
             for kind, (count, total) in sorted(first["traffic"].items())
         )
-        print(
-            f"| {name} | {processes} | {precision} | {held} | {sent} | {speed[name]:.2f} | {speed[name] / speed.get('ddp', float('nan')):.2f} |",
-            flush=True,
-        )
+        over_ddp = f"{speed[name] / speed['ddp']:.2f}" if "ddp" in speed else ""
+        print(f"| {name} | {processes} | {precision} | {held} | {sent} | {speed[name]:.2f} | {over_ddp} |", flush=True)
 
 
 def main() -> None:
