@@ -488,3 +488,59 @@ def test_stage_3_never_moves_the_whole_model_to_a_device(
 ) -> None:
     moves = pool.run(moves_of_the_whole_module, 2, gpt(tmp_path, strategy=zero(stage), limit={"steps": 1}))
     assert [count > 0 for count in moves] == [moved] * 2
+
+
+def overflowing(config: dict[str, Any]) -> dict[str, Any]:
+    """Train in fp16 on the CPU, which DeepSpeed and so Lockstep refuse: DeepSpeed's loss scale is the same anywhere."""
+    from deepspeed.accelerator import get_accelerator
+
+    from runtime.strategies import zero as module
+
+    kind = type(get_accelerator())
+    supported, check = kind.is_fp16_supported, module.check_machine
+    kind.is_fp16_supported = lambda self: True
+    module.check_machine = lambda json, *, on_cpu: None  # type: ignore[assignment]
+    try:
+        return observe(config)
+    finally:
+        kind.is_fp16_supported, module.check_machine = supported, check
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_skips_what_overflows_as_ddp_does_and_goes_on_bit_for_bit(
+    pool: ProcessPool, tmp_path: Path, stage: int
+) -> None:
+    from tests.test_strategies import force_overflow
+
+    changes = {"precision": "fp16", "limit": {"steps": 8}}
+    pool.run(force_overflow, 2, gpt(tmp_path / "ddp", **changes), 2.0**20)
+    scale = {"fp16": {"initial_scale_power": 20, "loss_scale_window": 3, "hysteresis": 1}}
+    changes["strategy"] = zero(stage, extra={**PERSISTENT_NONE, **scale})
+    ranks = pool.run(overflowing, 2, gpt(tmp_path / "whole", **changes))
+    expected, got = saved(tmp_path / "ddp")[1], saved(tmp_path / "whole")[1]
+    skipped = got["progress"]["skipped_steps"]
+    assert 2 <= len(skipped) < 8
+    assert got["progress"] == expected["progress"]
+    # DeepSpeed raises the scale after three good steps only when the fourth has come.
+    assert got["strategy"]["zero_scaler"]["cur_scale"] == 2.0 ** (20 - len(skipped))
+    assert ranks[0]["losses"] == ranks[1]["losses"]
+    for steps in (2, 8):
+        pool.run(overflowing, 2, gpt(tmp_path / "resumed", **{**changes, "limit": {"steps": steps}}))
+    assert set(differences(tmp_path / "whole", tmp_path / "resumed").values()) == {0.0}
+    assert saved(tmp_path / "resumed")[1]["strategy"] == got["strategy"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2])
+def test_compiled_blocks_train_what_they_train_uncompiled(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
+    from tests.test_fully_sharded import observe_compiled
+
+    model = gpt(tmp_path)["model"]
+    model = {**model, "args": {**model["args"], "dropout": 0.0}}
+    changes = {"strategy": zero(stage), "limit": {"steps": 6}, "model": model}
+    plain = pool.run(observe, 2, gpt(tmp_path / "plain", **changes))[0]
+    compiled = {"backend": "aot_eager", "blocks": ["FeedForward"]}
+    got = pool.run(observe_compiled, 2, gpt(tmp_path / "compiled", **changes, compile=compiled))[0]
+    assert relative(plain["losses"], got["losses"]) < 1e-5
+    assert max(differences(tmp_path / "plain", tmp_path / "compiled").values()) < 1e-5

@@ -75,6 +75,9 @@ class ZeroStrategy:
         os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 looks for it in its passes
         with environment(on_cpu=on_cpu):
             self._accelerator = make_accelerator(self._json, on_cpu=on_cpu, timeout_seconds=timeout_seconds)
+        self._told: dict[str, Any] = (
+            self._accelerator.state.deepspeed_plugin.deepspeed_config
+        )  # a copy of ours, and read
         self.device: torch.device = self._accelerator.device
         self.world_size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
@@ -122,8 +125,8 @@ class ZeroStrategy:
         originals = {id(p): p.detach().cpu().clone() for p in self._kept(module)}
         if self._autocast_dtype is not None:
             self._run_under_autocast(module)
-        zero = self._json["zero_optimization"]
-        zero.setdefault("reduce_bucket_size", min(_DEFAULT_BUCKET, sum(p.numel() for p in self._parameters)))
+        bucket = min(_DEFAULT_BUCKET, sum(p.numel() for p in self._parameters))
+        self._told["zero_optimization"].setdefault("reduce_bucket_size", bucket)
         self._linear = torch.nn.functional.linear  # stage 3 puts its own in place, for all later runs of this process
         with environment(on_cpu=self.device.type == "cpu"):
             if self._stage == 3:

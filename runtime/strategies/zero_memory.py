@@ -44,24 +44,27 @@ def state_bytes_of_zero(
         return -(-parameter.numel() // world_size)
 
     persistent, live = _persistent(parameters, zero), 0
+    of_gradient = _HALF if half else _FLOAT32
+    whole = sum(parameter.numel() for parameter in trained)
     if zero["stage"] == 3:
-        own = sum(map(part, trained))
-        held = sum(width(p) * part(p) for p in parameters) + sum(width(p) * p.numel() for p in persistent)
+        own = reduced = sum(map(part, trained))
+        # Those that stay whole do so besides their part, and as they are gathered: filled up to equal parts.
+        held = sum(width(p) * part(p) for p in parameters) + sum(width(p) * part(p) * world_size for p in persistent)
         rest = [p for p in parameters if not any(p is other for other in persistent)]
         allowed = zero.get("stage3_max_live_parameters", _LIVE) / max(1, sum(p.numel() for p in rest))
         live = round(min(1.0, allowed) * sum(width(p) * p.numel() for p in rest))
     else:
-        own = sum(_aligned(group["params"], world_size) for group in optimizer.param_groups) // world_size
+        groups = [group["params"] for group in optimizer.param_groups]
+        own = sum(_aligned(group, world_size) for group in groups) // world_size
+        reduced = whole if zero["stage"] == 1 else max(_touched(groups, rank, world_size) for rank in range(world_size))
         frozen = sum(width(p) * p.numel() for p in parameters if not p.requires_grad)
-        held = frozen + (_HALF if half else _FLOAT32) * own * world_size
-    of_gradient = _HALF if half else _FLOAT32
-    whole = sum(parameter.numel() for parameter in trained)
+        held = frozen + of_gradient * own * world_size
     bucket = of_gradient * min(zero.get("reduce_bucket_size", _BUCKET), whole)
     # This process's own parts, as if they were an equal part of each parameter.
     state = optimizer_bytes(optimizer, lambda p: _FLOAT32 * p.numel() * own / whole)
     return StateBytes(
         held,
-        of_gradient * (whole if zero["stage"] == 1 else own),
+        of_gradient * reduced,
         None if state is None else _FLOAT32 * own + state,
         sum(buffer.nbytes for buffer in module.buffers()),
         max(bucket + live, _FLOAT32 * own),  # a pass, or the update with its gradient in float32
@@ -84,3 +87,15 @@ def _persistent(parameters: list[nn.Parameter], zero: Mapping[str, Any]) -> list
 def _aligned(parameters: list[nn.Parameter], world_size: int) -> int:
     multiple = _ALIGNED_PARTS * world_size
     return -(-sum(parameter.numel() for parameter in parameters) // multiple) * multiple
+
+
+def _touched(groups: list[list[nn.Parameter]], rank: int, world_size: int) -> int:
+    """Return the elements of the gradients that a rank keeps in stage 2: all of each parameter that its parts touch."""
+    found = 0
+    for group in groups:
+        size, end = _aligned(group, world_size) // world_size, 0
+        for parameter in group:
+            start, end = end, end + parameter.numel()
+            if start < (rank + 1) * size and end > rank * size:
+                found += parameter.numel()
+    return found
