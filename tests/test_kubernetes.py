@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("kubernetes_validate", reason="needs the extra dev")
+import kubernetes_validate
 from kubeflow_trainer_api import models
 from kubernetes_validate.utils import all_versions, major_minor
 

@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+
+pytest.importorskip("kubeflow_trainer_api", reason="needs the extra dev")
 from kubeflow_trainer_api import models
 
 from launch.kubernetes import manifests
