@@ -496,3 +496,32 @@ def test_a_killed_run_goes_on_from_its_shards_bit_for_bit(tmp_path: Path) -> Non
 def steps_saved(folder: Path) -> list[int]:
     there = (folder / "checkpoints").glob("step-????????")
     return [int(path.name.removeprefix("step-")) for path in there]
+
+
+def write_whole_tensors_together(folder: Path) -> bool:
+    """Let all ranks save a state of which none holds a part alone."""
+    import torch.distributed as dist
+
+    from runtime.checkpoints.checkpoint import CheckpointFolder, write_along
+    from runtime.checkpoints.snapshot import HostBuffers
+    from runtime.checkpoints.together import Writers
+
+    dist.init_process_group("gloo")
+    writers = Writers(rank=dist.get_rank(), world_size=dist.get_world_size(), timeout_seconds=10)
+    state = {"model": {"weight": torch.arange(3.0)}, "training": {"count": 1}}
+    facts: dict[str, Any] = {"step": 1, "attempt": 0, "epoch": 1, "results": {}}
+    snapshot = HostBuffers().copy(state, **facts)
+    try:
+        if writers.rank == 0:
+            CheckpointFolder(folder, keep=1, best=[], warn=print).write(snapshot, writers)
+        else:
+            write_along(snapshot, writers)
+        dist.barrier()
+        (path,) = folder.glob("step-*")
+        return damage_of(path) is None and torch.equal(load_state(path)[0]["weight"], state["model"]["weight"])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_that_save_together_wait_for_none_where_all_tensors_are_whole(pool: ProcessPool, tmp_path: Path) -> None:
+    assert pool.run(write_whole_tensors_together, 2, tmp_path) == [True, True]

@@ -252,7 +252,8 @@ def write_along(snapshot: Snapshot, writers: Writers) -> None:
 
 
 def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
-    version = 2 if snapshot.shards else 1
+    together = writers.world_size > 1  # the others wait to be asked, whatever is whole
+    version = 2 if together or snapshot.shards else 1
     tree = {
         "version": version,
         "step": snapshot.step,
@@ -262,7 +263,7 @@ def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
         **snapshot.trees,
     }
     files: dict[str, tuple[int, str]] = {}
-    if snapshot.shards:
+    if together or snapshot.shards:
         own = write_pieces(folder, snapshot, rank=0, world_size=writers.world_size)
         receipts = [Receipt.read(told) for told in writers.gather(own.as_bytes())]
         index = index_of(receipts, folder)

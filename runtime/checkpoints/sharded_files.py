@@ -58,10 +58,10 @@ def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int
     files: dict[str, tuple[int, str]] = {}
     pieces: dict[str, dict[str, dict[str, Any]]] = {}
     try:
-        for part, shards in snapshot.shards.items():
-            held = {name: shard for name, shard in shards.items() if shard.part is not None}
+        for part, alike in snapshot.tensors.items():
+            held = {name: shard for name, shard in snapshot.shards.get(part, {}).items() if shard.part is not None}
             if rank == 0:  # what every rank holds alike
-                held |= {name: Shard(tuple(t.shape), (0,) * t.ndim, t) for name, t in snapshot.tensors[part].items()}
+                held |= {name: Shard(tuple(t.shape), (0,) * t.ndim, t) for name, t in alike.items()}
             file = f"{part}-{rank:05d}-of-{world_size:05d}.safetensors"
             values = {name: shard.part for name, shard in held.items() if shard.part is not None}
             if values:
