@@ -318,6 +318,10 @@ def test_frozen_weights_stay_and_are_saved_unrounded(pool: ProcessPool, tmp_path
             "other weights for evaluation",
         ),
         ({"precision": "fp16"}, "no fp16 on CPUs"),
+        (
+            {"strategy": zero(3, offload_parameters={"device": "nvme", "path": "/x"})},
+            "strategy.zero.offload_parameters: nvme is for GPUs",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_with_the_reason(
