@@ -26,10 +26,9 @@ from tests.process_pool import ProcessPool
 from tests.project import tiny
 from tests.test_resumption import observe_stopping
 
-single = pytest.mark.single
 EPOCHS, PER_EPOCH, SIZE, BATCH, SLOTS = 4, 4, 60, 16, 5
 SWA = {"kind": "swa", "start": "2 epochs", "learning_rate": 0.05, "anneal": {"epochs": 3}}
-WORLDS = pytest.mark.parametrize("world_size", [pytest.param(1, marks=single), 2, 3])
+WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
 
 
 def run(folder: Path, averaging: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
@@ -138,7 +137,6 @@ def test_swa_is_torchs_loop_by_hand(pool: ProcessPool, tmp_path: Path, world_siz
     assert observed[0]["results"]["loss"] == pytest.approx(loss_of(truth.state_dict()), rel=1e-10)
 
 
-@single
 def test_swa_by_steps_is_torchs_loop_by_hand(pool: ProcessPool, tmp_path: Path) -> None:
     averaging = {"kind": "swa", "start": "6 steps", "every": "2 steps", "learning_rate": 0.05, "anneal": {"steps": 3}}
     pool.run(observe, 1, run(tmp_path, averaging))
@@ -147,7 +145,6 @@ def test_swa_by_steps_is_torchs_loop_by_hand(pool: ProcessPool, tmp_path: Path) 
     assert [rates[0], *reported_rates(tmp_path)][:-1] == pytest.approx(rates, rel=1e-12)
 
 
-@single
 def test_a_start_in_steps_at_the_end_of_an_epoch_is_that_start_in_epochs(pool: ProcessPool, tmp_path: Path) -> None:
     pool.run(observe, 1, run(tmp_path, {**SWA, "start": f"{2 * PER_EPOCH} steps"}))
     truth, rates = swa_by_hand("cos", start=2)
@@ -175,7 +172,6 @@ def test_ema_is_torchs_averaged_model(pool: ProcessPool, tmp_path: Path, world_s
     assert results["loss"] == pytest.approx(loss_of(ours), rel=1e-10)
 
 
-@single
 @pytest.mark.parametrize(("start", "every"), [(0, 1), (3, 1), (2, 3)])
 def test_an_average_warms_up_begins_and_waits_as_its_formula_says(start: int, every: int) -> None:
     module = nn.Linear(1, 1, bias=False).double()
@@ -205,8 +201,8 @@ def test_an_average_warms_up_begins_and_waits_as_its_formula_says(start: int, ev
 @pytest.mark.parametrize(
     ("world_size", "stops"),
     [
-        pytest.param(1, range(1, 12, 2), marks=single),
-        pytest.param(1, range(2, 12, 2), marks=single),
+        (1, range(1, 12, 2)),
+        (1, range(2, 12, 2)),
         (2, (5, 8)),
         (3, (6, 9)),
     ],
@@ -260,7 +256,7 @@ def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[st
         control._SECONDS_BETWEEN = seconds_between
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=single), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_a_pass_for_statistics_that_is_cut_short_is_made_up_for(
     pool: ProcessPool, tmp_path: Path, world_size: int, evaluate: bool
@@ -278,7 +274,6 @@ def test_a_pass_for_statistics_that_is_cut_short_is_made_up_for(
         assert torch.equal(exported(tmp_path / "cut", force=True)[name], value), name
 
 
-@single
 @pytest.mark.parametrize("validation", [{}, {"validation": "tiny:points"}])
 def test_without_evaluation_the_statistics_come_at_the_end(
     pool: ProcessPool, tmp_path: Path, validation: dict[str, Any]
@@ -293,7 +288,6 @@ def test_without_evaluation_the_statistics_come_at_the_end(
         of(tmp_path, 8)
 
 
-@single
 def test_raw_and_averaged_weights_are_never_mixed_up(pool: ProcessPool, tmp_path: Path) -> None:
     """What is trained does not depend on what is evaluated, and each result is that of the weights it claims to be of."""
     raw = pool.run(observe, 1, run(tmp_path / "raw", {**SWA, "evaluate": False}))[0]
@@ -344,7 +338,6 @@ def test_batch_norms_that_are_called_twice_or_never_are_torchs(
     assert_close(ours, truth.state_dict())
 
 
-@single
 @pytest.mark.parametrize(
     ("averaging", "key", "words"),
     [

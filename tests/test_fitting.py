@@ -12,8 +12,6 @@ from runtime.errors import OutOfMemoryError, PeerError
 from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool
 
-single = pytest.mark.single
-
 
 def hungry(folder: Path, fits: int, *, batch: dict[str, Any], **args: Any) -> dict[str, Any]:
     objective = {"target": "tiny_memory:Hungry", "args": {"fits": fits, **args}}
@@ -34,7 +32,6 @@ def failure(config: dict[str, Any]) -> str:
     return "trained"
 
 
-@single
 def test_auto_finds_the_largest_microbatch_of_its_halves_and_changes_nothing_else(tmp_path: Path) -> None:
     auto = observe(hungry(tmp_path / "auto", 5, batch={"global_size": 16, "micro_size": "auto"}))
     assert slots(tmp_path / "auto") == 4  # of 16, 8 and 4 samples the last fits
@@ -50,7 +47,6 @@ def test_auto_finds_what_fits_on_every_rank(pool: ProcessPool, tmp_path: Path) -
     assert_bitwise_equal(replies[0], replies[1])
 
 
-@single
 def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     config = hungry(tmp_path, 5, batch={"global_size": 16, "micro_size": "auto"})
     observe({**config, "limit": {"steps": 2}})
@@ -59,13 +55,11 @@ def test_a_resumed_run_keeps_what_was_found(tmp_path: Path) -> None:
     assert slots(tmp_path) == 4
 
 
-@single
 def test_a_sample_that_does_not_fit_is_told(tmp_path: Path) -> None:
     message = failure(hungry(tmp_path, 0, batch={"global_size": 16, "micro_size": "auto"}))
     assert "not even one sample fits into the memory of 1 of 1 ranks" in message
 
 
-@single
 @pytest.mark.parametrize("truly", [False, True])
 def test_running_out_of_memory_names_rank_step_and_what_would_fit(tmp_path: Path, truly: bool) -> None:
     message = failure(hungry(tmp_path, 3, truly=truly, batch={"global_size": 16, "micro_size": 8}))
@@ -80,7 +74,6 @@ def test_the_rank_that_ran_out_of_memory_says_so_itself(pool: ProcessPool, tmp_p
     assert replies[1].startswith("rank 1 ran out of memory in ")
 
 
-@single
 def test_running_out_of_memory_in_an_evaluation_names_its_own_key(tmp_path: Path) -> None:
     config = hungry(tmp_path, 8, batch={"global_size": 16, "micro_size": 8})
     config["data"]["validation"] = {"target": "tiny:points", "args": {"split": "validation"}}

@@ -59,7 +59,6 @@ def trained(config: dict[str, Any]) -> list[list[str]]:
     return found
 
 
-@pytest.mark.single
 def test_what_is_trained_follows_from_the_epoch(tmp_path: Path) -> None:
     both = ("weight", "bias")
     head, first = [f"head.{n}" for n in both], [f"first.{n}" for n in both]
@@ -67,7 +66,6 @@ def test_what_is_trained_follows_from_the_epoch(tmp_path: Path) -> None:
     assert trained(thawing(tmp_path)) == [head, [*upper, *head], [*first, *upper, *head], [*first, *upper, *head]]
 
 
-@pytest.mark.single
 def test_unfreezing_is_torchs_add_param_group_by_hand(pool: ProcessPool, tmp_path: Path) -> None:
     """The schedule's rate of the moment, fresh state, and no update of what is frozen."""
     config = whole_batches(
@@ -142,8 +140,8 @@ def test_the_wrapper_before_is_gone_when_the_module_is_wrapped_anew(pool: Proces
 @pytest.mark.parametrize(
     ("world_size", "stops"),
     [
-        pytest.param(1, (2, 4, 7), marks=pytest.mark.single),
-        pytest.param(1, (3, 6), marks=pytest.mark.single),
+        (1, (2, 4, 7)),
+        (1, (3, 6)),
         (2, (3, 5)),
         (3, (4, 6)),
     ],
@@ -164,7 +162,6 @@ def test_a_run_resumes_bitwise_before_on_and_after_the_edge(
         assert torch.equal(average, state_of(tmp_path / "resumed", 3 * EPOCH)["averaging"]["average"][name]), name
 
 
-@pytest.mark.single
 def test_what_is_frozen_has_no_optimizer_state(pool: ProcessPool, tmp_path: Path) -> None:
     config = thawing(tmp_path, checkpoint={"every": "1 epoch", "keep": 9})
     pool.run(observe, 1, config)
@@ -174,7 +171,7 @@ def test_what_is_frozen_has_no_optimizer_state(pool: ProcessPool, tmp_path: Path
     assert sorted(int(state["step"]) for state in newest.values()) == [EPOCH] * 2 + [2 * EPOCH] * 4 + [3 * EPOCH] * 2
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_rollback_over_the_edge_freezes_again(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     """The second epoch begins with a batch that leads astray; the checkpoint before lies in the first epoch."""
     config = thawing(
@@ -205,7 +202,7 @@ def normed(folder: Path, **model: Any) -> dict[str, Any]:
 NEVER_TRAINED = "encoder.layer.0.norm"
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_frozen_batch_norm_stands_still_until_it_is_unfrozen(
     pool: ProcessPool, tmp_path: Path, world_size: int
 ) -> None:
@@ -219,7 +216,6 @@ def test_frozen_batch_norm_stands_still_until_it_is_unfrozen(
     assert (moving[f"{NEVER_TRAINED}.running_mean"] != 0).all()
 
 
-@pytest.mark.single
 def test_modules_that_are_wholly_frozen_are_in_evaluation_mode_and_no_others(tmp_path: Path) -> None:
     loaded, model = built(normed(tmp_path, freeze=["encoder.layer.0.*", "encoder.layer.1.norm.*", "bins.*"]))
     module = TrainingModule(model, build_objective(loaded))
@@ -232,7 +228,6 @@ def test_modules_that_are_wholly_frozen_are_in_evaluation_mode_and_no_others(tmp
     assert in_eval == {*first, "encoder.layer.1.norm", "bins"}
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -249,7 +244,6 @@ def test_mistakes_name_the_key(tmp_path: Path, section: dict[str, Any], message:
         trained(thawing(tmp_path, model={"target": "tiny_transfer:Plain", "args": {}, **section}))
 
 
-@pytest.mark.single
 def test_a_group_of_what_is_never_trained_is_a_mistake(tmp_path: Path) -> None:
     section = {"target": "SGD", "groups": [{"match": ["body.0.*"], "args": {"lr": 0.1}}]}
     with pytest.raises(ConfigurationError, match=r"groups.0.match: no trainable parameter matches 'body.0.\*'"):

@@ -174,7 +174,6 @@ def waiting(patience_seconds: float, *codes: str) -> Iterator[subprocess.Popen[s
         process.communicate(timeout=_TIMEOUT_SECONDS)
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("wish", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_wish_reaches_the_processes_until_they_have_heeded_it(wish: signal.Signals) -> None:
     """Once is not enough: to a process that is only starting it says nothing."""
@@ -185,7 +184,6 @@ def test_a_wish_reaches_the_processes_until_they_have_heeded_it(wish: signal.Sig
         assert process.communicate(timeout=_TIMEOUT_SECONDS)[0] == "[75]\n"
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
@@ -198,7 +196,6 @@ def test_processes_that_stay_are_ended_only_after_one_has_failed(codes: tuple[st
         assert process.communicate(timeout=_TIMEOUT_SECONDS)[0].splitlines()[-1] == expected
 
 
-@pytest.mark.single
 def test_processes_are_told_their_ranks_and_one_alone_is_not() -> None:
     options = _parser().parse_args(
         ["x.yaml", "--nodes=3", "--node-rank=1", "--processes=2", "--main-address=h", "--main-port=7"]

@@ -74,7 +74,6 @@ def as_observed(model: nn.Module) -> dict[str, Any]:
     return {"weights": {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}}
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -108,7 +107,6 @@ def test_every_optimizer_of_torch_is_torchs_own_through_a_stop_and_a_resume(
     assert not any(torch.equal(old, new) for old, new in zip(before, by_hand.parameters(), strict=True))
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("name", sorted(optimizer_building.EXCLUDED))
 def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
     assert name in OPTIMIZERS
@@ -126,7 +124,6 @@ MUON_AND_ADAMW = {
 }
 
 
-@pytest.mark.single
 def test_two_optimizers_are_as_by_hand_through_a_schedule_clipping_and_a_resume(
     pool: ProcessPool, tmp_path: Path
 ) -> None:
@@ -151,7 +148,6 @@ def test_two_optimizers_are_as_by_hand_through_a_schedule_clipping_and_a_resume(
     assert_bitwise_equal(whole, resumed)
 
 
-@pytest.mark.single
 def test_muon_names_the_parameters_that_it_does_not_take(tmp_path: Path) -> None:
     loaded, model = built(whole_batches(tmp_path, {"target": "Muon", "args": {"lr": 0.02}}))
     with pytest.raises(
@@ -160,7 +156,7 @@ def test_muon_names_the_parameters_that_it_does_not_take(tmp_path: Path) -> None
         build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_clipping_by_value_is_torchs_on_the_whole_batch(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     config = whole_batches(
         tmp_path,
@@ -179,7 +175,6 @@ def test_clipping_by_value_is_torchs_on_the_whole_batch(pool: ProcessPool, tmp_p
     assert largest_difference(as_observed(by_hand), pool.run(observe, world_size, config)[0]) < 1e-10
 
 
-@pytest.mark.single
 def test_clipping_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="max_grad_value: clip by norm or by value, not both"):
         load(whole_batches(tmp_path, {"target": "SGD", "max_grad_norm": 1.0, "max_grad_value": 1.0}))
@@ -198,7 +193,6 @@ def groups_of(tmp_path: Path, optimizer: dict[str, Any], **changes: Any) -> dict
     return found
 
 
-@pytest.mark.single
 def test_a_parameter_is_in_the_first_group_that_matches(tmp_path: Path) -> None:
     groups = [
         {"match": ["*.bias", "!head.*"], "args": {"weight_decay": 0.0}},
@@ -219,7 +213,6 @@ def test_a_parameter_is_in_the_first_group_that_matches(tmp_path: Path) -> None:
 DECAYS_OF_TRUE = {"bins.weight", "head.weight", "encoder.layer.0.linear.weight", "encoder.layer.1.linear.weight"}
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("no_decay", "decayed"),
     [
@@ -239,7 +232,6 @@ def test_no_decay_takes_the_weight_decay_from_what_it_names(tmp_path: Path, no_d
     }
 
 
-@pytest.mark.single
 def test_a_norm_with_matrices_of_weights_has_no_decay_and_a_groups_own_decay_stands(tmp_path: Path) -> None:
     found = groups_of(
         tmp_path,
@@ -259,7 +251,6 @@ def test_a_norm_with_matrices_of_weights_has_no_decay_and_a_groups_own_decay_sta
     }
 
 
-@pytest.mark.single
 def test_layer_decay_multiplies_the_rate_of_its_group_at_each_step_towards_the_input(tmp_path: Path) -> None:
     section = {
         "target": "AdamW",
@@ -282,7 +273,6 @@ def test_layer_decay_multiplies_the_rate_of_its_group_at_each_step_towards_the_i
     assert {name: group["lr"] for name, group in groups_of(tmp_path, section).items()} == rates
 
 
-@pytest.mark.single
 def test_layer_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
     layers = {"factor": 0.5, "layers": ["first.*", "body.{i}.*"]}
     found = groups_of(
@@ -294,7 +284,6 @@ def test_layer_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
     assert found["first.weight"]["lr"] == 0.5**13
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -316,7 +305,6 @@ def test_mistakes_in_groups_name_the_key_and_the_near_miss(
         groups_of(tmp_path, {"target": "SGD", "args": {"lr": 0.1}, **section})
 
 
-@pytest.mark.single
 def test_a_schedule_that_would_write_over_the_groups_rates_is_refused(tmp_path: Path) -> None:
     section = {"target": "SGD", "groups": [{"match": ["head.*"], "args": {"lr": 0.5}}]}
     with pytest.raises(ConfigurationError, match=r"schedule.args.max_lr: is one rate for all groups"):
@@ -344,7 +332,7 @@ def schedule_free(folder: Path, **changes: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_schedule_free_weights_are_averaged_where_they_are_evaluated_and_saved(
     pool: ProcessPool, tmp_path: Path, world_size: int
 ) -> None:
@@ -377,7 +365,7 @@ def test_schedule_free_weights_are_averaged_where_they_are_evaluated_and_saved(
     assert not torch.equal(training["model.head.weight"], model["head.weight"])
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_schedule_free_runs_resume_bitwise_however_often_they_evaluate(
     pool: ProcessPool, tmp_path: Path, world_size: int
 ) -> None:
@@ -390,7 +378,6 @@ def test_schedule_free_runs_resume_bitwise_however_often_they_evaluate(
     assert resumed["losses"] == whole["losses"]
 
 
-@pytest.mark.single
 def test_schedule_free_beside_an_average_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="averaging: AdamWScheduleFree averages by itself"):
         groups_of(tmp_path, SCHEDULE_FREE, averaging={"decay": 0.9})

