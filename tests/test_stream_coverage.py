@@ -44,7 +44,7 @@ def steps_of_rank(
         ),
         num_workers=num_workers,
         weigh=None,
-        sum_over_ranks=summed,
+        begin_sum=lambda table: lambda: summed(table),
     )
     data = StreamedData(StreamSamples(SOURCES[source](), sharded_by=sharded_by, batch_size=BATCH, seed=0))
     reading = data.read(
