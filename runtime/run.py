@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -33,6 +31,7 @@ from runtime.reporting.facts import start_facts, versions
 from runtime.reporting.meters import PhaseTimes, TrainingMeter
 from runtime.reporting.reporter import Reporter
 from runtime.reporting.stragglers import Stragglers
+from runtime.run_result import RunResult
 from runtime.strategies import Strategy
 from runtime.training.buffers import BufferRule
 from runtime.training.divergence import RollbackWanted
@@ -40,32 +39,6 @@ from runtime.training.fitting import is_out_of_memory, out_of_memory
 from runtime.training.loop import Parts, train
 from runtime.training.milestones import Milestones
 from runtime.training.verdicts import Verdicts
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What came of a run.
-
-    Args:
-        outcome: ``finished``, or ``stopped`` when it was asked to stop and can be continued.
-        step: global batches consumed in all.
-        results: of the last evaluation of the validation data; ``test/…`` of the test data. Equal on every rank.
-        folder: the run folder.
-        make_model: returns the trained model.
-        message: why it finished before its limit, if it did.
-    """
-
-    outcome: Literal["finished", "stopped"]
-    step: int
-    results: Mapping[str, Result]
-    folder: Path
-    make_model: Callable[[], nn.Module]
-    message: str = ""
-
-    @functools.cached_property
-    def model(self) -> nn.Module:
-        """The trained model; where the processes held it together, a whole one on the CPU, of the last checkpoint."""
-        return self.make_model()
 
 
 class Run:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from runtime.inference.on_checkpoint import Inferred
     from runtime.processes.examination import Examined
     from runtime.processes.watch import Watch
-    from runtime.run import RunResult
+    from runtime.run_result import RunResult
     from runtime.strategies import Strategy
 
 OUTCOME = "outcome.json"

@@ -26,7 +26,7 @@ from runtime import cli, entry
 from runtime.checkpoints.checkpoint import CheckpointFolder
 from runtime.config.file import load
 from runtime.errors import CheckpointError, LockstepError
-from runtime.run import RunResult
+from runtime.run_result import RunResult
 from runtime.session import train
 from tests.process_pool import ProcessPool
 

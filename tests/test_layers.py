@@ -153,6 +153,7 @@ LAYERS = [
         "checkpoints.selection",
         "inference.request",
         "inference.on_checkpoint",
+        "run_result",
         "run",
         "session",
         "optimization.curve",
