@@ -42,9 +42,8 @@ def groups_joined() -> int:
 
 def _meet(url: str, timeout: timedelta, **more: Any) -> Iterator[tuple[Store, int, int]]:
     """Serve torch as a rendezvous handler: yield the store, the rank and the world size, once."""
-    told = {
-        key: int(values[0]) for key, values in parse_qs(urlsplit(url).query).items()
-    }  # what Accelerate says of CPUs
+    # Accelerate says rank and world size of processes on CPUs.
+    told = {key: int(values[0]) for key, values in parse_qs(urlsplit(url).query).items()}
     address = environment.store_address()
     if address not in _stores:
         for kept in (_stores, _joined):

@@ -43,9 +43,8 @@ def trial_step(optimizer: Optimizer) -> None:
     try:
         for each in hooks:
             each.clear()  # in place: the handles that remove them know the dictionary
-        type(optimizer).step(
-            optimizer
-        )  # the instance may bear one that a schedule has put there, bound to the original
+        # The instance may bear one that a schedule has put there, bound to the original.
+        type(optimizer).step(optimizer)
     finally:
         for each, before in zip(hooks, kept, strict=True):
             each.update(before)

@@ -75,9 +75,8 @@ class ZeroStrategy:
         os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 looks for it in its passes
         with environment(on_cpu=on_cpu):
             self._accelerator = make_accelerator(self._json, on_cpu=on_cpu, timeout_seconds=timeout_seconds)
-        self._told: dict[str, Any] = (
-            self._accelerator.state.deepspeed_plugin.deepspeed_config
-        )  # a copy of ours, and read
+        # Accelerate's copy of the JSON, which is the one that is read.
+        self._told: dict[str, Any] = self._accelerator.state.deepspeed_plugin.deepspeed_config
         self.device: torch.device = self._accelerator.device
         self.world_size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index

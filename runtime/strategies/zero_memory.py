@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 from runtime.strategies.state_size import StateBytes, optimizer_bytes
 
 _FLOAT32, _HALF = 4, 2  # bytes
-_ALIGNED_PARTS = (
-    2  # below stage 3 a group's flat tensor is filled up to a multiple of so many elements for each process
-)
+# Below stage 3 a group's flat tensor is filled up to a multiple of so many elements for each process.
+_ALIGNED_PARTS = 2
 # DeepSpeed's own defaults, in elements
 _BUCKET = 500_000_000
 _PERSISTENT = 100_000
