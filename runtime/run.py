@@ -13,6 +13,7 @@ from torch import Tensor, get_num_threads, nn
 from runtime import assembly
 from runtime.checkpoints.reading import load_model, load_state, open_state
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
+from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
 from runtime.data.streams import Place
@@ -111,6 +112,8 @@ class Run:
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             self._open_reporter(stack, prepared)
+            if found is None:
+                check_first_start(FirstStart(self._loaded, self._strategy, prepared, self._warn))
             try:
                 return self._train(prepared)
             except (RuntimeError, MemoryError) as error:

@@ -148,6 +148,7 @@ LAYERS = [
         "checkpoints.resumption",
         "reporting.facts",
         "preparation",
+        "checks.first_start",
         "evaluations",
         "checkpoints.inspection",
         "checkpoints.selection",

@@ -204,6 +204,9 @@ class Resume(Section):
     """Exact keys that may differ from the interrupted run's, such as ``optimizer.args.lr``."""
 
 
+_ON_OR_OFF_BY_NAME = Shorthand(
+    lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value, {"type": "boolean"}
+)
 _MODE_ALONE = Shorthand(
     lambda value: {"mode": value} if isinstance(value, str) else value, {"enum": ["auto", "never", "must"]}
 )
@@ -262,6 +265,9 @@ class RunConfiguration(Section):
     """What is told while the run goes on."""
     resume: Annotated[Resume, _MODE_ALONE] = Resume()
     """Whether a run folder's state is continued; ``auto``, ``never`` and ``must`` may be written directly."""
+    checks: Annotated[Literal["on", "off"], _ON_OR_OFF_BY_NAME] = free("on")
+    """Whether the first start checks what the user's data, model, objective and optimizer do (``runtime/checks``), and the
+    data's order once an epoch. ``off`` gives these up, not the promises of Lockstep's own code."""
 
     @property
     def best(self) -> list[Best]:
