@@ -131,9 +131,12 @@ class TrainingModule(nn.Module):
 
     Attributes:
         frozen: parts of it that stay in evaluation mode.
+        silent_fillers: whether fillers give parameters no gradient, rather than one of zeros. No gradient leaves a parameter
+            as it is; of zeros, an optimizer makes an update (weight decay, momentum).
     """
 
     frozen: Sequence[nn.Module] = ()
+    silent_fillers = False
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
@@ -158,7 +161,7 @@ class TrainingModule(nn.Module):
         loss = self.objective.forward(self.model, batch)
         if filler:
             trainable = [p for p in self.parameters() if p.requires_grad]
-            return Loss(_Zero.apply(*trainable))  # type: ignore[no-untyped-call]
+            return Loss(_Zero.apply(self.silent_fillers, *trainable))  # type: ignore[no-untyped-call]
         if isinstance(loss, Tensor):
             loss = Loss(loss)
         found = loss.sum if isinstance(loss, Loss) else loss
@@ -190,16 +193,21 @@ class TrainingModule(nn.Module):
 
 
 class _Zero(torch.autograd.Function):
-    """A zero with a zero gradient for every parameter, whatever the parameters or a loss hold: 0 * inf would be NaN."""
+    """A zero that reaches every parameter, whatever the parameters or a loss hold: 0 * inf would be NaN.
+
+    Args:
+        silent: give the parameters no gradient at all, rather than one of zeros.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, silent: bool, *parameters: Tensor) -> Tensor:
+        ctx.silent = silent
         ctx.save_for_backward(*parameters)
         return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+        return None, *(None if ctx.silent else torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def add_weights(first: Weight, second: Weight) -> Weight:

@@ -210,11 +210,21 @@ def _following(values: RunConfiguration) -> dict[KeyPath, Follows]:
         ("fp16", "enabled"): Follows(precision == "fp16", "precision"),
         ("zero_optimization", "stage"): Follows(zero.stage, "strategy.zero.stage"),
     }
+    if sums_gradients(values):
+        following["gradient_allreduce_op",] = Follows("sum", "precision")
     for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         offload: Offload | None = getattr(zero, key)
         for part, value in _offloaded(offload).items():
             following["zero_optimization", name, part] = Follows(value, f"strategy.zero.{key}")
     return following
+
+
+def sums_gradients(values: RunConfiguration) -> bool:
+    """Tell whether DeepSpeed sums gradients over the ranks; stage 3 can only average them (0.19).
+
+    Where it averages, the loss is multiplied by the number of processes, which in half precision is part of what is rounded.
+    """
+    return values.precision != "fp32" and values.strategy.zero.stage < 3
 
 
 def _accepted(values: RunConfiguration) -> dict[KeyPath, Follows]:

@@ -13,33 +13,41 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as WrappedInDDP
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from runtime.checkpoints.shards import in_memory
 from runtime.config.strategy import DistributedDataParallel
-from runtime.errors import ConfigurationError, DivergenceError, Problem
+from runtime.errors import ConfigurationError, GradientError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.optimization.combined import load_exactly
 from runtime.optimization.held_weights import HeldWeights, WholeWeights
+from runtime.optimization.latecomers import Latecomers
 from runtime.processes.rendezvous import init_method
 from runtime.randomness import preserved_random_state
 from runtime.strategies import DeviceFlag, Update
 from runtime.strategies.bare_step import bare_step
 from runtime.strategies.finite import all_finite
+from runtime.strategies.mixed_precision import (
+    HALF,
+    Precision,
+    forward_context,
+    make_accelerator,
+    refuse_half_weights,
+    refuse_lost_scale,
+    unwrap_forward,
+)
+from runtime.strategies.placement import moved
+from runtime.strategies.reduction import not_reduced, sum_gradients, unreduced
 
-Precision = Literal["fp32", "bf16", "fp16"]
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LEAST_LOSS_SCALE = 2.0**-14  # below it no finite gradient can be what the scale is searching for
 _NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
 
 
@@ -72,21 +80,17 @@ class AcceleratedStrategy:
         max_grad_value: float | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
-        hooks = {None: "no", "fp16": "fp16", "bf16": "bf16"}
         self._owns_state = not PartialState._shared_state
         self._owns_group = not dist.is_initialized()
-        self._accelerator = Accelerator(
-            mixed_precision="no",  # said aloud: Accelerate would take it from the environment
-            dynamo_backend="no",
-            kwargs_handlers=[
+        self._accelerator = make_accelerator(
+            precision,
+            [
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False,  # the loop keeps buffers equal by a rule of its own
                     bucket_cap_mb=cast(int, options.bucket_mb),
                     find_unused_parameters=options.find_unused_parameters,
                     gradient_as_bucket_view=options.gradient_as_bucket_view,
                     static_graph=options.static_graph,
-                    # the enum: Accelerate ignores the plain string without a word
-                    comm_hook=DDPCommunicationHookType(hooks[options.communication_hook]),
                 ),
                 InitProcessGroupKwargs(init_method=init_method(), timeout=timedelta(seconds=timeout_seconds)),
             ],
@@ -94,10 +98,11 @@ class AcceleratedStrategy:
         self.device: torch.device = self._accelerator.device
         self.world_size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
-        self._autocast_dtype = _AUTOCAST.get(precision)
-        self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+        self._scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+        self._forward_context = forward_context(self._accelerator)
         self._module: TrainingModule | None = None
         self._parameters: list[nn.Parameter] = []
+        self._names: list[str] = []
         self._uniform = self._all_fp32 = False
         self._wrapped: nn.Module | None = None
         self._optimizer: Optimizer | None = None
@@ -123,12 +128,16 @@ class AcceleratedStrategy:
                     )
                 ]
             )
+        if self._scaler is not None:
+            refuse_half_weights(module)
         self._module = module
+        module.silent_fillers = True
         self._wrap()
         # It is on the device already; placing it again would load its state again, and cast it.
         self._optimizer = self._accelerator.prepare_optimizer(optimizer, device_placement=False).optimizer
         assert self._optimizer is not None
         self._optimizer_step = bare_step(self._optimizer)
+        self._latecomers = Latecomers(self._optimizer)
 
     def rewrap(self) -> None:
         """Wrap the module anew, after what is trainable has changed. Collective.
@@ -145,13 +154,22 @@ class AcceleratedStrategy:
 
     def _wrap(self) -> None:
         assert self._module is not None
-        self._parameters = [p for p in self._module.parameters() if p.requires_grad]  # walking it costs 50 µs a step
+        self._keep_trainable(self._module)
         self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
         self._all_fp32 = self._uniform and self._parameters[0].dtype == torch.float32
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._wrapped = self._accelerator.prepare(self._module)
+        unwrap_forward(self._accelerator, self._wrapped)
+        if isinstance(self._wrapped, WrappedInDDP):
+            sum_gradients(self._wrapped, sent_as=None if self._hook is None else HALF[self._hook])
+
+    def _keep_trainable(self, module: TrainingModule) -> None:
+        """Keep the trainable parameters and their names: walking the module at each step would cost 50 µs."""
+        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self._names = [name.removeprefix("model.") for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
         """Take a module that is called and not trained."""
@@ -188,16 +206,17 @@ class AcceleratedStrategy:
     def forward(self, batch: Any, *, filler: bool) -> Loss:
         """Call the wrapped module under autocast."""
         assert self._wrapped is not None
-        with self.autocast():
+        with self._forward_context:
             loss: Loss = self._wrapped(batch, filler)
         return loss
 
     def backward(self, loss: Tensor, *, weight: Weight) -> None:
-        """Add the gradient of ``loss / weight``; DDP averages over ranks, so the world size is multiplied back in.
+        """Add the gradient of ``loss / weight``.
 
-        The factor is where the backward pass starts, which costs less than operations of its own.
+        The factor is where the backward pass starts, which costs less than operations of its own. It does not know the number
+        of processes: what overflows or is rounded in half precision is the same for a slot on any number of them.
         """
-        factor = starting_gradient(loss, weight, scale=self.world_size)
+        factor = starting_gradient(loss, weight)
         if self._scaler is not None:
             factor = self._scaler.scale(factor)
         loss.backward(factor)  # type: ignore[no-untyped-call]
@@ -209,6 +228,7 @@ class AcceleratedStrategy:
         others this waits for the device: the host reads one flag before the update.
         """
         assert self._optimizer is not None and self._optimizer_step is not None
+        self._require_reduced()
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         gradients = self._gradients()
@@ -221,14 +241,13 @@ class AcceleratedStrategy:
         finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else all_finite(gradients)
         if finite:
             self._clip(gradients, max_grad_norm, grad_norm)
-            if self._scaler is not None:
-                self._scaler.step(self._optimizer)
-            else:
-                self._optimizer_step()
-        self.discard()
+            self._latecomers.update()
+            # Not the scaler's step: it would hand its factors to the kernel once more, which only fused ones take.
+            self._optimizer_step()
+        self._clear()
         if self._scaler is not None:
             self._scaler.update()
-            self._refuse_lost_scale()
+            refuse_lost_scale(self._scaler)
         return Update(skipped=not finite, judged=True, grad_norm=grad_norm)
 
     def _step_on_device(
@@ -246,7 +265,7 @@ class AcceleratedStrategy:
         optimizer.found_inf = found
         self._optimizer_step()
         del optimizer.found_inf
-        self.discard()
+        self._clear()
         return Update(skipped=DeviceFlag(found), judged=True, grad_norm=grad_norm)
 
     def _gradients(self) -> list[Tensor]:
@@ -281,9 +300,24 @@ class AcceleratedStrategy:
         return self._scaler is not None
 
     def discard(self) -> None:
-        """Clear the gradient."""
+        """Clear the gradient unused."""
+        self._require_reduced()  # the next forward pass would fail, in DDP's words
+        self._clear()
+
+    def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _require_reduced(self) -> None:
+        """Refuse to go on from gradients that are not summed over the ranks.
+
+        Raises:
+            GradientError: the last microbatch of the window did not use every parameter.
+        """
+        if isinstance(self._wrapped, WrappedInDDP):
+            names = unreduced(self._wrapped, self._names)
+            if names:
+                raise GradientError(not_reduced(names))
 
     @property
     def unwrapped(self) -> TrainingModule:
@@ -293,9 +327,7 @@ class AcceleratedStrategy:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Surround a forward pass."""
-        if self._autocast_dtype is None:
-            return _NOTHING
-        return cast(AbstractContextManager[None], torch.autocast(self.device.type, self._autocast_dtype))
+        return cast(AbstractContextManager[None], self._accelerator.autocast())
 
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Call the model alone."""
@@ -355,24 +387,3 @@ class AcceleratedStrategy:
         # What get_total_norm does, without grouping by device and type: half of its cost on small models.
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return norm
-
-    def _refuse_lost_scale(self) -> None:
-        assert self._scaler is not None
-        if self._scaler.get_scale() < _LEAST_LOSS_SCALE:  # waits for the device, as fp16's search does anyway
-            raise DivergenceError(
-                "the fp16 loss scale fell below 2^-14 without one finite gradient: the loss itself is infinite or NaN; "
-                "lower the learning rate, clip (optimizer.max_grad_norm), or use precision: bf16"
-            )
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """Move a batch's tensors, nested as they are, from pinned memory without waiting."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch

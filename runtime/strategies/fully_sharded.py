@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,9 +29,11 @@ from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, ModelCall, TrainingModule
 from runtime.optimization.combined import load_exactly, members
 from runtime.optimization.held_weights import HeldWeights
-from runtime.strategies.accelerated import AcceleratedStrategy, Precision
+from runtime.optimization.latecomers import Latecomers
+from runtime.strategies.accelerated import AcceleratedStrategy
 from runtime.strategies.bare_step import bare_step
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
+from runtime.strategies.mixed_precision import Precision, refuse_half_weights
 from runtime.strategies.sharded_tensors import (
     ShardedWeights,
     from_store,
@@ -77,6 +80,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
             timeout = timedelta(seconds=timeout_seconds)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         self._silent = False
+        self._used: set[str] = set()
         self._fused: list[dict[str, Any]] = []
         self._watched: set[nn.Module] = set()
         try:
@@ -95,6 +99,8 @@ class FullyShardedStrategy(AcceleratedStrategy):
         Raises:
             ConfigurationError: the module cannot be sharded in this way.
         """
+        if self._scaler is not None:
+            refuse_half_weights(module)
         before = optimizer.state_dict()
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.prepare_evaluation(module)
@@ -108,7 +114,8 @@ class FullyShardedStrategy(AcceleratedStrategy):
                 member.state.clear()
             self.load_optimizer_state(before)
         self._optimizer_step = bare_step(optimizer)
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._latecomers = Latecomers(optimizer)
+        self._keep_trainable(module)
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
         """Shard a module. Collective.
@@ -129,6 +136,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise _wrong("wrap", f"the model cannot be sharded so: {error}") from error
         for unit in _units(module):
+            _sum_gradients(cast(FSDPModule, unit))
             unit.register_forward_pre_hook(self._watch)
         module.register_forward_hook(_reshard_without_backward)
         self._wrapped = module
@@ -209,13 +217,36 @@ class FullyShardedStrategy(AcceleratedStrategy):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the norm of the whole gradient. Collective."""
-        squared = torch.zeros((), dtype=torch.float64, device=self.device)
+        squared, unused = torch.zeros(2, dtype=torch.float64, device=self.device).unbind()
+        unused += sum(name not in self._used for name in self._names)
         held = [gradient for gradient in gradients if gradient.numel()]
         if held:
             norms = torch.stack(torch._foreach_norm(held))
             squared += norms.double().square().sum().to(self.device)
-        dist.all_reduce(squared, group=self._mesh.get_group(self._mesh.ndim - 1))
-        return squared.sqrt()
+        sums = torch.stack([squared, unused])
+        dist.all_reduce(sums, group=self._mesh.get_group(self._mesh.ndim - 1))
+        if self._mesh.ndim > 1:
+            dist.all_reduce(unused := sums[1].clone(), group=self._mesh.get_group(0))
+        else:
+            unused = sums[1]
+        if unused.item():
+            self._leave_unused_alone()
+        return sums[0].sqrt()
+
+    def _leave_unused_alone(self) -> None:
+        """Take the gradient away from parameters that no real slot of any rank has used: theirs are zeros, or a filler's.
+
+        Collective.
+        """
+        uses = torch.tensor([float(name in self._used) for name in self._names], device=self.device)
+        dist.all_reduce(uses)
+        for parameter, count in zip(self._parameters, uses.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._used.clear()
 
     def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
         if max_grad_norm is not None and grad_norm is not None:
@@ -268,16 +299,33 @@ class FullyShardedStrategy(AcceleratedStrategy):
         if unit in self._watched:
             return
         self._watched.add(unit)
+        names = {id(parameter): name for name, parameter in self.unwrapped.named_parameters()}
         for parameter in unit.parameters():
             if parameter.requires_grad and local(parameter) is parameter:
-                parameter.register_hook(self._silenced)  # type: ignore[no-untyped-call]
+                name = names[id(parameter)].removeprefix("model.")
+                parameter.register_hook(partial(self._noted, name))  # type: ignore[no-untyped-call]
 
-    def _silenced(self, gradient: Tensor) -> Tensor:
-        return torch.zeros_like(gradient) if self._silent else gradient
+    def _noted(self, name: str, gradient: Tensor) -> Tensor:
+        """Note that a real slot used a parameter; turn a filler's gradient into zeros."""
+        if self._silent:
+            return torch.zeros_like(gradient)
+        self._used.add(name)
+        return gradient
 
 
 def _units(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def _sum_gradients(unit: FSDPModule) -> None:
+    """Let gradients be summed over the ranks, as :mod:`runtime.strategies.reduction` says, and of all parameters on each rank.
+
+    By itself FSDP2 leaves out those that have none on a rank, and what the ranks send no longer fits together.
+    """
+    unit.set_gradient_divide_factor(1.0)
+    unit.set_force_sum_reduction_for_comms(True)
+    if hasattr(unit, "set_reduce_scatter_unused_params"):  # not in torch 2.11
+        unit.set_reduce_scatter_unused_params(True)
 
 
 def _reshard_without_backward(module: nn.Module, arguments: Any, output: Any) -> None:

@@ -2,7 +2,8 @@
 
 Accelerate makes the process group and the engine; the engine is then driven directly, because Accelerate's own wrapper steps
 within ``backward`` and divides by a fixed number of microbatches. Here each window says where it ends
-(``set_gradient_accumulation_boundary``), and nothing divides but the mean over ranks, which the world size undoes.
+(``set_gradient_accumulation_boundary``), and nothing divides but the mean over ranks, which the world size undoes; stages 1
+and 2 sum instead where passes are in half precision, which the world size is then no part of.
 
 What differs from DDP, and why:
 
@@ -32,7 +33,7 @@ from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.optimization.held_weights import HeldWeights, WholeWeights
 from runtime.strategies import Update
-from runtime.strategies.accelerated import moved
+from runtime.strategies.placement import moved
 from runtime.strategies.zero_engine import (
     check_machine,
     chose_cpu,
@@ -80,6 +81,7 @@ class ZeroStrategy:
         self.device: torch.device = self._accelerator.device
         self.world_size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
+        self._undone = 1.0 if self._json.get("gradient_allreduce_op") == "sum" else float(self.world_size)
         self._autocast_dtype = _HALF.get(precision)
         self._scales = precision == "fp16"
         self._module: TrainingModule | None = None
@@ -163,11 +165,11 @@ class ZeroStrategy:
         return loss
 
     def backward(self, loss: Tensor, *, weight: Weight) -> None:
-        """Add the gradient of ``loss / weight``; DeepSpeed averages over ranks, so the world size is multiplied back in.
+        """Add the gradient of ``loss / weight``. Where DeepSpeed averages over ranks, the world size is multiplied back in.
 
         Collective: from stage 2 on, each microbatch is reduced to the ranks that keep its parts.
         """
-        scaled = (loss * starting_gradient(loss, weight, scale=self.world_size)).sum()
+        scaled = (loss * starting_gradient(loss, weight, scale=self._undone)).sum()
         self._pending = True
         with self._zeros() if self._filler else _NOTHING:
             self._engine.backward(scaled, scale_wrt_gas=False)
