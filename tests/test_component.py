@@ -167,8 +167,24 @@ def test_a_target_of_another_form_is_refused_with_the_form(target: str) -> None:
     assert refusal(target) == f"{target!r} is not of the form 'package.module:Name'"
 
 
-def test_a_dotted_target_is_told_with_its_colon() -> None:
-    assert "did you mean 'math:sqrt'?" in refusal("math.sqrt")
+def test_a_dotted_target_is_what_the_same_target_with_a_colon_is(write: Write) -> None:
+    write("spare_package.inner", "class Outer:\n    class Inner:\n        pass\n")
+    for dotted in ("math.sqrt", "spare_package.inner.Outer", "spare_package.inner.Outer.Inner", "torch.optim.Adam"):
+        module = next(m for m in ("math", "spare_package.inner", "torch.optim") if dotted.startswith(m))
+        assert locate(dotted) is locate(f"{module}:{dotted.removeprefix(module + '.')}")
+
+
+def test_a_dotted_target_that_names_nothing_is_told_as_the_same_target_with_a_colon_is(write: Write) -> None:
+    write("spare_package.broken", "raise ValueError('this module is broken')")
+    assert refusal("math.sqr") == "module 'math' has no 'sqr'; did you mean 'sqrt'?"
+    assert refusal("torch.optim.AdamV") == refusal("torch.optim:AdamV")
+    assert "cannot import 'nowhere'" in refusal("nowhere.inner.Name")
+    assert "this module is broken" in refusal("spare_package.broken.Name")
+
+
+def test_a_dotted_target_that_two_places_have_is_refused(write: Write) -> None:
+    own = write("colorsys", "Own = 1")
+    assert "both an installed package" in refusal("colorsys.Own", code=own.parent)
 
 
 @pytest.mark.parametrize("target", [".relative:Name", "..:Name", "a b:Name", "math:sqrt()", "os:system('x')", "math:."])
@@ -242,15 +258,22 @@ def told(component: Any, args: dict[str, Any], **options: Any) -> list[tuple[str
 def test_an_argument_that_a_class_lacks_is_told_with_the_one_that_was_meant() -> None:
     found = check("AdamW", {"lr": 0.1, "beta": [0.9, 0.99]}, namespaces=("torch.optim",), positional=1)
     assert [(m.path, m.what) for m in found] == [
-        (("args", "beta"), "AdamW has no argument 'beta'; did you mean 'betas'?")
+        (
+            ("args", "beta"),
+            "AdamW has no argument 'beta'; did you mean 'betas'? (its arguments: lr, betas, eps, weight_decay, amsgrad, "
+            "maximize, foreach, capturable, differentiable, fused)",
+        )
     ]
 
 
 def test_every_unknown_missing_and_reserved_argument_is_told() -> None:
     assert told(Optimizer, {"params": 1, "beta": 2, "zzz": 3}, positional=1) == [
         ("args.params", "Optimizer gets its 'params' from the runtime; leave it out"),
-        ("args.beta", "Optimizer has no argument 'beta'; did you mean 'betas'?"),
-        ("args.zzz", "Optimizer has no argument 'zzz'"),
+        (
+            "args.beta",
+            "Optimizer has no argument 'beta'; did you mean 'betas'? (its arguments: lr, betas, weight_decay)",
+        ),
+        ("args.zzz", "Optimizer has no argument 'zzz' (its arguments: lr, betas, weight_decay)"),
         ("args", "Optimizer needs the argument 'lr'"),
     ]
     assert told(wants_all, {"second": 1}) == [("args", "wants_all needs the arguments 'first', 'third'")]
@@ -285,6 +308,80 @@ def test_an_argument_that_the_runtime_fills_in_is_not_missing_and_may_be_given()
         )
     (missing,) = check("CosineAnnealingLR", {}, namespaces=("torch.optim.lr_scheduler",), positional=1)
     assert "'T_max'" in missing.what
+
+
+def typed(size: int, rate: float | None = None, *, on: bool = True, name: str = "", free=0) -> None:  # type: ignore[no-untyped-def]
+    """Takes numbers, and some text."""
+
+
+def test_text_where_an_annotation_allows_numbers_alone_is_refused() -> None:
+    assert told(typed, {"size": "64 units", "rate": "1e-3x", "on": "yes", "name": "x", "free": "x"}) == [
+        ("args.size", "typed takes int for 'size', not the text '64 units'"),
+        ("args.rate", "typed takes float | None for 'rate', not the text '1e-3x'"),
+        ("args.on", "typed takes bool for 'on', not the text 'yes'"),
+    ]
+    (found,) = check("AdamW", {"lr": "fast"}, namespaces=("torch.optim",), positional=1)
+    assert "for 'lr', not the text 'fast'" in found.what
+
+
+def test_an_argument_that_is_not_called_by_text_is_refused() -> None:
+    assert told(takes_any, {"first": 1, 2: 3}) == [("args.2", "arguments of takes_any are called by text, not by 2")]
+
+
+# Our own parameters' names, and Python's
+OF_OURS = ["name", "component", "target", "args", "given", "arguments", "namespaces", "code", "positional", "filled_in",
+           "extra", "key", "loaded", "section", "path", "params", "value", "error", "cls", "mcs", "kwargs"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_OURS)
+def test_an_argument_may_be_called_as_any_parameter_of_ours_is(write: Write, name: str) -> None:
+    write("spare_named", f"def load({name}, **others):\n    return {name}, others\n")
+    assert check("spare_named:load", {name: "mrpc"}) == []
+    assert build("spare_named:load", {name: "mrpc", "component": 2, "self": 3} | {name: "mrpc"})[0] == "mrpc"
+    nested = {"inner": {"target": "spare_named:load", "args": {name: 1}}}
+    assert check("spare_named:load", {name: 0, **nested}) == []
+    assert build("spare_named:load", {name: 0, **nested})[1]["inner"][0] == 1
+
+
+def test_an_argument_called_self_is_an_error_of_the_users_and_no_traceback(write: Write) -> None:
+    write("spare_any", "class Any:\n    def __init__(self, **others):\n        self.others = others\n")
+    assert "multiple values for argument 'self'" in failure("spare_any:Any", {"self": 1}).what
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"target": "price"},
+        {"target": "price.usd"},
+        {"target": "time:0"},
+        {"target": "12:30"},
+        {"target": "http://somewhere/x"},
+        {"target": ":"},
+        {"target": "score", "args": [1, 2]},
+        {"target": "score", "args": {"a": 1}},
+        {"target": ["a", "b"]},
+        {"args": {"a": 1}},
+        {"target": "spare:x", "args": [1]},
+        {1: "one", "target": "spare:x"},
+    ],
+    ids=str,
+)
+def test_a_mapping_of_the_users_own_that_has_a_key_target_stays_what_it_is(data: dict[Any, Any]) -> None:
+    assert check("builtins:dict", {"columns": data}) == []
+    assert build("builtins:dict", {"columns": data}) == {"columns": data}
+
+
+def test_a_mapping_that_is_taken_for_a_component_and_names_nothing_says_so() -> None:
+    (found,) = check("builtins:dict", {"columns": {"target": "price:usd"}})
+    assert "cannot import 'price'" in found.what
+    assert "a mapping of 'target' and 'args' is a component to be built" in found.what
+
+
+def test_a_nested_component_may_be_written_with_dots(write: Write) -> None:
+    write("spare_parts", PARTS)
+    for nested in ({"target": "spare_parts.Inner", "args": {"size": 3}}, {"target": "spare_parts.Inner"}):
+        assert check("spare_parts:Outer", {"one": nested}) == []
+        assert build("spare_parts:Outer", {"one": nested}).parts["one"].size == nested.get("args", {}).get("size", 1)  # type: ignore[attr-defined]
 
 
 def test_a_target_that_cannot_be_called_is_refused() -> None:
@@ -363,7 +460,7 @@ def test_checking_finds_every_mistake_of_nested_components_and_calls_nothing(wri
     assert found == {
         "args.name.target": "module 'spare_parts' has no 'Innr'; did you mean 'Inner'?",
         "args.function.target": "module 'spare_parts' has no 'doubl'; did you mean 'double'?",
-        "args.list.1.args.sise": "Inner has no argument 'sise'; did you mean 'size'?",
+        "args.list.1.args.sise": "Inner has no argument 'sise'; did you mean 'size'? (its arguments: size)",
         "args.within.args.one.args": "Needy needs the argument 'size'",
         "args.class.args": "Needy needs the argument 'size'",
     }

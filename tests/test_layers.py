@@ -17,6 +17,7 @@ LAYERS = [
         "errors",
     ],
     [
+        "config.signatures",
         "config.component",
         "config.types",
         "config.data",

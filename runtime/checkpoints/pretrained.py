@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from runtime.checkpoints.reading import damage_of, load_model
 from runtime.checkpoints.serialization import checksum
 from runtime.checkpoints.sharded_files import INDEX
-from runtime.config.component import ComponentError, did_you_mean
+from runtime.config.component import ComponentError
 from runtime.config.learning import Weights
+from runtime.config.signatures import did_you_mean
 from runtime.optimization.patterns import described_misses, matches, useless
 
 _SAFETENSORS = ".safetensors"

@@ -8,17 +8,19 @@ This module does not import torch.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from runtime.config.signatures import argument_mistakes, did_you_mean
 
 _EXTRAS = {
     "datasets": "datasets",
@@ -33,6 +35,10 @@ _EXTRAS = {
 _INSTALLED = tuple({path for path in sysconfig.get_paths().values() if path != sysconfig.get_path("data")})
 
 
+_PYTHON_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*|\.[^\W\d]\w*)(\.[^\W\d]\w*)*")
+_TAKEN_FOR_A_COMPONENT = " (within arguments, a mapping of 'target' and 'args' is a component to be built)"
+
+
 class ComponentError(Exception):
     """One mistake in a component; ``path`` leads from the component to the key that is wrong."""
 
@@ -40,12 +46,6 @@ class ComponentError(Exception):
         super().__init__(what)
         self.what = what
         self.path = path
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest of the known names, or nothing."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def add_code_folder(folder: Path) -> None:
@@ -58,16 +58,16 @@ def locate(target: str, *, namespaces: Sequence[str] = (), code: Path | None = N
     """Return the object that a target names.
 
     Args:
-        target: ``"package.module:Name"`` or a short name.
+        target: ``"package.module:Name"``, the same with a dot for the colon, or a short name.
         namespaces: modules in which a short name is looked up, in order.
         code: the run's code folder, if any.
 
     Raises:
         ComponentError: nothing is there, it does not import, or two places have it.
     """
-    if ":" not in target:
+    if ":" not in target and "." not in target:
         return _locate_short(target, namespaces)
-    module_name, _, qualified_name = target.partition(":")
+    module_name, _, qualified_name = (target if ":" in target else _with_colon(target, code)).partition(":")
     if not module_name or not qualified_name:
         raise ComponentError(f"{target!r} is not of the form 'package.module:Name'")
     if code is not None and module_name != "__main__":
@@ -87,36 +87,9 @@ def locate(target: str, *, namespaces: Sequence[str] = (), code: Path | None = N
 def check_arguments(
     component: Callable[..., Any], args: Mapping[str, Any], *, positional: int = 0, name: str = ""
 ) -> list[ComponentError]:
-    """Compare arguments with a signature, without calling anything.
-
-    Args:
-        component: what would be called with the arguments.
-        args: keyword arguments from the configuration.
-        positional: how many leading arguments the runtime itself gives.
-        name: how messages call the component.
-    """
-    try:
-        parameters = list(inspect.signature(component).parameters.values())
-    except (ValueError, TypeError):  # some builtins have no signature: their own error must do
-        return []
-    name = name or getattr(component, "__name__", str(component))
-    given = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
-    by_keyword = {
-        p.name: p for p in parameters if p not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    mistakes = []
-    for key in args:
-        if key in (p.name for p in given):
-            mistakes.append(ComponentError(f"{name} gets its {key!r} from the runtime; leave it out", ("args", key)))
-        elif key not in by_keyword and not takes_any:
-            hint = did_you_mean(key, by_keyword)
-            mistakes.append(ComponentError(f"{name} has no argument {key!r}{hint}", ("args", key)))
-    missing = [key for key, p in by_keyword.items() if p.default is p.empty and key not in args]
-    if missing:
-        words = ", ".join(repr(key) for key in missing)
-        mistakes.append(ComponentError(f"{name} needs the argument{'s' * (len(missing) > 1)} {words}", ("args",)))
-    return mistakes
+    """Compare arguments with a signature, without calling anything; see :func:`argument_mistakes`."""
+    found = argument_mistakes(component, args, positional=positional, name=name)
+    return [ComponentError(what, path) for path, what in found]
 
 
 def check(
@@ -141,7 +114,7 @@ def check(
         return [ComponentError(f"{target!r} is not callable")]
     with_filled = {**dict.fromkeys(filled_in), **args}
     mistakes = check_arguments(component, with_filled, positional=positional)
-    for path, nested in _nested(args, ("args",)):
+    for path, nested in nested_components(args, ("args",)):
         if "args" in nested:
             found = check(nested["target"], nested["args"] or {}, code=code)
             mistakes += [ComponentError(inner.what, path + inner.path) for inner in found]
@@ -149,7 +122,8 @@ def check(
         try:
             found_alone = locate(nested["target"], code=code)
         except ComponentError as mistake:
-            mistakes.append(ComponentError(mistake.what, path + mistake.path))
+            taken = _TAKEN_FOR_A_COMPONENT if mistake.what.startswith("cannot import") else ""
+            mistakes.append(ComponentError(f"{mistake.what}{taken}", path + mistake.path))
             continue
         if inspect.isclass(found_alone):
             mistakes += [ComponentError(m.what, path + m.path) for m in check_arguments(found_alone, {})]
@@ -177,8 +151,11 @@ def resolved(args: Mapping[str, Any], *, code: Path | None = None) -> dict[str, 
     return {key: _resolve(value, code, ("args", key)) for key, value in args.items()}
 
 
-def call(component: Callable[..., Any], name: str, *given: Any, **arguments: Any) -> Any:
-    """Call a component; what it raises comes back as one :class:`ComponentError`, Lockstep's own errors as they are."""
+def call(component: Callable[..., Any], name: str, /, *given: Any, **arguments: Any) -> Any:
+    """Call a component; what it raises comes back as one :class:`ComponentError`, Lockstep's own errors as they are.
+
+    Our own parameters are positional only, since the user's arguments may have any name: ``name`` and ``component``, too.
+    """
     from runtime.errors import LockstepError
 
     try:
@@ -216,14 +193,22 @@ def _resolve(value: Any, code: Path | None, path: tuple[str, ...]) -> Any:
     return value
 
 
-def is_component(value: Mapping[str, Any]) -> bool:
-    """Tell whether a mapping within arguments is a component of its own."""
-    return (
-        set(value) in ({"target"}, {"target", "args"}) and isinstance(value["target"], str) and ":" in value["target"]
-    )
+def is_component(value: Mapping[Any, Any]) -> bool:
+    """Tell whether a mapping within arguments is a component of its own, rather than data that has a key ``target``.
+
+    With ``args`` beside it a target is one that has a colon or a dot; alone it must also be what Python can name, and a
+    dotted one begin with a module that exists: ``{target: price.usd}`` may be a column of the user's.
+    """
+    target, args = value.get("target"), value.get("args")
+    if set(value) not in ({"target"}, {"target", "args"}) or not isinstance(target, str):
+        return False
+    if "args" in value:
+        return (":" in target or "." in target) and (args is None or isinstance(args, Mapping))
+    return bool(_PYTHON_NAME.fullmatch(target)) and (":" in target or _is_module(target.partition(".")[0]))
 
 
-def _nested(value: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]:
+def nested_components(value: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Yield the components within arguments, each with its path; not those within components."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
@@ -233,13 +218,35 @@ def _nested(value: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...]
         if isinstance(inner, Mapping) and is_component(inner):
             yield (*path, str(key)), inner
         else:
-            yield from _nested(inner, (*path, str(key)))
+            yield from nested_components(inner, (*path, str(key)))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ValueError, ImportError):
+        return False
+
+
+def _with_colon(target: str, code: Path | None) -> str:
+    """Put the colon of a dotted path behind the longest part of it that is a module, at least one name before its end."""
+    parts = target.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise ComponentError(f"{target!r} is not of the form 'package.module:Name'")
+    if code is not None and parts[0] != "__main__":
+        _refuse_ambiguous(parts[0], code)
+    for length in range(len(parts) - 1, 1, -1):
+        try:
+            if importlib.util.find_spec(".".join(parts[:length])) is not None:
+                return f"{'.'.join(parts[:length])}:{'.'.join(parts[length:])}"
+        except ModuleNotFoundError:  # what is before it is no package
+            continue
+        except (Exception, SystemExit):  # a package that does not import: the import below tells why
+            return f"{'.'.join(parts[: length - 1])}:{'.'.join(parts[length - 1 :])}"
+    return f"{parts[0]}:{'.'.join(parts[1:])}"
 
 
 def _locate_short(name: str, namespaces: Sequence[str]) -> Any:
-    if "." in name:
-        module, _, attribute = name.rpartition(".")
-        raise ComponentError(f"{name!r} is not of the form 'package.module:Name'; did you mean '{module}:{attribute}'?")
     known: list[str] = []
     for namespace in namespaces:
         module = _import(namespace, name)

@@ -13,8 +13,8 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from runtime.config.component import did_you_mean
 from runtime.config.sections import RunConfiguration
+from runtime.config.signatures import did_you_mean
 from runtime.config.yaml_file import read_file, read_value
 from runtime.config.zero_rules import zero_problems
 from runtime.errors import ConfigurationError, Problem

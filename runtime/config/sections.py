@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from runtime.config.data import Batch, Data, Split
 from runtime.config.learning import Averaging, Model, Objective, Optimizer, Schedule
+from runtime.config.signatures import class_name
 from runtime.config.strategy import Compile, Strategy
 from runtime.config.types import (
     ON_OR_OFF,
@@ -337,7 +338,7 @@ class RunConfiguration(Section):
             ),
             (
                 stopping
-                and ":" not in (self.objective.target or "")
+                and class_name(self.objective.target) == (self.objective.target or "")
                 and stopping.metric.partition("/")[0] not in known,
                 "limit.early_stopping.metric",  # the parts of a user's objective are known at the first evaluation only
                 f"no result is called {stopping and stopping.metric!r}; {unknown}",
@@ -367,7 +368,7 @@ class RunConfiguration(Section):
         if kind == "ddp":
             return []
         targets = [self.optimizer.target, *(group.target for group in self.optimizer.groups)]
-        factored = [target for target in targets if (target or "").rpartition(":")[2] == "Adafactor"]
+        factored = [target for target in targets if class_name(target) == "Adafactor"]
         return [
             (
                 self.batch.micro_size == "auto",
@@ -400,7 +401,7 @@ class RunConfiguration(Section):
     def _one_rate_for_all(self) -> bool:
         """Tell whether the schedule would write over rates that differ between groups."""
         schedule, optimizer = self.schedule, self.optimizer
-        if schedule is None or (schedule.target or "").rpartition(":")[2] not in ("OneCycleLR", "CyclicLR"):
+        if schedule is None or class_name(schedule.target) not in ("OneCycleLR", "CyclicLR"):
             return False
         rates = optimizer.layer_decay is not None or any("lr" in group.args for group in optimizer.groups)
         return rates and not isinstance(schedule.args.get("max_lr"), list)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from runtime.config.component import did_you_mean
+from runtime.config.signatures import did_you_mean
 from runtime.errors import DataError
 
 Name = str | int

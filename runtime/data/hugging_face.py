@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from runtime.config.component import did_you_mean
+from runtime.config.signatures import did_you_mean
 from runtime.errors import DataError
 
 

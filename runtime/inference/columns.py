@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.config.component import did_you_mean
 from runtime.config.sections import Prediction
+from runtime.config.signatures import did_you_mean
 from runtime.data.fields import Fields
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
 

@@ -12,6 +12,7 @@ from torch.optim import Muon, Optimizer
 from runtime.config import component
 from runtime.config.component import ComponentError
 from runtime.config.learning import Optimizer as OptimizerSection
+from runtime.config.signatures import class_name
 from runtime.optimization.combined import CombinedOptimizer
 from runtime.optimization.fused import fused_arguments
 from runtime.optimization.parameter_groups import ParameterGroup, parameter_groups
@@ -118,7 +119,7 @@ def _classes(section: OptimizerSection, code: Path) -> list[type]:
 
 
 def _check(target: str, args: Mapping[str, Any], code: Path) -> list[ComponentError]:
-    name = target.rpartition(":")[2]
-    if name in EXCLUDED and (":" not in target or target.startswith("torch.optim")):
+    name = class_name(target)
+    if name in EXCLUDED and (name == target or target.startswith("torch.optim")):
         return [ComponentError(f"{name} {EXCLUDED[name]}")]
     return component.check(target, args, namespaces=NAMESPACES, code=code, positional=1)

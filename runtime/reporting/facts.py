@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from runtime.config.file import LoadedConfiguration
+from runtime.config.signatures import class_name
 from runtime.data.batches import Sharing
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective
@@ -81,7 +82,7 @@ def inexact_choices(loaded: LoadedConfiguration, objective: Objective) -> list[s
         which = ", ".join(name for name, part in parts.items() if part.couples_samples) or values.objective.target
         found.append(f"objective: {which} couples the samples of a slot, so the result depends on K (batch.slots)")
     targets = [values.optimizer.target, *(group.target for group in values.optimizer.groups)]
-    if any((target or "").rpartition(":")[2] == "Muon" for target in targets):
+    if any(class_name(target) == "Muon" for target in targets):
         found.append(
             "optimizer: Muon computes in bfloat16, which makes much of rounding: other world sizes agree to 1e-2"
         )

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime.config.component import ComponentError, did_you_mean
+from runtime.config.component import ComponentError
+from runtime.config.signatures import did_you_mean
 
 
 def blocks_of_classes(module: nn.Module, classes: Sequence[str]) -> list[nn.Module]:

@@ -1,0 +1,88 @@
+"""What a signature says about configured arguments: which are unknown, missing or of the wrong type. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+_NUMERIC = {"int", "float", "complex", "bool", "None", "NoneType", "Optional", "Union", "typing", "torch", "Tensor"}
+"""All the names in the annotation of an argument that takes no text."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the nearest of the known names, or nothing."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def argument_mistakes(
+    component: Callable[..., Any], args: Mapping[str, Any], *, positional: int = 0, name: str = ""
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Compare arguments with a signature; yield the key of each mistake and what is wrong.
+
+    Args:
+        component: what would be called with the arguments.
+        args: keyword arguments from the configuration.
+        positional: how many leading arguments the runtime itself gives.
+        name: how messages call the component.
+    """
+    found = signature(component)
+    if found is None:  # some builtins have none: their own error must do
+        return
+    parameters = list(found.parameters.values())
+    name = name or getattr(component, "__name__", str(component))
+    given = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
+    by_keyword = {
+        p.name: p for p in parameters if p not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key, value in args.items():
+        if not isinstance(key, str):
+            yield ("args", str(key)), f"arguments of {name} are called by text, not by {key!r}"
+        elif key in (p.name for p in given):
+            yield ("args", key), f"{name} gets its {key!r} from the runtime; leave it out"
+        elif key not in by_keyword and not takes_any:
+            yield ("args", key), f"{name} has no argument {key!r}{did_you_mean(key, by_keyword)}{_listed(by_keyword)}"
+        elif key in by_keyword and isinstance(value, str) and takes_no_text(by_keyword[key]):
+            yield ("args", key), f"{name} takes {annotated(by_keyword[key])} for {key!r}, not the text {value!r}"
+    missing = [key for key, p in by_keyword.items() if p.default is p.empty and key not in args]
+    if missing:
+        words = ", ".join(repr(key) for key in missing)
+        yield ("args",), f"{name} needs the argument{'s' * (len(missing) > 1)} {words}"
+
+
+def signature(component: Any) -> inspect.Signature | None:
+    """Return a component's signature, or None where Python knows none."""
+    try:
+        return inspect.signature(component)
+    except (ValueError, TypeError):
+        return None
+
+
+def annotated(parameter: inspect.Parameter) -> str:
+    """Return a parameter's annotation as text, empty where it has none."""
+    if parameter.annotation is parameter.empty:
+        return ""
+    if isinstance(parameter.annotation, str):
+        return parameter.annotation
+    return inspect.formatannotation(parameter.annotation)
+
+
+def class_name(target: str | None) -> str:
+    """Return the last name of a target, which may have a colon, dots, or be that name alone."""
+    return re.split("[:.]", target or "")[-1]
+
+
+def takes_no_text(parameter: inspect.Parameter) -> bool:
+    """Tell whether an annotation allows numbers alone."""
+    names = set(re.findall(r"\w+", annotated(parameter)))
+    return bool(names & {"int", "float", "complex", "bool"}) and names <= _NUMERIC
+
+
+def _listed(by_keyword: Mapping[str, inspect.Parameter]) -> str:
+    if not by_keyword:
+        return " (it has none)"
+    return f" (its arguments: {', '.join(by_keyword)})"
