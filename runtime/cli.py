@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
 from runtime.environment import SlurmStep, slurm_step
 from runtime.errors import ConfigurationError, LockstepError, Problem
 from runtime.processes.meeting import Place
+
+if TYPE_CHECKING:
+    from runtime.config.file import LoadedConfiguration
 
 _STOPPED = (
     "exit code: 0 done; 75 stopped, with nothing written (the same command begins anew); 2 configuration; 1 failure"
@@ -219,8 +224,6 @@ def _train(options: argparse.Namespace) -> int:
     from runtime.processes.launching import examine_locally, num_gpus, train_locally
     from runtime.strategies.zero_launch import check_start
 
-    check_components(loaded)
-    check_start(loaded)
     gpus = num_gpus()
     configured = loaded.values.strategy.world_size
     step = _step(options)
@@ -229,15 +232,32 @@ def _train(options: argparse.Namespace) -> int:
         what = f"is {configured}, which {nodes} machines cannot share evenly"
         raise ConfigurationError([loaded.problem(("strategy", "world_size"), what)])
     processes = options.processes or (configured or 0) // nodes or max(1, gpus)
+    loaded, adopted = _with_settings(
+        lambda more: load(options.config, [*options.overrides, *more]), world_size=processes * nodes
+    )
+    check_components(loaded)
+    check_start(loaded)
     start = train_locally if options.act == "train" else examine_locally
     return start(
         loaded,
         options.config,
-        options.overrides,
+        [*options.overrides, *adopted],
         processes=processes,
         use_gpus=gpus >= processes,
         place=_place(options, processes),
     )
+
+
+def _with_settings(
+    read: Callable[[list[str]], LoadedConfiguration], *, world_size: int
+) -> tuple[LoadedConfiguration, list[str]]:
+    """Adopt settings from this shell's environment, which the launcher's own flags would hide from the processes."""
+    from runtime.config.launcher import load_with_settings, overrides
+
+    loaded, wishes, notes = load_with_settings(read, os.environ, world_size=world_size)
+    for text in notes:
+        print(f"lockstep: {text}", file=sys.stderr)
+    return loaded, overrides(wishes)
 
 
 def _infer(options: argparse.Namespace) -> int:

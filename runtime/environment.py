@@ -8,7 +8,7 @@ LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and i
 LOCKSTEP_DATA           folder in which data is looked for that is neither where its path says nor in an installed package
 WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
 GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
-ACCELERATE_USE_FSDP     set by ``accelerate launch --use_fsdp``
+ACCELERATE_*, FSDP_*    settings of ``accelerate launch``: ``config/launcher_table.py`` has the table of them
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
 SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS, SLURM_STEP_NODELIST, SLURM_NODEID    what srun has started, and which of it this is
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
@@ -55,11 +55,6 @@ def data_folder() -> Path | None:
 def is_watched() -> bool:
     """Tell whether ranks watch each other and leave when one is lost."""
     return os.environ.get("LOCKSTEP_WATCH") != "off"
-
-
-def launched_for_sharding() -> bool:
-    """Tell whether the launcher was told to let Accelerate shard the model."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 
 def store_address() -> tuple[str, int]:

@@ -50,10 +50,11 @@ class Run:
         strategy: how the processes share the work.
         stop_wish: set by signals.
         position: told where this rank is.
+        notes: lines to report at the start.
     """
 
     def __init__(
-        self, loaded: LoadedConfiguration, strategy: Strategy, stop_wish: StopWish, position: Position
+        self, loaded: LoadedConfiguration, strategy: Strategy, stop_wish: StopWish, position: Position, *notes: str
     ) -> None:
         self._loaded = loaded
         self._values = loaded.values
@@ -62,6 +63,8 @@ class Run:
         self._position = position
         self._times = PhaseTimes(position)
         self._reporter = Reporter()
+        for text in notes:
+            self._reporter.message(text)
         self._stragglers = Stragglers()
         self._reading: Reading | None = None
         self._places: dict[int, Place] = {}

@@ -9,7 +9,9 @@ predict("runs/digits", split="validation", output="digits.csv")
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime import environment
 from runtime.config.file import LoadedConfiguration, load, load_run
+from runtime.config.launcher import hidden, load_with_settings
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
 from runtime.processes.interface import choose_interface
 from runtime.processes.stopping import StopWish
@@ -80,12 +83,12 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
         LockstepError: whatever is wrong, as one message.
     """
     since = time.monotonic()
-    loaded = load(source, overrides)
+    loaded, notes = _with_settings(load, source, overrides, trains=True)
 
     def act(processes: Processes) -> RunResult:
         from runtime.run import Run
 
-        run = Run(loaded, processes.strategy, processes.stop_wish, processes.watch.position)
+        run = Run(loaded, processes.strategy, processes.stop_wish, processes.watch.position, *notes)
         processes.may_tell = run.owns_folder
         if loaded.values.limit.time is not None:
             processes.stop_wish.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)
@@ -154,7 +157,7 @@ def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined
     Raises:
         LockstepError: whatever is wrong, as one message.
     """
-    loaded = load(source, overrides)
+    loaded, _ = _with_settings(load, source, overrides, trains=True)
 
     def act(processes: Processes) -> Examined:
         from runtime.processes.examination import examine as examine_ranks
@@ -167,6 +170,21 @@ def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined
     return _together(loaded, act, outcome_file=environment.outcome_file(), world_size=world_size)
 
 
+def _with_settings(
+    read: Callable[[Path | str | Mapping[str, Any], Sequence[str]], LoadedConfiguration],
+    source: Path | str | Mapping[str, Any],
+    overrides: Sequence[str],
+    *,
+    trains: bool,
+) -> tuple[LoadedConfiguration, list[str]]:
+    """Read a configuration and adopt the launcher's settings, alike on all ranks; return it and what to tell of that."""
+    world_size = environment.requested_world_size(None)
+    loaded, _, notes = load_with_settings(
+        lambda more: read(source, [*overrides, *more]), os.environ, world_size=world_size, trains=trains
+    )
+    return loaded, notes
+
+
 def _infer(
     act: Literal["evaluate", "predict"],
     source: Path | str | Mapping[str, Any],
@@ -174,9 +192,11 @@ def _infer(
     output: Path | str | None,
     asked: Mapping[str, Any],
 ) -> Inferred:
-    loaded = load_run(source, overrides)
+    loaded, notes = _with_settings(load_run, source, overrides, trains=False)
 
     def infer(processes: Processes) -> Inferred:
+        if processes.strategy.rank == 0:
+            sys.stderr.writelines(f"lockstep: {text}\n" for text in notes)
         from runtime.inference.on_checkpoint import Inference
         from runtime.inference.request import Request
 
@@ -204,6 +224,7 @@ def _together(
     requested = environment.requested_world_size(world_size)
     stop_wish = StopWish(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
+        stack.enter_context(hidden())
         stop_wish.install()  # before torch is imported, which takes seconds
         stack.callback(stop_wish.uninstall)
         processes = _joined(loaded, requested, stop_wish, stack)

@@ -29,6 +29,8 @@ LAYERS = [
         "config.zero_json",
         "config.zero_rules",
         "config.file",
+        "config.launcher_table",
+        "config.launcher",
         "environment",
         "files",
     ],

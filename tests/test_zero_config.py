@@ -243,29 +243,6 @@ def test_the_missing_package_is_named_with_the_line_that_installs_it(
         check_start(loaded(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("variables", "overrides", "said"),
-    [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["strategy={kind: ddp}"], "was told to use DeepSpeed"),
-        (
-            {"ACCELERATE_CONFIG_DS_FIELDS": "zero_stage", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-            [],
-            "says 2: take it out there",
-        ),
-    ],
-)
-def test_a_launcher_that_was_told_something_else_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], overrides: list[str], said: str
-) -> None:
-    from runtime.strategies.zero_launch import check_start
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigurationError, match=said):
-        check_start(loaded(tmp_path, "", *overrides))
-
-
 def test_checking_needs_neither_torch_nor_the_package(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(LINES)
     code = (

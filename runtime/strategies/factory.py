@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from runtime import environment
 from runtime.config.file import LoadedConfiguration
-from runtime.errors import ConfigurationError, Problem
 from runtime.strategies import Strategy
 
 
@@ -35,11 +33,6 @@ def build_strategy(loaded: LoadedConfiguration) -> Strategy:
             max_grad_value=values.optimizer.max_grad_value,
             timeout_seconds=values.limit.stall_seconds,
         )
-    if environment.launched_for_sharding():  # on GPUs Accelerate would shard with settings of its own, without a word
-        what = (
-            "is set (accelerate launch --use_fsdp), and strategy.kind is ddp; set strategy.kind: fsdp, and leave it out"
-        )
-        raise ConfigurationError([Problem("environment", "ACCELERATE_USE_FSDP", what)])
     from runtime.strategies.accelerated import AcceleratedStrategy
 
     return AcceleratedStrategy(
