@@ -53,6 +53,44 @@ def test_a_third_part_may_be_named_alone() -> None:
         fields.target_of(("a", "b", "c", "d"))
 
 
+@pytest.mark.parametrize(
+    ("fields", "batch", "inputs", "target"),
+    [
+        (Fields(inputs="words"), {"words": "x", "target": "y"}, "x", "y"),
+        (Fields(inputs={"a": "words"}), {"words": "x", "mask": "m", "target": "y"}, "x", "y"),
+        (Fields(target="label"), {"inputs": "x", "label": "y"}, "x", "y"),
+        (Fields(inputs=0), ("x", "y"), "x", "y"),
+        (Fields(inputs=1), ("y", "x"), "x", "y"),
+        (Fields(target=0), ("y", "x"), "x", "y"),
+        (Fields(inputs=0, weight=1), ("x", "w", "y"), "x", "y"),
+        (Fields(weight=0), ("w", "x", "y"), "x", "y"),
+        (Fields(id=1), ("x", "i", "y"), "x", "y"),
+    ],
+)
+def test_what_one_key_names_leaves_the_default_of_the_other(
+    fields: Fields, batch: Any, inputs: str, target: str
+) -> None:
+    positional, named = fields.arguments(batch)
+    assert [*positional, *named.values()] == [inputs]
+    assert fields.target_of(batch) == target
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Fields(inputs="words").target_of(ROWS), "'label'.* which part is the target"),
+        (lambda: Fields(target="label").arguments(ROWS), "'words'.* which part is the inputs"),
+        (lambda: Fields(inputs=0).target_of(("x", "y", "z")), "a tuple of 3"),
+        (lambda: Fields(inputs=[0, 1]).target_of(("x", "y")), "a tuple of 2"),
+        (lambda: Fields(id=1).target_of(("x", "id")), "which part is the target"),
+        (lambda: Fields(inputs="target").target_of({"target": 1}), "which part is the target"),
+    ],
+)
+def test_a_default_that_would_be_a_guess_is_refused(call: Any, words: str) -> None:
+    with pytest.raises(ObjectiveError, match=words):
+        call()
+
+
 def test_a_target_may_have_several_parts() -> None:
     assert Fields(target=[2, 1]).target_of(("a", "b", "c")) == ("c", "b")
     assert Fields(target=["label"]).target_of(ROWS) == (ROWS["label"],)

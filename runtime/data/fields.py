@@ -7,7 +7,7 @@ A batch is a mapping, whose parts have keys, or a tuple, whose parts have positi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,8 @@ class Fields:
     Args:
         inputs: one part, whose value is what the model is called with; several, which become keyword arguments of these
             names (positional ones where parts have positions); or argument to part. Default: ``inputs``, or position 0.
-        target: what the output is compared with; several parts become a tuple. Default: ``target``, or position 1.
+        target: what the output is compared with; several parts become a tuple. Default: ``target``, or position 1. Where one
+            of the two is said, the other is by default the key of its name, or the only position that nothing names.
         weight: weight of each sample (or of each element of the target).
         id: what a sample is called in predictions.
         group: the query or user that a sample belongs to, for ranking metrics.
@@ -38,11 +39,16 @@ class Fields:
     id: Name | None = None
     group: Name | None = None
     output: Name | None = None
+    _names_nothing: bool = field(init=False, repr=False, compare=False, default=True)
+
+    def __post_init__(self) -> None:
+        parts = (self.inputs, self.target, self.weight, self.id, self.group)
+        object.__setattr__(self, "_names_nothing", all(part is None for part in parts))
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and the keyword arguments that the model is called with."""
         names = self.inputs
-        if names is None and type(batch) is tuple and len(batch) == 2 and type(batch[0]) is Tensor:
+        if self._names_nothing and type(batch) is tuple and len(batch) == 2 and type(batch[0]) is Tensor:
             return (batch[0],), {}  # the commonest batch: what follows takes 2 µs
         if isinstance(names, Mapping):
             return (), {argument: part_of(batch, name) for argument, name in names.items()}
@@ -61,11 +67,9 @@ class Fields:
         """Return what the output is compared with."""
         name = self.target
         if name is None:
-            return (
-                batch[1]
-                if type(batch) is tuple and len(batch) == 2
-                else part_of(batch, self._default(batch, "target", 1))
-            )
+            if self._names_nothing and type(batch) is tuple and len(batch) == 2:
+                return batch[1]
+            return part_of(batch, self._default(batch, "target", 1))
         return part_of(batch, name) if isinstance(name, str | int) else tuple(part_of(batch, part) for part in name)
 
     def weight_of(self, batch: Any) -> Any:
@@ -81,17 +85,34 @@ class Fields:
         return None if self.group is None else part_of(batch, self.group)
 
     def _default(self, batch: Any, key: str, position: int) -> Name:
+        """Return where inputs or target are if the configuration does not say: what it names is neither."""
+        named = self._named(self.target if key == "inputs" else self.inputs)
         if isinstance(batch, Mapping):
-            if {"inputs", "target"} <= set(batch):
+            wanted = {key} if named else {"inputs", "target"}
+            if wanted <= set(batch) and key not in named:
                 return key
         elif isinstance(batch, list | tuple):
-            others = sum(name is not None for name in (self.weight, self.id, self.group))
-            if 2 <= len(batch) <= 2 + others:  # what is behind the target has been named
-                return position
+            others = {name for name in (self.weight, self.id, self.group) if name is not None}
+            left = [place for place in range(len(batch)) if place not in named | others]
+            if named and len(left) == 1:
+                return left[0]
+            # What is neither inputs nor target has been named.
+            if not named and 2 <= len(batch) <= 2 + len(others) and position < len(left):
+                return left[position]
+        which = {"inputs": "inputs, what the model is called with", "target": "target, what its output is compared with"}
         raise ObjectiveError(
             f"the batch must be (inputs, target) or have the keys 'inputs' and 'target', not {_shape(batch)}; or say in "
-            "data.fields which part is what"
+            f"data.fields which part is the {which[key]}"
         )
+
+    @staticmethod
+    def _named(names: Any) -> set[Name]:
+        """Return the parts that one key of the configuration names."""
+        if names is None:
+            return set()
+        if isinstance(names, str | int):
+            return {names}
+        return set(names.values() if isinstance(names, Mapping) else names)
 
     def output_of(self, returned: Any) -> Any:
         """Return the part of what the model returned that is its output.
