@@ -91,7 +91,7 @@ def test_all_ranks_skip_alike(pool: ProcessPool, tmp_path: Path, world_size: int
     several = pool.run(observe, world_size, run(tmp_path / "several", divergence={"non_finite": "skip"}))
     for reply in several:
         assert_bitwise_equal(reply, several[0])
-    assert largest_difference(one, several[0]) < 1e-4
+    assert largest_difference(one, several[0]) < 1e-5  # float32; measured: 1.1e-6
 
 
 @single
