@@ -99,7 +99,10 @@ class Fields:
             # What is neither inputs nor target has been named.
             if not named and 2 <= len(batch) <= 2 + len(others) and position < len(left):
                 return left[position]
-        which = {"inputs": "inputs, what the model is called with", "target": "target, what its output is compared with"}
+        which = {
+            "inputs": "inputs, what the model is called with",
+            "target": "target, what its output is compared with",
+        }
         raise ObjectiveError(
             f"the batch must be (inputs, target) or have the keys 'inputs' and 'target', not {_shape(batch)}; or say in "
             f"data.fields which part is the {which[key]}"
