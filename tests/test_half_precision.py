@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,15 @@ def test_float16_weights_under_a_loss_scale_are_refused_by_name(tmp_path: Path, 
     config = half(tmp_path, "fp16", model=model, strategy={"kind": kind})
     with pytest.raises(ConfigurationError, match=r"precision: .*float16 weights \(first.weight\).*float32.*bf16"):
         observe(config)
+
+
+def test_training_without_zero_imports_no_deepspeed(tmp_path: Path) -> None:
+    """Importing it takes over a second and prints a warning."""
+    code = (
+        "import sys\nfrom tests.observed import configuration\nfrom runtime.session import train\nfrom pathlib import Path\n"
+        f"train(configuration(Path({str(tmp_path)!r}), precision='bf16', limit={{'steps': 1}}))\n"
+        "assert 'deepspeed' not in sys.modules\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

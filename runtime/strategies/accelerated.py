@@ -43,7 +43,7 @@ from runtime.strategies.mixed_precision import (
     make_accelerator,
     refuse_half_weights,
     refuse_lost_scale,
-    unwrap_forward,
+    wrapped_module,
 )
 from runtime.strategies.placement import moved
 from runtime.strategies.reduction import not_reduced, sum_gradients, unreduced
@@ -160,8 +160,7 @@ class AcceleratedStrategy:
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self._wrapped = self._accelerator.prepare(self._module)
-        unwrap_forward(self._accelerator, self._wrapped)
+            self._wrapped = wrapped_module(self._accelerator, self._module)
         if isinstance(self._wrapped, WrappedInDDP):
             sum_gradients(self._wrapped, sent_as=None if self._hook is None else HALF[self._hook])
 

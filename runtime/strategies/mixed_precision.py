@@ -49,12 +49,17 @@ def forward_context(accelerator: Accelerator) -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], context)
 
 
-def unwrap_forward(accelerator: Accelerator, wrapped: nn.Module) -> None:
-    """Take back what Accelerate's ``prepare`` has put around the module's forward method.
+def wrapped_module(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Return the module as Accelerate wraps it, whose forward method stays as it is. Collective.
 
-    It would convert all that a model returns to float32: a second copy of the logits, for nothing.
+    Around the method, Accelerate would convert all that a model returns to float32: a second copy of the logits, for nothing.
+    To take that back with ``unwrap_model`` would import DeepSpeed where it is installed (1.15), which takes over a second.
     """
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    native_amp, accelerator.native_amp = accelerator.native_amp, False
+    try:
+        return cast(nn.Module, accelerator.prepare(module))
+    finally:
+        accelerator.native_amp = native_amp
 
 
 def refuse_half_weights(module: nn.Module) -> None:
