@@ -206,7 +206,7 @@ REFUSED: tuple[tuple[str, str, Callable[[Variables], bool], str], ...] = (
         "FSDP_ACTIVATION_CHECKPOINTING",
         "--fsdp_activation_checkpointing",
         _with_fsdp,
-        "the model itself checkpoints its activations (torch.utils.checkpoint)",
+        "leave it out, and name the classes of the blocks that are recomputed: model.checkpoint_activations",
     ),
     ("FSDP_IGNORED_MODULES", "--fsdp_ignored_modules", _with_fsdp, "strategy.fsdp shards all modules"),
     (
