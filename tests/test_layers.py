@@ -149,6 +149,7 @@ LAYERS = [
         "checkpoints.resumption",
         "reporting.facts",
         "preparation",
+        "checks.objective",
         "checks.first_start",
         "evaluations",
         "checkpoints.inspection",
