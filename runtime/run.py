@@ -14,6 +14,7 @@ from runtime import assembly
 from runtime.checkpoints.reading import load_model, load_state, open_state
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.checks.first_start import FirstStart, check_first_start
+from runtime.checks.objective import coupled_parts, mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
 from runtime.data.streams import Place
@@ -114,9 +115,9 @@ class Run:
             )
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
-            self._open_reporter(stack, prepared)
-            if found is None:
+            if found is None:  # before the first record, which names what was found to be inexact
                 check_first_start(FirstStart(self._loaded, self._strategy, prepared, self._warn))
+            self._open_reporter(stack, prepared)
             try:
                 return self._train(prepared)
             except (RuntimeError, MemoryError) as error:
@@ -138,6 +139,7 @@ class Run:
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)
+        mark_coupled(self._state.module.objective, stored[1].get("coupled", []))
         self._state.follow(found.rollbacks)
         self._places = places_of(stored[1].get("stream", {}), self._strategy.rank)
         self._evaluations.go_on_from(found.results)
@@ -331,6 +333,7 @@ class Run:
         state = self._state.collect()
         state["training"] |= {
             "identity": asdict(self._identity),
+            "coupled": coupled_parts(self._state.module.objective),
             "stream": self._told_places,
             "made_by": {**versions(), "threads": get_num_threads()},
         }

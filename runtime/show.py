@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runtime import assembly
+from runtime.checks.objective import deviations, judged, sets_of
 from runtime.config import yaml_file
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import Anneal
@@ -69,6 +70,7 @@ def show(
     module = TrainingModule(model, build_objective(loaded))
     freezing = build_freezing(loaded, module)
     freezing.unfreeze_all()
+    remarks = list(_additivity(loaded, module, data, processes))
     optimizer = build_optimizer(loaded, module)
     groups = list(_groups(loaded, module, optimizer))
 
@@ -88,6 +90,7 @@ def show(
         *([("weights", str(weights))] if weights is not None else []),
         ("parameters", "\n".join(_parameters(loaded, module, freezing, listed=None if all_parameters else _LISTED))),
         ("exactness", "\n".join(_promises(loaded, module, freezing))),
+        *([("worth a look", "\n".join(remarks))] if remarks else []),
     ):
         table.add_row(f"[bold]{label}[/]", text)
     console.print(table)
@@ -232,6 +235,23 @@ def _averaging(loaded: LoadedConfiguration, module: nn.Module) -> Iterator[tuple
         when = "before each evaluation of it and " if section.evaluate else ""
         lines.append(f"its BatchNorm statistics take a forward pass over the training data, {when}at the end")
     yield "averaging", "\n".join(lines)
+
+
+def _additivity(
+    loaded: LoadedConfiguration, module: TrainingModule, data: TrainingData, processes: int
+) -> Iterator[str]:
+    """Check the objective as a first start does, on the CPU; where model or data do not work here, the start tells."""
+    batch = loaded.values.batch
+    if loaded.values.checks == "off" or module.objective.couples_samples:
+        return
+    slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
+    try:
+        sets = sets_of(data, slots=slots, size=batch.global_size)
+    except DataError:
+        return
+    if sets is not None:
+        found = deviations(module, sets, device=_CPU, compiled=loaded.values.compile is not None)
+        yield from judged(loaded, module.objective, found)
 
 
 def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:

@@ -155,6 +155,7 @@ LAYERS = [
         "checkpoints.resumption",
         "reporting.facts",
         "preparation",
+        "checks.objective",
         "checks.first_start",
         "evaluations",
         "checkpoints.inspection",

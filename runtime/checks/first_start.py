@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime.checks.objective import check_additivity
 from runtime.config.file import LoadedConfiguration
 from runtime.preparation import Prepared
 from runtime.strategies import Strategy
@@ -30,7 +31,7 @@ class FirstStart:
 Check = Callable[[FirstStart], None]
 """Raises a LockstepError for what cannot be meant, warns of what might be. Collective: every rank calls it, in order."""
 
-CHECKS: tuple[Check, ...] = ()
+CHECKS: tuple[Check, ...] = (lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),)
 
 
 def check_first_start(start: FirstStart) -> None:

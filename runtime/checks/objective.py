@@ -1,0 +1,323 @@
+"""Whether an objective keeps its contract: its sum over two sets of samples is the sum over both, and so is its weight.
+
+A mean in place of a sum divides the learning rate by the batch; a loss that couples samples depends on how a global batch is
+cut up. Both are found by one comparison, f(A) + f(B) = f(A and B), in evaluation mode, where dropout is off and BatchNorm's
+statistics stand still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime import assembly
+from runtime.config.file import LoadedConfiguration
+from runtime.data.batches import Cursor
+from runtime.data.loading import MakeLoader, read, read_here
+from runtime.data.samples import SlotIndex
+from runtime.data.streams import StreamIndex
+from runtime.data.training_data import MappedData, TrainingData
+from runtime.errors import ConfigurationError, LockstepError
+from runtime.losses.weighted_sum import WeightedSum
+from runtime.objective import Loss, Objective, TrainingModule
+from runtime.preparation import Prepared
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.strategies import Strategy
+
+_MOST_SAMPLES = 8  # of both sets together
+_ROUNDINGS = 4.0
+"""Roundings of the coarsest type in use, of a sum's size. Eight losses on three kinds of model in four types: 0.65 at most."""
+_SPREADS = 10.0  # of how far the same samples are apart under another seed
+
+
+class Sets(NamedTuple):
+    """Two sets of samples as batches, both sets in one batch, and what reads each sample as a batch of its own."""
+
+    first: Any
+    second: Any
+    both: Any
+    sizes: tuple[int, int]
+    singles: Callable[[], Iterator[Any]] = lambda: iter(())
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A sum, or a weight, over both sets that is not what it is over the one and over the other.
+
+    Args:
+        of: ``sum``, ``weight``, or the name of a part that is reported.
+        part: name of the loss in question where there are several, else empty.
+        is_mean: it is the average of the two.
+    """
+
+    of: str
+    part: str
+    first: float
+    second: float
+    both: float
+    is_mean: bool = False
+
+
+def check_additivity(
+    loaded: LoadedConfiguration, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
+) -> None:
+    """Refuse an objective that returns a mean; warn of one whose samples depend on each other, and list it as inexact.
+
+    Every rank reads the same samples and comes to the same verdict. Collective where the strategy is sharded.
+
+    Raises:
+        ConfigurationError: the objective returns a mean.
+    """
+    module, size = strategy.unwrapped, loaded.values.batch.global_size
+    if module.objective.couples_samples:
+        return
+    make_loader = assembly.build_loader(_one_worker(loaded), strategy.device)
+    sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=size, make_loader=make_loader)
+    if sets is None:
+        return
+    if (
+        strategy.sharded
+    ):  # no gradient, which would wait for a backward pass, and no second try after half a forward pass
+        tries = [(False, strategy.autocast)]
+    else:
+        tries = [(gradients, cast) for gradients in (False, True) for cast in (nullcontext, strategy.autocast)]
+    found = deviations(
+        module,
+        sets,
+        device=strategy.device,
+        to_device=strategy.to_device,
+        tries=tries,
+        compiled=loaded.values.compile is not None,
+        together=strategy.sharded,
+    )
+    for text in judged(loaded, module.objective, found):
+        warn(text)
+
+
+def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviation]) -> Iterator[str]:
+    """Yield one line for each deviation, and mark the objectives whose samples are coupled.
+
+    Raises:
+        ConfigurationError: an objective returns a mean.
+    """
+    means = [deviation for deviation in found if deviation.is_mean and deviation.of == "sum"]
+    if means:
+        raise ConfigurationError([loaded.problem(_key(loaded, mean), _mean(loaded, mean)) for mean in means])
+    coupled: set[str] = set()
+    for deviation in found:
+        name = _target(loaded, deviation)
+        figures = (
+            f"{deviation.both:.6g} over both of two sets, {deviation.first:.6g} + {deviation.second:.6g} over each"
+        )
+        if deviation.of == "sum":
+            mark_coupled(objective, [deviation.part])
+            coupled.add(deviation.part)
+            yield (
+                f"objective: the loss of a sample in {name} depends on the others of its microbatch ({figures}), so the result "
+                "depends on K (batch.slots): mask what is padded, or say couples_samples = True in the class if it is meant"
+            )
+        elif deviation.part in coupled:
+            continue
+        elif deviation.of == "weight":
+            mark_coupled(objective, [deviation.part])
+            yield (
+                f"objective: the weight of {name} is not a sum over its samples ({figures}), so the result depends on K "
+                "(batch.slots): count what each sample has by itself, without padding"
+            )
+        else:
+            cure = "it looks like a mean; return a sum" if deviation.is_mean else "return a sum over samples"
+            yield f"objective: the part {deviation.of!r} of {name} will be reported wrongly ({figures}): {cure}"
+
+
+def _one_worker(loaded: LoadedConfiguration) -> LoadedConfiguration:
+    """Return the configuration with one loader worker, where it has any: nothing of the data is opened in this process then."""
+    data = loaded.values.data
+    loader = data.loader.model_copy(update={"num_workers": min(1, data.loader.num_workers)})
+    values = loaded.values.model_copy(update={"data": data.model_copy(update={"loader": loader})})
+    return replace(loaded, values=values)
+
+
+def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoader = read_here) -> Sets | None:
+    """Read two small sets of training samples, and both in one batch no larger than a slot; None where that is not possible."""
+    slot = -(-size // slots)
+    if isinstance(data, MappedData):
+        ids = data.order.batch(0, 0)[: min(_MOST_SAMPLES, slot)]
+        half = len(ids) // 2
+        if half == 0:
+            return None
+        parts = (ids[:half], ids[half : 2 * half], ids[: 2 * half])
+        first, second, both = read(data.samples, iter([SlotIndex(0, part) for part in parts]), make_loader)
+
+        def singles() -> Iterator[Any]:
+            alone = [SlotIndex(0, ids[i : i + 1]) for i in range(2 * half)]
+            return read(data.samples, iter(alone), make_loader)
+
+        return Sets(first, second, both, (half, half), singles)
+    source = data.samples.source
+    if data.samples.sharded_by != "runtime" or hasattr(source, "__next__"):
+        return None  # each rank has samples of its own, or what is read here would be gone
+    cuts = max(1, -(-data.samples.batch_size // min(_MOST_SAMPLES, slot)))
+    asked = ((0, 2 * cuts), (1, 2 * cuts), (0, cuts))
+    indices = iter([StreamIndex(Cursor(), number, of, range(of)) for number, of in asked])
+    one, other, whole = read(copy(data.samples), indices, make_loader)
+    if not one.samples or not other.samples:
+        return None
+
+    def streamed() -> Iterator[Any]:
+        of = data.samples.batch_size
+        alone = [StreamIndex(Cursor(), number, of, range(of)) for number in range(one.samples + other.samples)]
+        return (piece.batch for piece in read(copy(data.samples), iter(alone), make_loader) if piece.samples)
+
+    return Sets(one.batch, other.batch, whole.batch, (one.samples, other.samples), streamed)
+
+
+def deviations(
+    module: TrainingModule,
+    sets: Sets,
+    *,
+    device: torch.device,
+    to_device: Callable[[Any], Any] = lambda batch: batch,
+    tries: Sequence[tuple[bool, Callable[[], AbstractContextManager[None]]]] = (
+        (False, nullcontext),
+        (True, nullcontext),
+    ),
+    compiled: bool = False,
+    together: bool = False,
+) -> list[Deviation]:
+    """Compare an objective's sums and weights over two sets with those over both. Leaves no trace.
+
+    What raises here, for so few samples or in evaluation mode, is left to the first step to tell.
+
+    Args:
+        tries: whether gradients are recorded (an objective may need them) and what surrounds the forward passes, in turn until
+            one way works. The model's own types come first: half precision would hide small deviations.
+        together: ranks run as many forward passes, whatever each finds.
+        compiled: the model is; so few samples are run without, since another shape would be compiled anew.
+    """
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with preserved_random_state(device), _untouched(module), eager:
+        for gradients, surrounding in tries:
+            try:
+                with torch.set_grad_enabled(gradients), surrounding():
+                    return _compared(module, sets, device, to_device, together=together)
+            except LockstepError:
+                return []
+            except Exception:  # noqa: S112 - tried in another way, or told by the first step
+                continue
+    return []
+
+
+def _compared(
+    module: TrainingModule, sets: Sets, device: torch.device, to_device: Callable[[Any], Any], *, together: bool
+) -> list[Deviation]:
+    objective = module.objective
+    names = list(objective.parts) if isinstance(objective, WeightedSum) else [""]
+    weights = [
+        _as_tuple(objective.checked_weight(batch, size))
+        for batch, size in ((sets.first, sets.sizes[0]), (sets.second, sets.sizes[1]), (sets.both, sum(sets.sizes)))
+    ]
+
+    def measured(batch: Any, seed: int = 0) -> dict[tuple[str, str], float]:
+        seed_everything(derive(seed, Purpose.EVALUATION), device)
+        loss: Loss = module(to_device(batch))
+        sums = loss.sum.detach().double().reshape(-1).tolist()
+        parts = {} if loss.sum.ndim else {(name, ""): float(part.double()) for name, part in loss.parts.items()}
+        return {("sum", name): value for name, value in zip(names, sums, strict=True)} | parts
+
+    first, second, both = (measured(batch) for batch in (sets.first, sets.second, sets.both))
+    # An objective that draws random numbers differs by the seed: by how much, says what can be told apart.
+    again = [(here, measured(batch, 1)) for here, batch in ((first, sets.first), (second, sets.second))]
+    rounding = _ROUNDINGS * _rounding(module)
+
+    def tolerance(key: tuple[str, str], terms: float = 0.0) -> float:
+        size = abs(first[key]) + abs(second[key]) + abs(both[key])
+        spread = sum(abs(here[key] - there[key]) for here, there in again)
+        return rounding * max(size, 2 * terms) + _SPREADS * spread
+
+    common = [key for key in both if key in first and key in second]
+    finite = [key for key in common if all(math.isfinite(found[key]) for found in (first, second, both))]
+    gaps = {key: abs(first[key] + second[key] - both[key]) for key in finite}
+    suspects = [key for key in finite if gaps[key] > tolerance(key)]
+    found = []
+    # Where samples' losses have both signs, their sum may be far below what was rounded: look at each by itself.
+    alone = [measured(batch) for batch in sets.singles()] if suspects or together else []
+    for key in suspects:
+        allowed = tolerance(key, sum(abs(one[key]) for one in alone if math.isfinite(one.get(key, math.nan))))
+        if gaps[key] > allowed:
+            place = names.index(key[1])
+            shares = (sets.sizes, (weights[0][place], weights[1][place]))
+            means = [(first[key] * a + second[key] * b) / (a + b) for a, b in shares if a + b > 0]
+            is_mean = any(abs(mean - both[key]) <= allowed for mean in means)
+            found.append(Deviation(*key, first[key], second[key], both[key], is_mean))
+    for part, one, other, whole in zip(names, *weights, strict=True):
+        if abs(one + other - whole) > 1e-6 * (one + other + whole):
+            found.append(Deviation("weight", part, one, other, whole))
+    return found
+
+
+def _rounding(module: TrainingModule) -> float:
+    types = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()} | {torch.float32}
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        types.add(torch.bfloat16)
+    tf32 = torch.get_float32_matmul_precision() != "highest" and next(module.parameters()).device.type == "cuda"
+    return max(2.0**-10 if tf32 else 0.0, *(torch.finfo(dtype).eps for dtype in types))
+
+
+def _as_tuple(weight: float | tuple[float, ...]) -> tuple[float, ...]:
+    return weight if isinstance(weight, tuple) else (weight,)
+
+
+@contextmanager
+def _untouched(module: TrainingModule) -> Iterator[None]:
+    """Set evaluation mode; afterwards put modes, buffers and gradients back as they were."""
+    modes = {part: part.training for part in module.modules()}
+    buffers: dict[str, Tensor] = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in buffers and buffer.shape == buffers[name].shape:
+                    buffer.copy_(buffers[name])
+
+
+def mark_coupled(objective: Objective, parts: Iterable[str]) -> None:
+    """Say that the samples of an objective, or of some of several losses, depend on each other."""
+    for part in parts:
+        objective.couples_samples = True
+        if isinstance(objective, WeightedSum) and part in objective.parts:
+            objective.parts[part].couples_samples = True
+
+
+def coupled_parts(objective: Objective) -> list[str]:
+    """Return what :func:`mark_coupled` was told, for a checkpoint: a resumed run is not checked again."""
+    if isinstance(objective, WeightedSum):
+        return [name for name, part in objective.parts.items() if part.couples_samples]
+    return [""] if objective.couples_samples else []
+
+
+def _key(loaded: LoadedConfiguration, deviation: Deviation) -> tuple[str, ...]:
+    return ("objective", "losses", deviation.part, "target") if deviation.part else ("objective", "target")
+
+
+def _target(loaded: LoadedConfiguration, deviation: Deviation) -> str:
+    section = loaded.values.objective
+    return section.losses[deviation.part].target if deviation.part else section.target or ""
+
+
+def _mean(loaded: LoadedConfiguration, mean: Deviation) -> str:
+    return (
+        f"{_target(loaded, mean)} returns a mean, not a sum: {mean.first:.6g} and {mean.second:.6g} over two sets of samples, "
+        f"and their average, {mean.both:.6g}, over both. The runtime itself divides by the weight of the global batch, so the "
+        "learning rate would be divided by the batch: return the sum (reduction='sum', or .sum() in place of .mean())"
+    )
