@@ -61,6 +61,7 @@ LAYERS = [
         "data.batches",
         "data.fields",
         "objective",
+        "losses.mismatch",
         "losses.supervised",
         "losses.torch_losses",
         "losses.sample_losses",

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from runtime.config.sections import Prediction
 from runtime.config.signatures import did_you_mean
 from runtime.data.fields import Fields
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
+from runtime.objective import full_precision, plain
 
 Values = np.ndarray[Any, Any] | list[Any]
 """One value a sample: numbers, or a list of texts or numbers."""
@@ -204,9 +204,11 @@ def _rows(name: str, given: Any, count: int) -> Any:
         raise EvaluationError(
             f"predictions: {name!r} has the shape {tuple(given.shape)} for {count} samples; one row a sample is needed"
         )
-    given = given.detach()
-    given = given.float() if given.dtype in (torch.float16, torch.bfloat16) else given
-    values = given.cpu().numpy()
+    if given.is_complex():
+        raise EvaluationError(
+            f"predictions: {name!r} is {plain(given.dtype)}, which no file holds; an objective's 'predicted' can give parts"
+        )
+    values = full_precision(given.detach()).cpu().numpy()
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 

@@ -18,7 +18,7 @@ from runtime.data.loading import read
 from runtime.data.samples import Samples, SlotIndex
 from runtime.errors import LockstepError, ObjectiveError
 from runtime.inference.columns import ColumnBuilder, Columns, ids_of, model_arguments
-from runtime.objective import Objective
+from runtime.objective import Objective, full_precision
 from runtime.processes.control import Agreement, gather_on_rank_0
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
@@ -107,7 +107,7 @@ class Predictor:
         positional, named = model_arguments(fields, strategy.to_device(batch))
         with strategy.autocast():
             output = fields.output_of(strategy.output(positional, named))
-            predictions = self._named(module.objective, output)
+            predictions = self._named(module.objective, full_precision(output))
         return self._encode(self._columns.build(predictions, ids, index))
 
     def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
