@@ -16,6 +16,7 @@ from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
+from runtime.data.sources import preparation
 from runtime.data.streams import Place
 from runtime.data.training_data import How, Reading, StreamedData, places_of, told_places
 from runtime.errors import OutOfMemoryError
@@ -332,6 +333,7 @@ class Run:
         state["training"] |= {
             "identity": asdict(self._identity),
             "stream": self._told_places,
+            "preparation": preparation(self._loaded),
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state

@@ -60,6 +60,7 @@ LAYERS = [
         "data.loading",
         "data.batches",
         "data.fields",
+        "data.class_names",
         "objective",
         "losses.mismatch",
         "losses.supervised",
