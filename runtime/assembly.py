@@ -98,7 +98,7 @@ def check_components(loaded: LoadedConfiguration) -> None:
 
     check(("model",), values.model, _MODELS)
     for name in sources.SPLITS:
-        split = sources.split_section(loaded, name)
+        split = sources.completed_section(loaded, name)
         check(sources.split_key(name), split, sources.NAMESPACES)
         transform = split.transform if split is not None else None
         check_function((*sources.split_key(name), "transform"), transform, _TRANSFORMS)
@@ -292,7 +292,7 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
         if feed.needs_group and loaded.values.data.fields.group is None:
             what = f"{section.target} looks at each query by itself: say in data.fields.group which part of a batch names it"
             raise _wrong(loaded, key, what)
-    names = loaded.values.evaluation.class_names
+    names = loaded.values.evaluation.class_names  # those of the data are used where they fit
     sizes = {size for metric in metrics.values() if (size := num_classes_of(metric)) is not None}
     if names is not None and sizes != {len(names)}:
         found = " or ".join(map(str, sorted(sizes))) or "no"

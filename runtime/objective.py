@@ -97,6 +97,13 @@ class Objective(nn.Module):
         """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
         return output, self.fields.target_of(batch)
 
+    def soft_target(self, batch: Any) -> Tensor | None:
+        """Return the target that ``metric_inputs`` has made classes of, as it is in the batch; masked elements left out.
+
+        For metrics of values, such as a mean squared error; metrics of classes see the classes. None: they are the same.
+        """
+        return None
+
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
         """Return what can be written of the model's output, by name; one row a sample.
 
@@ -172,6 +179,11 @@ class TrainingModule(nn.Module):
                 f"{type(self.objective).__name__} must return the sum of its losses, a scalar or runtime.objective.Loss, "
                 f"not {got}; with torch's losses use reduction='sum'"
             )
+        if not found.is_floating_point():
+            raise ObjectiveError(
+                f"{type(self.objective).__name__} returned a sum in {plain(found.dtype)}; a loss is a real number: of complex "
+                "outputs take .abs() or .real in it, and count in floating point"
+            )
         if loss.parts:
             self._check_parts(loss.parts)
         if not found.requires_grad and torch.is_grad_enabled():
@@ -229,11 +241,32 @@ def starting_gradient(loss_sum: Tensor, weight: Weight, *, scale: float = 1.0) -
 
 
 def shown(value: Any) -> str:
-    """Describe a tensor, or several, by shape and type, for messages."""
+    """Describe a tensor, or several, by shape and type, for messages; of texts the first ones."""
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.dtype}"
+        return f"{tuple(value.shape)} {plain(value.dtype)}"
     if isinstance(value, list | tuple):
-        return ", ".join(shown(part) for part in value)
+        if value and all(isinstance(part, str) for part in value):
+            return f"{len(value)} texts ({', '.join(map(repr, value[:3]))}{', …' * (len(value) > 3)})"
+        return ", ".join(shown(part) for part in value) if value else f"an empty {type(value).__name__}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {shown(part)}" for key, part in value.items())
     return type(value).__name__
+
+
+def plain(dtype: torch.dtype) -> str:
+    """Return a type's name without torch's own."""
+    return str(dtype).removeprefix("torch.")
+
+
+def full_precision(value: Any) -> Any:
+    """Return a tensor, or those in a plain list, tuple or dict, in float32 where its floating point is shorter than that.
+
+    Sums, exponentials and comparisons in half precision would be rounded to two or three digits, or overflow.
+    """
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value
+    if type(value) is dict:
+        return {key: full_precision(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(full_precision(part) for part in value)
+    return value

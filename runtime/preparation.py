@@ -223,13 +223,15 @@ def build_trackers(
         replace_file(folder / "config.yaml", yaml_file.dump({**resolved, "code": str(loaded.code)}))
         path, due = folder / "metrics.jsonl", progress.evaluation_due
         records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
-        fitted = sources.fitted_on_training(loaded)
+        fitted = sources.preparation(loaded)["fitted"]
         if fitted is not None:
             replace_file(folder / "preprocessing.json", json.dumps(fitted, indent=1))
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
     section = loaded.values.evaluation
-    classes = ClassResults.of(assembly.build_metrics(loaded), section.class_names)
+    classes = ClassResults.of(
+        assembly.build_metrics(loaded), section.class_names or sources.preparation(loaded)["classes"]
+    )
     figures = FiguresTracker(folder, classes, pictures=section.pictures, resumed_step=progress.step, warn=warn)
     trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress, classes=classes), records, figures]
     if reporting.wandb is not None:

@@ -17,6 +17,7 @@ from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import coupled_parts, mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
+from runtime.data.sources import preparation
 from runtime.data.streams import Place
 from runtime.data.training_data import How, Reading, StreamedData, places_of, told_places
 from runtime.errors import OutOfMemoryError
@@ -335,6 +336,7 @@ class Run:
             "identity": asdict(self._identity),
             "coupled": coupled_parts(self._state.module.objective),
             "stream": self._told_places,
+            "preparation": preparation(self._loaded),
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state

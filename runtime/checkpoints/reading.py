@@ -63,12 +63,14 @@ class Weights:
         objective: the objective's own.
         averaging: state of the running average; None where there was none.
         identity: what the run was, with ``slots`` and ``configuration``.
+        preparation: what the training data said about preparing data and naming classes; empty where it is not told.
     """
 
     model: Mapping[str, Any]
     objective: Mapping[str, Any]
     averaging: Mapping[str, Any] | None
     identity: Mapping[str, Any]
+    preparation: Mapping[str, Any]
 
 
 def load_weights(path: Path) -> Weights:
@@ -87,7 +89,7 @@ def load_weights(path: Path) -> Weights:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
         ) from error
-    return Weights(model, parts["objective"], parts["averaging"], training["identity"])
+    return Weights(model, parts["objective"], parts["averaging"], training["identity"], training.get("preparation", {}))
 
 
 def damage_of(path: Path) -> str | None:

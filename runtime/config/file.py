@@ -33,6 +33,8 @@ class LoadedConfiguration:
     lines: Mapping[tuple[str, ...], str]
     sources: dict[str, Any] = dataclass_field(init=False, default_factory=dict, compare=False, repr=False)
     """Data sets that have been built of it: the parts of one split share what they are part of."""
+    preparation: dict[str, Any] = dataclass_field(init=False, default_factory=dict, compare=False, repr=False)
+    """What a checkpoint that is called says about preparing data, in place of the training data; see ``data/sources.py``."""
 
     @property
     def name(self) -> str:

@@ -79,7 +79,8 @@ class Evaluation(Section):
     metrics: dict[str, Component] = free({})
     """Name in the results to torchmetrics class."""
     class_names: Annotated[list[str], Field(min_length=1)] | None = free(None)
-    """What tables and pictures call the classes. Default: their numbers."""
+    """What tables, pictures and predictions call the classes. Default: what the training data calls them, else their
+    numbers."""
     pictures: bool = free(True)
     """Draw confusion matrices and curves, where such metrics are asked for, into the run folder's ``figures``."""
     metrics_on_train: bool = free(False)
@@ -93,11 +94,13 @@ class Prediction(Section):
     """What is predicted; it needs no target. Default: ``data.test``."""
     columns: dict[str, str] = {}
     """Name in the file to what it holds: ``id``, ``index``, ``prediction``, ``class``, ``probability``, ``probabilities``,
-    ``output``, ``top_classes``, ``top_probabilities``, or what the objective's ``predictions`` gives besides. Several numbers
+    ``output``, ``top_classes``, ``top_probabilities``, what the objective's ``predicted`` gives besides, or ``column:NAME``,
+    a part of the data. Several numbers
     a sample make several columns: ``{}`` in the name stands for the class or number, ``NAME_{}`` where it is left out.
     Default: id, prediction and, for classes, probability."""
     labels: list[str | int] = []
-    """Names of the classes, in their order; ``prediction`` then writes names. Default: the class's number."""
+    """Names of the classes, in their order, for ``prediction`` to write. Default: evaluation.class_names, what the training
+    data calls them, or the class's number."""
     top_k: int | None = Field(None, ge=1)
     """How many ``top_classes`` and ``top_probabilities`` there are, the best first."""
     sample_submission: str | None = None

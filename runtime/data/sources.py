@@ -14,6 +14,7 @@ from runtime.config.data import Data, SampleValues, Split
 from runtime.config.file import LoadedConfiguration
 from runtime.config.types import ComponentSection
 from runtime.data.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
+from runtime.data.class_names import class_names
 from runtime.data.hugging_face import adapted
 from runtime.data.order import IndexOrder, Order, SamplerOrder, WeightedOrder
 from runtime.data.sample_values import Values, values_of
@@ -22,6 +23,8 @@ from runtime.data.splitting import REST, Subset, split_ids, subset
 from runtime.errors import ConfigurationError, DataError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 
+COLUMN = "column:"
+"""How ``prediction.columns`` begin that hold a part of the data."""
 NAMESPACES = ("runtime.data_sources",)
 SAMPLERS = ("torch.utils.data",)
 SPLITS = ("train", "validation", "test", "predict")
@@ -61,13 +64,62 @@ def build_source(loaded: LoadedConfiguration, name: str) -> Any:
     return loaded.sources[name]
 
 
-def fitted_on_training(loaded: LoadedConfiguration) -> dict[str, Any] | None:
-    """Return what the training samples say about preparing data, as JSON can hold it, or None if nothing is prepared."""
+def preparation(loaded: LoadedConfiguration) -> dict[str, Any]:
+    """Return what the training data says about preparing data and naming classes, as JSON can hold it; each may be None.
+
+    It is in every checkpoint, so that what is evaluated or predicted later needs no training data: ``fitted``, what a reader
+    took from the training rows; ``reader``, which one that was; ``classes``, the names.
+    """
+    if loaded.preparation:
+        return loaded.preparation
     training = build_source(loaded, REST)
-    fitted: dict[str, Any] | None = getattr(
-        training.source if isinstance(training, Subset) else training, "fitted", None
-    )
-    return fitted
+    reader = _whole(training)
+    target = loaded.values.data.fields.target
+    for loss in loaded.values.objective.losses.values():  # metrics and predictions are the first loss's
+        target = target if loss.fields.target is None else loss.fields.target
+        break
+    return {
+        "fitted": reader.fitted if hasattr(reader, "adopt") else None,
+        "reader": _name_of(reader),
+        "classes": class_names(training, tuple(target) if isinstance(target, list) else target),
+    }
+
+
+def completed_section(loaded: LoadedConfiguration, name: str) -> Split | None:
+    """Return a split's section; of what is to be predicted, with the arguments that its reader shares with the training data.
+
+    A reader says which these are by ``prediction_arguments(training, own, fitted, parts)``: the arguments of training, those
+    that are given, what was fitted if that is known, and the names of columns that are written out.
+    """
+    section, training = split_section(loaded, name), loaded.values.data.train
+    if name != "predict" or section is None or section.target != training.target:
+        return section
+    try:
+        found = component.locate(section.target, namespaces=NAMESPACES, code=loaded.code)
+    except component.ComponentError:
+        return section  # told where it is checked
+    if not hasattr(found, "prediction_arguments"):
+        return section
+    fitted = loaded.preparation.get("fitted") if loaded.preparation.get("reader") == _name_of(found) else None
+    args = found.prediction_arguments(training.args, section.args, fitted=fitted, parts=_written_parts(loaded))
+    return section.model_copy(update={"args": args})
+
+
+def _written_parts(loaded: LoadedConfiguration) -> list[str]:
+    """Return the columns of the data that predictions have besides what the model gives."""
+    called = loaded.values.data.fields.id
+    parts = [called] if isinstance(called, str) else []
+    columns = loaded.values.prediction.columns.values()
+    return list(dict.fromkeys([*parts, *(kind.removeprefix(COLUMN) for kind in columns if kind.startswith(COLUMN))]))
+
+
+def _whole(source: Any) -> Any:
+    return source.source if isinstance(source, Subset) else source
+
+
+def _name_of(reader: Any) -> str:
+    kind = reader if inspect.isclass(reader) else type(reader)
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def value_components(data: Data) -> Iterator[tuple[tuple[str, ...], ComponentSection]]:
@@ -169,17 +221,16 @@ def _order_by_values(loaded: LoadedConfiguration, source: Any) -> Order | None:
 
 
 def _built(loaded: LoadedConfiguration, name: str) -> dict[str, Any]:
-    section = split_section(loaded, name)
+    section = completed_section(loaded, name)
     if name == REST or (section is None and has_split(loaded, name)):
         return _training(loaded)
     if section is None:
         return {name: None}
     source = _checked(loaded, name, section)
     if hasattr(source, "adopt") and not getattr(source, "prepared", False):
-        training = build_source(loaded, REST)
-        whole = training.source if isinstance(training, Subset) else training
-        if type(source) is type(whole):
-            source.adopt(whole.fitted)
+        prepared = preparation(loaded)
+        if prepared["reader"] == _name_of(source) and prepared["fitted"] is not None:
+            source.adopt(prepared["fitted"])
     return {name: source}
 
 
@@ -205,7 +256,10 @@ def _training(loaded: LoadedConfiguration) -> dict[str, Any]:
             parts = split_ids(len(source), held_out, seed=split.seed, **of)
         except DataError as error:
             raise DataError(f"data.split: {error}") from error
-    if hasattr(source, "fit"):
+    known = loaded.preparation
+    if known.get("fitted") is not None and known["reader"] == _name_of(source):
+        source.adopt(known["fitted"])
+    elif hasattr(source, "fit"):
         source.fit(parts[REST])
     return {name: subset(source, ids) for name, ids in parts.items()} if split is not None else {REST: source}
 

@@ -28,6 +28,18 @@ from runtime.errors import DataError
 from runtime.files import digest, existing, rows_within
 
 MISSING = ("", "NA", "NaN", "nan", "null")
+_OF_TRAINING = (  # arguments that say how rows are prepared
+    "numeric",
+    "categorical",
+    "categorical_as",
+    "missing",
+    "indicators",
+    "missing_values",
+    "standardize",
+    "standardize_target",
+    "delimiter",
+    "encoding",
+)
 _TASKS = ("regression", "binary", "classification")
 
 
@@ -116,6 +128,27 @@ class Table(Dataset[dict[str, Any]]):
         self._check_whole()
         if self._preprocessing is not None:
             self.adopt(_read_json(self._preprocessing))
+
+    @staticmethod
+    def prediction_arguments(
+        training: Mapping[str, Any], own: Mapping[str, Any], *, fitted: Mapping[str, Any] | None, parts: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the arguments for rows to predict: how training's were prepared, and columns to hand on.
+
+        Args:
+            training: arguments of the training data.
+            own: arguments that are given; they come first.
+            fitted: what the training rows said, if that is known.
+            parts: columns that are written into the predictions.
+        """
+        taken = {name: training[name] for name in _OF_TRAINING if name in training}
+        if fitted is not None:
+            taken["numeric"] = list(fitted["numeric"])
+        args = {**taken, **own}
+        targets = [args["target"]] if isinstance(args.get("target"), str) else list(args.get("target") or ())
+        read = [*(args.get("numeric") or ()), *args.get("categorical", ()), *targets, *args.get("keep", ())]
+        more = [name for name in parts if name not in read]
+        return {**args, "keep": [*args.get("keep", ()), *more]} if more else args
 
     def __len__(self) -> int:
         return self._size

@@ -159,6 +159,14 @@ class LabelledTexts(Texts):
         self._has_target = target is not None
         super().__init__(self._table.column(text).tolist(), tokenizer, tokenize)
 
+    @staticmethod
+    def prediction_arguments(
+        training: Mapping[str, Any], own: Mapping[str, Any], *, fitted: Mapping[str, Any] | None, parts: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the arguments for texts to predict: the column, tokenizer and format of the training data's."""
+        shared = ("text", "tokenizer", "tokenize", "delimiter", "encoding")
+        return {**{name: training[name] for name in shared if name in training}, **own}
+
     @property
     def fingerprint(self) -> str:
         """Content of the file, and its classes."""

@@ -88,7 +88,7 @@ class ClassResults:
 
     Args:
         kinds: metric to what its result is.
-        names: of the classes, if the configuration says them.
+        names: of the classes, if the configuration or the data says them; not used for another number of classes.
     """
 
     kinds: Mapping[str, Kind]
@@ -100,9 +100,9 @@ class ClassResults:
         kinds = {name: kind for name, metric in metrics.items() if (kind := kind_of(metric)) is not None}
         return cls(kinds, names)
 
-    def class_name(self, number: int) -> str:
-        """Return what a class is called."""
-        return self.names[number] if self.names else str(number)
+    def class_names(self, size: int) -> list[str]:
+        """Return what so many classes are called."""
+        return list(self.names) if self.names and len(self.names) == size else [str(number) for number in range(size)]
 
     def table(self, results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
         """Return headings and a row for each class (its name, its targets where a confusion matrix tells, its values)."""
@@ -117,7 +117,7 @@ class ClassResults:
         ]
         if whole:
             columns = {"targets": whole[0], **columns}
-        rows = [[self.class_name(i), *(values[i] for values in columns.values())] for i in range(size)]
+        rows = [[name, *(values[i] for values in columns.values())] for i, name in enumerate(self.class_names(size))]
         return ["class", *columns], rows
 
     def confusions(self, results: Mapping[str, Any]) -> list[tuple[str, list[list[float]]]]:
@@ -137,7 +137,7 @@ class ClassResults:
                 several = bool(first) and isinstance(first[0], list)
                 firsts, seconds = (first, second) if several else ([first], [second])
                 x, y = (firsts, seconds) if kind == "roc" else (seconds, firsts)  # torchmetrics gives precision first
-                labels = [self.class_name(i) for i in range(len(firsts))] if several else [""]
+                labels = self.class_names(len(firsts)) if several else [""]
                 found.append((name, kind, list(zip(labels, x, y, strict=True))))
         return found
 

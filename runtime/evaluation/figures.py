@@ -124,13 +124,13 @@ class FiguresTracker:
         replace_file(path, text.getvalue())
 
     def _drawings(self, results: Mapping[str, Result], title: str) -> list[tuple[str, Callable[[], Figure]]]:
-        names = self._classes.class_name
+        names = self._classes.class_names
         found: list[tuple[str, Callable[[], Figure]]] = []
         for name, matrix in self._classes.confusions(results):
-            labels = [names(number) for number in range(len(matrix))]
+            labels = names(len(matrix))
             found.append((name, partial(confusion_figure, matrix, labels, title)))
         for name, matrices in self._classes.label_confusions(results):
-            labels = [names(number) for number in range(len(matrices))]
+            labels = names(len(matrices))
             found.append((name, partial(label_confusions_figure, matrices, labels, title)))
         for name, kind, lines in self._classes.curves(results):
             found.append((name, partial(curves_figure, kind, lines, title)))

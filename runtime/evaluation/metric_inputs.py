@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import EvaluationError
-from runtime.objective import Objective
+from runtime.objective import Objective, full_precision, plain
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Role = Literal["predictions", "target", "group", "weight"]
 
 _TARGETS = ("target", "targets", "y_true", "labels")
+_OF_CLASSES = ("classification", "clustering", "nominal", "segmentation")
 _BY_NAME: Mapping[str, Role] = {
     **dict.fromkeys(("indexes", "groups", "group"), "group"),
     **dict.fromkeys(("weight", "weights", "sample_weight"), "weight"),
@@ -39,12 +40,18 @@ class Feed:
         named: parameters that are given by name.
         optional: those of ``named`` that may be left out.
         logarithms: class probabilities are wanted as logarithms, (1, targets, classes).
+        sees: ``classes``: predictions of yes or no must be probabilities, targets are class numbers; ``values``: targets as
+            they are in the batch, also where the loss takes them for probabilities of classes; ``own``: a user's update, which
+            is given what the objective gives.
+        probabilities: predictions are compared with a threshold or in bins, so they must be probabilities.
     """
 
     positional: tuple[Role, ...]
     named: Mapping[str, Role]
     optional: frozenset[str] = frozenset()
     logarithms: bool = False
+    sees: Literal["classes", "values", "own"] = "own"
+    probabilities: bool = False
 
     @property
     def needs_group(self) -> bool:
@@ -65,7 +72,18 @@ def feed_of(metric: Metric) -> Feed:
     if isinstance(metric, BootStrapper | Running):
         raise EvaluationError(f"{name} works on single updates, so its result would depend on how the data is cut up")
     innermost = parts_of(metric)[-1]
-    return _feed(type(innermost).update, name, logarithms=isinstance(innermost, Perplexity))
+    feed = _feed(type(innermost).update, name, logarithms=isinstance(innermost, Perplexity))
+    return replace(feed, sees=_sees(innermost), probabilities=_wants_probabilities(innermost))
+
+
+def _sees(metric: Metric) -> Literal["classes", "values", "own"]:
+    """Tell by whose ``update`` it is, and in which of torchmetrics' domains."""
+    package, _, rest = type(metric).update.__module__.partition(".")
+    if package != "torchmetrics":
+        return "own"
+    if rest.startswith("retrieval"):  # the gain of nDCG may be any number
+        return "values" if getattr(metric, "allow_non_binary_target", False) else "classes"
+    return "classes" if rest.partition(".")[0] in _OF_CLASSES or rest.startswith("text.perplexity") else "values"
 
 
 def parts_of(metric: Metric) -> list[Metric]:
@@ -95,6 +113,14 @@ def _feed(update: Callable[..., Any], name: str, *, logarithms: bool) -> Feed:
     return Feed(places if several else places[: len(needed)], named, frozenset(optional & set(named)), logarithms)
 
 
+def _wants_probabilities(metric: Metric) -> bool:
+    """Tell whether torchmetrics would make probabilities of scores, batch by batch: those with one outside [0, 1]."""
+    if not type(metric).update.__module__.startswith("torchmetrics.classification."):
+        return False
+    of_one_class = type(metric).__name__.startswith("Multiclass")  # it takes the largest score, whatever its scale
+    return not of_one_class or hasattr(metric, "thresholds") or hasattr(metric, "n_bins")
+
+
 class MetricInputs:
     """One microbatch as metrics see it.
 
@@ -110,7 +136,7 @@ class MetricInputs:
     def __init__(self, objective: Objective, output: Any, batch: Any) -> None:
         self._objective = objective
         self._batch = batch
-        self.given = tuple(_full_precision(value) for value in objective.metric_inputs(output, batch))
+        self.given = tuple(_plain(value) for value in objective.metric_inputs(full_precision(output), batch))
 
     @property
     def empty(self) -> bool:
@@ -126,6 +152,13 @@ class MetricInputs:
         if len(self.given) != 2:
             return self.given, {}
         predictions, target = self.given
+        if feed.sees == "values":
+            soft = self._objective.soft_target(self._batch)
+            target = target if soft is None else _plain(soft)
+        if feed.sees != "own":  # arithmetic, of which torch knows none with yes and no
+            predictions, target = _counted(predictions), _counted(target)
+        if feed.probabilities and isinstance(predictions, Tensor) and predictions.is_floating_point():
+            _check_probabilities(predictions)
         if feed.logarithms:
             predictions, target = predictions.log().unsqueeze(0), target.unsqueeze(0)
         known: dict[Role, Any] = {"predictions": predictions, "target": target}
@@ -166,13 +199,34 @@ def _spread(values: Tensor, shape: torch.Size, role: Role) -> Tensor:
 def _numbers(groups: Any, device: torch.device) -> Tensor:
     """Return groups as int64; names become numbers that are the same on every rank."""
     if isinstance(groups, Tensor):
-        if groups.is_floating_point():
-            raise EvaluationError(f"data.fields.group must hold whole numbers or names, not {groups.dtype}")
+        if groups.is_floating_point() or groups.is_complex():
+            raise EvaluationError(f"data.fields.group must hold whole numbers or names, not {plain(groups.dtype)}")
         return groups.long()
     digests = (blake2b(str(group).encode(), digest_size=8).digest() for group in groups)
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], device=device)
 
 
-def _full_precision(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
+def _check_probabilities(predictions: Tensor) -> None:
+    """Refuse scores that are no probabilities.
+
+    Raises:
+        EvaluationError: one lies outside of [0, 1].
+    """
+    if bool(((predictions < 0) | (predictions > 1)).any()):
+        raise EvaluationError(
+            f"it takes probabilities, and predictions lie between {predictions.min():.3g} and {predictions.max():.3g}. "
+            "torchmetrics would make probabilities of those microbatches that have one outside of 0 and 1, so the result would "
+            "depend on how the data is cut: BCEWithLogitsLoss and CrossEntropyLoss give probabilities, and metric_inputs of "
+            "an objective of your own can"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor in a type whose squares and sums are exact enough: at least float32, and int64."""
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        return value
+    return full_precision(value) if value.is_floating_point() else value.long()
+
+
+def _counted(value: Any) -> Any:
+    return value.long() if isinstance(value, Tensor) and value.dtype == torch.bool else value

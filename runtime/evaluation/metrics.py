@@ -22,7 +22,7 @@ from runtime.errors import EvaluationError
 from runtime.evaluation.class_results import kind_of, thinned
 from runtime.evaluation.metric_inputs import MetricInputs, feed_of, parts_of
 from runtime.evaluation.shared_states import sharing_state
-from runtime.objective import Objective
+from runtime.objective import Objective, shown
 from runtime.processes.control import gather_bytes
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ class MetricSet:
                 with _own_counting(metric):
                     metric.update(*positional, **named)
             except Exception as error:
-                shapes = ", ".join(f"{tuple(i.shape)} {i.dtype}" for i in inputs.given if isinstance(i, Tensor))
                 raise EvaluationError(
-                    f"metric {name!r} ({type(metric).__name__}) refused its input ({shapes}): {error}"
+                    f"metric {name!r} ({type(metric).__name__}) refused its input ({shown(inputs.given)}): {error}"
                 ) from error
 
     @torch.no_grad()
@@ -252,11 +251,16 @@ def _flattened(name: str, value: Any) -> dict[str, Result]:
         return {
             key: result for part, inner in value.items() for key, result in _flattened(f"{name}/{part}", inner).items()
         }
-    plain = _plain(value)
-    return {name: plain if isinstance(plain, list) else float(plain)}
+    try:
+        plain = _plain(value)
+        return {name: plain if isinstance(plain, list) else float(plain)}
+    except (TypeError, ValueError):
+        raise EvaluationError(f"metric {name!r} gives {shown(value)}, not real numbers") from None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError
         return value.tolist()
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from runtime.config.sections import Prediction
 from runtime.config.signatures import did_you_mean
-from runtime.data.fields import Fields
+from runtime.data.fields import Fields, part_of
+from runtime.data.sources import COLUMN
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
+from runtime.objective import full_precision, plain
 
 Values = np.ndarray[Any, Any] | list[Any]
 """One value a sample: numbers, or a list of texts or numbers."""
@@ -29,6 +30,8 @@ class ColumnBuilder:
         section: what is asked for.
         wanted: name in the file to what it holds; empty for the default.
         problem: makes a problem of a key and what is wrong with it.
+        names: what the data calls its classes; they name predictions where the configuration has no labels and the model
+            tells as many classes apart.
     """
 
     def __init__(
@@ -36,18 +39,27 @@ class ColumnBuilder:
         section: Prediction,
         wanted: Mapping[str, str],
         problem: Callable[[Sequence[str], str], Problem],
+        names: Sequence[str] = (),
     ) -> None:
         self._wanted = wanted
         self._labels, self._top_k = section.labels, section.top_k
+        self._names = _labels_of(names)
         self._problem = problem
 
-    def build(self, predictions: Mapping[str, Tensor], ids: Values, index: Values) -> Columns:
+    def build(
+        self,
+        predictions: Mapping[str, Tensor],
+        ids: Values,
+        index: Values,
+        part_of_data: Callable[[str], Values] | None = None,
+    ) -> Columns:
         """Return the columns of one microbatch.
 
         Args:
             predictions: what the objective makes of the output, one row a sample.
             ids: what the samples are called.
             index: their places in the data set.
+            part_of_data: returns a part of the data by its name.
 
         Raises:
             ConfigurationError: a column asks for what there is not.
@@ -63,6 +75,11 @@ class ColumnBuilder:
         columns: Columns = {}
         for name, kind in wanted.items():
             values = {"id": ids, "index": index}.get(kind)
+            if kind.startswith(COLUMN) and part_of_data is not None:
+                try:
+                    values = part_of_data(kind.removeprefix(COLUMN))
+                except DataError as error:
+                    raise self._wrong(name, str(error)) from error
             more = {name: values} if values is not None else self._named(name, kind, self._of(name, kind, found), found)
             if twice := columns.keys() & more.keys():
                 raise self._wrong(name, f"makes a second column {min(twice)!r}")
@@ -131,15 +148,14 @@ class ColumnBuilder:
         return several_labels and kind in ("probability", "output", "class", "prediction")
 
     def _check_labels(self, found: Mapping[str, Any]) -> None:
-        if not self._labels:
+        if not self._labels or self._labels is self._names:
+            self._labels = self._names if len(self._names) == _num_classes(found) else []
             return
-        if "probabilities" in found:
-            classes = found["probabilities"].shape[-1]
-        elif "probability" in found:
-            classes = found["probability"].shape[1] if found["probability"].ndim > 1 else 2
-        elif "class" in found:
-            return
-        else:
+        classes = _num_classes(found)
+        if classes is None and "class" in found:
+            most = int(found["class"].max(initial=0))
+            classes = most + 1 if most >= len(self._labels) else len(self._labels)
+        if classes is None:
             what = "there are no classes to name: the objective gives no probabilities; leave 'labels' out"
             raise ConfigurationError([self._problem(("prediction", "labels"), what)])
         if classes != len(self._labels):
@@ -149,6 +165,21 @@ class ColumnBuilder:
     def _wrong(self, name: str, what: str) -> ConfigurationError:
         key = ("prediction", "columns", name) if name in self._wanted else ("prediction", "columns")
         return ConfigurationError([self._problem(key, what)])
+
+
+def _labels_of(names: Sequence[str]) -> list[str | int]:
+    """Return names of classes as what they are in the data: whole numbers, if all of them are."""
+    whole = all(name.removeprefix("-").isdigit() and str(int(name)) == name for name in names)
+    return [int(name) for name in names] if whole else list(names)
+
+
+def _num_classes(found: Mapping[str, Any]) -> int | None:
+    """Return how many classes (or labels) probabilities tell apart; None if there are none."""
+    if "probabilities" in found:
+        return int(found["probabilities"].shape[-1])
+    if "probability" in found:
+        return int(found["probability"].shape[1]) if found["probability"].ndim > 1 else 2
+    return None
 
 
 def model_arguments(fields: Fields, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -183,15 +214,57 @@ def ids_of(fields: Fields, batch: Any, index: Values) -> Values:
         return index
     if isinstance(batch, Tensor):
         raise ObjectiveError(f"data.fields.id names {fields.id!r}, but a batch to predict is a single tensor")
-    ids = fields.id_of(batch)
-    if isinstance(ids, Tensor):
-        ids = ids.cpu().numpy()
-    single = isinstance(ids, np.ndarray | list | tuple) and len(ids) == len(index) and np.ndim(ids) == 1
-    if not single or not all(isinstance(i, str | int | float | np.generic) for i in ids):
-        raise DataError(f"data.fields.id: {fields.id!r} must be one text or number for each of {len(index)} samples")
-    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iuf":
-        return ids
-    return [called.item() if isinstance(called, np.generic) else called for called in ids]
+    return one_each(fields.id_of(batch), len(index), f"data.fields.id: {fields.id!r}")
+
+
+def one_each(values: Any, count: int, what: str) -> Values:
+    """Return a part of a batch as one text or number for each sample.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(values, Tensor):
+        values = full_precision(values).cpu().numpy()
+    single = isinstance(values, np.ndarray | list | tuple) and len(values) == count and np.ndim(values) == 1
+    if not single or not all(v is None or isinstance(v, str | int | float | np.generic) for v in values):
+        raise DataError(f"{what} must be one text or number for each of {count} samples")
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iuf":
+        return values
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+class PartsOfData:
+    """Reads parts of the data that are written beside the predictions: of the batch, else a column of the data set.
+
+    Args:
+        source: the data set.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._columns: dict[str, Any] = {}
+
+    def of(self, batch: Any, index: Any, name: str) -> Values:
+        """Return one text or number for each sample of a batch.
+
+        Raises:
+            DataError: there is no such part, or it is something else.
+        """
+        place: Any = int(name) if name.isdigit() and isinstance(batch, list | tuple) else name
+        try:
+            return one_each(part_of(batch, place), len(index), f"column {name!r} of the data")
+        except ObjectiveError as error:
+            return one_each(self._column(name, str(error))[index], len(index), f"column {name!r} of the data")
+
+    def _column(self, name: str, told: str) -> Any:
+        if name not in self._columns:
+            ids = getattr(self._source, "ids", None)
+            whole = self._source if ids is None else self._source.source
+            if not hasattr(whole, "column"):
+                raise DataError(f"the data has no part {name!r}: {told.partition(': ')[2]}, and no method column(name)")
+            found = np.asarray(whole.column(name))
+            self._columns[name] = found if ids is None else found[ids]
+        return self._columns[name]
 
 
 def _rows(name: str, given: Any, count: int) -> Any:
@@ -204,9 +277,11 @@ def _rows(name: str, given: Any, count: int) -> Any:
         raise EvaluationError(
             f"predictions: {name!r} has the shape {tuple(given.shape)} for {count} samples; one row a sample is needed"
         )
-    given = given.detach()
-    given = given.float() if given.dtype in (torch.float16, torch.bfloat16) else given
-    values = given.cpu().numpy()
+    if given.is_complex():
+        raise EvaluationError(
+            f"predictions: {name!r} is {plain(given.dtype)}, which no file holds; an objective's 'predicted' can give parts"
+        )
+    values = full_precision(given.detach()).cpu().numpy()
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 

@@ -112,6 +112,7 @@ class Inference:
         self._checkpoint = self._chosen()
         module = build_module(loaded, strategy, training=False)
         weights = self._loaded_weights()
+        loaded.preparation.update(weights.preparation)  # of the training data, which need not be here
         self._slots = int(weights.identity["slots"])
         self._micro_size = evaluation_micro_size(loaded, self._slots)
         samples = assembly.build_samples(loaded, split, batch_size=self._micro_size)
@@ -169,7 +170,7 @@ class Inference:
             samples,
             micro_size=self._micro_size,
             strategy=self._strategy,
-            columns=ColumnBuilder(section, wanted, self._loaded.problem),
+            columns=ColumnBuilder(section, wanted, self._loaded.problem, self._class_names() or ()),
             encode=encode,
             make_loader=assembly.build_loader(self._loaded, self._strategy.device),
             seed=self._loaded.values.seed,
@@ -189,6 +190,10 @@ class Inference:
             Console(highlight=False).print(f"{done}: {target}", soft_wrap=True, markup=False)
         return done
 
+    def _class_names(self) -> list[str] | None:
+        """Return what the classes are called: as the configuration says, or the training data."""
+        return self._loaded.values.evaluation.class_names or sources.preparation(self._loaded)["classes"]
+
     def _format(
         self, target: Path, num_samples: int
     ) -> tuple[Mapping[str, str], Callable[[Columns], bytes], Callable[[BinaryIO], Format]]:
@@ -204,7 +209,14 @@ class Inference:
         return (
             wanted,
             SubmissionFile.encode,
-            lambda file: SubmissionFile(file, sample, id_column, num_samples=num_samples, ids_are_index=by_index),
+            lambda file: SubmissionFile(
+                file,
+                sample,
+                id_column,
+                num_samples=num_samples,
+                ids_are_index=by_index,
+                labelled=bool(section.labels),
+            ),
         )
 
     @contextmanager
@@ -274,6 +286,7 @@ class Inference:
             "epoch": done.epoch,
             "weights": done.weights,
             "split": done.split,
+            "class_names": self._class_names(),
             "results": _without_nan(dict(done.results)),
         }
         try:

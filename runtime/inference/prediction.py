@@ -17,8 +17,8 @@ from runtime.config.component import described
 from runtime.data.loading import read
 from runtime.data.samples import Samples, SlotIndex
 from runtime.errors import LockstepError, ObjectiveError
-from runtime.inference.columns import ColumnBuilder, Columns, ids_of, model_arguments
-from runtime.objective import Objective
+from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, ids_of, model_arguments
+from runtime.objective import Objective, full_precision
 from runtime.processes.control import Agreement, gather_on_rank_0
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
@@ -51,6 +51,7 @@ class Predictor:
         self._micro_size = micro_size
         self._strategy = strategy
         self._columns = columns
+        self._parts = PartsOfData(samples.source)
         self._encode = encode
         self._make_loader = make_loader
         self._seed = seed
@@ -107,8 +108,10 @@ class Predictor:
         positional, named = model_arguments(fields, strategy.to_device(batch))
         with strategy.autocast():
             output = fields.output_of(strategy.output(positional, named))
-            predictions = self._named(module.objective, output)
-        return self._encode(self._columns.build(predictions, ids, index))
+            predictions = self._named(module.objective, full_precision(output))
+        return self._encode(
+            self._columns.build(predictions, ids, index, lambda name: self._parts.of(batch, index, name))
+        )
 
     def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
         try:

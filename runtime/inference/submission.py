@@ -31,16 +31,29 @@ class SubmissionFile:
         id_column: which of its columns holds the ids.
         num_samples: in the data set.
         ids_are_index: whether samples are called by their place in the data set, so that ids are known beforehand.
+        labelled: whether the configuration says what the classes are called; otherwise a column of numbers is not filled with
+            texts either.
 
     Raises:
         PredictionError: the sample cannot be read, or has an id twice.
     """
 
-    def __init__(self, file: BinaryIO, sample: Path, id_column: str, *, num_samples: int, ids_are_index: bool) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        sample: Path,
+        id_column: str,
+        *,
+        num_samples: int,
+        ids_are_index: bool,
+        labelled: bool = False,
+    ) -> None:
         self._file = file
         self._sample = sample
         self._header = header_of(sample)
         self._place = self._header.index(id_column)
+        self._labelled = labelled
+        self._seen = {place: _Seen() for place in range(len(self._header)) if place != self._place}
         self._rows = sqlite3.connect("", isolation_level=None)
         self._rows.execute("CREATE TABLE rows (place INTEGER PRIMARY KEY, id TEXT, line TEXT)")
         self._read_ids()
@@ -67,6 +80,7 @@ class SubmissionFile:
         for row in json.loads(body):
             values = [row[place] for place in order]
             called = values[self._place]
+            self._check_kind(values)
             (line,) = csv_lines([values])
             found = self._rows.execute("UPDATE rows SET line = ? WHERE id = ? AND line IS NULL", (line, called))
             if found.rowcount == 0:
@@ -139,6 +153,8 @@ class SubmissionFile:
                     raise PredictionError(
                         f"{self._sample}:{number} has {len(row)} values, its header {len(self._header)} columns"
                     )
+                for place, seen in self._seen.items():
+                    seen.add(row[place])
                 yield row[self._place]
 
     def _check_columns(self, names: Sequence[str]) -> None:
@@ -153,12 +169,58 @@ class SubmissionFile:
             "say in prediction.columns what each holds. Nothing was written"
         )
 
+    def _check_kind(self, values: Sequence[str]) -> None:
+        """Refuse numbers where the sample has texts: whoever scores them would compare names with numbers of classes."""
+        for place, seen in self._seen.items():
+            value, name = values[place], self._header[place]
+            if not value:
+                continue
+            if seen.all_texts and _is_number(value):
+                raise PredictionError(
+                    f"column {name!r} of {self._sample} holds texts, such as {seen.text!r}, and the predictions are numbers, "
+                    f"such as {value}: say in prediction.labels what the classes are called. Nothing was written"
+                )
+            if seen.all_numbers and not _is_number(value) and not self._labelled:
+                raise PredictionError(
+                    f"column {name!r} of {self._sample} holds numbers, such as {seen.number}, and the predictions are texts, "
+                    f"such as {value!r}: say in prediction.labels what is to be written for each class. Nothing was written"
+                )
+
     def _knows(self, called: str) -> bool:
         return self._rows.execute("SELECT 1 FROM rows WHERE id = ? LIMIT 1", (called,)).fetchone() is not None
 
     def _first(self) -> str | None:
         found = self._rows.execute("SELECT id FROM rows ORDER BY place LIMIT 1").fetchone()
         return None if found is None else str(found[0])
+
+
+class _Seen:
+    """What one column of a sample holds: a text and a number of it, if there are any."""
+
+    def __init__(self) -> None:
+        self.text = self.number = ""
+
+    def add(self, value: str) -> None:
+        if _is_number(value):
+            self.number = self.number or value
+        else:
+            self.text = self.text or value
+
+    @property
+    def all_texts(self) -> bool:
+        return bool(self.text) and not self.number
+
+    @property
+    def all_numbers(self) -> bool:
+        return bool(self.number) and not self.text
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def header_of(sample: Path) -> list[str]:

@@ -50,7 +50,7 @@ from runtime.losses.sample_losses import (
     TripletLoss,
 )
 from runtime.losses.supervised import SupervisedObjective, counted_of
-from runtime.losses.torch_losses import TorchLoss
+from runtime.losses.torch_losses import TorchLoss, check_range, likelier
 from runtime.objective import Objective, shown
 
 EXCLUDED = {  # losses of torch that cannot be objectives, and why
@@ -69,14 +69,31 @@ class BinaryLoss(TorchLoss):
     """BCELoss, BCEWithLogitsLoss, SoftMarginLoss: metrics see probabilities of the positive class.
 
     torchmetrics takes scores within [0, 1] for probabilities and applies a sigmoid otherwise, batch by batch: on logits its
-    result would depend on how the data is cut.
+    result would depend on how the data is cut. A target between 0 and 1 (smoothed labels, mixup) is the probability of a
+    yes: metrics of classes see which of the two is likelier.
     """
+
+    @property
+    def _signed(self) -> bool:
+        return isinstance(self.loss, nn.SoftMarginLoss)  # its targets are -1 and 1
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return probabilities and 0 or 1."""
-        if isinstance(self.loss, nn.SoftMarginLoss):  # its targets are -1 and 1
-            return output.sigmoid(), (target > 0).long()
-        return self._probabilities(output), target.long()
+        return self._probabilities(output), likelier(target, signed=self._signed)
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
+        """Return probabilities and 0 or 1.
+
+        Raises:
+            ObjectiveError: a target lies outside of what the loss takes.
+        """
+        check_range(self.name, self._counted(self.target_of(batch), batch), signed=self._signed)
+        return super().metric_inputs(output, batch)
+
+    def soft_target(self, batch: Any) -> Tensor | None:
+        """Return the probabilities of a yes."""
+        target = self._counted(self.target_of(batch), batch)
+        return (target + 1) / 2 if self._signed else target
 
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
         """Return the output and the probability of a yes."""
@@ -106,7 +123,7 @@ class GaussianLoss(TorchLoss):
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
         mean, variance = self.several(output)
         self.same_shape(mean, target)
-        return self._call(reduction, mean, target, variance)
+        return self._call(reduction, mean, self.like(mean, target), variance)
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return means and target."""
@@ -127,12 +144,17 @@ class RankingLoss(TorchLoss):
         first, second = self.several(output)
         self.same_shape(first, target)
         self.same_shape(second, target)
-        return self._call(reduction, first, second, target)
+        return self._call(reduction, first, second, self.like(first, target))
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return how probable it is that the first is higher, by the difference of the scores, and 1 where it should be."""
         first, second = self.several(output)
-        return (first - second).sigmoid(), (target > 0).long()
+        return (first - second).sigmoid(), likelier(target, signed=True)
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
+        """Return probabilities and 0 or 1."""
+        check_range(self.name, self._counted(self.target_of(batch), batch), signed=True)
+        return super().metric_inputs(output, batch)
 
 
 class ClassificationLoss(TorchLoss):
@@ -142,6 +164,7 @@ class ClassificationLoss(TorchLoss):
     """
 
     unit = "targets"
+    target_is = "classes"
     _class_dim = 1
 
     def __init__(self, loss: nn.Module) -> None:
@@ -150,9 +173,40 @@ class ClassificationLoss(TorchLoss):
         if self._constants:
             self.unit = "targets' class weights"
 
+    def fractions(self, target: Tensor) -> Tensor:
+        """Return class probabilities, which cross entropy takes."""
+        of_classes = target.ndim > 1 and target.shape[self._class_dim] > 1
+        if self.takes_probabilities and of_classes and target.is_floating_point():
+            return target
+        wanted = "class numbers (an integer type)"
+        raise self.wrong_target(
+            target, f"{wanted} or probabilities of the output's shape" if self.takes_probabilities else wanted
+        )
+
+    @property
+    def takes_probabilities(self) -> bool:
+        """Tell whether a target may be the probabilities of all classes."""
+        return isinstance(self.loss, nn.CrossEntropyLoss)
+
+    def cure(self, output: Any, target: Any) -> str:
+        """Say what a target is that does not fit the output."""
+        if not isinstance(target, Tensor) or output.ndim < 2:
+            return ""
+        classes = output.shape[self._class_dim]
+        if target.is_floating_point():
+            return f"; probabilities need the output's shape {tuple(output.shape)}"
+        if target.shape == output.shape:
+            return "; of a one-hot target give the class numbers (target.argmax(1)), or make it floating point"
+        if target.ndim == output.ndim and target.shape[self._class_dim] == 1:
+            return "; take the target's dimension of size 1 away (a Table's: task: classification, not binary)"
+        wrong = target[(target != self._ignore_index) & ((target < 0) | (target >= classes))]
+        if wrong.numel():
+            return f"; the model has {classes} outputs, for the classes 0 to {classes - 1}, and a target is {int(wrong[0])}"
+        return ""
+
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
         try:
-            return self._call(reduction, output, target)
+            return self._call(reduction, output, self.like(output, target) if target.is_floating_point() else target)
         except (RuntimeError, ValueError) as error:
             if output.ndim == 3 and output.shape[:2] == target.shape:
                 raise ObjectiveError(
@@ -192,18 +246,24 @@ class ClassificationLoss(TorchLoss):
         counted = target != self._ignore_index
         return self._probabilities(scores[counted]), target[counted]
 
+    def soft_target(self, batch: Any) -> Tensor | None:
+        """Return class probabilities (targets, classes); None where the target is class numbers."""
+        target = self.target_of(batch)
+        if not target.is_floating_point():
+            return None
+        return self._counted(target.movedim(self._class_dim, -1), batch).flatten(0, -2)
+
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
         """Return the output and the classes' probabilities, both with the classes last."""
         scores = output.movedim(self._class_dim, -1)
         return {"output": scores, "probabilities": self._probabilities(scores)}
 
     def _probabilities(self, scores: Tensor) -> Tensor:
-        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
         return scores.exp() if isinstance(self.loss, nn.NLLLoss) else scores.softmax(-1)
 
     def metric_mask(self, batch: Any) -> Tensor:
         """Return which targets metrics see."""
-        _, target = self.predictions(None, self.fields.target_of(batch))
+        _, target = self.predictions(None, self.target_of(batch))
         return counted_of(target, self._ignore_index, super().metric_mask(batch))
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
@@ -222,6 +282,7 @@ class NextTokenLoss(ClassificationLoss):
     """
 
     unit = "tokens"
+    takes_probabilities = False
     _class_dim = -1
 
     def __init__(self, ignore_index: int = -100, label_smoothing: float = 0.0, shift: bool = False) -> None:

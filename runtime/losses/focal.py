@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
 from runtime.losses.supervised import SupervisedObjective, counted_of
+from runtime.losses.torch_losses import check_range, likelier
+from runtime.objective import full_precision
 
 
 class FocalLoss(SupervisedObjective):
@@ -28,6 +30,7 @@ class FocalLoss(SupervisedObjective):
     """
 
     unit = "targets"
+    target_is = "classes"
 
     def __init__(self, gamma: float = 2.0, alpha: float | list[float] | None = None, ignore_index: int = -100) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class FocalLoss(SupervisedObjective):
 
     def losses(self, output: Any, target: Any) -> Tensor:
         """Return the losses, of the target's shape."""
-        logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        logits = full_precision(output)
         if logits.shape == target.shape:
             return self._binary(logits, target)
         fits = logits.ndim == target.ndim + 1 and logits.shape[:1] + logits.shape[2:] == target.shape
@@ -52,6 +55,11 @@ class FocalLoss(SupervisedObjective):
                 f"not {tuple(output.shape)}; class indices are integers"
             )
         return self._multi_class(logits, target)
+
+    def _checked(self, target: Any) -> Tensor:
+        if not isinstance(target, Tensor):
+            raise self.wrong_target(target)
+        return target if target.is_floating_point() else target.long()  # uint8 knows no -100
 
     def _binary(self, logits: Tensor, target: Tensor) -> Tensor:
         counted = target != self._ignore_index
@@ -97,23 +105,32 @@ class FocalLoss(SupervisedObjective):
 
     def metric_mask(self, batch: Any) -> Tensor:
         """Return which targets metrics see."""
-        return counted_of(self.fields.target_of(batch), self._ignore_index, super().metric_mask(batch))
+        return counted_of(self.target_of(batch), self._ignore_index, super().metric_mask(batch))
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return probabilities and integer targets, those that do not count left out."""
-        binary = output.shape == self.fields.target_of(batch).shape
+        binary = output.shape == self.target_of(batch).shape
         scores, target = super().metric_inputs(output if binary else output.movedim(1, -1), batch)
         counted = target != self._ignore_index
-        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
         probabilities = scores.sigmoid() if binary else scores.softmax(-1)
-        if binary and bool(counted.all()):  # the shape (batch, labels) says how many labels there are
-            return probabilities, target.long()
-        return probabilities[counted], target[counted].long()
+        if not binary:
+            return probabilities[counted], target[counted]
+        check_range(self.name, target[counted])
+        if bool(counted.all()):  # the shape (batch, labels) says how many labels there are
+            return probabilities, likelier(target)
+        return probabilities[counted], likelier(target[counted])
+
+    def soft_target(self, batch: Any) -> Tensor | None:
+        """Return the probabilities of a yes; None where the target is class numbers."""
+        target = self._counted(self.target_of(batch), batch)
+        if not target.is_floating_point():
+            return None
+        counted = target != self._ignore_index
+        return target if bool(counted.all()) else target[counted]
 
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
-        """Return the output and probabilities: of (batch,) logits that of a yes, of (batch, classes, …) the classes', last."""
-        scores = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-        if scores.ndim == 1:
-            return {"output": scores, "probability": scores.sigmoid()}
-        scores = scores.movedim(1, -1)
+        """Return the output and probabilities: of (batch,) and (batch, 1) that of a yes, of more columns the classes'."""
+        if output.ndim == 1 or output.shape[1:] == (1,):
+            return {"output": output, "probability": output.sigmoid()}
+        scores = output.movedim(1, -1)
         return {"output": scores, "probabilities": scores.softmax(-1)}

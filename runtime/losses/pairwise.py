@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from runtime.data.fields import Name, part_of
 from runtime.errors import ObjectiveError
 from runtime.losses.supervised import PerSampleObjective, spread
-from runtime.objective import Loss, shown
+from runtime.objective import Loss, full_precision, shown
 
 
 class BPRLoss(PerSampleObjective):
@@ -89,4 +89,4 @@ def _scores(returned: Tensor, rows: int) -> Tensor:
         raise ObjectiveError(
             f"BPRLoss: model(user, item) must return one score for each of {rows} rows, not {shown(returned)}"
         )
-    return returned.flatten()
+    return full_precision(returned).flatten()  # type: ignore[no-any-return]

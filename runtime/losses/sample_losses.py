@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
 from runtime.losses.supervised import PerSampleObjective, SupervisedObjective
-from runtime.losses.torch_losses import TorchLoss
+from runtime.losses.torch_losses import TorchLoss, check_range, likelier
 from runtime.objective import shown
 
 
@@ -23,6 +23,8 @@ class PerSampleLoss(PerSampleObjective, TorchLoss):
         for value in inputs:
             if value.ndim != 2:
                 raise ObjectiveError(f"{self.name} needs outputs of the shape (batch, dim), not {shown(value)}")
+        if self.has_target and self.target_is == "values":
+            target = self.like(inputs[0], target)
         return self._call(reduction, *inputs, *((target,) if self.has_target else ()))
 
 
@@ -31,7 +33,7 @@ class DivergenceLoss(PerSampleLoss):
 
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
         self.same_shape(output, target)
-        losses = self._call(reduction, output, target)
+        losses = self._call(reduction, output, self.like(output, target))
         return losses if reduction == "sum" else losses.flatten(1).sum(1)
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
@@ -40,7 +42,9 @@ class DivergenceLoss(PerSampleLoss):
 
 
 class MultiClassMarginLoss(PerSampleLoss):
-    """MultiMarginLoss. Output: scores (batch, classes); target: (batch,) int64."""
+    """MultiMarginLoss. Output: scores (batch, classes); target: (batch,) of class numbers."""
+
+    target_is = "classes"
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return scores that sum to 1, and class indices."""
@@ -57,12 +61,27 @@ class MultiLabelLoss(PerSampleLoss):
     Target: 0 or 1 (batch, classes); for MultiLabelMarginLoss the indices of the true classes, then -1.
     """
 
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__(loss)
+        self._lists_classes = isinstance(loss, nn.MultiLabelMarginLoss)
+        self.target_is = "classes" if self._lists_classes else "values"
+
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return a probability, or a score within [0, 1], and 0 or 1 for each class."""
-        if isinstance(self.loss, nn.MultiLabelMarginLoss):
+        if self._lists_classes:
             listed = (target >= 0).cumprod(1)  # what is behind the first -1 does not count
             target = torch.zeros_like(target).scatter_add_(1, target.clamp(min=0), listed).clamp(max=1)
-        return output.sigmoid(), target.long()
+        return output.sigmoid(), likelier(target)
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
+        """Return a probability, or a score within [0, 1], and 0 or 1 for each class."""
+        if not self._lists_classes:
+            check_range(self.name, self._counted(self.target_of(batch), batch))
+        return super().metric_inputs(output, batch)
+
+    def soft_target(self, batch: Any) -> Tensor | None:
+        """Return the probability of each label; None where the target lists the true ones."""
+        return None if self._lists_classes else self._counted(self.target_of(batch), batch)
 
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
         """Return the output, and a probability, or a score within [0, 1], for each label."""
@@ -77,7 +96,12 @@ class PairLoss(PerSampleLoss):
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return the cosine similarity, moved into [0, 1], and 1 for what belongs together."""
         first, second = self.several(output)
-        return (1 + F.cosine_similarity(first, second)).clamp(0, 2) / 2, (target > 0).long()
+        return (1 + F.cosine_similarity(first, second)).clamp(0, 2) / 2, likelier(target, signed=True)
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
+        """Return the similarity and 0 or 1."""
+        check_range(self.name, self._counted(self.target_of(batch), batch), signed=True)
+        return super().metric_inputs(output, batch)
 
 
 class TripletLoss(PerSampleLoss):
@@ -93,6 +117,8 @@ class TripletLoss(PerSampleLoss):
 
 class SequenceLoss(PerSampleLoss):
     """CTCLoss. Output: log-probabilities (time, batch, classes); target: classes, lengths of output and of target."""
+
+    target_is = "anything"
 
     def losses(self, output: Any, target: Any) -> Tensor:
         """Return each sample's loss divided by the length of its target."""

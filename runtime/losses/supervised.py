@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from runtime.errors import ObjectiveError
-from runtime.objective import Loss, Objective, shown
+from runtime.losses.mismatch import first_line, no_tensor, target_name, wrong_target
+from runtime.objective import Loss, Objective, full_precision, shown
+
+TargetIs = Literal["values", "classes", "anything"]
 
 _REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
 
@@ -24,12 +27,15 @@ class SupervisedObjective(Objective):
     Attributes:
         outputs: names of what the loss takes from the model, where that is more than one tensor.
         has_target: whether the batch has a target.
+        target_is: ``values``: a tensor of numbers; ``classes``: one of class numbers, which may be of any integer type;
+            ``anything``: whatever the subclass makes of it.
     """
 
     unit = "elements"
     reads_sample_weights = True
     outputs: Sequence[str] = ()
     has_target = True
+    target_is: TargetIs = "anything"
 
     @property
     def name(self) -> str:
@@ -48,8 +54,10 @@ class SupervisedObjective(Objective):
             ObjectiveError: output and target do not fit each other or the loss.
         """
         fields = self.fields
-        output = fields.output_of(returned)
-        target = fields.target_of(batch) if self.has_target else None
+        output = full_precision(fields.output_of(returned))
+        target = self.target_of(batch)
+        if not self.outputs and not isinstance(output, Tensor):
+            raise no_tensor(self.name, output)
         try:
             if fields.weight is None:
                 return Loss(self.loss_sum(output, target), output=output)
@@ -58,8 +66,46 @@ class SupervisedObjective(Objective):
             return Loss((losses * weights.to(losses.dtype)).sum(), output=output)
         except _REFUSALS as error:
             raise ObjectiveError(
-                f"{self.name} refused the model's output and the target ({shown((output, target))}): {error}"
+                f"{self.name} refused the model's output ({shown(output)}) and the target ({target_name(self.fields)}: "
+                f"{shown(target)}): {first_line(error)}{self.cure(output, target)}"
             ) from error
+
+    def target_of(self, batch: Any) -> Any:
+        """Return the batch's target, class numbers as int64; None if the loss has none.
+
+        Raises:
+            ObjectiveError: it is not what the loss compares with.
+        """
+        if not self.has_target:
+            return None
+        target = self.fields.target_of(batch)
+        return target if self.target_is == "anything" else self._checked(target)
+
+    def _checked(self, target: Any) -> Tensor:
+        classes = self.target_is == "classes"
+        if not isinstance(target, Tensor):
+            raise self.wrong_target(target)
+        if not classes or target.dtype == torch.int64:
+            return target
+        if target.is_floating_point() or target.is_complex():
+            return self.fractions(target)
+        return target.long()  # uint8 knows no -100, and torch takes no other integers
+
+    def fractions(self, target: Tensor) -> Tensor:
+        """Return a target in floating point where class numbers are expected.
+
+        Raises:
+            ObjectiveError: unless a subclass knows what it means.
+        """
+        raise self.wrong_target(target)
+
+    def wrong_target(self, target: Any, wanted: str = "") -> ObjectiveError:
+        """Make an error of a target that is not what the loss compares with."""
+        return wrong_target(self.name, target, self.fields, classes=self.target_is == "classes", wanted=wanted)
+
+    def cure(self, output: Any, target: Any) -> str:
+        """Return what to do about an output and a target that do not fit, as the end of a message; empty if unknown."""
+        return ""
 
     def losses(self, output: Any, target: Any) -> Tensor:
         """Return the losses one by one, of the shape of ``counts``."""
@@ -79,7 +125,7 @@ class SupervisedObjective(Objective):
 
     def weight(self, batch: Any) -> float:
         """Return the sum over the losses of what each counts, times its sample's weight."""
-        target = self.fields.target_of(batch) if self.has_target else None
+        target = self.target_of(batch)
         if self.fields.weight is None:
             return self.count(target)
         counts = self.counts(target)
@@ -87,18 +133,20 @@ class SupervisedObjective(Objective):
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return predictions and target, what does not count left out. Metrics do not see the weights of what does."""
-        target = self.fields.target_of(batch) if self.has_target else None
-        inputs = self.predictions(output, target)
+        inputs = self.predictions(output, self.target_of(batch))
+        return tuple(self._counted(value, batch) for value in inputs)
+
+    def _counted(self, value: Tensor, batch: Any) -> Tensor:
+        """Leave out the samples, or elements, whose weight is 0."""
         if self.fields.weight is None:
-            return inputs
-        counted = self.fields.weight_of(batch) != 0
-        return tuple(value[spread(counted, value.shape, widen=False)] for value in inputs)
+            return value
+        return value[spread(self.fields.weight_of(batch) != 0, value.shape, widen=False)]
 
     def metric_mask(self, batch: Any) -> Tensor | None:
         """Return which samples, or elements of the target, metrics see: those whose weight is not 0; None if it is all."""
         if self.fields.weight is None or not self.has_target:
             return None
-        return spread(self.fields.weight_of(batch) != 0, self.fields.target_of(batch).shape, widen=False)
+        return spread(self.fields.weight_of(batch) != 0, self.target_of(batch).shape, widen=False)
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return what metrics are updated with; samples in the first dimension of each."""

@@ -88,3 +88,7 @@ class WeightedSum(Objective):
     def metric_mask(self, batch: Any) -> Tensor | None:
         """Return which elements of the first loss's target metrics see."""
         return next(iter(self.parts.values())).metric_mask(batch)
+
+    def soft_target(self, batch: Any) -> Tensor | None:
+        """Return what the first loss does."""
+        return next(iter(self.parts.values())).soft_target(batch)
