@@ -1,0 +1,148 @@
+"""Errors in the order, the cutting and sharing out of batches, and streams."""
+
+from tests.mutants.mutant import Mutant
+
+_ORDER, _BATCHES, _STREAM = "runtime/data/order.py", "runtime/data/batches.py", "runtime/data/stream_windows.py"
+
+MUTANTS = (
+    Mutant(
+        "order: every epoch in the first one's order",
+        _ORDER,
+        "key = derive(self._seed, Purpose.ORDER, epoch)\n            self._permutation",
+        "key = derive(self._seed, Purpose.ORDER, 0)\n            self._permutation",
+        ("tests/test_order.py",),
+    ),
+    Mutant(
+        "order: the seed has no say",
+        _ORDER,
+        "key = derive(self._seed, Purpose.ORDER, epoch)\n            self._permutation",
+        "key = derive(0, Purpose.ORDER, epoch)\n            self._permutation",
+        ("tests/test_order.py",),
+    ),
+    Mutant(
+        "order: no walk for ids beyond the end",
+        _ORDER,
+        "while outside.size:",
+        "while False:",
+        ("tests/test_order.py",),
+    ),
+    Mutant(
+        "order: a block that belongs to another epoch is used again",
+        _ORDER,
+        "if self._drawn is None or self._drawn[:2] != (epoch, block_start):",
+        "if self._drawn is None or self._drawn[1] != block_start:",
+        ("tests/test_order.py",),
+    ),
+    Mutant(
+        "order: drop_last drops a whole batch",
+        _ORDER,
+        "whole if drop_last or not rest else whole + 1",
+        "whole - drop_last if drop_last or not rest else whole + 1",
+        ("tests/test_order.py",),
+    ),
+    Mutant(
+        "order: a weighted draw reaches what has no weight",
+        _ORDER,
+        'side="right")',
+        'side="left") * 0',
+        ("tests/test_order.py",),
+    ),
+    Mutant(
+        "order: every block of weighted draws is the first",
+        _ORDER,
+        "key = derive(self._seed, Purpose.DRAW, epoch, block)",
+        "key = derive(self._seed, Purpose.DRAW, epoch, 0)",
+        ("tests/test_order.py",),
+    ),
+    Mutant(
+        "order: a sampler is drawn under the same seed in every epoch",
+        _ORDER,
+        "seed_everything(derive(self._seed, Purpose.ORDER, epoch), _CPU)",
+        "seed_everything(derive(self._seed, Purpose.ORDER, 0), _CPU)",
+        ("tests/test_order.py", "tests/test_batching.py"),
+    ),
+    Mutant(
+        "batches: a slot begins one sample late",
+        _BATCHES,
+        "return ids[len(ids) * slot // slots : len(ids) * (slot + 1) // slots]",
+        "return ids[-(-len(ids) * slot // slots) : len(ids) * (slot + 1) // slots]",
+        ("tests/test_batches.py", "tests/test_accumulation.py"),
+    ),
+    Mutant(
+        "batches: ranks without a filler where others have one slot more",
+        _BATCHES,
+        "fillers = [Microbatch(-1, 0, None)] * (rounds - len(real))",
+        "fillers = [Microbatch(-1, 0, None)] * 0",
+        ("tests/test_batches.py",),
+    ),
+    Mutant(
+        "batches: a batch that was left out comes back in the next epoch's place",
+        _BATCHES,
+        "elif cursor in skipped:",
+        "elif cursor in skipped and cursor.epoch == 0:",
+        ("tests/test_batches.py", "tests/test_divergence.py"),
+    ),
+    Mutant(
+        "batches: a skipped batch is not skipped within a run",
+        _BATCHES,
+        "next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), skipped)",
+        "next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), ())",
+        ("tests/test_batches.py", "tests/test_divergence.py"),
+    ),
+    Mutant(
+        "batches: empty slots count for the buffers' mean",
+        _BATCHES,
+        "return (*real, *fillers), sum(size > 0 for size in sizes)",
+        "return (*real, *fillers), len(sizes)",
+        ("tests/test_batches.py", "tests/test_accumulation.py"),
+    ),
+    Mutant(
+        "batches: the weights of a block shift by one step",
+        _BATCHES,
+        "enumerate(zip(block, finish_sum().sum(dim=1).tolist(), strict=True))",
+        "enumerate(zip(block, finish_sum().sum(dim=1).roll(1, 0).tolist(), strict=True))",
+        ("tests/test_batches.py",),
+    ),
+    Mutant(
+        "streams: a reader's place is one batch behind",
+        _STREAM,
+        "self.places[0] = Place(epoch, batch + 1, piece.state)",
+        "self.places[0] = Place(epoch, batch, piece.state)",
+        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+    ),
+    Mutant(
+        "streams: a reader's place is one batch ahead",
+        _STREAM,
+        "self.places[0] = Place(epoch, batch + 1, piece.state)",
+        "self.places[0] = Place(epoch, batch + 2, piece.state)",
+        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+    ),
+    Mutant(
+        "streams: the place of a stream that shards itself is a turn off",
+        _STREAM,
+        "Place(epoch, turn + self._questions.workers, piece.state)",
+        "Place(epoch, turn + self._questions.workers + 1, piece.state)",
+        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+    ),
+    Mutant(
+        "streams: ranks that read different streams are not noticed",
+        _STREAM,
+        "if not torch.equal(together[:, -2] ** 2, world_size * together[:, -1]):",
+        "if False:",
+        ("tests/test_streams.py", "tests/test_stream_runs.py", "tests/test_stream_coverage.py"),
+    ),
+    Mutant(
+        "streams: a batch that a rollback left out is trained on",
+        _STREAM,
+        "if row.cursor in self._skipped:",
+        "if False:",
+        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+    ),
+    Mutant(
+        "streams: every epoch begins with the last one's batches",
+        _STREAM,
+        "cursor = Cursor(cursor.epoch + 1, 0)\n            if held",
+        "cursor = Cursor(cursor.epoch, 0)\n            if held",
+        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+    ),
+)

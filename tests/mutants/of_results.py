@@ -1,0 +1,183 @@
+"""Errors in checkpoints, resumption, the run folder, evaluation and metrics."""
+
+from tests.mutants.mutant import Mutant
+
+_CHECKPOINT, _RESUMPTION = "runtime/checkpoints/checkpoint.py", "runtime/checkpoints/resumption.py"
+_FOLDER, _ATTEMPTS, _BEST = (
+    "runtime/checkpoints/run_folder.py",
+    "runtime/checkpoints/attempts.py",
+    "runtime/checkpoints/best.py",
+)
+_METRICS, _EVALUATOR = "runtime/evaluation/metrics.py", "runtime/evaluation/evaluator.py"
+_EVALUATIONS = "runtime/evaluations.py"
+
+MUTANTS = (
+    Mutant(
+        "checkpoint: a damaged one is read",
+        _CHECKPOINT,
+        "            if damage is not None:\n                aside",
+        "            if False:\n                aside",
+        ("tests/test_checkpoint.py",),
+    ),
+    Mutant(
+        "checkpoint: of several the oldest is gone on from",
+        _CHECKPOINT,
+        "for checkpoint in reversed(list(self._checkpoints())):",
+        "for checkpoint in list(self._checkpoints()):",
+        ("tests/test_checkpoint.py", "tests/test_saving.py"),
+    ),
+    Mutant(
+        "checkpoint: the best are dropped with the old",
+        _CHECKPOINT,
+        "            kept |= {c.path for c in self._ranked(checkpoints, best)}\n",
+        "            pass\n",
+        ("tests/test_checkpoint.py", "tests/test_saving.py", "tests/test_whole_state.py"),
+    ),
+    Mutant(
+        "checkpoint: another job may have taken the folder before the rename",
+        _CHECKPOINT,
+        "            self._before_commit()\n",
+        "",
+        ("tests/test_checkpoint.py", "tests/test_fence.py"),
+    ),
+    Mutant(
+        "checkpoint: a final name before the manifest is written",
+        _CHECKPOINT,
+        '    write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())\n',
+        "",
+        ("tests/test_checkpoint.py", "tests/test_saving.py"),
+    ),
+    Mutant(
+        "checkpoint: what a rollback abandoned is read again",
+        _CHECKPOINT,
+        "listed(self.folder, self.attempts) if not abandoned)",
+        "listed(self.folder, self.attempts))",
+        ("tests/test_checkpoint.py", "tests/test_divergence.py"),
+    ),
+    Mutant(
+        "attempts: a rollback abandons its own target",
+        _ATTEMPTS,
+        "step > self.target_step",
+        "step >= self.target_step",
+        ("tests/test_divergence.py",),
+    ),
+    Mutant(
+        "resumption: the objective's own parameters start anew",
+        _RESUMPTION,
+        '            strategy.load_module_state(self.module.objective, training["objective"])\n',
+        "",
+        ("tests/test_optimizers.py", "tests/test_resumption.py", "tests/test_whole_state.py"),
+    ),
+    Mutant(
+        "resumption: the optimizer's state starts anew",
+        _RESUMPTION,
+        '            strategy.load_optimizer_state(training["optimizer"])\n',
+        "",
+        ("tests/test_resumption.py",),
+    ),
+    Mutant(
+        "resumption: early stopping waits anew",
+        _RESUMPTION,
+        'self.early_stopping.load_state_dict(training["early_stopping"])',
+        "pass",
+        ("tests/test_early_stopping.py",),
+    ),
+    Mutant(
+        "resumption: an average that is still to come is lost",
+        _RESUMPTION,
+        'if self.averaging is not None and training["averaging"] is not None:',
+        'if self.averaging is not None and training["averaging"]["count"]:',
+        ("tests/test_averaging.py", "tests/test_whole_state.py"),
+    ),
+    Mutant(
+        "resumption: a rollback that a state does not know of leaves the rate as it is",
+        _RESUMPTION,
+        "            self.schedule.lower(rollback.learning_rate_factor)\n",
+        "            pass\n",
+        ("tests/test_divergence.py",),
+    ),
+    Mutant(
+        "resumption: a batch that a rollback goes round is trained on",
+        _RESUMPTION,
+        "            self.progress.skipped_batches += rollback.skipped\n",
+        "            pass\n",
+        ("tests/test_divergence.py",),
+    ),
+    Mutant(
+        "resumption: a changed seed is accepted",
+        _RESUMPTION,
+        "if not _same(old.get(key), new.get(key)) and not _allowed(key, allowed)",
+        'if key != "seed" and not _same(old.get(key), new.get(key)) and not _allowed(key, allowed)',
+        ("tests/test_resumption.py", "tests/test_bad_input.py"),
+    ),
+    Mutant(
+        "run folder: the best result is forgotten on resumption",
+        _FOLDER,
+        'self._best = BestResults(self._section.best, reply["saved"])',
+        "self._best = BestResults(self._section.best, [])",
+        ("tests/test_saving.py", "tests/test_resumption.py", "tests/test_whole_state.py"),
+    ),
+    Mutant(
+        "run folder: results that are saved are not taken note of",
+        _FOLDER,
+        "        self._best.add(results)\n",
+        "",
+        ("tests/test_saving.py", "tests/test_resumption.py", "tests/test_whole_state.py"),
+    ),
+    Mutant(
+        "run folder: a rollback returns to weights that are not finite",
+        _FOLDER,
+        "            return _poison(checkpoint)\n",
+        "            return None\n",
+        ("tests/test_divergence.py",),
+    ),
+    Mutant(
+        "best: of two equal results the later one",
+        _BEST,
+        "return sorted(judged, key=value,",
+        "return sorted(reversed(judged), key=value,",
+        ("tests/test_best.py",),
+    ),
+    Mutant(
+        "metrics: a rank's update count is taken for everybody's",
+        _METRICS,
+        "return _Merged(states, sum(told.updates[key] for told in gathered))",
+        "return _Merged(states, gathered[0].updates[key])",
+        ("tests/test_metrics.py", "tests/test_every_metric.py"),
+    ),
+    Mutant(
+        "metrics: ranks without data are merged, too",
+        _METRICS,
+        "[told.states for told in gathered if told.updates[key]]",
+        "[told.states for told in gathered]",
+        ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "metrics: merged states stay in the metric",
+        _METRICS,
+        "            for part, state in zip(parts, own, strict=True):\n                state.put_into(part)\n",
+        "            pass\n",
+        ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "metrics: an evaluation begins with the last one's states",
+        _METRICS,
+        "        for metric in self._metrics.values():\n            metric.reset()\n",
+        "        pass\n",
+        ("tests/test_metrics.py", "tests/test_evaluation.py"),
+    ),
+    Mutant(
+        "evaluation: a mean of the microbatches' means",
+        _EVALUATOR,
+        "add_weights(weight, objective.checked_weight(batch, count)) if count",
+        "add_weights(weight, 1.0 * self._micro_size) if count",
+        ("tests/test_evaluation.py",),
+    ),
+    Mutant(
+        "evaluation: the results of a checkpoint are forgotten on resumption",
+        _EVALUATIONS,
+        "        self.results = dict(results)\n        self._step",
+        "        self.results = {}\n        self._step",
+        ("tests/test_resumption.py", "tests/test_early_stopping.py", "tests/test_whole_state.py"),
+    ),
+)

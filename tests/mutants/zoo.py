@@ -1,0 +1,5 @@
+"""All mutants there are."""
+
+from tests.mutants import of_data, of_results, of_training
+
+MUTANTS = (*of_data.MUTANTS, *of_training.MUTANTS, *of_results.MUTANTS)
