@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from runtime import assembly
+from runtime.checkpoints.built import Built
 from runtime.checkpoints.resumption import Identity, RunState, check_identity, slots_on_resumption
 from runtime.checkpoints.serialization import replace_file
 from runtime.config import yaml_file
@@ -112,6 +113,7 @@ def prepare(
     begin_training(optimizer)
     freezing.apply(0)
     schedule = build_schedule(loaded, optimizer, length)
+    built = Built.of(loaded, module, optimizer)
     progress = Progress()
     if stored is not None:
         progress.load_state_dict(stored["progress"])
@@ -127,7 +129,7 @@ def prepare(
     )
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
-    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress)
+    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress, built)
     return Prepared(data, identity, sharing, state, freezing, parameters, memory)
 
 
@@ -348,6 +350,8 @@ def _identity(
     identity = Identity(**stored["identity"])
     check_identity(identity, loaded, data=data, schedule_length=length, weights=weights)
     slots = slots_on_resumption(identity.slots, loaded)
+    if weights is not None and weights != identity.weights:
+        warn("model.weights: the file's other content changes nothing: a run that goes on has its checkpoint's weights")
     threads, before = torch.get_num_threads(), stored["made_by"].get("threads")
     if strategy.device.type == "cpu" and threads != before:
         warn(

@@ -61,14 +61,14 @@ def assert_alike(run: Path, expected: dict[str, Any], got: dict[str, Any]) -> No
 
 def divide_wrongly(config: dict[str, Any]) -> dict[str, Any]:
     """Train with gradients that are averaged over the ranks instead of summed."""
-    from runtime.strategies import accelerated
+    from runtime.strategies import fully_sharded
 
-    starting_gradient = accelerated.starting_gradient
-    accelerated.starting_gradient = lambda loss, weight, scale: starting_gradient(loss, weight)  # type: ignore[assignment]
+    sum_gradients = fully_sharded._sum_gradients
+    fully_sharded._sum_gradients = lambda unit: None
     try:
         return observe(config)
     finally:
-        accelerated.starting_gradient = starting_gradient
+        fully_sharded._sum_gradients = sum_gradients
 
 
 def test_a_wrong_division_would_be_seen(pool: ProcessPool, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from runtime.checkpoints.attempts import Rollback
+from runtime.checkpoints.built import OF_SCHEDULES, Built
 from runtime.checkpoints.shards import in_memory
 from runtime.config.file import LoadedConfiguration, exact_keys
 from runtime.errors import CheckpointError, RunFolderError
@@ -24,7 +26,11 @@ from runtime.training.progress import Progress
 
 @dataclass(frozen=True)
 class RunState:
-    """The parts whose state is the run's: all that a checkpoint holds, and nothing that differs between ranks."""
+    """The parts whose state is the run's: all that a checkpoint holds, and nothing that differs between ranks.
+
+    Args:
+        built: what they were before any state was loaded.
+    """
 
     module: TrainingModule
     optimizer: Optimizer
@@ -34,6 +40,7 @@ class RunState:
     divergence: Divergence
     early_stopping: EarlyStopping | None
     progress: Progress
+    built: Built
 
     def collect(self) -> dict[str, dict[str, Any]]:
         """Return the model's state dict and everything else (``training``), as tensors, shards and plain data.
@@ -58,6 +65,7 @@ class RunState:
             "divergence": self.divergence.state_dict(),
             "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             "progress": self.progress.state_dict(),
+            "built": asdict(self.built),
         }
         return {"model": model, "training": training}
 
@@ -70,16 +78,21 @@ class RunState:
             CheckpointError: the state does not fit the model or the optimizer.
         """
         wanted, there = _group_keys(self.optimizer.param_groups), _group_keys(training["optimizer"]["param_groups"])
-        strategy = self.strategy
-        if wanted != there:
+        strategy, before = self.strategy, training.get("built", asdict(self.built))
+        if wanted - OF_SCHEDULES != there - OF_SCHEDULES:
             raise CheckpointError(
                 f"the checkpoint does not fit {type(self.optimizer).__name__}: it was made with another optimizer, whose "
                 f"groups have {sorted(there)}"
             )
+        optimizer_state = self.built.adapted(training["optimizer"], self.optimizer, before)
+        changed = self.built.changed_buffers(self.module, before)
         try:
             strategy.load_module_state(self.module.model, model)
             strategy.load_module_state(self.module.objective, training["objective"])
-            strategy.load_optimizer_state(training["optimizer"])
+            strategy.load_optimizer_state(optimizer_state)
+            with torch.no_grad():
+                for name, buffer in changed.items():
+                    self.module.get_buffer(name).copy_(buffer)
             load_training_weights(training.get("weights"), strategy.weights())
             self.schedule.load_state_dict(in_memory(training["schedule"]))
             if self.averaging is not None and training["averaging"] is not None:

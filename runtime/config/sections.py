@@ -205,7 +205,8 @@ class Resume(Section):
     mode: Literal["auto", "never", "must"] = free("auto")
     """``auto``: continue if there is a checkpoint; ``never``: refuse a folder that holds one; ``must``: refuse one without."""
     allow_changes: list[str] = free([])
-    """Exact keys that may differ from the interrupted run's, such as ``optimizer.args.lr``."""
+    """Exact keys that may differ from the interrupted run's, such as ``optimizer.args.lr``. Each change is made from the next
+    step on, or refused by name."""
 
 
 _ON_OR_OFF_BY_NAME = Shorthand(

@@ -104,11 +104,23 @@ class WeightAverage:
             "updates": self._updates,
             "epochs": self._epochs,
             "waited": self._waited,
+            "kind": self._section.kind,
+            "unit": self._section.interval.unit,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: it is another kind of average.
+        """
+        kind = state.get("kind", self._section.kind)
+        if kind != self._section.kind:
+            raise CheckpointError(
+                f"averaging.kind was {kind} and is {self._section.kind}: an average cannot go on as another. Undo the change, "
+                "or begin another run (output=…)"
+            )
         for name, average in self._average.items():
             average.copy_(self._weights.from_store(name, state["average"][name]))
         self._statistics = {
@@ -117,7 +129,10 @@ class WeightAverage:
             if name in state["statistics"]
         }
         self.count, self._statistics_of = state["count"], state["statistics_of"] or 0
-        self._updates, self._epochs, self._waited = state["updates"], state["epochs"], state["waited"]
+        self._updates, self._epochs = state["updates"], state["epochs"]
+        self._waited = state["waited"] if state.get("unit") in (None, self._section.interval.unit) else 0
+        if not self._has_begun(self._updates):  # averaging.start was moved: what was averaged before it counts no more
+            self.count = self._statistics_of = 0
 
     def _has_begun(self, updates: int) -> bool:
         start = self._section.start
@@ -128,7 +143,7 @@ class WeightAverage:
         if unit != every.unit:
             return
         self._waited += 1
-        if self._waited == every.count:
+        if self._waited >= every.count:  # more where a resumed run takes weights in more often
             self._waited = 0
             self._take_in()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from runtime.config.types import Interval
 from runtime.errors import DivergenceError, EvaluationError
 
 Counted = Literal["step", "epoch"]
+_WITHIN = "_schedulers"  # of torch's schedulers that are made of schedulers
 
 
 class Successor(NamedTuple):
@@ -128,9 +130,10 @@ class Schedule:
         """
         return {
             "schedulers": {
-                name: {k: value for k, value in part.state_dict().items() if not _same(value, self._built[name].get(k))}
-                for name, part in self._schedulers().items()
+                name: _changed(part.state_dict(), self._built[name]) for name, part in self._schedulers().items()
             },
+            "kinds": self._kinds(),
+            "monitor": self._monitor,
             "updates": self._updates,
             "epochs": self._epochs,
             "rates": list(self._rates),
@@ -139,14 +142,45 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Rates of an optimizer that starts with others than the state's are changed in proportion."""
+        """Go on from a state. Rates of an optimizer that starts with others than the state's are changed in proportion.
+
+        Other arguments of a scheduler count from here on. Another scheduler, or one that counts something else, gives the rates
+        that it would have given had it been there from the start.
+        """
+        kinds = state.get("kinds", self._kinds())
+        watches_another = state.get("monitor", self._monitor) != self._monitor
         for name, scheduler in self._schedulers().items():
-            scheduler.load_state_dict({**self._built[name], **state["schedulers"].get(name, {})})
+            known = (
+                {} if watches_another or kinds.get(name) != self._kinds()[name] else state["schedulers"].get(name, {})
+            )
+            scheduler.load_state_dict(_merged(self._built[name], known))
         self._updates, self._epochs, self._lowered = state["updates"], state["epochs"], state["lowered"]
+        if kinds.get("first") != self._kinds().get("first"):
+            self._begin_anew()
+            return
         groups = zip(self._optimizer.param_groups, state["rates"], self._first_rates, state["first_rates"], strict=True)
         for group, rate, first, first_then in groups:
             group["lr"] = rate if first == first_then or not first_then else rate * (first / first_then)
         self._show_scheduled()
+
+    def _begin_anew(self) -> None:
+        """Let the first scheduler give the rate of the next update as if it had given all before it."""
+        for group, rate in zip(self._optimizer.param_groups, self._first_rates, strict=True):
+            group["lr"] = rate
+        count = max(0, self._updates - self._warmup_steps)
+        if self._interval == "epoch":  # of equal length: those that ended within the warm-up do not count
+            count = self._epochs - self._warmup_steps * self._epochs // max(1, self._updates)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no update came between
+            for _ in range(count):
+                _advance(self._scheduler)
+        self._show_scheduled()
+
+    def _kinds(self) -> dict[str, list[str]]:
+        """Return what each scheduler is and counts; plain data."""
+        successor = self._successor
+        counted = {"first": self._interval, "successor": None if successor is None else successor.interval}
+        return {name: [type(part).__qualname__, str(counted[name])] for name, part in self._schedulers().items()}
 
     def _schedulers(self) -> dict[str, Any]:
         successor = None if self._successor is None else self._successor.scheduler
@@ -179,6 +213,22 @@ class Schedule:
 def _advance(scheduler: Any) -> None:
     if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step()
+
+
+def _changed(state: Mapping[str, Any], built: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a scheduler's state has in other values than when it was built, also of schedulers within it."""
+    changed = {key: value for key, value in state.items() if not _same(value, built.get(key))}
+    if _WITHIN in changed and len(state[_WITHIN]) == len(built.get(_WITHIN, [])):
+        changed[_WITHIN] = [_changed(now, then) for now, then in zip(state[_WITHIN], built[_WITHIN], strict=True)]
+    return changed
+
+
+def _merged(built: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a whole state from what was built and what has changed."""
+    merged = {**copy.deepcopy(dict(built)), **changed}
+    if _WITHIN in changed:
+        merged[_WITHIN] = [_merged(then, now) for then, now in zip(built[_WITHIN], changed[_WITHIN], strict=True)]
+    return merged
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
@@ -31,6 +33,17 @@ def bare_step(optimizer: Optimizer) -> Callable[[], Any]:
 
     optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask whether there was a step
     return stepped
+
+
+def trial_copy(optimizer: Optimizer, group: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """Return an optimizer like another, of the same class and attributes, for other parameters and without a state."""
+    copy: Any = object.__new__(type(optimizer))
+    copy.__dict__.update(optimizer.__dict__)
+    copy._optimizer_step_pre_hooks, copy._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    copy.state = defaultdict(dict)
+    copy.param_groups = [{**group, "params": list(parameters)}]
+    made: Optimizer = copy
+    return made
 
 
 def trial_step(optimizer: Optimizer) -> None:

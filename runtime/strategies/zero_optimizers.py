@@ -6,7 +6,6 @@ whole matrix (Muon) or at a parameter's size (Adafactor, LAMB) would go on witho
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.optim import Adagrad, Optimizer
 
 from runtime.optimization.combined import CombinedOptimizer
 from runtime.optimization.evaluation_weights import switches
-from runtime.strategies.bare_step import trial_step
+from runtime.strategies.bare_step import trial_copy, trial_step
 
 _STEPS = 3
 _ROWS, _COLUMNS = 4, 6
@@ -65,11 +64,7 @@ def _updated(
     optimizer: Optimizer, group: dict[str, Any], starts: list[Tensor], gradients: list[list[Tensor]]
 ) -> Tensor:
     parameters = [nn.Parameter(start.clone()) for start in starts]
-    copy: Any = object.__new__(type(optimizer))
-    copy.__dict__.update(optimizer.__dict__)
-    copy._optimizer_step_pre_hooks, copy._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    copy.state = defaultdict(dict)
-    copy.param_groups = [{**group, "params": parameters}]
+    copy = trial_copy(optimizer, group, parameters)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()

@@ -115,4 +115,5 @@ class Divergence:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._losses, self._skips = list(state["losses"]), list(state["skips"])
+        window = self._section.spike.window if self._section.spike is not None else 0
+        self._losses, self._skips = list(state["losses"])[-window:] if window else [], list(state["skips"])

@@ -1,0 +1,41 @@
+"""What an optimizer keeps of each parameter, found out by a step of one like it over a small matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from runtime.optimization.combined import members
+from runtime.strategies.bare_step import trial_copy, trial_step
+
+
+def missing_keys(optimizer: Optimizer, state: Mapping[str, Any]) -> set[str]:
+    """Return what the optimizer's next step would look for in a state and not find.
+
+    Args:
+        state: in torch's form, for an optimizer of the same groups.
+    """
+    groups = iter(state["param_groups"])
+    missing: set[str] = set()
+    for member in members(optimizer):
+        for group in [next(groups) for _ in member.param_groups]:
+            entries = [entry for number in group["params"] if (entry := state["state"].get(number))]
+            if entries and type(member) is not SGD:  # which begins a momentum whenever there is none
+                missing |= _kept_by(member, group) - set().union(*entries)
+    return missing
+
+
+def _kept_by(optimizer: Optimizer, group: Mapping[str, Any]) -> set[str]:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    kernels = {key: False for key in ("fused", "foreach") if key in group}
+    copy = trial_copy(optimizer, {**group, **kernels}, [parameter])
+    try:
+        trial_step(copy)
+    except Exception:
+        return set()
+    return set(copy.state[parameter])
