@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 _CPU = torch.device("cpu")
-_MODELS = ("runtime.model_zoo",)
-_TRANSFORMS = ("runtime.data.transforms",)
-_COLLATES = ("runtime.data.collating",)
-_METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
+MODELS = ("runtime.model_zoo",)
+TRANSFORMS = ("runtime.data.transforms",)
+COLLATES = ("runtime.data.collating",)
+METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
     "torchmetrics.classification",
     "torchmetrics.regression",
     "torchmetrics.retrieval",
@@ -96,15 +96,15 @@ def check_components(loaded: LoadedConfiguration) -> None:
             return
         check(key, section, sources.SAMPLERS, positional=given)
 
-    check(("model",), values.model, _MODELS)
+    check(("model",), values.model, MODELS)
     for name in sources.SPLITS:
         split = sources.completed_section(loaded, name)
         check(sources.split_key(name), split, sources.NAMESPACES)
         transform = split.transform if split is not None else None
-        check_function((*sources.split_key(name), "transform"), transform, _TRANSFORMS)
+        check_function((*sources.split_key(name), "transform"), transform, TRANSFORMS)
     if values.data.split is not None:
-        check_function(("data", "split", "transform"), values.data.split.transform, _TRANSFORMS)
-    check_function(("data", "collate"), values.data.collate, _COLLATES)
+        check_function(("data", "split", "transform"), values.data.split.transform, TRANSFORMS)
+    check_function(("data", "collate"), values.data.collate, COLLATES)
     check_function(("data", "loader", "worker_init"), values.data.loader.worker_init)
     for key, where in sources.value_components(values.data):
         check_function(key, where)
@@ -119,7 +119,7 @@ def check_components(loaded: LoadedConfiguration) -> None:
         found = schedulers.check(target, args, code=loaded.code, filled_in=filled_in)
         mistakes.extend((("schedule",), mistake) for mistake in found)
     for name, metric in values.evaluation.metrics.items():
-        check(("evaluation", "metrics", name), metric, _METRICS)
+        check(("evaluation", "metrics", name), metric, METRICS)
     if values.reporting.wandb is not None and find_spec("wandb") is None:
         raise MissingDependencyError("wandb", "reporting.wandb", "wandb")
     if mistakes:
@@ -130,7 +130,7 @@ def build_model(loaded: LoadedConfiguration) -> nn.Module:
     """Build the model, on the CPU and under the run's seed, so that every rank builds the same."""
     with preserved_random_state(_CPU):
         seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION), _CPU)
-        model = _build(loaded, ("model",), loaded.values.model, namespaces=_MODELS)
+        model = _build(loaded, ("model",), loaded.values.model, namespaces=MODELS)
     if not isinstance(model, nn.Module):
         raise _wrong(loaded, ("model", "target"), f"is a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -180,8 +180,8 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
     key = sources.split_key(name) if split is not None else ("data", "split")
     transform = split.transform if split is not None else data.split.transform if data.split is not None else None
     functions: dict[str, Any] = {
-        "transform": _function(loaded, (*key, "transform"), transform, namespaces=_TRANSFORMS) if transform else None,
-        "collate": _function(loaded, ("data", "collate"), data.collate, namespaces=_COLLATES) if data.collate else None,
+        "transform": _function(loaded, (*key, "transform"), transform, namespaces=TRANSFORMS) if transform else None,
+        "collate": _function(loaded, ("data", "collate"), data.collate, namespaces=COLLATES) if data.collate else None,
     }
     if split is None or split.sharded_by is None:
         return Samples(source, seed=loaded.values.seed, **functions)
@@ -282,7 +282,7 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     for name, section in loaded.values.evaluation.metrics.items():
         key = ("evaluation", "metrics", name)
-        metric = metrics[name] = _build(loaded, key, section, namespaces=_METRICS)
+        metric = metrics[name] = _build(loaded, key, section, namespaces=METRICS)
         if not isinstance(metric, Metric):
             raise _wrong(loaded, (*key, "target"), "is not a torchmetrics.Metric")
         try:

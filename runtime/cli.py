@@ -33,8 +33,8 @@ _ON_A_CLUSTER = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
     given = sys.argv[1:] if arguments is None else arguments
-    options = parsed(_parser(given[0] if given else ""), given)
     try:
+        options = parsed(_parser(given[0] if given else ""), given)
         code: int = options.run(options)
     except LockstepError as error:
         print(f"lockstep: {error}", file=sys.stderr)
@@ -129,6 +129,17 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     export.add_argument("--force", action="store_true", help="write over a file that is there")
     export.set_defaults(run=_export)
+
+    describe = commands.add_parser(
+        "describe",
+        help="list the arguments of a model, loss, optimizer, schedule, metric, data source or class of your own",
+        description="List the arguments of a component, with types and defaults.",
+    )
+    describe.add_argument("target", metavar="TARGET", help="package.module:Name, or a short name such as AdamW")
+    describe.add_argument(
+        "config", metavar="CONFIG", nargs="?", type=Path, help="YAML file of a run whose code folder has the module"
+    )
+    describe.set_defaults(run=_describe)
 
     schema = commands.add_parser("schema", help="write the JSON Schema of the YAML, for editors")
     schema.set_defaults(run=_schema)
@@ -321,6 +332,18 @@ def _export(options: argparse.Namespace) -> int:
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
     )
     print(f"exported {done}")
+    return 0
+
+
+def _describe(options: argparse.Namespace) -> int:
+    from runtime.config.file import load
+
+    code = load(options.config).code if options.config is not None else Path.cwd()
+
+    from runtime.describe import describe
+
+    for line in describe(options.target, code):
+        print(line)
     return 0
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime import environment
-from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError
+from runtime.errors import EQUAL_ON_ALL_RANKS, ConfigurationError, LockstepError, Problem
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as one of the launched processes; return the exit code: 0 finished or stopped, 2 configuration, 1 failure."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: accelerate launch runtime/train.py CONFIG [key.path=value …]", file=sys.stderr)
-        return 0 if arguments else 2
+    if _has_no_config(arguments):
+        return _usage("train", arguments)
     try:
+        arguments = with_flags_as_overrides(arguments)
         environment.check_launched_world_size()  # before torch is imported, which takes seconds
         from runtime.session import train
 
@@ -31,12 +32,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def examine(arguments: Sequence[str]) -> int:
     """Examine as one of the launched processes; return the exit code: 0 all is well, 2 configuration, 1 it is not."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: accelerate launch runtime/doctor.py CONFIG [key.path=value …]", file=sys.stderr)
-        return 0 if arguments else 2
+    if _has_no_config(arguments):
+        return _usage("doctor", arguments)
     from runtime import session
 
     try:
+        arguments = with_flags_as_overrides(arguments)
         examined = session.examine(arguments[0], *arguments[1:])
     except LockstepError as error:
         return _tell(error)
@@ -47,6 +48,20 @@ def examine(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _has_no_config(arguments: Sequence[str]) -> bool:
+    words = [word for word in arguments if not word.startswith("-")]
+    return not words or "=" in arguments[0] or arguments[0] in ("-h", "--help")
+
+
+def _usage(act: str, arguments: Sequence[str]) -> int:
+    """Say how it is called; on rank 0 alone, where several processes were started without a CONFIG."""
+    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    if environment.rank() == 0:
+        missing = "" if asked else "lockstep: CONFIG is missing: name the run's YAML file\n"
+        print(f"{missing}usage: accelerate launch runtime/{act}.py CONFIG [key.path=value …]", file=sys.stderr)
+    return 0 if asked else 2
+
+
 def infer(act: Literal["evaluate", "predict"], arguments: Sequence[str]) -> int:
     """Evaluate or predict as one of the launched processes.
 
@@ -55,8 +70,8 @@ def infer(act: Literal["evaluate", "predict"], arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog=f"accelerate launch runtime/{act}.py", description=DESCRIPTIONS[act])
     add_inference(parser, act)
-    options = parsed(parser, arguments)
     try:
+        options = parsed(parser, arguments)
         environment.check_launched_world_size()
         from runtime import session
 
@@ -67,6 +82,8 @@ def infer(act: Literal["evaluate", "predict"], arguments: Sequence[str]) -> int:
         return _tell(error)
     return 0 if done.outcome == "finished" else 75
 
+
+_FLAG = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
 
 DESCRIPTIONS = {
     "evaluate": "Evaluate a checkpoint of a run, exactly: every sample once, on any number of processes.",
@@ -110,13 +127,57 @@ def chosen_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line on which ``key.path=value`` may also follow options, where argparse gives up on it."""
-    options, rest = parser.parse_known_args(arguments)
+    """Parse a command line on which ``key.path=value`` may also follow options, where argparse gives up on it.
+
+    Raises:
+        ConfigurationError: a key is given like an option, and without a value.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(with_flags_as_overrides(arguments, _options_of(parser, arguments)))
     for argument in rest:
         if argument.startswith("-") or "=" not in argument or not hasattr(options, "overrides"):
             parser.error(f"unrecognized argument: {argument}")
         options.overrides.append(argument)
     return options
+
+
+def with_flags_as_overrides(arguments: Sequence[str], options: Collection[str] = ()) -> list[str]:
+    """Return arguments in which ``--key.path=value`` and ``--key.path value`` are ``key.path=value``, behind all others.
+
+    Args:
+        options: the command's own, which are left alone, as is what is neither one of them nor a key.
+
+    Raises:
+        ConfigurationError: there is no value.
+    """
+    kept: list[str] = []
+    overrides: list[str] = []
+    left = iter(arguments)
+    for word in left:
+        match = _FLAG.fullmatch(word)
+        if match is None or f"--{match[1]}" in options or ("." not in match[1] and not _is_key(match[1])):
+            kept.append(word)
+            continue
+        value = match[2] if match[2] is not None else next(left, None)
+        if value is None or (match[2] is None and value.startswith("--")):
+            raise ConfigurationError([Problem("command line", match[1], f"has no value: write --{match[1]}=VALUE")])
+        overrides.append(f"{match[1]}={value}")
+    return kept + overrides
+
+
+def _is_key(name: str) -> bool:
+    from runtime.config.sections import RunConfiguration
+
+    return name in RunConfiguration.model_fields
+
+
+def _options_of(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> set[str]:
+    """Return the options of a parser and of the command that is given."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and arguments and arguments[0] in action.choices:
+            found |= set(action.choices[arguments[0]]._option_string_actions)
+    return found
 
 
 def _tell(error: LockstepError) -> int:

@@ -38,6 +38,7 @@ from runtime.optimization.averaging import batch_norms
 from runtime.optimization.combined import members
 from runtime.optimization.curve import Curve, drawn, save_picture, simulate
 from runtime.optimization.freezing import Freezing
+from runtime.optimization.optimizer import default_rate
 from runtime.reporting.facts import inexact_choices
 from runtime.strategies.memory import state_bytes
 from runtime.strategies.state_size import in_units
@@ -72,7 +73,7 @@ def show(
     freezing.unfreeze_all()
     remarks = list(_additivity(loaded, module, data, processes))
     optimizer = build_optimizer(loaded, module)
-    groups = list(_groups(loaded, module, optimizer))
+    groups = [*_groups(loaded, module, optimizer), *filter(None, [default_rate(loaded.values.optimizer, loaded.code)])]
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)

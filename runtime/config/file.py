@@ -13,6 +13,8 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from runtime.config.output_name import TemplateError, escaped, filled
+from runtime.config.plain import ContainsItselfError, plain, put
 from runtime.config.sections import RunConfiguration
 from runtime.config.signatures import did_you_mean
 from runtime.config.yaml_file import read_file, read_value
@@ -44,7 +46,7 @@ class LoadedConfiguration:
     @property
     def output(self) -> Path:
         """The run folder."""
-        return Path(self.values.output.replace("{name}", self.name))
+        return Path(filled(self.values.output, {**self.values.model_dump(), "name": self.name}))
 
     @property
     def code(self) -> Path:
@@ -75,22 +77,30 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     """
     lines: dict[tuple[str, ...], str] = {}
     path: Path | None = None
+    texts: dict[tuple[str, ...], str] = {}
     if isinstance(source, Mapping):
-        raw: Any = _plain_copy(source)
         lines[()] = "configuration"
+        try:
+            raw: Any = plain(source, texts)
+        except ContainsItselfError as error:
+            raise ConfigurationError([Problem("configuration", str(error), "contains itself")]) from None
         problems = list(_refuse_objects(raw, (), lines))
     else:
         path = Path(source)
         raw, problems = read_file(path, lines)
     problems += _apply_overrides(raw, overrides, lines)
     try:
-        values = RunConfiguration.model_validate(raw)
+        values = _validated(raw, {at: text for at, text in texts.items() if _where(lines, at) != "command line"})
     except ValidationError as error:
         problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
     if problems:
         raise ConfigurationError(problems)
     loaded = LoadedConfiguration(values, path, lines)
-    problems = zero_problems(values, lambda key: _where(lines, tuple(key)), loaded.beside)
+    problems = [
+        *zero_problems(values, lambda key: _where(lines, tuple(key)), loaded.beside),
+        *(loaded.problem(("output",), what) for what in _wrong_output(loaded)),
+        *_wrong_changes(loaded),
+    ]
     if problems:
         raise ConfigurationError(problems)
     return loaded
@@ -117,7 +127,44 @@ def load_run(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = 
     if hidden:
         what = f"is a secret, which run folders do not hold: give {hidden[0]}=…, or name the run's own YAML file"
         raise ConfigurationError([loaded.problem(key.split("."), what) for key in hidden])
-    return replace(loaded, values=loaded.values.model_copy(update={"output": str(source)}))
+    return replace(loaded, values=loaded.values.model_copy(update={"output": escaped(str(source))}))
+
+
+def _wrong_output(loaded: LoadedConfiguration) -> Iterator[str]:
+    try:
+        folder = str(loaded.output)
+    except TemplateError as error:
+        yield str(error)
+        return
+    if not loaded.values.output.strip() or not folder.strip():
+        yield "is empty; name a folder of its own for each run, such as runs/{name}"
+    elif "\0" in folder:
+        yield "has a character that no path can have (NUL)"
+    elif Path(folder).resolve() == Path(folder).resolve().parent:
+        yield f"is {folder}, the root of all files; name a folder of its own for each run, such as runs/{{name}}"
+
+
+def _wrong_changes(loaded: LoadedConfiguration) -> Iterator[Problem]:
+    """Yield what in ``resume.allow_changes`` is no key that a change could be found under."""
+    for number, change in enumerate(loaded.values.resume.allow_changes):
+        what = _unknown_change(tuple(change.split(".")))
+        if what is not None:
+            yield loaded.problem(("resume", "allow_changes", str(number)), what)
+
+
+def _unknown_change(path: tuple[str, ...]) -> str | None:
+    section: type[BaseModel] = RunConfiguration
+    for depth, key in enumerate(path):
+        field = section.model_fields.get(key)
+        if field is None:
+            return f"there is no key {'.'.join(path)!r}{_suggest(path[: depth + 1])}"
+        rest, inner = path[depth + 1 :], _section_in(field.annotation)
+        if not rest or _is_mapping(field.annotation):
+            return None  # what is below are the user's own names: of arguments, losses, metrics
+        if inner is None or _holds_many(field.annotation):
+            return f"{'.'.join(path)!r} is within a value that is compared as a whole; give {'.'.join(path[: depth + 1])!r}"
+        section = inner
+    return None
 
 
 def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +209,7 @@ def json_schema() -> dict[str, Any]:
 def _apply_overrides(raw: Any, overrides: Sequence[str], lines: dict[tuple[str, ...], str]) -> list[Problem]:
     problems = []
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, equals, text = override.removeprefix("--").partition("=")
         path = tuple(key.split("."))
         if not equals or not all(path):
             problems.append(Problem("command line", "", f"{override!r} is not of the form key.path=value"))
@@ -274,6 +321,10 @@ def _holds_many(annotation: Any) -> bool:
     return get_origin(annotation) in (list, dict)
 
 
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or any(map(_is_mapping, getattr(annotation, "__args__", ())))
+
+
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -307,7 +358,13 @@ def _under(key: str, prefix: str) -> bool:
     return key == prefix or key.startswith(prefix + ".")
 
 
-def _plain_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain_copy(inner) for key, inner in value.items()}
-    return [_plain_copy(inner) for inner in value] if isinstance(value, list | tuple) else value
+def _validated(raw: Any, texts: Mapping[tuple[str, ...], str]) -> RunConfiguration:
+    """Validate; where a key takes text alone, give it back what looked like a number."""
+    try:
+        return RunConfiguration.model_validate(raw)
+    except ValidationError as error:
+        refused = [tuple(map(str, detail["loc"])) for detail in error.errors()]
+    wanted = [path for path in texts if any(place[: len(path)] == path for place in refused)]
+    for path in wanted:
+        put(raw, path, texts[path])
+    return RunConfiguration.model_validate(raw)

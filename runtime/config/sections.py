@@ -15,6 +15,7 @@ from runtime.config.learning import Averaging, Model, Objective, Optimizer, Sche
 from runtime.config.signatures import class_name
 from runtime.config.strategy import Compile, Strategy
 from runtime.config.types import (
+    NAMED_BY_CLASS,
     ON_OR_OFF,
     TARGET_ALONE,
     Component,
@@ -76,8 +77,9 @@ class Evaluation(Section):
     """How often."""
     micro_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
     """Samples in one forward pass. Default: the largest slot of training."""
-    metrics: dict[str, Component] = free({})
-    """Name in the results to torchmetrics class."""
+    metrics: Annotated[dict[str, Component], NAMED_BY_CLASS] = free({})
+    """Name in the results to torchmetrics class. A list of classes names each by its class: ``MeanSquaredError`` is
+    ``mean_squared_error``."""
     class_names: Annotated[list[str], Field(min_length=1)] | None = free(None)
     """What tables, pictures and predictions call the classes. Default: what the training data calls them, else their
     numbers."""
@@ -225,7 +227,8 @@ class RunConfiguration(Section):
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Where all randomness comes from."""
     output: str = free("runs/{name}")
-    """Run folder; ``{name}`` is the run's name. Relative to the working folder."""
+    """Run folder; ``{name}`` is the run's name, and any key in braces its value: ``runs/{name}-{optimizer.args.lr}``. Relative
+    to the working folder."""
     code: str | None = free(None)
     """Folder of the user's own modules, relative to the YAML file. Default: the YAML file's folder."""
     model: Annotated[Model, TARGET_ALONE]
@@ -236,7 +239,7 @@ class RunConfiguration(Section):
     """How many samples one update sees."""
     objective: Annotated[Objective, TARGET_ALONE]
     """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target; or several."""
-    optimizer: Optimizer
+    optimizer: Annotated[Optimizer, TARGET_ALONE]
     """How parameters are updated."""
     schedule: Annotated[Schedule, TARGET_ALONE] | None = None
     """How the learning rate changes. Default: it does not."""

@@ -19,6 +19,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from runtime.config.signatures import class_name
+
 
 def free(default: Any) -> Any:
     """A default for a key that may change when a run is resumed."""
@@ -135,6 +137,40 @@ class Shorthand:
 TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
 ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
 """A component's target may be written alone."""
+
+
+_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def _refused(what: str) -> PydanticCustomError:
+    return PydanticCustomError("combinations", "{found}", {"found": [("", what)]})
+
+
+def _named_by_class(value: Any) -> Any:
+    """Return a mapping of names to components for a list of components, each named by its class."""
+    if not isinstance(value, list):
+        return value
+    named: dict[str, Any] = {}
+    for entry in value:
+        target = entry.get("target") if isinstance(entry, dict) else entry
+        if not isinstance(target, str) or not target:
+            raise _refused("a list holds classes, each NAME or {target: NAME, args: {…}}")
+        if target == class_name(target) and not target[0].isupper():
+            return value  # names of results, which are to be keys
+        name = _WORDS.sub("_", class_name(target)).lower()
+        if name in named:
+            raise _refused(
+                f"{target} is in the list twice; give names of your own instead of a list: "
+                f"{{first: {{target: {target}, args: {{…}}}}, second: {{target: {target}, args: {{…}}}}}}"
+            )
+        named[name] = entry
+    return named
+
+
+NAMED_BY_CLASS = Shorthand(
+    _named_by_class, {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}}
+)
+"""A mapping of names to components may be a list of components."""
 
 
 class ComponentSection(Section):

@@ -15,7 +15,7 @@ from runtime.config.learning import Optimizer as OptimizerSection
 from runtime.config.signatures import class_name
 from runtime.optimization.combined import CombinedOptimizer
 from runtime.optimization.fused import fused_arguments
-from runtime.optimization.parameter_groups import ParameterGroup, parameter_groups
+from runtime.optimization.parameter_groups import ParameterGroup, default_of, parameter_groups
 
 NAMESPACES = ("torch.optim",)
 EXCLUDED = {
@@ -41,6 +41,14 @@ def check_optimizer(section: OptimizerSection, code: Path) -> list[ComponentErro
             if separate or found.path[-1] in group.args  # those of the optimizer's own are told above
         ]
     return mistakes
+
+
+def default_rate(section: OptimizerSection, code: Path) -> str | None:
+    """Say what rate an optimizer takes whose ``lr`` was left out; None where one was given."""
+    rate = default_of(component.locate(section.target, namespaces=NAMESPACES, code=code), section.args, "lr")
+    if "lr" in section.args or rate is None:
+        return None
+    return f"{class_name(section.target)} with lr {rate:g}, its default (optimizer.args.lr is not set)"
 
 
 def groups_of(section: OptimizerSection, module: nn.Module, code: Path) -> list[ParameterGroup]:

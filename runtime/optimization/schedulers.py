@@ -15,7 +15,7 @@ from runtime.config import component
 from runtime.config.component import ComponentError
 
 NAMESPACES = ("torch.optim.lr_scheduler", "runtime.optimization.schedulers")
-_LENGTHS = ("T_max", "total_steps", "total_iters")
+LENGTHS = ("T_max", "total_steps", "total_iters")
 _FUNCTIONS = ("lr_lambda", "scale_fn")
 _INNER = "schedulers"
 
@@ -80,7 +80,7 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 def length_argument(scheduler: Any, args: Mapping[str, Any]) -> str | None:
     """Return the required argument that stands for the run's length and was left out, if there is one."""
     for name, parameter in inspect.signature(scheduler).parameters.items():
-        if name in _LENGTHS and name not in args and parameter.default is parameter.empty:
+        if name in LENGTHS and name not in args and parameter.default is parameter.empty:
             return name
     if getattr(scheduler, "__name__", "") == "OneCycleLR" and not {"total_steps", "epochs"} & set(args):
         return "total_steps"

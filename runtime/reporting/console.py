@@ -47,7 +47,7 @@ class ConsoleTracker:
     def start(self, facts: Mapping[str, Any]) -> None:
         """Print what the run is, and begin the bar."""
         self._console.print(f"[bold]{facts['name']}[/]  {facts['where']}")
-        for label in ("data", "batch", "model", "memory", "folder", "resumed"):
+        for label in ("data", "batch", "model", "update", "memory", "folder", "resumed"):
             if facts.get(label):
                 self._console.print(f"  {label:<8}{facts[label]}", soft_wrap=True)
         if self._wants_bar:

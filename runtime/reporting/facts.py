@@ -16,6 +16,7 @@ from runtime.config.signatures import class_name
 from runtime.data.batches import Sharing
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective
+from runtime.optimization.optimizer import default_rate
 from runtime.strategies.state_size import StateBytes
 
 
@@ -51,6 +52,7 @@ def start_facts(
         else f"{num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
         "batch": f"{global_size} samples in {slots} of at most {-(-global_size // sharing.slots)}",
         "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
+        "update": default_rate(loaded.values.optimizer, loaded.code) or "",
         "memory": str(memory),
         "state_bytes": asdict(memory),
         "folder": str(loaded.output),
