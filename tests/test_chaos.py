@@ -21,7 +21,7 @@ def chaos(*arguments: str, seconds: float) -> None:
 
 def test_a_few_kills_of_several_kinds_change_nothing() -> None:
     kinds = ["kill-all", "act", "term-rank", "damage", "kill-rank"]
-    chaos("--kills", "4", "--sizes", "1", "2", "--real", "0", *[f"--only={kind}" for kind in kinds], seconds=120)
+    chaos("--kills", "4", "--sizes", "1", "2", "--real", "0", *[f"--only={kind}" for kind in kinds], seconds=600)
 
 
 @pytest.mark.long

@@ -80,7 +80,7 @@ def kill_launcher_and_restart(campaign: Campaign, size: int) -> None:
     first = campaign.start(size, "fork")
     campaign.wait_for_moment(first)
     campaign.kill([first.launcher] if first.launcher in [p.pid for p in first.alive()] else [], signal.SIGKILL)
-    second = campaign.start(campaign.chance.choice([1, 2, 3]), "fork")
+    second = campaign.start(campaign.one_size or campaign.chance.choice(sorted(campaign.references)), "fork")
     campaign.settle(second, alone=False)
 
 

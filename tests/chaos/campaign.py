@@ -21,17 +21,28 @@ from tests.chaos.check import (
     CHECKPOINT,
     Comparison,
     Final,
+    best_so_far,
     checkpoints,
+    compared,
     digests_of,
     figures_of,
     final,
     is_abandoned,
     is_whole,
     records,
+    rollbacks,
     step_of,
 )
 from tests.chaos.nursery import Nursery
-from tests.chaos.setting import FENCE_SECONDS, GONE_SECONDS, STEPS, BrokenPromiseError, configuration
+from tests.chaos.setting import (
+    FENCE_SECONDS,
+    GONE_SECONDS,
+    SAVED_EVERY,
+    STEPS,
+    BrokenPromiseError,
+    Setting,
+    configuration,
+)
 from tests.chaos.start import Start
 
 _CRASH = re.compile(r"Fatal Python error: (?!init_)|terminate called|Segmentation fault|core dumped")
@@ -73,19 +84,27 @@ class Campaign:
     """One run, from its first start to its comparison.
 
     Args:
+        setting: which kind of run.
         chance: decides everything that is not the machine's own timing.
         references: by world size; empty while they are made.
         real_share: of the starts, how many are true launches.
     """
 
     def __init__(
-        self, folder: Path, chance: random.Random, nursery: Nursery, references: dict[int, Reference], real_share: float
+        self,
+        folder: Path,
+        setting: Setting,
+        chance: random.Random,
+        nursery: Nursery,
+        references: dict[int, Reference],
+        real_share: float,
     ) -> None:
-        self.folder, self.run = folder, folder / "run"
+        self.folder, self.run, self.setting = folder, folder / "run", setting
         self.chance = chance
         self.references = references
         self.attacks: list[Attack] = []
         self.attacks_to_come = 0
+        self.one_size: int | None = None  # of all starts, if they are to have one
         self.sizes: list[int] = []
         self.ignored: set[str] = set()  # figures whose lines we have damaged
         self.lossy = False  # whether lines of metrics.jsonl may be missing
@@ -94,10 +113,12 @@ class Campaign:
         self._real_share = real_share
         self._acceptable: set[int] | None = {0}
         self._damaged: set[str] = set()
+        self._saved_on_leaving: set[str] = set()
+        self._lowered_early = False  # what a rollback had gone back to was lost: the rate is lower from further back on
         self._digests: dict[str, dict[str, str]] = {}
         folder.mkdir(parents=True)
         num_workers = int(bool(references) and chance.random() < 0.2)
-        (folder / "config.yaml").write_text(yaml.safe_dump(configuration(folder, num_workers=num_workers)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(configuration(folder, setting, num_workers=num_workers)))
         self.log = folder / "log.txt"
         self.plan()
 
@@ -121,6 +142,8 @@ class Campaign:
             how = self.chance.choice(["lockstep", "accelerate"]) if real else "fork"
         self.sizes.append(size)
         self._acceptable = self.expected()
+        gone_back_to = max((r["target_step"] for r in rollbacks(self.run)), default=0)
+        self._lowered_early |= self.setting.lowers_rate and min(self._acceptable) < gone_back_to
         self.tell(f"{_STARTS} {how} with {size}; to go on from step {sorted(self._acceptable)}")
         return Start(how, size, self.folder / "config.yaml", self.log, self._nursery)
 
@@ -154,6 +177,25 @@ class Campaign:
         for path in checkpoints(self.run):
             if path.name not in self._damaged and not is_whole(path):
                 raise BrokenPromiseError(f"{path.name} has its final name and is not whole")
+        self._check_reasons(alone=alone)
+
+    def _check_reasons(self, *, alone: bool) -> None:
+        """Check that each checkpoint was due, of one of the best results, or made when a start left.
+
+        Raises:
+            BrokenPromiseError: it was not: a start has forgotten which results were the best.
+        """
+        if not self.references:
+            return
+        best = set.union(*(best_so_far(reference.final, self.setting) for reference in self.references.values()))
+        last = max((r["step"] for r in records(self.run) if r.get("event") == "train"), default=0)
+        for path in checkpoints(self.run):
+            step = step_of(path)
+            if step % SAVED_EVERY == 0 or step in best or step == STEPS or path.name in self._saved_on_leaving:
+                continue
+            if alone and not self.lossy and step != last:
+                raise BrokenPromiseError(f"{path.name} was saved, which was neither due nor of one of the best results")
+            self._saved_on_leaving.add(path.name)
 
     def begun(self, start: Start) -> dict[str, Any] | None:
         """Return the record that a start makes when training begins."""
@@ -278,17 +320,21 @@ class Campaign:
         Raises:
             BrokenPromiseError: it is something else.
         """
-        found = final(self.run)
+        found = final(self.run, self.setting)
         same = len(set(self.sizes)) == 1
-        wanted = self.references[self.sizes[0] if same else 1].final
+        wanted = self.references[self.sizes[0] if same else min(self.references)].final
         figures = {key: value for key, value in wanted.figures.items() if key not in self.ignored}
         got = {key: value for key, value in found.figures.items() if key not in self.ignored}
         if self.lossy:
             figures = {key: value for key, value in figures.items() if key in got}
             if len(figures) < len(wanted.figures):
                 self.remarks.append(f"{len(wanted.figures) - len(figures)} lines of metrics.jsonl lost in an attack")
-        comparison = Comparison()
-        comparison.compare("", wanted._replace(figures=figures)._asdict(), found._replace(figures=got)._asdict())
+        if self._lowered_early or (self.setting.lowers_rate and found.rollbacks != wanted.rollbacks):
+            self.remarks.append(
+                "lost what a rollback had gone back to, so its lower rate began elsewhere: not compared"
+            )
+            return Comparison()
+        comparison = compared(wanted._replace(figures=figures), found._replace(figures=got))
         if same and not comparison.bitwise:
             comparison.problems.append(f"not bitwise equal with {self.sizes[0]} processes throughout")
         if comparison.problems:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.chaos.setting import STEPS, TOLERANCE, BrokenPromiseError
+from tests.chaos.setting import EVALUATED_EVERY, KEPT_BEST, STEPS, TOLERANCE, BrokenPromiseError, Setting
 
 CHECKPOINT = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
 ASIDE = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")
@@ -105,16 +105,18 @@ class Final(NamedTuple):
         tensors: all of the last checkpoint, by file and name.
         tree: all else of the last checkpoint, but for what names the folder and the versions.
         figures: of each step, and of each evaluation.
-        best: value, step and epoch of the best checkpoints.
+        best: value, step and epoch of the best checkpoints, by metric.
+        rollbacks: how often the run went back; more often than once only where it lost all its checkpoints.
     """
 
     tensors: dict[str, np.ndarray]
     tree: dict[str, Any]
     figures: dict[str, list[dict[str, Any]]]
     best: dict[str, Any]
+    rollbacks: int
 
 
-def final(run: Path) -> Final:
+def final(run: Path, setting: Setting) -> Final:
     """Read what a finished run has left.
 
     Raises:
@@ -135,13 +137,24 @@ def final(run: Path) -> Final:
     del tree["attempt"], tree["training"]["progress"]["attempt"]
     skipped = tree["training"]["progress"]["skipped_batches"]
     tree["training"]["progress"]["skipped_batches"] = sorted({repr(batch) for batch in skipped})
-    if len(tree["training"]["progress"]["skipped_batches"]) != 1:
+    if len(tree["training"]["progress"]["skipped_batches"]) != setting.rollbacks:
         raise BrokenPromiseError(f"skipped were {skipped}, not the one batch that is infinite")
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     for entry in (entry for entries in best.values() for entry in entries):
         if not is_whole(run / "checkpoints" / entry.pop("checkpoint")):
             raise BrokenPromiseError("best.json names a checkpoint that is not whole")
-    return Final(tensors, tree, figures_of(run), best)
+    return Final(tensors, tree, figures_of(run), best, len(rollbacks(run)))
+
+
+def best_so_far(found: Final, setting: Setting) -> set[int]:
+    """Return the steps of the evaluations that were among the best when they were made, and so had to be saved."""
+    sign = 1.0 if setting.best == "min" else -1.0
+    steps, losses = set(), []
+    for step in range(EVALUATED_EVERY, STEPS + 1, EVALUATED_EVERY):
+        losses.append((sign * found.figures[f"evaluation {step}"][0]["loss"], step))
+        if step in {number for _, number in sorted(losses)[:KEPT_BEST]}:
+            steps.add(step)
+    return steps
 
 
 @dataclass
@@ -175,6 +188,13 @@ class Comparison:
         self.worst = max(self.worst, difference if math.isfinite(difference) else math.inf)
         if not difference <= TOLERANCE:
             self.problems.append(f"{where} differs by {difference:.1e}")
+
+
+def compared(wanted: Final, got: Final) -> Comparison:
+    """Compare all that two runs have come to, but for how often they were rolled back."""
+    comparison = Comparison()
+    comparison.compare("", wanted._replace(rollbacks=0)._asdict(), got._replace(rollbacks=0)._asdict())
+    return comparison
 
 
 def _short(value: Any) -> str:

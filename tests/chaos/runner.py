@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tests.chaos.attacks import KINDS
 from tests.chaos.campaign import Attack, Campaign, Reference
-from tests.chaos.check import final, records, rollbacks
+from tests.chaos.check import compared, final, records
 from tests.chaos.nursery import Nursery
 from tests.chaos.processes import descendants, processes
 from tests.chaos.report import Row
-from tests.chaos.setting import DISK_BYTES, STEPS, BrokenPromiseError
+from tests.chaos.setting import DISK_BYTES, SETTINGS, STEPS, BrokenPromiseError, Setting
 
 
 class Runner:
@@ -33,7 +33,7 @@ class Runner:
     def __init__(self, folder: Path, *, seed: int, real_share: float, kinds: list[str], sizes: list[int]) -> None:
         self._folder, self._seed, self._real_share, self._kinds, self._sizes = folder, seed, real_share, kinds, sizes
         self._nursery = Nursery()
-        self._references: dict[int, Reference] = {}
+        self._references: dict[str, dict[int, Reference]] = {setting.name: {} for setting in SETTINGS}
         self.rows: dict[str, Row] = {kind: Row() for kind in kinds}
         self.remarks: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -52,26 +52,35 @@ class Runner:
         Raises:
             BrokenPromiseError: they differ.
         """
-        for size in self._sizes:
-            campaign = self._campaign(self._folder / f"reference-{size}", f"reference {size}")
-            campaign.plan({"do": "count", "unit": "act", "number": 0})
-            start = campaign.start(size, "fork")
-            campaign.settle(start)
-            if start.code != 0:
-                raise BrokenPromiseError(
-                    f"the uninterrupted run with {size} processes failed:\n{campaign.log.read_text()}"
-                )
-            if len(rollbacks(campaign.run)) != 1:
-                raise BrokenPromiseError("the uninterrupted run has not been rolled back once: is no sample infinite?")
-            told = records(campaign.run)
-            times = {record["event"]: record["time"] for record in told}
-            self._references[size] = Reference(
-                final(campaign.run),
-                start_seconds=told[0]["time"] - start.began,
-                step_seconds=(times["train"] - told[0]["time"]) / STEPS,
-                counts=json.loads((campaign.folder / "counts.json").read_text()),
+        for setting in SETTINGS:
+            made = {size: self._reference(setting, size) for size in self._sizes}
+            self._references[setting.name] = made
+            for reference in made.values() if setting.any_size else ():
+                comparison = compared(made[self._sizes[0]].final, reference.final)
+                if comparison.problems:
+                    raise BrokenPromiseError(f"{setting.name}: " + "; ".join(comparison.problems[:12]))
+
+    def _reference(self, setting: Setting, size: int) -> Reference:
+        seed = f"reference {setting.name} {size}"
+        campaign = self._campaign(self._folder / seed.replace(" ", "-"), setting, seed)
+        campaign.plan({"do": "count", "unit": "act", "number": 0})
+        start = campaign.start(size, "fork")
+        campaign.settle(start)
+        if start.code != 0:
+            raise BrokenPromiseError(f"the uninterrupted run with {size} processes failed:\n{campaign.log.read_text()}")
+        found = final(campaign.run, setting)
+        if found.rollbacks != setting.rollbacks:
+            raise BrokenPromiseError(
+                f"the uninterrupted run has been rolled back {found.rollbacks} times: is no sample infinite?"
             )
-            campaign.finish()
+        told = records(campaign.run)
+        times = {record["event"]: record["time"] for record in told}
+        return Reference(
+            found,
+            start_seconds=told[0]["time"] - start.began,
+            step_seconds=(times["train"] - told[0]["time"]) / STEPS,
+            counts=json.loads((campaign.folder / "counts.json").read_text()),
+        )
 
     def run_campaign(self, number: int) -> None:
         """Attack one run until it is finished, and count what became of it."""
@@ -82,9 +91,11 @@ class Runner:
         if chance.random() < 0.6:  # later on there may be nothing left to attack
             kinds.sort(key=lambda kind: kind != self._kinds[number % len(self._kinds)])
         kinds.sort(key=lambda kind: kind != "rollback")  # which there is one of in a run
-        one_size = chance.choice(self._sizes) if chance.random() < 0.5 else None
+        setting = chance.choice(SETTINGS)
+        one_size = chance.choice(self._sizes) if chance.random() < 0.5 or not setting.any_size else None
         folder = self._folder / f"campaign-{number}"
-        campaign = self._campaign(folder, f"{self._seed}/{number}")
+        campaign = self._campaign(folder, setting, f"{self._seed}/{number}")
+        campaign.one_size = one_size
         try:
             with ExitStack() as stack:
                 if "disk" in kinds and mounted(campaign.run):
@@ -99,8 +110,9 @@ class Runner:
         except BrokenPromiseError as failure:
             self._fail(campaign, number, kinds, failure)
 
-    def _campaign(self, folder: Path, seed: str) -> Campaign:
-        return Campaign(folder, random.Random(seed), self._nursery, self._references, self._real_share)
+    def _campaign(self, folder: Path, setting: Setting, seed: str) -> Campaign:
+        references = self._references[setting.name]
+        return Campaign(folder, setting, random.Random(seed), self._nursery, references, self._real_share)
 
     def _attack(self, campaign: Campaign, kind: str, size: int) -> None:
         if campaign.attacks:
@@ -142,7 +154,7 @@ class Runner:
         for attack in campaign.attacks:
             self._row(attack).failed += 1
         self.failures.append(
-            f"campaign {number} of seed {self._seed} ({', '.join(kinds)}): {failure}\n"
+            f"campaign {number} of seed {self._seed} ({campaign.setting.name}; {', '.join(kinds)}): {failure}\n"
             f"  again: python -m tests.chaos --seed {self._seed} --campaign {number}\n  its folder: {campaign.folder}\n"
             + "".join(f"    {line}\n" for line in campaign.log.read_text(errors="replace").splitlines())
         )

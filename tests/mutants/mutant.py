@@ -46,5 +46,20 @@ class Mutant:
             self.applied((root / self.file).read_text())
         except (OSError, ValueError) as error:
             return str(error)
-        missing = [test for test in self.tests if not (root / test.split("::")[0]).is_file()]
+        missing = [test for test in self.tests if not _is_there(root, test)]
         return f"{self.name}: there is no {', '.join(missing)}" if missing else None
+
+
+def remembers(case: str) -> str:
+    """Return the test that stops a run of this case again and again, and compares all of its state."""
+    name = "test_a_run_stopped_again_and_again_remembers_all_that_an_uninterrupted_one_does"
+    return f"tests/test_whole_state.py::{name}[{case}]"
+
+
+def _is_there(root: Path, test: str) -> bool:
+    file, _, name = test.partition("::")
+    function, _, case = name.partition("[")
+    if not (root / file).is_file():
+        return False
+    text = (root / file).read_text()
+    return (not name or f"def {function}(" in text) and case.removesuffix("]") in text

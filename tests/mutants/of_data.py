@@ -1,6 +1,6 @@
 """Errors in the order, the cutting and sharing out of batches, and streams."""
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, remembers
 
 _ORDER, _BATCHES, _STREAM = "runtime/data/order.py", "runtime/data/batches.py", "runtime/data/stream_windows.py"
 
@@ -66,83 +66,109 @@ MUTANTS = (
         _BATCHES,
         "return ids[len(ids) * slot // slots : len(ids) * (slot + 1) // slots]",
         "return ids[-(-len(ids) * slot // slots) : len(ids) * (slot + 1) // slots]",
-        ("tests/test_batches.py", "tests/test_accumulation.py"),
+        ("tests/test_batches.py::test_slots_partition_a_batch_evenly_and_in_order",),
     ),
     Mutant(
         "batches: ranks without a filler where others have one slot more",
         _BATCHES,
         "fillers = [Microbatch(-1, 0, None)] * (rounds - len(real))",
         "fillers = [Microbatch(-1, 0, None)] * 0",
-        ("tests/test_batches.py",),
+        (
+            "tests/test_batches.py::test_a_rank_without_samples_gets_fillers_of_a_batch_that_exists",
+            "tests/test_batches.py",
+        ),
     ),
     Mutant(
         "batches: a batch that was left out comes back in the next epoch's place",
         _BATCHES,
         "elif cursor in skipped:",
         "elif cursor in skipped and cursor.epoch == 0:",
-        ("tests/test_batches.py", "tests/test_divergence.py"),
+        (
+            "tests/test_batches.py",
+            "tests/test_divergence.py::test_two_neighbouring_batches_are_gone_round",
+        ),
     ),
     Mutant(
         "batches: a skipped batch is not skipped within a run",
         _BATCHES,
         "next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), skipped)",
         "next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), ())",
-        ("tests/test_batches.py", "tests/test_divergence.py"),
+        (
+            "tests/test_batches.py",
+            "tests/test_divergence.py::test_two_neighbouring_batches_are_gone_round",
+        ),
     ),
     Mutant(
         "batches: empty slots count for the buffers' mean",
         _BATCHES,
         "return (*real, *fillers), sum(size > 0 for size in sizes)",
         "return (*real, *fillers), len(sizes)",
-        ("tests/test_batches.py", "tests/test_accumulation.py"),
+        (
+            "tests/test_batches.py::test_the_ids_of_every_step_and_slot_are_equal_for_any_world_size",
+            "tests/test_accumulation.py::test_batch_norm_statistics_are_the_mean_over_slots",
+            "tests/test_accumulation.py",
+        ),
     ),
     Mutant(
         "batches: the weights of a block shift by one step",
         _BATCHES,
         "enumerate(zip(block, finish_sum().sum(dim=1).tolist(), strict=True))",
         "enumerate(zip(block, finish_sum().sum(dim=1).roll(1, 0).tolist(), strict=True))",
-        ("tests/test_batches.py",),
+        ("tests/test_batches.py::test_global_weights_are_the_same_number_for_any_sharing_out",),
     ),
     Mutant(
         "streams: a reader's place is one batch behind",
         _STREAM,
         "self.places[0] = Place(epoch, batch + 1, piece.state)",
         "self.places[0] = Place(epoch, batch, piece.state)",
-        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+        (
+            "tests/test_streams.py::test_a_stream_that_can_tell_its_place_is_not_read_again",
+            remembers("a stream with a state"),
+            "tests/test_stream_runs.py::test_a_resumed_run_is_bitwise_equal",
+        ),
     ),
     Mutant(
         "streams: a reader's place is one batch ahead",
         _STREAM,
         "self.places[0] = Place(epoch, batch + 1, piece.state)",
         "self.places[0] = Place(epoch, batch + 2, piece.state)",
-        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+        (
+            "tests/test_streams.py::test_a_stream_that_can_tell_its_place_is_not_read_again",
+            remembers("a stream with a state"),
+            "tests/test_stream_runs.py::test_a_resumed_run_is_bitwise_equal",
+        ),
     ),
     Mutant(
         "streams: the place of a stream that shards itself is a turn off",
         _STREAM,
         "Place(epoch, turn + self._questions.workers, piece.state)",
         "Place(epoch, turn + self._questions.workers + 1, piece.state)",
-        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+        (
+            "tests/test_streams.py::test_a_stream_that_shares_itself_out_is_read_once_and_resumed_on_as_many_workers",
+            "tests/test_stream_runs.py::test_a_stream_that_shares_itself_out_trains_on_all_of_it_and_resumes_bitwise",
+        ),
     ),
     Mutant(
         "streams: ranks that read different streams are not noticed",
         _STREAM,
         "if not torch.equal(together[:, -2] ** 2, world_size * together[:, -1]):",
         "if False:",
-        ("tests/test_streams.py", "tests/test_stream_runs.py", "tests/test_stream_coverage.py"),
+        (
+            "tests/test_stream_runs.py::test_a_stream_that_shares_itself_out_though_the_runtime_was_to_is_refused_on_all_ranks",
+        ),
     ),
     Mutant(
         "streams: a batch that a rollback left out is trained on",
         _STREAM,
         "if row.cursor in self._skipped:",
         "if False:",
-        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+        ("tests/test_streams.py::test_skipped_batches_are_left_out_and_nothing_else",),
     ),
     Mutant(
         "streams: every epoch begins with the last one's batches",
         _STREAM,
         "cursor = Cursor(cursor.epoch + 1, 0)\n            if held",
         "cursor = Cursor(cursor.epoch, 0)\n            if held",
-        ("tests/test_streams.py", "tests/test_stream_runs.py"),
+        ("tests/test_streams.py",),
     ),
 )

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from runtime.checkpoints.fence import Fence
 from runtime.objective import Loss, Objective
@@ -40,10 +40,13 @@ class Points(Dataset):
         pause_seconds: taken for each sample, so that a run lasts long enough to be hit.
     """
 
-    def __init__(self, split: str = "train", size: int = 102, pause_seconds: float = 0.0) -> None:
+    def __init__(
+        self, split: str = "train", size: int = 102, pause_seconds: float = 0.0, dtype: str = "float64"
+    ) -> None:
         generator = torch.Generator().manual_seed(len(split))
-        self.inputs = torch.randn(size, 8, generator=generator, dtype=torch.float64)
-        self.target = (self.inputs[:, 0] > 0).long() + (self.inputs[:, 1] > 0.3).long()
+        inputs = torch.randn(size, 8, generator=generator, dtype=torch.float64)
+        self.target = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.3).long()
+        self.inputs = inputs.to(getattr(torch, dtype))
         self.pause_seconds = pause_seconds
 
     def __len__(self) -> int:
@@ -53,6 +56,26 @@ class Points(Dataset):
         time.sleep(self.pause_seconds)
         number = ((index + 1) * 0x9E3779B97F4A7C15 % 2**64) >> 24
         return self.inputs[index], self.target[index], torch.tensor(float(number), dtype=torch.float64)
+
+
+class Stream(IterableDataset):
+    """The same points one after the other, with a state. Without a state that was loaded it begins at the beginning."""
+
+    def __init__(self, **args: Any) -> None:
+        self.points = Points(**args)
+        self.start = self.place = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        self.place, self.start = self.start, 0
+        while self.place < len(self.points):
+            self.place += 1
+            yield self.points[self.place - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["place"]
 
 
 class Named(Objective):
