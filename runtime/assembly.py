@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from runtime.checkpoints.pretrained import WeightsReport, load_weights, weights_digest
 from runtime.config import component
@@ -133,7 +134,32 @@ def build_model(loaded: LoadedConfiguration) -> nn.Module:
         model = _build(loaded, ("model",), loaded.values.model, namespaces=MODELS)
     if not isinstance(model, nn.Module):
         raise _wrong(loaded, ("model", "target"), f"is a {type(model).__name__}, not a torch.nn.Module")
+    _refuse_lazy(loaded, model)
     return model
+
+
+def refuse_sparse(loaded: LoadedConfiguration, model: nn.Module) -> None:
+    """Refuse embeddings whose gradients are sparse, which are neither judged, clipped nor reduced over processes."""
+    sparse = [
+        name for name, part in model.named_modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+    ]
+    if sparse:
+        what = f"{', '.join(sparse)}: gradients of embeddings with sparse=True are not reduced; build with sparse=False"
+        raise _wrong(loaded, ("model",), what)
+
+
+def _refuse_lazy(loaded: LoadedConfiguration, model: nn.Module) -> None:
+    lazy = [
+        f"{name} ({type(part).__name__})"
+        for name, part in model.named_modules()
+        if any(is_lazy(value) for value in (*part._parameters.values(), *part._buffers.values()))
+    ]
+    if lazy:
+        what = (
+            f"{', '.join(lazy)}: lazy modules know their size after a first forward pass only, and weights are counted, shared "
+            "out and loaded before; give the number of inputs (nn.Linear(in_features, …))"
+        )
+        raise _wrong(loaded, ("model",), what)
 
 
 def rebuild_blocks(loaded: LoadedConfiguration, model: nn.Module) -> None:

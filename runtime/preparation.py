@@ -278,6 +278,8 @@ def build_module(
         tell: at a first start, told what became of the weights that the model starts from.
     """
     model, objective = assembly.build_model(loaded), build_objective(loaded)
+    if training:
+        assembly.refuse_sparse(loaded, model)
     report = assembly.load_pretrained(loaded, model) if tell is not None else None
     if tell is not None and report is not None:
         tell(str(report))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime.checks.gradients import check_gradients
+from runtime.checks.lone_samples import check_lone_samples
 from runtime.checks.objective import check_additivity
 from runtime.config.file import LoadedConfiguration
 from runtime.preparation import Prepared
@@ -31,7 +33,11 @@ class FirstStart:
 Check = Callable[[FirstStart], None]
 """Raises a LockstepError for what cannot be meant, warns of what might be. Collective: every rank calls it, in order."""
 
-CHECKS: tuple[Check, ...] = (lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),)
+CHECKS: tuple[Check, ...] = (
+    lambda start: check_lone_samples(start.loaded, start.strategy, start.prepared, start.warn),
+    lambda start: check_gradients(start.loaded, start.strategy, start.prepared, start.warn),
+    lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),
+)
 
 
 def check_first_start(start: FirstStart) -> None:

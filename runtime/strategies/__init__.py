@@ -112,6 +112,13 @@ class Strategy(Protocol):
         """Run one filler through forward and backward, leaving no trace, so that later steps add in one order. Collective."""
         ...
 
+    def without_gradient(self, batch: Any) -> list[str]:
+        """Run a batch forward and backward, and return the names of parameters that got no gradient; leave no gradient.
+
+        Buffers and the random state may change. Collective.
+        """
+        ...
+
     def to_device(self, batch: Any) -> Any:
         """Move a batch's tensors to this rank's device."""
         ...

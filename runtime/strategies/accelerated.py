@@ -46,7 +46,7 @@ from runtime.strategies.mixed_precision import (
     wrapped_module,
 )
 from runtime.strategies.placement import moved
-from runtime.strategies.reduction import not_reduced, sum_gradients, unreduced
+from runtime.strategies.reduction import not_reduced, refuse_sparse, sum_gradients, unreduced
 
 _NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
 
@@ -189,6 +189,17 @@ class AcceleratedStrategy:
         with torch.no_grad():
             for name, buffer in self.unwrapped.named_buffers():
                 buffer.copy_(buffers[name])
+
+    def without_gradient(self, batch: Any) -> list[str]:
+        """Return the names of parameters that a batch gives no gradient.
+
+        The module is called without its wrapper, and nothing accumulates, so that DDP takes no notice.
+        """
+        with self.autocast():
+            loss = self.unwrapped(self.to_device(batch)).sum
+        gradients = torch.autograd.grad(loss.sum(), self._parameters, allow_unused=True)
+        refuse_sparse(self._names, gradients)
+        return [name for name, gradient in zip(self._names, gradients, strict=True) if gradient is None]
 
     def to_device(self, batch: Any) -> Any:
         """Move a batch's tensors to this rank's device, from pinned memory without waiting."""

@@ -164,6 +164,15 @@ class FullyShardedStrategy(AcceleratedStrategy):
         self._silent = filler
         return super().forward(batch, filler=False)
 
+    def without_gradient(self, batch: Any) -> list[str]:
+        """Return the names of parameters that a batch gives no gradient. Collective."""
+        self._clear()
+        with self.microbatch(last=True):
+            self.backward(self.forward(self.to_device(batch), filler=False).sum, weight=1.0)
+        names = [name for name in self._names if name not in self._used]
+        self._clear()
+        return names
+
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Call the model through the whole module, which gathers what lies in no block."""
         return self.unwrapped(ModelCall(positional, dict(named)))

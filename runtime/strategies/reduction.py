@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.errors import ConfigurationError, Problem
+
 _WITHOUT_GRADIENT = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
 
 
@@ -67,6 +69,20 @@ def not_reduced(names: Sequence[str]) -> str:
         "nothing was changed. Where that is meant, set strategy.ddp.find_unused_parameters: true; parameters that no step uses "
         "are frozen by model.freeze, or left out of the model"
     )
+
+
+def refuse_sparse(names: Sequence[str], gradients: Sequence[torch.Tensor | None]) -> None:
+    """Refuse gradients that are sparse, which are neither judged, clipped nor reduced here.
+
+    Raises:
+        ConfigurationError: naming the parameters.
+    """
+    sparse = [
+        name for name, gradient in zip(names, gradients, strict=True) if gradient is not None and gradient.is_sparse
+    ]
+    if sparse:
+        what = f"{listed(sparse)}: the gradient is sparse (an embedding with sparse=True); build it with sparse=False"
+        raise ConfigurationError([Problem("configuration", "model", what)])
 
 
 def listed(names: Sequence[str], *, most: int = 6) -> str:

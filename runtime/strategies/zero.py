@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -148,6 +149,20 @@ class ZeroStrategy:
 
     def warm_up(self, filler: Any) -> None:
         """Do nothing: DeepSpeed adds in one order from the first step on."""
+
+    def without_gradient(self, batch: Any) -> list[str]:
+        """Return the names of parameters that a batch gives no gradient. Collective."""
+        names = {id(p): name.removeprefix("model.") for name, p in self.unwrapped.named_parameters() if p.requires_grad}
+        used: set[int] = set()
+        hooks = [p.register_hook(partial(_note, used, id(p))) for p in self._parameters]  # type: ignore[no-untyped-call]
+        try:
+            with self.microbatch(last=True):
+                self.backward(self.forward(self.to_device(batch), filler=False).sum, weight=1.0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.discard()
+        return [name for number, name in names.items() if number not in used]
 
     def to_device(self, batch: Any) -> Any:
         """Move a batch's tensors to this rank's device, from pinned memory without waiting."""
@@ -362,3 +377,7 @@ class ZeroStrategy:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _note(used: set[int], number: int, gradient: Tensor) -> None:
+    used.add(number)

@@ -1,0 +1,113 @@
+"""Slots of one sample, over which BatchNorm cannot normalise: found before the epoch's last batch is.
+
+A batch of n samples is cut into K slots as evenly as can be, so that one of fewer than 2K samples leaves a slot with a single
+one. BatchNorm over a vector, and InstanceNorm over one element, then refuse to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from runtime import assembly
+from runtime.checks.objective import one_worker
+from runtime.checks.traces import left_as_it_was
+from runtime.config.file import LoadedConfiguration
+from runtime.data.loading import read
+from runtime.data.samples import SlotIndex
+from runtime.data.training_data import MappedData
+from runtime.errors import ConfigurationError
+from runtime.preparation import Prepared
+from runtime.randomness import preserved_random_state
+from runtime.strategies import Strategy
+
+_TORCHS_WORDS = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
+
+
+def check_lone_samples(
+    loaded: LoadedConfiguration, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
+) -> None:
+    """Refuse slots of one sample where a layer cannot normalise over them; warn where that is not known.
+
+    Raises:
+        ConfigurationError: naming the layer and the batch.
+    """
+    data, slots, size = prepared.data, prepared.sharing.slots, loaded.values.batch.global_size
+    norms = _norms(strategy.unwrapped)
+    if strategy.sharded:  # nothing is tried out, since half a forward pass would leave parameters gathered
+        norms = [(name, part) for name, part in norms if isinstance(part, nn.BatchNorm1d)]
+    if not norms:
+        return
+    if not isinstance(data, MappedData):
+        if not loaded.values.data.drop_last:
+            warn(
+                f"model: {norms[0][0]} normalises over the samples of a slot, and the stream's last batch may leave a slot "
+                "with one: set data.drop_last: true"
+            )
+        return
+    lone = next((n for n in (size, data.smallest_batch) if _smallest_slot(n, slots) == 1), None)
+    if lone is None:
+        return
+    layer = norms[0][0] if strategy.sharded else _refusing_layer(loaded, strategy, data)
+    if layer is None:
+        return
+    what = (
+        f"{layer} normalises over the samples of a slot, and {'each' if lone == size else 'the last'} global batch of an epoch "
+        f"has {lone} samples for {slots} slots, so that some slot has one: "
+    )
+    if lone == size:
+        what += f"take at most {max(1, size // 2)} slots (batch.slots, or a larger batch.micro_size), or a larger batch"
+        raise ConfigurationError([loaded.problem(("batch", "slots"), what)])
+    what += f"set it to true, or take a batch.global_size that leaves none or at least {2 * slots}"
+    if strategy.sharded:
+        warn(f"data.drop_last: {what}")
+        return
+    raise ConfigurationError([loaded.problem(("data", "drop_last"), what)])
+
+
+def _norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the layers that normalise over samples while training, by name; frozen ones do not."""
+    frozen = {id(part) for root in getattr(module, "frozen", ()) for part in root.modules()}
+    return [
+        (f"{name.removeprefix('model.')} ({type(part).__name__})", part)
+        for name, part in module.named_modules()
+        if isinstance(part, _BatchNorm | _InstanceNorm) and id(part) not in frozen
+    ]
+
+
+def _smallest_slot(samples: int, slots: int) -> int:
+    return min(n for k in range(slots) if (n := samples * (k + 1) // slots - samples * k // slots))
+
+
+def _refusing_layer(loaded: LoadedConfiguration, strategy: Strategy, data: MappedData) -> str | None:
+    """Run one sample forward, and return the layer that refuses it; None if none does. Leaves no trace."""
+    make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
+    batch = next(iter(read(data.samples, iter([SlotIndex(0, data.order.batch(0, 0)[:1])]), make_loader)))
+    entered: list[str] = []
+    hooks = [part.register_forward_pre_hook(_noting(entered, name)) for name, part in _norms(strategy.unwrapped)]
+    try:
+        with (
+            preserved_random_state(strategy.device),
+            left_as_it_was(strategy.unwrapped, training=True),
+            torch.no_grad(),
+            strategy.autocast(),
+        ):
+            strategy.unwrapped(strategy.to_device(batch))
+    except Exception as error:  # what else is wrong is told by the first step
+        return entered[-1] if entered and any(words in str(error) for words in _TORCHS_WORDS) else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+def _noting(entered: list[str], name: str) -> Callable[..., Any]:
+    def note(part: nn.Module, arguments: Any) -> None:
+        entered.append(name)
+
+    return note

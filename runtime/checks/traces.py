@@ -1,0 +1,56 @@
+"""A module as it was before it was tried out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_PLAIN = (int, float, str, bool, tuple, list, dict, set, type(None))
+
+
+@contextmanager
+def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Set a mode; afterwards put back modes, buffers, plain attributes (counters) and generators of a module and its parts."""
+    parts = list(module.modules())
+    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in module.named_buffers()}
+    plain = [{key: copy.deepcopy(value) for key, value in _own(part).items()} for part in parts]
+    drawn = [
+        (value, value.get_state())
+        for part in parts
+        for value in vars(part).values()
+        if isinstance(value, torch.Generator)
+    ]
+    module.train(training)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in list(module.named_buffers()):
+                if name in buffers and buffer.shape == buffers[name][1].shape:
+                    buffer.copy_(buffers[name][1])
+        for part, attributes in zip(parts, plain, strict=True):
+            for key in _own(part).keys() - attributes.keys():
+                delattr(part, key)
+            vars(part).update(attributes)  # 'training' among them
+        for generator, state in drawn:
+            generator.set_state(state)
+
+
+def _own(part: nn.Module) -> dict[str, Any]:
+    """Return a module's attributes of plain data, torch's own tables excepted."""
+    return {
+        key: value for key, value in vars(part).items() if _is_plain(value) and (key == "training" or key[0] != "_")
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(inner) for inner in value.values())
+    if isinstance(value, list | tuple | set):
+        return all(_is_plain(inner) for inner in value)
+    return isinstance(value, _PLAIN)
