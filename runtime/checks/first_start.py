@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime import environment
 from runtime.checks.objective import check_additivity
+from runtime.checks.settings import check_settings
 from runtime.config.file import LoadedConfiguration
 from runtime.preparation import Prepared
 from runtime.strategies import Strategy
@@ -31,7 +33,21 @@ class FirstStart:
 Check = Callable[[FirstStart], None]
 """Raises a LockstepError for what cannot be meant, warns of what might be. Collective: every rank calls it, in order."""
 
-CHECKS: tuple[Check, ...] = (lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),)
+
+def _settings(start: FirstStart) -> None:
+    state, here = start.prepared.state, environment.local_world_size(start.strategy.world_size)
+    found = check_settings(
+        start.loaded, start.strategy.unwrapped, state.optimizer, state.schedule, start.prepared.data, processes=here
+    )
+    for text in found:
+        start.warn(text)
+
+
+def _additivity(start: FirstStart) -> None:
+    check_additivity(start.loaded, start.strategy, start.prepared, start.warn)
+
+
+CHECKS: tuple[Check, ...] = (_settings, _additivity)
 
 
 def check_first_start(start: FirstStart) -> None:
