@@ -18,7 +18,7 @@ from runtime.config import component
 from runtime.config.building import build as _build
 from runtime.config.building import function as _function
 from runtime.config.building import wrong as _wrong
-from runtime.config.component import ComponentError
+from runtime.config.component import ComponentError, described
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import Weights
 from runtime.config.types import ComponentSection
@@ -174,12 +174,20 @@ def rebuild_blocks(loaded: LoadedConfiguration, model: nn.Module) -> None:
     checkpoint_activations(recomputed)
     if section is None:
         return
+    from torch._dynamo.backends.registry import lookup_backend  # takes a second, which compiling takes anyway
+
     options: dict[str, Any] = {
         "backend": section.backend,
         "mode": section.mode,
         "dynamic": section.dynamic,
         "fullgraph": section.fullgraph,
     }
+    try:
+        lookup_backend(section.backend)
+        torch.compile(nn.Identity(), **options)  # compiles nothing before it is called
+    except Exception as error:
+        known = ", ".join(torch.compiler.list_backends())
+        raise _wrong(loaded, ("compile",), f"{described(error).splitlines()[0]}; backends here: {known}") from error
     if section.blocks:
         compile_blocks(_blocks(loaded, model, ("compile", "blocks"), section.blocks), partial(torch.compile, **options))
     else:

@@ -6,7 +6,7 @@ LOCKSTEP_OUTCOME        file of the launcher in which each machine's first proce
                         run folder, too
 LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
 LOCKSTEP_DATA           folder in which data is looked for that is neither where its path says nor in an installed package
-WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
+WORLD_SIZE, LOCAL_WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
 GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
 ACCELERATE_*, FSDP_*    settings of ``accelerate launch``: ``config/launcher_table.py`` has the table of them
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
@@ -33,6 +33,12 @@ def rank() -> int:
 def local_rank() -> int:
     """This process's rank among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size(world_size: int) -> int:
+    """How many processes of a world run on this machine; all of them where the launcher does not say."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(told) if told.isdigit() else world_size
 
 
 def launch_token() -> str | None:

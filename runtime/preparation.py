@@ -19,6 +19,7 @@ from runtime.checkpoints.built import Built
 from runtime.checkpoints.resumption import Identity, RunState, check_identity, slots_on_resumption
 from runtime.checkpoints.serialization import replace_file
 from runtime.config import yaml_file
+from runtime.config.component import described
 from runtime.config.file import LoadedConfiguration, flatten
 from runtime.data import sources
 from runtime.data.batches import Sharing, default_slots
@@ -44,6 +45,7 @@ from runtime.optimization.averaging import WeightAverage
 from runtime.optimization.batch_statistics import BatchStatistics
 from runtime.optimization.evaluation_weights import begin_training
 from runtime.optimization.freezing import Freezing
+from runtime.optimization.rehearsal import raised_within
 from runtime.processes.comparison import code_digest, compare, shapes
 from runtime.processes.control import sum_over_ranks
 from runtime.reporting.console import ConsoleTracker
@@ -131,6 +133,18 @@ def prepare(
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
     state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress, built)
     return Prepared(data, identity, sharing, state, freezing, parameters, memory)
+
+
+def by_component(loaded: LoadedConfiguration, error: Exception, state: RunState, progress: Progress) -> Exception:
+    """Return an error of the schedule, or of the optimizer's first update, as one of its section; any other as it is."""
+    schedule, step = loaded.values.schedule, progress.step + 1
+    if schedule is not None and raised_within(error, state.schedule):
+        what, key = schedule.target, "schedule"
+    elif progress.updates == 0 and raised_within(error, state.optimizer):
+        what, key = type(state.optimizer).__name__, "optimizer"
+    else:
+        return error
+    return ConfigurationError([loaded.problem((key,), f"{what} raised {described(error)} at step {step}")])
 
 
 def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:

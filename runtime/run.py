@@ -20,12 +20,12 @@ from runtime.data.batches import Window
 from runtime.data.sources import preparation
 from runtime.data.streams import Place
 from runtime.data.training_data import How, Reading, StreamedData, places_of, told_places
-from runtime.errors import OutOfMemoryError
+from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import MetricSet, Result
 from runtime.evaluations import Evaluations
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
-from runtime.preparation import Prepared, build_trackers, prepare
+from runtime.preparation import Prepared, build_trackers, by_component, prepare
 from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
@@ -121,10 +121,14 @@ class Run:
             self._open_reporter(stack, prepared)
             try:
                 return self._train(prepared)
+            except LockstepError:
+                raise
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
-                    raise
+                    raise by_component(self._loaded, error, self._state, self._progress) from error
                 raise self._out_of_memory(error) from error
+            except Exception as error:
+                raise by_component(self._loaded, error, self._state, self._progress) from error
 
     def leaving_seconds(self) -> float:
         """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from runtime import assembly
 from runtime.checks.objective import deviations, judged, sets_of
+from runtime.checks.settings import check_settings
 from runtime.config import yaml_file
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import Anneal
@@ -39,6 +40,7 @@ from runtime.optimization.combined import members
 from runtime.optimization.curve import Curve, drawn, save_picture, simulate
 from runtime.optimization.freezing import Freezing
 from runtime.optimization.optimizer import default_rate
+from runtime.optimization.rehearsal import StandIn
 from runtime.reporting.facts import inexact_choices
 from runtime.strategies.memory import state_bytes
 from runtime.strategies.state_size import in_units
@@ -73,6 +75,10 @@ def show(
     freezing.unfreeze_all()
     remarks = list(_additivity(loaded, module, data, processes))
     optimizer = build_optimizer(loaded, module)
+    if loaded.values.checks == "on":
+        stand_in = StandIn(optimizer)
+        schedule = build_schedule(loaded, stand_in, schedule_length(loaded, data))
+        remarks += check_settings(loaded, module, stand_in, schedule, data, processes=processes)
     groups = [*_groups(loaded, module, optimizer), *filter(None, [default_rate(loaded.values.optimizer, loaded.code)])]
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime import environment
 from runtime.checks.gradients import check_gradients
 from runtime.checks.lone_samples import check_lone_samples
 from runtime.checks.objective import check_additivity
+from runtime.checks.settings import check_settings
 from runtime.config.file import LoadedConfiguration
 from runtime.preparation import Prepared
 from runtime.strategies import Strategy
@@ -33,7 +35,18 @@ class FirstStart:
 Check = Callable[[FirstStart], None]
 """Raises a LockstepError for what cannot be meant, warns of what might be. Collective: every rank calls it, in order."""
 
+
+def _settings(start: FirstStart) -> None:
+    state, here = start.prepared.state, environment.local_world_size(start.strategy.world_size)
+    found = check_settings(
+        start.loaded, start.strategy.unwrapped, state.optimizer, state.schedule, start.prepared.data, processes=here
+    )
+    for text in found:
+        start.warn(text)
+
+
 CHECKS: tuple[Check, ...] = (
+    _settings,
     lambda start: check_lone_samples(start.loaded, start.strategy, start.prepared, start.warn),
     lambda start: check_gradients(start.loaded, start.strategy, start.prepared, start.warn),
     lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),

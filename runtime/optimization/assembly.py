@@ -16,12 +16,14 @@ from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import Anneal, Averaging
 from runtime.config.learning import Schedule as ScheduleSection
 from runtime.data.training_data import TrainingData
+from runtime.errors import DivergenceError
 from runtime.objective import TrainingModule
 from runtime.optimization import optimizer as optimizer_building
 from runtime.optimization import schedulers
 from runtime.optimization.evaluation_weights import switches
 from runtime.optimization.freezing import Freezing
 from runtime.optimization.parameter_groups import ParameterGroup
+from runtime.optimization.rehearsal import StandIn, try_scheduler
 from runtime.optimization.schedule import Schedule, Successor
 
 
@@ -75,6 +77,14 @@ def build_schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: in
     Args:
         length: see :func:`schedule_length`.
     """
+    try:
+        return _schedule(loaded, optimizer, length)
+    except DivergenceError as error:
+        key = "optimizer" if loaded.values.schedule is None else "schedule"
+        raise wrong(loaded, (key,), str(error)) from error
+
+
+def _schedule(loaded: LoadedConfiguration, optimizer: Optimizer, length: int | None) -> Schedule:
     section, averaging = loaded.values.schedule, loaded.values.averaging
     if section is None:
         return Schedule(optimizer, successor=_successor(averaging, optimizer))
@@ -104,6 +114,9 @@ def _scheduler(loaded: LoadedConfiguration, section: ScheduleSection, optimizer:
     assert section.target is not None
     arguments = {**section.args, **dict.fromkeys(length_arguments(loaded), length)}
     try:
+        if schedulers.is_known(section.target, loaded.code):
+            stand_in = StandIn(optimizer)
+            try_scheduler(schedulers.build(section.target, arguments, stand_in, code=loaded.code), section.target)
         scheduler = schedulers.build(section.target, arguments, optimizer, code=loaded.code)
     except ComponentError as mistake:
         raise wrong(loaded, ("schedule", *mistake.path), mistake.what) from mistake
@@ -118,6 +131,13 @@ def _scheduler(loaded: LoadedConfiguration, section: ScheduleSection, optimizer:
         what = f"OneCycleLR ends after {scheduler.total_steps} {section.interval}s, and the run has {length} for it"
         raise wrong(loaded, ("schedule", "args"), what)
     return scheduler
+
+
+def rehearsed_schedule(
+    loaded: LoadedConfiguration, optimizer: Optimizer, schedule: Schedule, length: int | None
+) -> Schedule:
+    """Build a run's schedule once more, on a stand-in for its optimizer, to be driven through the run without a trace."""
+    return build_schedule(loaded, StandIn(optimizer, schedule.rates_before(optimizer)), length)
 
 
 def schedule_length(loaded: LoadedConfiguration, data: TrainingData) -> int | None:

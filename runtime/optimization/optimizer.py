@@ -16,6 +16,7 @@ from runtime.config.signatures import class_name
 from runtime.optimization.combined import CombinedOptimizer
 from runtime.optimization.fused import fused_arguments
 from runtime.optimization.parameter_groups import ParameterGroup, default_of, parameter_groups
+from runtime.optimization.rehearsal import try_optimizer
 
 NAMESPACES = ("torch.optim",)
 EXCLUDED = {
@@ -96,6 +97,10 @@ def _member(
         raise ComponentError(mistake.what, path + mistake.path) from mistake
     if not isinstance(optimizer, Optimizer):
         raise ComponentError(f"is a {type(optimizer).__name__}, not a torch.optim.Optimizer", (*path, "target"))
+    try:
+        try_optimizer(optimizer, target)
+    except ComponentError as mistake:
+        raise ComponentError(mistake.what, path + mistake.path) from mistake
     return optimizer
 
 

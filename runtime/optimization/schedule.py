@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from runtime.config.types import Interval
 from runtime.errors import DivergenceError, EvaluationError
 
 Counted = Literal["step", "epoch"]
 _WITHIN = "_schedulers"  # of torch's schedulers that are made of schedulers
+_NESTED = "state of a scheduler"
 
 
 class Successor(NamedTuple):
@@ -69,7 +70,7 @@ class Schedule:
         self._successor = successor
         self._updates = self._epochs = 0
         self._lowered = 1.0
-        self._built = {name: copy.deepcopy(part.state_dict()) for name, part in self._schedulers().items()}
+        self._built = {name: copy.deepcopy(_state_of(part)) for name, part in self._schedulers().items()}
         self._rates: list[Any] = []
         self._show_scheduled()
         self._first_rates = [float(rate) for rate in self._rates]
@@ -78,6 +79,11 @@ class Schedule:
     def learning_rates(self) -> list[float]:
         """The rates of the next update, one per parameter group; equal on all ranks."""
         return [float(group["lr"]) for group in self._optimizer.param_groups]
+
+    def rates_before(self, optimizer: Optimizer) -> list[float]:
+        """Return the rates that the optimizer was built with, before its scheduler and the warm-up."""
+        groups = zip(optimizer.param_groups, self._first_rates, strict=True)
+        return [float(group.get("initial_lr", first)) for group, first in groups]
 
     def after_update(self) -> None:
         """Count one applied update."""
@@ -130,7 +136,7 @@ class Schedule:
         """
         return {
             "schedulers": {
-                name: _changed(part.state_dict(), self._built[name]) for name, part in self._schedulers().items()
+                name: _changed(_state_of(part), self._built[name]) for name, part in self._schedulers().items()
             },
             "kinds": self._kinds(),
             "monitor": self._monitor,
@@ -153,7 +159,7 @@ class Schedule:
             known = (
                 {} if watches_another or kinds.get(name) != self._kinds()[name] else state["schedulers"].get(name, {})
             )
-            scheduler.load_state_dict(_merged(self._built[name], known))
+            _load(scheduler, _merged(self._built[name], known))
         self._updates, self._epochs, self._lowered = state["updates"], state["epochs"], state["lowered"]
         if kinds.get("first") != self._kinds().get("first"):
             self._begin_anew()
@@ -229,6 +235,24 @@ def _merged(built: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, A
     if _WITHIN in changed:
         merged[_WITHIN] = [_merged(then, now) for then, now in zip(built[_WITHIN], changed[_WITHIN], strict=True)]
     return merged
+
+
+def _state_of(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's state, in which those that it keeps as attributes are their own states."""
+    state: dict[str, Any] = scheduler.state_dict()
+    return {key: {_NESTED: _state_of(v)} if isinstance(v, LRScheduler) else v for key, v in state.items()}
+
+
+def _load(scheduler: Any, state: Mapping[str, Any]) -> None:
+    kept = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping) and _NESTED in value:
+            inner = getattr(scheduler, key)
+            _load(inner, value[_NESTED])
+            kept[key] = inner
+        else:
+            kept[key] = value
+    scheduler.load_state_dict(kept)
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -77,6 +77,12 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
+def is_known(target: str, code: Path | None) -> bool:
+    """Tell whether a scheduler is one of torch's or Lockstep's, which look at nothing of an optimizer but its groups."""
+    found = component.locate(target, namespaces=NAMESPACES, code=code)
+    return getattr(found, "__module__", "").startswith(("torch.optim", "runtime."))
+
+
 def length_argument(scheduler: Any, args: Mapping[str, Any]) -> str | None:
     """Return the required argument that stands for the run's length and was left out, if there is one."""
     for name, parameter in inspect.signature(scheduler).parameters.items():
@@ -108,7 +114,13 @@ def check(
     ]
     if not _is_made_of_schedulers(found):
         options: dict[str, Any] = {"code": code, "positional": 1, "filled_in": filled_in}
-        return mistakes + component.check(target, args, namespaces=NAMESPACES, **options)
+        nested = _nested_schedulers(args, code)
+        for path, inner in nested:
+            mistakes += [
+                ComponentError(m.what, path + m.path) for m in check(inner["target"], inner["args"] or {}, code=code)
+            ]
+        others = _replaced(args, {path: None for path, _ in nested})
+        return mistakes + component.check(target, others, namespaces=NAMESPACES, **options)
     mistakes += component.check_arguments(found, args, positional=0 if _takes_optimizer_by_name(found) else 1)
     for path, inner_target, inner_args in _inner(args, mistakes):
         mistakes += [ComponentError(m.what, path + m.path) for m in check(inner_target, inner_args, code=code)]
@@ -123,7 +135,13 @@ def build(target: str, args: Mapping[str, Any], optimizer: Optimizer, *, code: P
     """
     found = component.locate(target, namespaces=NAMESPACES, code=code)
     if not _is_made_of_schedulers(found):
-        return component.build(target, args, optimizer, namespaces=NAMESPACES, code=code)
+        built: dict[tuple[str, ...], Any] = {}
+        for path, inner in _nested_schedulers(args, code):
+            try:
+                built[path] = build(inner["target"], inner["args"] or {}, optimizer, code=code)
+            except ComponentError as mistake:
+                raise ComponentError(mistake.what, path + mistake.path) from mistake.__cause__
+        return component.build(target, _replaced(args, built), optimizer, namespaces=NAMESPACES, code=code)
     made = []
     for path, inner_target, inner_args in _inner(args, []):
         try:
@@ -134,6 +152,32 @@ def build(target: str, args: Mapping[str, Any], optimizer: Optimizer, *, code: P
     if _takes_optimizer_by_name(found):
         return component.build(target, {**arguments, "optimizer": optimizer}, namespaces=NAMESPACES, code=code)
     return component.build(target, arguments, optimizer, namespaces=NAMESPACES, code=code)
+
+
+def _nested_schedulers(args: Mapping[str, Any], code: Path | None) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Return the schedulers within the arguments of one, which are built on the optimizer as well."""
+    found = []
+    for path, inner in component.nested_components(args, ("args",)):
+        try:
+            located = component.locate(inner["target"], code=code) if "args" in inner else None
+        except ComponentError:
+            continue  # told with the other arguments
+        if inspect.isclass(located) and issubclass(located, LRScheduler):
+            found.append((path, inner))
+    return found
+
+
+def _replaced(args: Mapping[str, Any], values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Copy arguments with other values in some places; a path begins with ``args``."""
+
+    def copy(value: Any, path: tuple[str, ...]) -> Any:
+        if path in values:
+            return values[path]
+        if isinstance(value, Mapping):
+            return {key: copy(inner, (*path, str(key))) for key, inner in value.items()}
+        return [copy(v, (*path, str(n))) for n, v in enumerate(value)] if isinstance(value, list) else value
+
+    return {key: copy(value, ("args", key)) for key, value in args.items()}
 
 
 def _is_made_of_schedulers(scheduler: Any) -> bool:

@@ -1,0 +1,305 @@
+"""Settings that contradict each other or the run's length: what cannot be meant is refused, what might be is one line."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch.optim import Optimizer
+
+from runtime import assembly
+from runtime.config import component
+from runtime.config.component import described
+from runtime.config.file import LoadedConfiguration
+from runtime.config.signatures import class_name
+from runtime.config.types import Interval
+from runtime.data.training_data import TrainingData
+from runtime.errors import ConfigurationError, DivergenceError, LockstepError
+from runtime.objective import TrainingModule
+from runtime.optimization import schedulers
+from runtime.optimization.assembly import rehearsed_schedule, schedule_length
+from runtime.optimization.curve import simulate
+from runtime.optimization.optimizer import NAMESPACES
+from runtime.optimization.parameter_groups import default_of
+from runtime.optimization.patterns import matches
+from runtime.optimization.schedule import Schedule
+
+_MOST_STEPS = 20_000  # of a schedule that are looked at: 0.2 s
+_HIGHER_IS_BETTER = (
+    "accuracy",
+    "auroc",
+    "auc",
+    "f1",
+    "precision",
+    "recall",
+    "iou",
+    "dice",
+    "r2",
+    "bleu",
+    "map",
+    "ndcg",
+)
+
+
+class Finding(NamedTuple):
+    """What a setting says that is not, or hardly, meant."""
+
+    key: tuple[str, ...]
+    what: str
+    refused: bool = False
+
+
+class Length(NamedTuple):
+    """The run's length as far as it is known."""
+
+    steps: int | None
+    epochs: float | None
+    steps_per_epoch: int | None
+
+    def holds(self, interval: Interval) -> int | None:
+        """Return how often an interval ends within the run; None where nobody knows."""
+        whole = self.steps if interval.unit == "step" else self.epochs
+        return None if whole is None else int(whole // interval.count)
+
+
+def check_settings(
+    loaded: LoadedConfiguration,
+    module: TrainingModule,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    data: TrainingData,
+    *,
+    processes: int,
+) -> Iterator[str]:
+    """Yield one line for each setting that might not be meant. Alike on every rank; leaves no trace.
+
+    Args:
+        optimizer: has made no update.
+        processes: on this machine.
+
+    Raises:
+        ConfigurationError: settings that cannot be meant, all together.
+    """
+    length = _length(loaded, data)
+    found = [
+        *_rates(loaded, optimizer, schedule, data, length),
+        *_optimizer(loaded),
+        *_groups(loaded, module),
+        *_directions(loaded),
+        *_never(loaded, length),
+        *_loader(loaded, processes),
+    ]
+    refused = [loaded.problem(finding.key, finding.what) for finding in found if finding.refused]
+    if refused:
+        raise ConfigurationError(refused)
+    yield from (f"{'.'.join(finding.key)}: {finding.what}" for finding in found)
+
+
+def _length(loaded: LoadedConfiguration, data: TrainingData) -> Length:
+    limit, per_epoch = loaded.values.limit, data.steps_per_epoch
+    steps = limit.steps if limit.steps is not None else data.num_steps(limit.epochs or 0)
+    epochs = (
+        limit.epochs if limit.epochs is not None else limit.steps / per_epoch if limit.steps and per_epoch else None
+    )
+    return Length(steps, epochs, per_epoch)
+
+
+def _rates(
+    loaded: LoadedConfiguration, optimizer: Optimizer, schedule: Schedule, data: TrainingData, length: Length
+) -> Iterator[Finding]:
+    """Drive the schedule through the run, on a stand-in for the optimizer."""
+    section = loaded.values.schedule
+    key, name = (("optimizer", "args"), "") if section is None else (("schedule",), section.target or "the warm-up")
+    if length.steps is None:
+        return
+    try:
+        rehearsed = rehearsed_schedule(loaded, optimizer, schedule, schedule_length(loaded, data))
+        steps = min(length.steps, _MOST_STEPS)
+        curve = simulate(rehearsed, steps=steps, steps_per_epoch=length.steps_per_epoch)
+    except DivergenceError as error:
+        yield Finding(key, f"{name}: {error}", refused=True)
+        return
+    except LockstepError:
+        raise
+    except Exception as error:
+        if section is not None and section.target is not None and not schedulers.is_known(section.target, loaded.code):
+            return  # a class of the user's own may need the optimizer itself; what it raises is told when it does
+        yield Finding(key, f"{name} raised {described(error)}", refused=True)
+        return
+    for rates in curve.rates:
+        negative = next((step for step, rate in enumerate(rates, 1) if rate < 0), None)
+        if negative is not None:
+            yield Finding(
+                key,
+                f"{name} makes the rate {rates[negative - 1]:.3g} at step {negative}; it must not be negative",
+                True,
+            )
+            return
+    highest = [max(column) for column in zip(*curve.rates, strict=True)]
+    if not any(highest):
+        yield Finding(key, "all learning rates are 0 through the whole run, so nothing is trained")
+    elif section is not None:
+        yield from _shape(key, name, highest, steps)
+
+
+def _shape(key: tuple[str, ...], name: str, rates: list[float], steps: int) -> Iterator[Finding]:
+    last = max(step for step, rate in enumerate(rates, 1) if rate > 0)
+    if steps - last > max(1, steps // 20):
+        yield Finding(
+            key, f"{name} makes the rate 0 after step {last:,} of {steps:,}: nothing is trained from there on"
+        )
+    lowest = rates.index(min(rates))
+    if name.endswith("CosineAnnealingLR") and max(rates[lowest:]) > 2 * rates[lowest] + 0.05 * max(rates):
+        yield Finding(
+            key, f"{name} is lowest after step {lowest:,} of {steps:,}, and rises again: T_max is shorter than the run"
+        )
+
+
+def _optimizer(loaded: LoadedConfiguration) -> Iterator[Finding]:
+    section = loaded.values.optimizer
+    parts: list[tuple[tuple[str, ...], str, dict[str, Any]]] = [(("optimizer",), section.target, section.args)]
+    for number, group in enumerate(section.groups):
+        args = group.args if group.target else {**section.args, **group.args}
+        parts.append((("optimizer", "groups", str(number)), group.target or section.target, args))
+    told: set[str] = set()
+    for key, target, args in parts:
+        made = component.locate(target, namespaces=NAMESPACES, code=loaded.code)
+        if not getattr(made, "__module__", "").startswith("torch.optim"):
+            continue  # a class of the user's own may mean anything by such names
+        rate, decay = (default_of(made, args, name) for name in ("lr", "weight_decay"))
+        for name, wrong, what, refused in (
+            ("momentum", _number(args.get("momentum")) >= 1, "is {}: from 1 on the update grows without end", True),
+            ("momentum", _number(args.get("momentum")) < 0, "is {}: it must not be negative", True),
+            ("weight_decay", _number(args.get("weight_decay")) < 0, "is {}: weights would grow", True),
+            ("eps", args.get("eps") == 0, "is 0: a parameter whose gradient is zero becomes NaN", False),
+            ("maximize", args.get("maximize") is True, "is true: the loss is made as large as possible", False),
+            ("weight_decay", class_name(target) == "AdamW" and _number(rate) * _number(decay) >= 1,
+             "is {}, times the rate " + f"{rate}: each update takes all of a weight away, or more", True),
+        ):  # fmt: skip
+            if wrong and name not in told:
+                told.add(name)
+                yield Finding((*key, "args", name), what.format(args.get(name, decay)), refused)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _groups(loaded: LoadedConfiguration, module: TrainingModule) -> Iterator[Finding]:
+    """Compare each group with those before it, which take what they match."""
+    groups = loaded.values.optimizer.groups
+    names = [name.removeprefix("model.") for name, _ in module.named_parameters()]
+    for number, group in enumerate(groups):
+        own = [name for name in names if matches(name, group.match)]
+        before = {name: n for n in reversed(range(number)) for name in own if matches(name, groups[n].match)}
+        key = ("optimizer", "groups", str(number), "match")
+        if own and len(before) == len(own):
+            yield Finding(
+                key, f"all that it matches is in optimizer.groups.{min(before.values())} already", refused=True
+            )
+        elif before:
+            name, first = next(iter(before.items()))
+            others = f" and {len(before) - 1} more" if len(before) > 1 else ""
+            yield Finding(
+                key, f"{name}{others} is also matched by optimizer.groups.{first}, which comes first and has it"
+            )
+
+
+def _directions(loaded: LoadedConfiguration) -> Iterator[Finding]:
+    """Compare each 'min' and 'max' with what is better by the result that is watched."""
+    values = loaded.values
+    asked: list[tuple[tuple[str, ...], str, str]]
+    asked = [(("checkpoint", "best", str(n), "mode"), b.metric, b.mode) for n, b in enumerate(values.checkpoint.best)]
+    if (stopping := values.limit.early_stopping) is not None:
+        asked.append((("limit", "early_stopping", "mode"), stopping.metric, stopping.mode))
+    if values.schedule is not None and values.schedule.monitor is not None:
+        mode = values.schedule.args.get("mode", "min")
+        asked.append((("schedule", "args", "mode"), values.schedule.monitor, mode))
+    metrics = assembly.build_metrics(loaded) if asked else {}
+    losses = {"loss", *values.objective.losses}
+    for key, result, mode in asked:
+        better = "min" if result.partition("/")[0] in losses else None
+        if result in metrics and metrics[result].higher_is_better is not None:
+            better = "max" if metrics[result].higher_is_better else "min"
+        if better is not None and mode != better:
+            word = {"min": "lower", "max": "higher"}[better]
+            yield Finding(key, f"is {mode}, but {word} is better of {result!r}: write mode: {better}", refused=True)
+        elif better is None and mode == "min" and any(word in result.lower() for word in _HIGHER_IS_BETTER):
+            yield Finding(key, f"is min, and higher is better of most results that are called like {result!r}")
+
+
+def _never(loaded: LoadedConfiguration, length: Length) -> Iterator[Finding]:
+    """Find what would happen after the run's end only."""
+    values = loaded.values
+    whole = f"the run has {length.steps:,} steps" if length.steps is not None else "the run"
+    warmup = values.schedule.warmup_steps if values.schedule is not None else 0
+    if length.steps is not None and warmup > length.steps:
+        yield Finding(
+            ("schedule", "warmup_steps"), f"{warmup:,} updates, and {whole}: the rate never reaches its full height"
+        )
+    sections: dict[str, Any] = {"checkpoint": values.checkpoint, "reporting": values.reporting}
+    if values.data.has("validation"):
+        sections["evaluation"] = values.evaluation
+    for name, section in sections.items():
+        if "every" in section.model_fields_set and length.holds(section.every) == 0:
+            what = f"{section.every} is longer than the run ({whole}): it happens at the end, if at all"
+            yield Finding((name, "every"), what)
+    yield from _averaging(loaded, length, whole)
+    evaluations = length.holds(values.evaluation.every)
+    stopping = values.limit.early_stopping
+    if stopping is not None and evaluations is not None and evaluations <= stopping.patience:
+        what = f"{stopping.patience} evaluations, and the run has {evaluations}: it can never stop early"
+        yield Finding(("limit", "early_stopping", "patience"), what)
+    schedule = values.schedule
+    if schedule is not None and schedule.watches and evaluations is not None:
+        patience = schedule.args.get("patience", 10)
+        if isinstance(patience, int) and evaluations <= patience:
+            what = f"{patience} evaluations, and the run has {evaluations}: the rate is never lowered"
+            yield Finding(("schedule", "args", "patience"), what)
+    for number, stage in enumerate(values.model.unfreeze):
+        if length.epochs is not None and stage.epoch > math.ceil(length.epochs):
+            yield Finding(("model", "unfreeze", str(number), "epoch"), f"{stage.epoch} is after the run's last epoch")
+    spike = values.divergence.spike
+    if spike is not None and length.steps is not None and spike.window >= length.steps:
+        yield Finding(("divergence", "spike", "window"), f"{spike.window} losses, and {whole}: no jump is ever judged")
+
+
+def _averaging(loaded: LoadedConfiguration, length: Length, whole: str) -> Iterator[Finding]:
+    section = loaded.values.averaging
+    if section is None or length.steps is None:
+        return
+
+    def steps(interval: Interval) -> int | None:
+        per = 1 if interval.unit == "step" else length.steps_per_epoch
+        return None if per is None else interval.count * per
+
+    start = steps(section.start) if section.start is not None else 0
+    every = steps(section.interval)
+    if start is None or every is None:
+        return
+    if start >= length.steps:
+        what = f"{section.start} is not before the end of the run, so nothing would be averaged; {whole}"
+        yield Finding(("averaging", "start"), what, refused=True)
+    elif length.steps // every == start // every:
+        what = f"weights would be taken in after each {section.interval}, which never comes: {whole}"
+        yield Finding(("averaging", "every"), what)
+    elif section.anneal is not None:
+        anneal = section.anneal.steps or (section.anneal.epochs or 0) * (length.steps_per_epoch or 0)
+        if anneal > length.steps - start:
+            yield Finding(
+                ("averaging", "anneal"),
+                f"is longer than what is left of the run: {section.learning_rate} is not reached",
+            )
+
+
+def _loader(loaded: LoadedConfiguration, processes: int) -> Iterator[Finding]:
+    loader = loaded.values.data.loader
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if loader.num_workers * processes > 4 * cores:
+        each = f" for each of {processes} processes" if processes > 1 else ""
+        yield Finding(
+            ("data", "loader", "num_workers"),
+            f"{loader.num_workers} workers{each} on {cores} cores: they take time from each other",
+        )
