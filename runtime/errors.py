@@ -13,7 +13,8 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
  ├── MeetingError                 the machines of one launch do not come together, or were started differently
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
- ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
+ ├── EvaluationError              evaluation did not see every sample once
+ │    └── MetricError             a metric refused its input
  ├── SchedulerError               a cluster's scheduler is missing, refuses a job, or does not answer
  ├── PredictionError              predictions cannot be written where, or into what, they are to go
  └── PeerError                    another rank left; its own message tells why
@@ -120,6 +121,19 @@ class MeetingError(LockstepError):
 
 class EvaluationError(LockstepError):
     """An evaluation is not exact, or a metric refused its input."""
+
+
+class MetricError(EvaluationError):
+    """A metric refused its input.
+
+    Args:
+        metric: its name in the configuration.
+        message: what it was given, and why it refused.
+    """
+
+    def __init__(self, metric: str, message: str) -> None:
+        self.metric = metric
+        super().__init__(message)
 
 
 class PredictionError(LockstepError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from runtime.checks.evaluation import check_evaluation
 from runtime.checks.objective import check_additivity
 from runtime.config.file import LoadedConfiguration
+from runtime.evaluation.evaluator import Evaluator
 from runtime.preparation import Prepared
 from runtime.strategies import Strategy
 
@@ -20,18 +22,23 @@ class FirstStart:
 
     Args:
         warn: told what gives up a promise, in one line. Shown by rank 0; every rank may call it.
+        evaluators: by the name of their split.
     """
 
     loaded: LoadedConfiguration
     strategy: Strategy
     prepared: Prepared
     warn: Callable[[str], None]
+    evaluators: Mapping[str, Evaluator]
 
 
 Check = Callable[[FirstStart], None]
 """Raises a LockstepError for what cannot be meant, warns of what might be. Collective: every rank calls it, in order."""
 
-CHECKS: tuple[Check, ...] = (lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),)
+CHECKS: tuple[Check, ...] = (
+    lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),
+    lambda start: check_evaluation(start.loaded, start.strategy, start.evaluators, start.warn),
+)
 
 
 def check_first_start(start: FirstStart) -> None:

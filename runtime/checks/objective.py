@@ -78,7 +78,7 @@ def check_additivity(
     module, size = strategy.unwrapped, loaded.values.batch.global_size
     if module.objective.couples_samples:
         return
-    make_loader = assembly.build_loader(_one_worker(loaded), strategy.device)
+    make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
     sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=size, make_loader=make_loader)
     if sets is None:
         return
@@ -136,7 +136,7 @@ def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviat
             yield f"objective: the part {deviation.of!r} of {name} will be reported wrongly ({figures}): {cure}"
 
 
-def _one_worker(loaded: LoadedConfiguration) -> LoadedConfiguration:
+def one_worker(loaded: LoadedConfiguration) -> LoadedConfiguration:
     """Return the configuration with one loader worker, where it has any: nothing of the data is opened in this process then."""
     data = loaded.values.data
     loader = data.loader.model_copy(update={"num_workers": min(1, data.loader.num_workers)})
@@ -202,7 +202,7 @@ def deviations(
         compiled: the model is; so few samples are run without, since another shape would be compiled anew.
     """
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with preserved_random_state(device), _untouched(module), eager:
+    with preserved_random_state(device), untouched(module), eager:
         for gradients, surrounding in tries:
             try:
                 with torch.set_grad_enabled(gradients), surrounding():
@@ -275,7 +275,7 @@ def _as_tuple(weight: float | tuple[float, ...]) -> tuple[float, ...]:
 
 
 @contextmanager
-def _untouched(module: TrainingModule) -> Iterator[None]:
+def untouched(module: TrainingModule) -> Iterator[None]:
     """Set evaluation mode; afterwards put modes, buffers and gradients back as they were."""
     modes = {part: part.training for part in module.modules()}
     buffers: dict[str, Tensor] = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from runtime.config.sections import Prediction
 from runtime.config.signatures import did_you_mean
-from runtime.data.fields import Fields, part_of
-from runtime.data.sources import COLUMN
+from runtime.data.fields import COLUMN, Fields, part_of
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
 from runtime.objective import full_precision, plain
 
