@@ -9,6 +9,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── DataError                    a data set is empty, inconsistent, or raised while it was read
  ├── ObjectiveError               the loss or its weight is not what the contract says
  ├── GradientError                gradients were not summed over the ranks, so no update can be made of them
+ │    └── ForwardError            the user's model or objective raised when it was called
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
  ├── MeetingError                 the machines of one launch do not come together, or were started differently
@@ -101,6 +102,10 @@ class ObjectiveError(LockstepError):
 
 class GradientError(LockstepError):
     """A step's gradients are not the global batch's."""
+
+
+class ForwardError(ObjectiveError):
+    """The user's model or objective raised when it was called."""
 
 
 class DivergenceError(LockstepError):

@@ -63,6 +63,7 @@ LAYERS = [
         "data.batches",
         "data.fields",
         "data.class_names",
+        "model_calls",
         "objective",
         "losses.mismatch",
         "losses.supervised",
