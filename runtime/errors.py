@@ -9,11 +9,13 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── DataError                    a data set is empty, inconsistent, or raised while it was read
  ├── ObjectiveError               the loss or its weight is not what the contract says
  ├── GradientError                gradients were not summed over the ranks, so no update can be made of them
+ │    └── ForwardError            the user's model or objective raised when it was called
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
  ├── MeetingError                 the machines of one launch do not come together, or were started differently
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
- ├── EvaluationError              evaluation did not see every sample once, or a metric refused its input
+ ├── EvaluationError              evaluation did not see every sample once
+ │    └── MetricError             a metric refused its input
  ├── SchedulerError               a cluster's scheduler is missing, refuses a job, or does not answer
  ├── PredictionError              predictions cannot be written where, or into what, they are to go
  └── PeerError                    another rank left; its own message tells why
@@ -102,6 +104,10 @@ class GradientError(LockstepError):
     """A step's gradients are not the global batch's."""
 
 
+class ForwardError(ObjectiveError):
+    """The user's model or objective raised when it was called."""
+
+
 class DivergenceError(LockstepError):
     """Training went astray; parameters are as they were before the step that showed it."""
 
@@ -120,6 +126,19 @@ class MeetingError(LockstepError):
 
 class EvaluationError(LockstepError):
     """An evaluation is not exact, or a metric refused its input."""
+
+
+class MetricError(EvaluationError):
+    """A metric refused its input.
+
+    Args:
+        metric: its name in the configuration.
+        message: what it was given, and why it refused.
+    """
+
+    def __init__(self, metric: str, message: str) -> None:
+        self.metric = metric
+        super().__init__(message)
 
 
 class PredictionError(LockstepError):

@@ -57,6 +57,12 @@ class Evaluations:
         self._step = self._progress.step if results else -1
 
     @property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """What is evaluated, by the name of the split."""
+        found = {"validation": self._validation, "test": self._test}
+        return {split: evaluator for split, evaluator in found.items() if evaluator is not None}
+
+    @property
     def results_of_this_step(self) -> dict[str, Result]:
         """Results of the weights as they are now, if they were evaluated."""
         return self.results if self._step == self._progress.step else {}

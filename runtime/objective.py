@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from runtime.config.component import described
 from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
+from runtime.model_calls import explained
 
 _RESERVED = ("loss", "weight", "samples")
 
@@ -162,10 +163,17 @@ class TrainingModule(nn.Module):
 
         Raises:
             ObjectiveError: the objective returned something else than a scalar sum.
+            ForwardError: model or objective raised.
         """
         if isinstance(batch, ModelCall):
             return self.model(*batch.positional, **batch.named)  # type: ignore[no-any-return]
-        loss = self.objective.forward(self.model, batch)
+        try:
+            loss = self.objective.forward(self.model, batch)
+        except Exception as error:
+            told = explained(error, self, shown(batch))
+            if told is None:
+                raise
+            raise told from error
         if filler:
             trainable = [p for p in self.parameters() if p.requires_grad]
             return Loss(_Zero.apply(self.silent_fillers, *trainable))  # type: ignore[no-untyped-call]

@@ -117,7 +117,9 @@ class Run:
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             if found is None:  # before the first record, which names what was found to be inexact
-                check_first_start(FirstStart(self._loaded, self._strategy, prepared, self._warn))
+                check_first_start(
+                    FirstStart(self._loaded, self._strategy, prepared, self._evaluations.evaluators, self._warn)
+                )
             self._open_reporter(stack, prepared)
             try:
                 return self._train(prepared)

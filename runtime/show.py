@@ -26,7 +26,7 @@ from runtime.errors import ConfigurationError, DataError, Problem
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.assembly import build_objective
 from runtime.losses.weighted_sum import WeightedSum
-from runtime.objective import Objective, TrainingModule
+from runtime.objective import Objective, TrainingModule, shown
 from runtime.optimization.assembly import (
     build_freezing,
     build_optimizer,
@@ -88,6 +88,7 @@ def show(
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
         *_steps(loaded, data),
+        ("a sample", f"{shown(data.first_batch(1))} (a batch of one)"),
         *_slots(loaded, processes),
         *memory,
         ("loss", "\n".join(_losses(loaded, module.objective))),

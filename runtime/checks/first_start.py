@@ -1,56 +1,40 @@
-"""The checks that a run makes once, at its first start, before its first step: each looks at one thing that users bring."""
+"""The checks that a run makes once, at its first start, before its first step: each looks at one thing that users bring.
+
+A check raises for what cannot be meant and warns, in one line, of what might be. It leaves no trace: random state, buffers,
+gradients, weights and optimizer are afterwards what they were, bit for bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from runtime import environment
+from runtime.checks.evaluation import check_evaluation
 from runtime.checks.gradients import check_gradients
 from runtime.checks.lone_samples import check_lone_samples
 from runtime.checks.objective import check_additivity
 from runtime.checks.settings import check_settings
 from runtime.config.file import LoadedConfiguration
+from runtime.evaluation.evaluator import Evaluator
 from runtime.preparation import Prepared
 from runtime.strategies import Strategy
 
 
 @dataclass(frozen=True)
 class FirstStart:
-    """What the checks look at: a run whose parts are built and prepared, and which has not made a step.
-
-    A check leaves no trace in any of it: random state, buffers, gradients, weights and optimizer are afterwards what they
-    were, bit for bit.
+    """A run whose parts are built and prepared, and which has not made a step.
 
     Args:
-        warn: told what gives up a promise, in one line. Shown by rank 0; every rank may call it.
+        evaluators: by split.
+        warn: takes one line. Rank 0 shows it; every rank may call it.
     """
 
     loaded: LoadedConfiguration
     strategy: Strategy
     prepared: Prepared
+    evaluators: Mapping[str, Evaluator]
     warn: Callable[[str], None]
-
-
-Check = Callable[[FirstStart], None]
-"""Raises a LockstepError for what cannot be meant, warns of what might be. Collective: every rank calls it, in order."""
-
-
-def _settings(start: FirstStart) -> None:
-    state, here = start.prepared.state, environment.local_world_size(start.strategy.world_size)
-    found = check_settings(
-        start.loaded, start.strategy.unwrapped, state.optimizer, state.schedule, start.prepared.data, processes=here
-    )
-    for text in found:
-        start.warn(text)
-
-
-CHECKS: tuple[Check, ...] = (
-    _settings,
-    lambda start: check_lone_samples(start.loaded, start.strategy, start.prepared, start.warn),
-    lambda start: check_gradients(start.loaded, start.strategy, start.prepared, start.warn),
-    lambda start: check_additivity(start.loaded, start.strategy, start.prepared, start.warn),
-)
 
 
 def check_first_start(start: FirstStart) -> None:
@@ -59,7 +43,19 @@ def check_first_start(start: FirstStart) -> None:
     Raises:
         LockstepError: what the first check that failed found.
     """
-    if start.loaded.values.checks == "off":
+    loaded, strategy, prepared, warn = start.loaded, start.strategy, start.prepared, start.warn
+    if loaded.values.checks == "off":
         return
-    for check in CHECKS:
-        check(start)
+    for text in check_settings(
+        loaded,
+        strategy.unwrapped,
+        prepared.state.optimizer,
+        prepared.state.schedule,
+        prepared.data,
+        processes=environment.local_world_size(strategy.world_size),
+    ):
+        warn(text)
+    check_lone_samples(loaded, strategy, prepared, warn)
+    check_gradients(loaded, strategy, prepared, warn)
+    check_additivity(loaded, strategy, prepared, warn)
+    check_evaluation(loaded, strategy, start.evaluators, warn)

@@ -24,7 +24,7 @@ from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.samples import SlotIndex
 from runtime.data.streams import StreamIndex
 from runtime.data.training_data import MappedData, TrainingData
-from runtime.errors import ConfigurationError, LockstepError
+from runtime.errors import ConfigurationError, ForwardError, LockstepError
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Loss, Objective, TrainingModule
 from runtime.preparation import Prepared
@@ -207,6 +207,8 @@ def deviations(
             try:
                 with torch.set_grad_enabled(gradients), surrounding():
                     return _compared(module, sets, device, to_device, together=together)
+            except ForwardError:
+                continue  # tried in another way, or told by the first step
             except LockstepError:
                 return []
             except Exception:  # noqa: S112 - tried in another way, or told by the first step

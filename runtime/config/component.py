@@ -32,7 +32,7 @@ _EXTRAS = {
     "wandb": "wandb",
 }
 """Modules that an extra of lockstep-train brings."""
-_INSTALLED = tuple({path for path in sysconfig.get_paths().values() if path != sysconfig.get_path("data")})
+INSTALLED = tuple({path for path in sysconfig.get_paths().values() if path != sysconfig.get_path("data")})
 
 
 _PYTHON_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*|\.[^\W\d]\w*)(\.[^\W\d]\w*)*")
@@ -171,7 +171,7 @@ def described(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} (at {error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    foreign = (*_INSTALLED, str(Path(__file__).parents[1]), "<")
+    foreign = (*INSTALLED, str(Path(__file__).parents[1]), "<")
     own = [frame for frame in frames if not frame.filename.startswith(foreign)]
     frame = (own or frames)[-1]
     return f"{type(error).__name__}: {error} (at {frame.filename}:{frame.lineno})"

@@ -288,6 +288,8 @@ class RunConfiguration(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         known = {"loss", *self.objective.losses, *self.evaluation.metrics}
+        own = class_name(self.objective.target) != (self.objective.target or "")  # its parts show when it is called
+        named = {name: own or name.partition("/")[0] in known for name in self._judged()}
         unknown = f"known results: {', '.join(sorted(known))}"
         schedule, validated = self.schedule or Schedule(warmup_steps=1), self.data.has("validation")
         stopping = self.limit.early_stopping
@@ -308,7 +310,7 @@ class RunConfiguration(Section):
             ),
             *(
                 (
-                    best.metric not in known,
+                    not named[best.metric],
                     f"checkpoint.best.{number}.metric",
                     f"no result is called {best.metric!r}; {unknown}",
                 )
@@ -344,10 +346,8 @@ class RunConfiguration(Section):
                 "early stopping needs data.validation",
             ),
             (
-                stopping
-                and class_name(self.objective.target) == (self.objective.target or "")
-                and stopping.metric.partition("/")[0] not in known,
-                "limit.early_stopping.metric",  # the parts of a user's objective are known at the first evaluation only
+                stopping and not named[stopping.metric],
+                "limit.early_stopping.metric",
                 f"no result is called {stopping and stopping.metric!r}; {unknown}",
             ),
             (
@@ -363,11 +363,16 @@ class RunConfiguration(Section):
                 "with a rate for each group in the order in which `lockstep show` lists them",
             ),
             (
-                schedule.monitor not in (None, *known),
+                schedule.monitor is not None and not named[schedule.monitor],
                 "schedule.monitor",
                 f"no result is called {schedule.monitor!r}; {unknown}",
             ),
         )
+
+    def _judged(self) -> list[str]:
+        """Return the names of results that something follows from."""
+        monitor = self.schedule.monitor if self.schedule is not None else None
+        return [*(best.metric for best in self.best), *([monitor] if monitor is not None else [])]
 
     def _sharding_rules(self) -> list[tuple[Any, str, str]]:
         """What a model that the processes hold together cannot do."""

@@ -18,6 +18,10 @@ Name = str | int
 """The key of a part in a mapping, or its position in a tuple."""
 
 
+COLUMN = "column:"
+"""How what ``prediction.columns`` hold begins where it is a part of the data."""
+
+
 @dataclass(frozen=True)
 class Fields:
     """Reads the parts of a batch.

@@ -15,6 +15,7 @@ from runtime.config.file import LoadedConfiguration
 from runtime.config.types import ComponentSection
 from runtime.data.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
 from runtime.data.class_names import class_names
+from runtime.data.fields import COLUMN
 from runtime.data.hugging_face import adapted
 from runtime.data.order import IndexOrder, Order, SamplerOrder, WeightedOrder
 from runtime.data.sample_values import Values, values_of
@@ -23,8 +24,6 @@ from runtime.data.splitting import REST, Subset, split_ids, subset
 from runtime.errors import ConfigurationError, DataError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 
-COLUMN = "column:"
-"""How ``prediction.columns`` begin that hold a part of the data."""
 NAMESPACES = ("runtime.data_sources",)
 SAMPLERS = ("torch.utils.data",)
 SPLITS = ("train", "validation", "test", "predict")

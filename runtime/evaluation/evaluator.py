@@ -7,13 +7,15 @@ rank. What stays in memory is the state of the metrics, never the model's output
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from copy import deepcopy
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from runtime.data.batches import slots_of_rank
-from runtime.data.loading import read
+from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import Samples, SlotIndex
 from runtime.data.stream_windows import evaluation_rounds
 from runtime.data.streams import StreamSamples
@@ -25,6 +27,22 @@ from runtime.randomness import Purpose, derive, preserved_random_state, seed_eve
 from runtime.strategies import Strategy
 
 _WEIGHT = "weight/"  # no loss may be called "weight"
+
+
+class Tried(NamedTuple):
+    """One microbatch that was run through model, loss and metrics.
+
+    Args:
+        batch: on its device; None where a stream had none for this rank.
+        output: what the objective hands to metrics.
+        parts: names of what is reported as the loss and its parts; empty where nothing carried weight.
+        metrics: copies of the evaluator's, which have seen this microbatch only.
+    """
+
+    batch: Any
+    output: Any
+    parts: tuple[str, ...]
+    metrics: MetricSet
 
 
 class Evaluator:
@@ -56,6 +74,44 @@ class Evaluator:
         self._metrics = metrics
         self._make_loader = make_loader
         self._seed = seed
+        self._begun: Iterator[tuple[int, int, Any] | None] | None = None
+
+    @torch.no_grad()
+    def try_first(self, make_loader: MakeLoader) -> Tried:
+        """Run the first microbatch through model, loss and metrics: of mapped data the same on every rank.
+
+        What was read of a stream is evaluated by the next evaluation all the same. The caller puts back random state, modes
+        and buffers. Collective where data is streamed, or forward passes are run together.
+
+        Args:
+            make_loader: for mapped data.
+        """
+        strategy, metrics = self._strategy, deepcopy(self._metrics)
+        metrics.reset()
+        own = self._first(make_loader)
+        if own is None:
+            return Tried(None, None, (), metrics)
+        number, count, batch = own
+        objective = strategy.unwrapped.objective
+        weight = objective.checked_weight(batch, count)
+        seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
+        batch = strategy.to_device(batch)
+        with strategy.autocast():
+            loss = strategy.unwrapped(batch)
+        metrics.update(objective, loss.output, batch)
+        sums = loss.parts if loss.sum.ndim else {"loss": loss.sum, **loss.parts}
+        return Tried(batch, loss.output, tuple(objective.means(dict.fromkeys(sums, 0.0), weight)), metrics)
+
+    def _first(self, make_loader: MakeLoader) -> tuple[int, int, Any] | None:
+        if not isinstance(self._samples, StreamSamples):
+            share = self._share(0, len(self._samples))
+            return 0, len(share.ids), next(read(self._samples, iter([share]), make_loader))
+        if self._strategy.forwards_together:
+            return None  # a rank may have no microbatch of its own, and the others would wait for it
+        rounds = self._rounds()
+        first = next(rounds, None)
+        self._begun = chain([first], rounds)
+        return first
 
     @torch.no_grad()
     def evaluate(self, stop_wished: Callable[[], bool] = lambda: False) -> dict[str, Result] | None:
@@ -85,7 +141,8 @@ class Evaluator:
         totals: dict[str, Any] = {"samples": 0.0}
         weight: Weight = 0.0
         spare: Any = None  # a batch that was seen, on its device
-        for own in self._rounds():  # as many on every rank
+        rounds, self._begun = self._begun or self._rounds(), None
+        for own in rounds:  # as many on every rank
             agreement.begin(stop_wished())
             if agreement.end():
                 return None

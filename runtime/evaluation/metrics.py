@@ -18,7 +18,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from runtime.errors import EvaluationError
+from runtime.errors import EvaluationError, MetricError
 from runtime.evaluation.class_results import kind_of, thinned
 from runtime.evaluation.metric_inputs import MetricInputs, feed_of, parts_of
 from runtime.evaluation.shared_states import sharing_state
@@ -95,8 +95,9 @@ class MetricSet:
                 with _own_counting(metric):
                     metric.update(*positional, **named)
             except Exception as error:
-                raise EvaluationError(
-                    f"metric {name!r} ({type(metric).__name__}) refused its input ({shown(inputs.given)}): {error}"
+                raise MetricError(
+                    name,
+                    f"metric {name!r} ({type(metric).__name__}) refused its input ({shown(inputs.given)}): {error}",
                 ) from error
 
     @torch.no_grad()

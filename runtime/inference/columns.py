@@ -10,8 +10,7 @@ from torch import Tensor
 
 from runtime.config.sections import Prediction
 from runtime.config.signatures import did_you_mean
-from runtime.data.fields import Fields, part_of
-from runtime.data.sources import COLUMN
+from runtime.data.fields import COLUMN, Fields, part_of
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
 from runtime.objective import full_precision, plain
 
@@ -217,8 +216,11 @@ def ids_of(fields: Fields, batch: Any, index: Values) -> Values:
     return one_each(fields.id_of(batch), len(index), f"data.fields.id: {fields.id!r}")
 
 
-def one_each(values: Any, count: int, what: str) -> Values:
+def one_each(values: Any, count: int, what: str, *, may_lack: bool = False) -> Values:
     """Return a part of a batch as one text or number for each sample.
+
+    Args:
+        may_lack: a sample may have none.
 
     Raises:
         DataError: it is something else.
@@ -226,7 +228,7 @@ def one_each(values: Any, count: int, what: str) -> Values:
     if isinstance(values, Tensor):
         values = full_precision(values).cpu().numpy()
     single = isinstance(values, np.ndarray | list | tuple) and len(values) == count and np.ndim(values) == 1
-    if not single or not all(v is None or isinstance(v, str | int | float | np.generic) for v in values):
+    if not single or not all(isinstance(v, str | int | float | np.generic) or (may_lack and v is None) for v in values):
         raise DataError(f"{what} must be one text or number for each of {count} samples")
     if isinstance(values, np.ndarray) and values.dtype.kind in "iuf":
         return values
@@ -252,9 +254,10 @@ class PartsOfData:
         """
         place: Any = int(name) if name.isdigit() and isinstance(batch, list | tuple) else name
         try:
-            return one_each(part_of(batch, place), len(index), f"column {name!r} of the data")
+            found = part_of(batch, place)
         except ObjectiveError as error:
-            return one_each(self._column(name, str(error))[index], len(index), f"column {name!r} of the data")
+            found = self._column(name, str(error))[index]
+        return one_each(found, len(index), f"column {name!r} of the data", may_lack=True)
 
     def _column(self, name: str, told: str) -> Any:
         if name not in self._columns:

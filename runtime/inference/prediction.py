@@ -18,7 +18,8 @@ from runtime.data.loading import read
 from runtime.data.samples import Samples, SlotIndex
 from runtime.errors import LockstepError, ObjectiveError
 from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, ids_of, model_arguments
-from runtime.objective import Objective, full_precision
+from runtime.model_calls import explained
+from runtime.objective import Objective, full_precision, shown
 from runtime.processes.control import Agreement, gather_on_rank_0
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
@@ -107,11 +108,20 @@ class Predictor:
         seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
         positional, named = model_arguments(fields, strategy.to_device(batch))
         with strategy.autocast():
-            output = fields.output_of(strategy.output(positional, named))
+            output = fields.output_of(self._output(positional, named))
             predictions = self._named(module.objective, full_precision(output))
         return self._encode(
             self._columns.build(predictions, ids, index, lambda name: self._parts.of(batch, index, name))
         )
+
+    def _output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        try:
+            return self._strategy.output(positional, named)
+        except Exception as error:
+            told = explained(error, self._strategy.unwrapped, shown([*positional, *named.values()]))
+            if told is None:
+                raise
+            raise told from error
 
     def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
         try:

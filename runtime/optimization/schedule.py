@@ -115,9 +115,12 @@ class Schedule:
         scheduler, _ = self._in_charge(self._updates)
         if self._monitor is None or scheduler is not self._scheduler or self._updates < self._warmup_steps:
             return
-        result = results[self._monitor]
+        result = results.get(self._monitor)
         if not isinstance(result, float | int):
-            raise EvaluationError(f"schedule.monitor: {self._monitor} is no single number, so it cannot be watched")
+            what = (
+                "is no result of the evaluation" if result is None else "is no single number, so it cannot be watched"
+            )
+            raise EvaluationError(f"schedule.monitor: {self._monitor!r} {what}")
         self._hide_factor()
         scheduler.step(result)
         self._show_scheduled()

@@ -1,0 +1,84 @@
+"""What a model or an objective raises when it is called, as one message with the user's own line."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from runtime.config.component import INSTALLED
+from runtime.errors import ForwardError, LockstepError
+
+_OURS = str(Path(__file__).parent)
+_ZOO = str(Path(__file__).parent / "model_zoo")
+_TORCH = str(Path(torch.__file__).parent)
+_LOST = ("gloo", "nccl", "connection", "broken pipe", "out of memory", "can't allocate memory")  # told by others
+_MISTAKES = (
+    RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, NameError, ArithmeticError,
+)  # fmt: skip
+
+
+def explained(error: Exception, module: nn.Module, batch: str) -> ForwardError | None:
+    """Return the message for what a forward pass raised, or None where it is no mistake of the user's.
+
+    Args:
+        module: what was called; names the part of it that raised.
+        batch: what it was called with, as messages describe it.
+    """
+    if isinstance(error, LockstepError | torch.OutOfMemoryError) or not isinstance(error, _MISTAKES):
+        return None
+    said = str(error).strip()
+    if any(word in said.lower() for word in _LOST):
+        return None
+    first = said.split("\n", maxsplit=1)[0]
+    return ForwardError(
+        f"the forward pass raised {type(error).__name__}: {first}\n  at {_line(error.__traceback__)}"
+        f"{_part(error.__traceback__, module)}\n  the batch is {batch}{_cure(first, module)}"
+    )
+
+
+def _line(trace: TracebackType | None) -> str:
+    """Return the innermost line that is the user's, else of a library's or our model, else of all."""
+    frames = traceback.extract_tb(trace)
+    own = [frame for frame in frames if not frame.filename.startswith((*INSTALLED, _OURS, "<"))]
+    library = [
+        frame for frame in frames if frame.filename.startswith(_ZOO) or not frame.filename.startswith((_TORCH, _OURS))
+    ]
+    frame = (own or library or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}" + (f": {frame.line}" if frame.line else "")
+
+
+def _part(trace: TracebackType | None, module: nn.Module) -> str:
+    """Return which part of the model raised."""
+    inner: nn.Module | None = None
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and trace.tb_frame.f_code.co_name == "forward":
+            inner = owner
+        trace = trace.tb_next
+    name = next((name for name, part in module.named_modules() if part is inner), "") if inner is not None else ""
+    if name.partition(".")[0] != "model":
+        return ""
+    assert inner is not None
+    text = type(inner).__name__ if list(inner.children()) else repr(inner)
+    return (
+        f"\n  in the model's part {name.removeprefix('model.')}: {text}"
+        if name != "model"
+        else f"\n  in the model: {text}"
+    )
+
+
+def _cure(said: str, module: nn.Module) -> str:
+    if "dtype" in said or "expected scalar type" in said or "expected m1 and m2" in said:
+        held = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+        return f"\n  the model's parameters are {', '.join(sorted(held))}: give it inputs of that type"
+    if "shape" in said or "size" in said:
+        return (
+            "\n  let the sizes in model.args fit the data (lockstep show prints a sample's shapes), or change the data"
+        )
+    if "argument" in said:
+        return "\n  say in data.fields.inputs what the model is called with"
+    return ""
