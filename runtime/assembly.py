@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,8 +248,12 @@ def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
     return StreamedData(samples)
 
 
-def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoader:
-    """Return the maker of loaders; memory is pinned by default where there is a GPU."""
+def build_loader(loaded: LoadedConfiguration, device: torch.device, closing: ExitStack | None = None) -> MakeLoader:
+    """Return the maker of loaders; memory is pinned by default where there is a GPU.
+
+    Args:
+        closing: where the same data is read again and again: workers then live until this is closed.
+    """
     section = loaded.values.data.loader
     return loader_factory(
         num_workers=section.num_workers,
@@ -259,6 +264,7 @@ def build_loader(loaded: LoadedConfiguration, device: torch.device) -> MakeLoade
         worker_init=_function(loaded, ("data", "loader", "worker_init"), section.worker_init)
         if section.worker_init
         else None,
+        closing=closing,
     )
 
 

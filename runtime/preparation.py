@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +17,15 @@ from torch import nn
 from runtime import assembly
 from runtime.checkpoints.built import Built
 from runtime.checkpoints.resumption import Identity, RunState, check_identity, slots_on_resumption
-from runtime.checkpoints.serialization import replace_file
-from runtime.config import yaml_file
 from runtime.config.component import described
 from runtime.config.file import LoadedConfiguration, flatten
-from runtime.data import sources
 from runtime.data.batches import Sharing, default_slots
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.data.training_data import MappedData, TrainingData
-from runtime.errors import ConfigurationError, DataError, RunFolderError
+from runtime.errors import ConfigurationError, DataError
 from runtime.evaluation.averaged import AveragedEvaluation
-from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.evaluator import Evaluator
-from runtime.evaluation.figures import FiguresTracker
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
@@ -39,6 +34,7 @@ from runtime.optimization.assembly import (
     build_optimizer,
     build_schedule,
     follows_limit,
+    group_names,
     schedule_length,
 )
 from runtime.optimization.averaging import WeightAverage
@@ -48,9 +44,7 @@ from runtime.optimization.freezing import Freezing
 from runtime.optimization.rehearsal import raised_within
 from runtime.processes.comparison import code_digest, compare, shapes
 from runtime.processes.control import sum_over_ranks
-from runtime.reporting.console import ConsoleTracker
 from runtime.reporting.facts import versions
-from runtime.reporting.reporter import JsonLines, Tracker
 from runtime.strategies import Strategy
 from runtime.strategies.memory import state_bytes
 from runtime.strategies.state_size import StateBytes
@@ -67,6 +61,7 @@ class Prepared:
     """What a run consists of before its first step.
 
     Args:
+        groups: names of the optimizer's parameter groups.
         parameters: how many elements of them are trained, and how many are frozen.
     """
 
@@ -75,6 +70,7 @@ class Prepared:
     sharing: Sharing
     state: RunState
     freezing: Freezing
+    groups: tuple[str, ...]
     parameters: tuple[int, int]
     memory: StateBytes
 
@@ -112,6 +108,7 @@ def prepare(
     sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
     assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
     optimizer = build_optimizer(loaded, module)
+    groups = group_names(loaded, module, optimizer)
     begin_training(optimizer)
     freezing.apply(0)
     schedule = build_schedule(loaded, optimizer, length)
@@ -132,7 +129,7 @@ def prepare(
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
     state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress, built)
-    return Prepared(data, identity, sharing, state, freezing, parameters, memory)
+    return Prepared(data, identity, sharing, state, freezing, groups, parameters, memory)
 
 
 def by_component(loaded: LoadedConfiguration, error: Exception, state: RunState, progress: Progress) -> Exception:
@@ -159,11 +156,20 @@ def build_averaging(loaded: LoadedConfiguration, strategy: Strategy) -> WeightAv
 
 
 def build_evaluator(
-    loaded: LoadedConfiguration, strategy: Strategy, name: Literal["validation", "test"], *, slots: int
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    name: Literal["validation", "test"],
+    *,
+    slots: int,
+    closing: ExitStack | None = None,
 ) -> Evaluator | None:
-    """Build the evaluator of one split, or None if there is no such data."""
+    """Build the evaluator of one split, or None if there is no such data.
+
+    Args:
+        closing: where it is evaluated again and again: loader workers then live until this is closed.
+    """
     samples = assembly.build_samples(loaded, name, batch_size=evaluation_micro_size(loaded, slots))
-    return evaluator_of(samples, loaded, strategy, name, slots=slots) if samples is not None else None
+    return evaluator_of(samples, loaded, strategy, name, slots=slots, closing=closing) if samples is not None else None
 
 
 def evaluation_micro_size(loaded: LoadedConfiguration, slots: int) -> int:
@@ -172,9 +178,15 @@ def evaluation_micro_size(loaded: LoadedConfiguration, slots: int) -> int:
 
 
 def evaluator_of(
-    samples: Samples | StreamSamples, loaded: LoadedConfiguration, strategy: Strategy, name: str, *, slots: int
+    samples: Samples | StreamSamples,
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    name: str,
+    *,
+    slots: int,
+    closing: ExitStack | None = None,
 ) -> Evaluator:
-    """Build the evaluator of samples that have been built."""
+    """Build the evaluator of samples that have been built; see :func:`build_evaluator`."""
     values = loaded.values
     return Evaluator(
         name,
@@ -182,7 +194,7 @@ def evaluator_of(
         micro_size=evaluation_micro_size(loaded, slots),
         strategy=strategy,
         metrics=MetricSet(assembly.build_metrics(loaded), strategy.device),
-        make_loader=assembly.build_loader(loaded, strategy.device),
+        make_loader=assembly.build_loader(loaded, strategy.device, closing),
         seed=values.seed,
     )
 
@@ -192,12 +204,14 @@ def build_averaged_evaluation(
     prepared: Prepared,
     strategy: Strategy,
     *,
+    closing: ExitStack,
     enter: Callable[[], None],
     tell: Callable[[str], None],
 ) -> AveragedEvaluation:
     """Build what decides which weights are evaluated.
 
     Args:
+        closing: loader workers of such passes live until it is closed.
         enter: told each global batch of a pass for BatchNorm statistics.
         tell: told where the averaged weights begin to be evaluated.
 
@@ -211,7 +225,7 @@ def build_averaged_evaluation(
             data.order,
             sharing=prepared.sharing,
             strategy=strategy,
-            make_loader=assembly.build_loader(loaded, strategy.device),
+            make_loader=assembly.build_loader(loaded, strategy.device, closing),
             seed=loaded.values.seed,
             enter=enter,
         )
@@ -219,53 +233,8 @@ def build_averaged_evaluation(
         what = "swa cannot compute BatchNorm statistics over a stream; use ema, or a model without BatchNorm"
         raise ConfigurationError([loaded.problem(("averaging", "kind"), what)])
     wanted = section is not None and section.evaluate
-    return AveragedEvaluation(average, wanted=wanted, statistics=statistics, tell=tell)
-
-
-def build_trackers(
-    loaded: LoadedConfiguration, progress: Progress, *, run_id: str, warn: Callable[[str], None]
-) -> list[Tracker]:
-    """Build what figures go to. For rank 0.
-
-    Args:
-        run_id: the same at every start of the run.
-
-    Raises:
-        RunFolderError: the run folder cannot be written.
-    """
-    folder, reporting, resolved = loaded.output, loaded.values.reporting, loaded.resolved()
-    try:
-        # The code's folder as it is: the one of this file is the run folder.
-        replace_file(folder / "config.yaml", yaml_file.dump({**resolved, "code": str(loaded.code)}))
-        path, due = folder / "metrics.jsonl", progress.evaluation_due
-        records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
-        fitted = sources.preparation(loaded)["fitted"]
-        if fitted is not None:
-            replace_file(folder / "preprocessing.json", json.dumps(fitted, indent=1))
-    except OSError as error:
-        raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
-    section = loaded.values.evaluation
-    classes = ClassResults.of(
-        assembly.build_metrics(loaded), section.class_names or sources.preparation(loaded)["classes"]
-    )
-    figures = FiguresTracker(folder, classes, pictures=section.pictures, resumed_step=progress.step, warn=warn)
-    trackers: list[Tracker] = [ConsoleTracker(progress=reporting.progress, classes=classes), records, figures]
-    if reporting.wandb is not None:
-        from runtime.reporting.wandb_tracker import WandbTracker
-
-        trackers.append(
-            WandbTracker(
-                reporting.wandb,
-                name=loaded.name,
-                run_id=run_id,
-                folder=folder,
-                configuration=resolved,
-                warn=warn,
-                classes=classes,
-                pictures=figures.pictures,
-            )
-        )
-    return trackers
+    may_end = loaded.values.limit.early_stopping is not None
+    return AveragedEvaluation(average, wanted=wanted, may_end=may_end, statistics=statistics, tell=tell)
 
 
 @dataclass(frozen=True)

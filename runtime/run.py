@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch import Tensor, get_num_threads, nn
+from torch import Tensor, get_num_threads
 
 from runtime import assembly
-from runtime.checkpoints.reading import load_model, load_state, open_state
+from runtime.checkpoints.reading import load_state, open_state
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import coupled_parts, mark_coupled
@@ -21,20 +21,21 @@ from runtime.data.sources import preparation
 from runtime.data.streams import Place
 from runtime.data.training_data import How, Reading, StreamedData, places_of, told_places
 from runtime.errors import LockstepError, OutOfMemoryError
-from runtime.evaluation.metrics import MetricSet, Result
+from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
-from runtime.preparation import Prepared, build_trackers, by_component, prepare
+from runtime.preparation import Prepared, by_component, prepare
 from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
 from runtime.processes.watch import Position
+from runtime.reporting.assembly import build_meter, build_trackers, restore_meter
 from runtime.reporting.facts import start_facts, versions
-from runtime.reporting.meters import PhaseTimes, TrainingMeter
+from runtime.reporting.meters import PhaseTimes
 from runtime.reporting.reporter import Reporter
 from runtime.reporting.stragglers import Stragglers
-from runtime.run_result import RunResult
+from runtime.run_result import RunResult, model_maker
 from runtime.strategies import Strategy
 from runtime.training.buffers import BufferRule
 from runtime.training.divergence import RollbackWanted
@@ -70,7 +71,7 @@ class Run:
         self._stragglers = Stragglers()
         self._reading: Reading | None = None
         self._places: dict[int, Place] = {}
-        self._told_places: dict[str, Any] = {}
+        self._told: dict[str, Any] = {"stream": {}, "meter": {}}
         self._garbage = GarbageCollection()
         self._folder = RunFolder(
             loaded.output,
@@ -86,6 +87,7 @@ class Run:
         """Train until the limit or an agreed stop. Collective: every rank must call this."""
         with ExitStack() as stack:
             stack.callback(self._folder.close)
+            stack.callback(setattr, self, "_reading", None)  # whose loader's workers end with it
             self._folder.open()
             self._stop_wish.watch_file(self._folder.path / STOP_FILE)
             found = self._folder.newest(self._values.resume)
@@ -113,7 +115,9 @@ class Run:
                 times=self._times,
                 garbage=self._garbage,
                 stop_wished=self._stop_wished,
+                closing=stack,
             )
+            self._meter = build_meter(self._loaded, prepared.state, times=self._times, groups=prepared.groups)
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             if found is None:  # before the first record, which names what was found to be inexact
@@ -149,11 +153,14 @@ class Run:
         mark_coupled(self._state.module.objective, stored[1].get("coupled", []))
         self._state.follow(found.rollbacks)
         self._places = places_of(stored[1].get("stream", {}), self._strategy.rank)
-        self._evaluations.go_on_from(found.results)
+        self._evaluations.go_on_from(found.results, judged=found.judged)
+        restore_meter(self._meter, stored[1], self._loaded, self._strategy)
 
     def _train(self, prepared: Prepared) -> RunResult:
         strategy, progress = self._strategy, self._progress
         module = prepared.state.module
+        if progress.evaluation_extra and not self._milestones.over:
+            progress.evaluation_due = progress.evaluation_extra = False  # the run no longer ends here
         was_over = self._milestones.over and not progress.evaluation_due
         if was_over:
             why, keys = self._milestones.why_early or f"{progress.step} steps", "limit.epochs or limit.steps"
@@ -200,6 +207,7 @@ class Run:
             weigh=None if objective.counts_samples else objective.checked_weight,
             num_weights=objective.num_weights,
             begin_sum=self._begin_sum,
+            ahead=lambda: self._agreement.steps_ahead,
         )
         return self._data.read(
             how,
@@ -234,11 +242,8 @@ class Run:
         return waited
 
     def _parts(self, module: TrainingModule) -> Parts:
-        strategy = self._strategy
-        train_metrics = assembly.build_metrics(self._loaded) if self._values.evaluation.metrics_on_train else {}
-        metrics = MetricSet(train_metrics, strategy.device)
-        self._meter = TrainingMeter(strategy.device, module.objective, metrics, self._times)
-        state = self._state
+        strategy, state = self._strategy, self._state
+        self._meter.start()
         verdicts = Verdicts(
             strategy=strategy,
             schedule=state.schedule,
@@ -289,7 +294,8 @@ class Run:
             f"step {wanted.step} (epoch {wanted.cursor.epoch + 1}, batch {wanted.cursor.batch + 1}): {wanted.reason}; back to "
             f"{found.path.name} as attempt {self._progress.attempt}, leaving this batch out"
         )
-        self._progress.evaluation_due |= self._milestones.over
+        if self._milestones.over and not self._progress.evaluation_due and not found.results:
+            self._progress.evaluation_due = self._progress.evaluation_extra = True
 
     # What the loop calls after each step, on every rank
 
@@ -297,8 +303,10 @@ class Run:
         return bool(self._stop_wish) or self._folder.failing
 
     def _report(self, window: Window) -> None:
-        if self._milestones.is_due(self._values.reporting.every, window):
-            values = {**self._meter.read(), "learning_rate": self._state.schedule.learning_rates[0]}
+        every = self._values.reporting.every
+        if self._milestones.is_due(every, window):
+            # The interval that the run's end cuts short goes on if the limit is raised.
+            values = self._meter.read(forget=self._milestones.is_due_by_interval(every, window))
             self._reporter.train(self._progress.step, window.cursor.epoch + 1, values)
             straggling = self._stragglers.message(values, self._meter.seconds)
             if straggling is not None:
@@ -313,7 +321,7 @@ class Run:
     def _save(self, window: Window, leaving: bool) -> None:
         if not self._folder.saving_prepared:
             self._folder.prepare_saving(self._collecting())
-        best = self._folder.is_best(self._evaluations.results_of_this_step)
+        best = self._folder.is_best(self._evaluations.judged_results_of_this_step)
         if leaving or best or self._milestones.is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
             self._meter.pause()
@@ -324,9 +332,15 @@ class Run:
         progress, results = self._progress, self._evaluations.results_of_this_step
         if isinstance(self._data, StreamedData):
             places = self._reading.places if self._reading is not None else self._places
-            self._told_places = told_places(places, self._data.samples.sharded_by, self._strategy.device)
+            self._told["stream"] = told_places(places, self._data.samples.sharded_by, self._strategy.device)
+        self._told["meter"] = self._meter.state()
         self._folder.save(
-            self._collecting(), step=progress.step, attempt=progress.attempt, epoch=progress.epoch, results=results
+            self._collecting(),
+            step=progress.step,
+            attempt=progress.attempt,
+            epoch=progress.epoch,
+            results=results,
+            judged=self._evaluations.judged or not results,
         )
 
     def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
@@ -341,8 +355,8 @@ class Run:
         state["training"] |= {
             "identity": asdict(self._identity),
             "coupled": coupled_parts(self._state.module.objective),
-            "stream": self._told_places,
             "preparation": preparation(self._loaded),
+            **self._told,
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state
@@ -355,8 +369,6 @@ class Run:
         trackers = build_trackers(self._loaded, self._progress, run_id=self._identity.tracker_id, warn=self._warn)
         self._reporter.open(trackers)
         stack.push(lambda kind, error, trace: self._reporter.close("failed") if kind else None)
-        data, limit = self._data, self._values.limit
-        epochs_steps = None if data.steps_per_epoch is None else (limit.epochs or 0) * data.steps_per_epoch
         self._reporter.start(
             start_facts(
                 self._loaded,
@@ -364,10 +376,8 @@ class Run:
                 parameters=self._parameters,
                 sharing=self._sharing,
                 device=self._strategy.device.type,
-                num_samples=data.num_samples,
-                steps_per_epoch=data.steps_per_epoch,
+                data=self._data,
                 step=self._progress.step,
-                total_steps=limit.steps or epochs_steps,
                 memory=prepared.memory,
             )
         )
@@ -389,20 +399,8 @@ class Run:
         self._reporter.close(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
         message = self._milestones.why_early if outcome == "finished" else ""
+        saved = self._folder.last_saved() if self._strategy.sharded else None
+        make_model = model_maker(self._loaded, self._state.module.model, saved)
         return RunResult(
-            outcome, self._progress.step, self._evaluations.results, self._folder.path, self._model_maker(), message
+            outcome, self._progress.step, self._evaluations.results, self._folder.path, make_model, message
         )
-
-    def _model_maker(self) -> Callable[[], nn.Module]:
-        if not self._strategy.sharded:
-            model = self._state.module.model
-            return lambda: model
-        saved = self._folder.last_saved()
-        assert saved is not None
-
-        def make() -> nn.Module:
-            whole = assembly.build_model(self._loaded)
-            whole.load_state_dict(load_model(saved))
-            return whole
-
-        return make

@@ -10,6 +10,9 @@ from typing import Literal
 
 from torch import nn
 
+from runtime import assembly
+from runtime.checkpoints.reading import load_model
+from runtime.config.file import LoadedConfiguration
 from runtime.evaluation.metrics import Result
 
 
@@ -37,3 +40,21 @@ class RunResult:
     def model(self) -> nn.Module:
         """The trained model; where the processes held it together, a whole one on the CPU, of the last checkpoint."""
         return self.make_model()
+
+
+def model_maker(loaded: LoadedConfiguration, model: nn.Module, saved: Path | None) -> Callable[[], nn.Module]:
+    """Return what makes a run's trained model.
+
+    Args:
+        model: as this process holds it.
+        saved: the checkpoint that has all of it, where the processes hold it together.
+    """
+    if saved is None:
+        return lambda: model
+
+    def make() -> nn.Module:
+        whole = assembly.build_model(loaded)
+        whole.load_state_dict(load_model(saved))
+        return whole
+
+    return make

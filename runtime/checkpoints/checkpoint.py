@@ -59,6 +59,8 @@ class Checkpoint:
         attempt: the line of history it belongs to.
         epoch: the epoch of its last step, counted from 1.
         results: of the evaluation of the same step, if there was one.
+        judged: False where only the end of the run asked for that evaluation. Such results are among the best only as long
+            as the run ends there: which are the best must not depend on where it ended before its limit was raised.
     """
 
     path: Path
@@ -66,6 +68,7 @@ class Checkpoint:
     attempt: int
     epoch: int
     results: Mapping[str, Any]
+    judged: bool = True
 
 
 class CheckpointFolder:
@@ -180,13 +183,15 @@ class CheckpointFolder:
         return self._ranked(self._checkpoints(), best)
 
     def results(self) -> list[Mapping[str, Any]]:
-        """Return the results of the checkpoints that no rollback has abandoned, oldest first."""
-        return [checkpoint.results for checkpoint in self._checkpoints()]
+        """Return the results, where they are judged, of the checkpoints that no rollback has abandoned, oldest first."""
+        return [checkpoint.results for checkpoint in self._checkpoints() if checkpoint.judged]
 
     def _name(self, snapshot: Snapshot, *, evaluated: bool) -> str:
         name = f"step-{snapshot.step:08d}" + (f"-attempt-{snapshot.attempt}" if snapshot.attempt else "")
         others = list(self._checkpoints())
-        this = Checkpoint(self.folder / name, snapshot.step, snapshot.attempt, snapshot.epoch, snapshot.results)
+        this = Checkpoint(
+            self.folder / name, snapshot.step, snapshot.attempt, snapshot.epoch, snapshot.results, snapshot.judged
+        )
         leading = [best.metric for best in self._best if this in self._ranked([*others, this], best)]
         if leading:
             values = (f"-{re.sub('[^A-Za-z0-9_]', '_', m)}-{snapshot.results[m]:.4g}" for m in leading)
@@ -216,20 +221,28 @@ class CheckpointFolder:
 
     @staticmethod
     def _ranked(checkpoints: Iterable[Checkpoint], best: Best) -> list[Checkpoint]:
-        return ranked(checkpoints, best, lambda checkpoint: checkpoint.results)
+        there = list(checkpoints)  # oldest first
+        return ranked(
+            [checkpoint for checkpoint in there if checkpoint.judged or checkpoint is there[-1]], best, _results
+        )
 
     def _drop_old(self) -> None:
         checkpoints = list(self._checkpoints())
         current = {(c.step, c.attempt): c for c in checkpoints}  # of two of one step, the one with results
         kept = {c.path for c in list(current.values())[-self._keep :]}
+        judged = [c for c in checkpoints if c.judged]  # the best of a run that goes on from here
         for best in self._best:
-            kept |= {c.path for c in self._ranked(checkpoints, best)}
+            kept |= {c.path for c in [*self._ranked(checkpoints, best), *self._ranked(judged, best)]}
         for checkpoint, _ in listed(self.folder, self.attempts):
             if checkpoint.path not in kept:
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
                 doomed = checkpoint.path.with_name(f"{checkpoint.path.name}.partial-{secrets.token_hex(4)}")
                 os.rename(checkpoint.path, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _results(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return checkpoint.results
 
 
 def listed(folder: Path, attempts: Attempts) -> list[tuple[Checkpoint, bool]]:
@@ -260,6 +273,7 @@ def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
         "attempt": snapshot.attempt,
         "epoch": snapshot.epoch,
         "results": dict(snapshot.results),
+        "judged": snapshot.judged,
         **snapshot.trees,
     }
     files: dict[str, tuple[int, str]] = {}
@@ -285,6 +299,8 @@ def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
 def _opened(path: Path, *, step: int, attempt: int) -> Checkpoint:
     try:
         tree = json.loads((path / "state.json").read_text())
-        return Checkpoint(path, step, attempt, int(tree["epoch"]), dict(tree["results"]))
+        return Checkpoint(
+            path, step, attempt, int(tree["epoch"]), dict(tree["results"]), bool(tree.get("judged", True))
+        )
     except (OSError, ValueError, LookupError, TypeError):
         return Checkpoint(path, step, attempt, 0, {})  # damaged, which verifying it will tell

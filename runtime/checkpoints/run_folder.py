@@ -39,11 +39,13 @@ class Found:
     Args:
         path: its folder.
         results: of the evaluation of its step.
+        judged: whether they may decide which checkpoints are the best.
         rollbacks: which its state knows nothing of yet.
     """
 
     path: Path
     results: Mapping[str, Any]
+    judged: bool
     rollbacks: tuple[Rollback, ...]
 
 
@@ -123,8 +125,18 @@ class RunFolder:
             self._saving.prepare(collect())
         self._prepared = True
 
-    def save(self, collect: Callable[[], Mapping[str, Any]], *, results: Mapping[str, Any], **of_snapshot: Any) -> None:
+    def save(
+        self,
+        collect: Callable[[], Mapping[str, Any]],
+        *,
+        results: Mapping[str, Any],
+        judged: bool = True,
+        **of_snapshot: Any,
+    ) -> None:
         """Copy the state and let it be written. Collective: every rank must call this.
+
+        Args:
+            judged: whether the results may decide which checkpoints are the best.
 
         Raises:
             CheckpointError: the copy, or the save before this one, failed.
@@ -132,7 +144,7 @@ class RunFolder:
 
         def save() -> None:
             assert self._saving is not None
-            self._saving.save(collect(), results=results, **of_snapshot)
+            self._saving.save(collect(), results=results, judged=judged, **of_snapshot)
             self._refuse_problem()
 
         if self._num_writers > 1:
@@ -140,7 +152,8 @@ class RunFolder:
             save()
         else:
             self._on_rank_0(save)
-        self._best.add(results)
+        if judged:
+            self._best.add(results)
 
     def is_best(self, results: Mapping[str, Any]) -> bool:
         """Tell whether results are among the best of ``checkpoint.best``, and their step has to be saved."""
@@ -271,8 +284,8 @@ class RunFolder:
         if checkpoint is None:
             return {"saved": saved}
         rollbacks = [asdict(rollback) for rollback in self._checkpoints.attempts.since(checkpoint.attempt)]
-        found = {"path": str(checkpoint.path), "results": dict(checkpoint.results), "rollbacks": rollbacks}
-        return {"saved": saved, "found": found}
+        found = {"path": str(checkpoint.path), "results": dict(checkpoint.results), "judged": checkpoint.judged}
+        return {"saved": saved, "found": found | {"rollbacks": rollbacks}}
 
     def _go_on(self, reply: Mapping[str, Any]) -> Found | None:
         self._best = BestResults(self._section.best, reply["saved"])
@@ -280,7 +293,8 @@ class RunFolder:
             return None
         found = reply["found"]
         self._went_on_from = Path(found["path"])
-        return Found(Path(found["path"]), found["results"], tuple(Rollback.read(entry) for entry in found["rollbacks"]))
+        rollbacks = tuple(Rollback.read(entry) for entry in found["rollbacks"])
+        return Found(Path(found["path"]), found["results"], found["judged"], rollbacks)
 
     def _refuse_problem(self) -> None:
         if self._saving is not None and self._saving.problem is not None:

@@ -27,6 +27,7 @@ class Snapshot:
         attempt: which line of history it belongs to.
         epoch: the epoch of the last step, counted from 1.
         results: of the evaluation of the same step, empty if there was none.
+        judged: whether the results may decide which checkpoints are the best.
         trees: by file, what JSON can hold.
         tensors: by file, on the CPU.
         shards: by file, this rank's parts of tensors that the ranks hold together, on the CPU; empty where there are none.
@@ -39,6 +40,7 @@ class Snapshot:
     trees: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]]
     shards: Mapping[str, Mapping[str, Shard]] = field(default_factory=dict)
+    judged: bool = True
 
 
 class HostBuffers:

@@ -15,6 +15,7 @@ import torch
 
 from runtime.data.loading import MakeLoader, read
 from runtime.data.order import Ids, Order
+from runtime.data.reading_ahead import Ahead, summed_ahead
 from runtime.data.samples import Samples, SlotIndex
 
 Weigh = Callable[[Any, int], float | tuple[float, ...]]
@@ -159,40 +160,34 @@ def with_weights(
     num_weights: int | None = None,
     slots: int,
     begin_sum: BeginSum,
-    ahead: int = 8,
+    ahead: Ahead = 8,
 ) -> Iterator[Window]:
     """Replace each window's global weight, the number of samples, before its first forward pass.
 
-    The weights of a block of steps travel in one reduction, which is begun half a block before they are needed, so that no rank
-    waits for it. Collective: every rank must iterate, at the same pace.
+    The weights of a block of steps travel in one reduction, see :func:`runtime.data.reading_ahead.summed_ahead`. Collective:
+    every rank must iterate, at the same pace.
 
     Args:
         weigh: weight of one batch of so many samples.
         num_weights: how many weights a batch has; None: one, as a number.
         begin_sum: begins to sum a float64 tensor over the ranks.
-        ahead: steps of a block; one and a half times as many windows are held in memory.
+        ahead: steps of a block.
     """
 
-    def next_block() -> tuple[list[Window], Callable[[], torch.Tensor]] | None:
-        block = [window for _, window in zip(range(ahead), windows, strict=False)]
-        if not block:
-            return None
+    def begin(block: list[Window]) -> Callable[[], list[Window]]:
         # One row a step, one column a slot: summed in slot order, the weight is the same number for any sharing-out.
         weights = torch.zeros(len(block), slots, num_weights or 1, dtype=torch.float64)
         for row, window in enumerate(block):
             for microbatch in window.microbatches:
                 if not microbatch.filler:
                     note_weight(weights[row, microbatch.slot], weigh(microbatch.batch, microbatch.samples))
-        return block, begin_sum(weights)
+        finish_sum = begin_sum(weights)
+        return lambda: [
+            window._replace(weight=told_weight(total, num_weights))
+            for window, total in zip(block, finish_sum().sum(dim=1).tolist(), strict=True)
+        ]
 
-    following = next_block()
-    while following is not None:
-        block, finish_sum = following
-        following = None
-        for place, (window, total) in enumerate(zip(block, finish_sum().sum(dim=1).tolist(), strict=True)):
-            if place == len(block) // 2:
-                following = next_block()
-            yield window._replace(weight=told_weight(total, num_weights))
+    return summed_ahead(windows, begin, ahead)
 
 
 def note_weight(place: torch.Tensor, weight: float | tuple[float, ...]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,14 +30,18 @@ def loader_factory(
     timeout_seconds: int,
     start_method: str | None,
     worker_init: Callable[[int], Any] | None = None,
+    closing: ExitStack | None = None,
 ) -> MakeLoader:
     """Return a maker of loaders with these options; a worker is told nothing, so it has no state of its own.
 
     Without workers and pinned memory there is nothing for a DataLoader to do, and it would cost 50 µs a batch.
+
+    Args:
+        closing: where the same data is read again and again: workers then live until this is closed.
     """
     if num_workers == 0 and not pin_memory:
         return read_here
-    return partial(
+    make_loader = partial(
         DataLoader,
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -46,33 +52,79 @@ def loader_factory(
         worker_init_fn=partial(_start_worker, worker_init),
         generator=torch.Generator(),  # otherwise the loader draws its base seed from the default generator
     )
+    if closing is None or num_workers == 0:
+        return make_loader
+    lasting = LastingLoader(partial(make_loader, persistent_workers=True))
+    closing.callback(lasting.close)
+    return lasting
+
+
+class LastingLoader:
+    """Makes one loader, of one data set, and gives it the indices of one pass after the other. Its workers live on."""
+
+    def __init__(self, make_loader: MakeLoader) -> None:
+        self._make_loader = make_loader
+        self._passes = _Passes()
+        self._loader: Any = None
+        self._samples: Any = None
+
+    def __call__(self, samples: Any, *, batch_sampler: Iterator[Any]) -> Iterable[Any]:
+        """Return the loader; what was left of the last pass is dropped when it is iterated again."""
+        assert self._samples in (None, samples), "a lasting loader reads one data set"
+        self._passes.indices = batch_sampler
+        if self._loader is None:
+            self._samples, self._loader = samples, self._make_loader(samples, batch_sampler=self._passes)
+        return cast(Iterable[Any], self._loader)
+
+    def close(self) -> None:
+        """End the workers."""
+        iterator = getattr(self._loader, "_iterator", None)
+        self._loader = self._samples = None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+class _Passes:
+    """A batch sampler of the present pass's indices."""
+
+    indices: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.indices
 
 
 def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Iterator[Any]:
     """Yield the batches of the given indices, in order.
 
     Raises:
-        DataError: the data set raised, or a worker died.
+        DataError: the data set raised, a worker died, or none gave a batch in time.
     """
-    batches = iter(make_loader(samples, batch_sampler=indices))
-    for worker in getattr(batches, "_workers", ()):
-        # It ignores SIGTERM, so torch and Python would wait for it for ever.
-        worker._popen.terminate = worker._popen.kill
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise DataError(
-                f"a loader worker was lost ({error}); a killed worker is mostly out of memory or shared memory: "
-                "lower data.loader.num_workers or prefetch_factor"
-            ) from error
-        if isinstance(batch, SampleFailure):
-            raise DataError(batch.message)
-        yield batch
+    try:
+        batches = iter(make_loader(samples, batch_sampler=indices))
+        for worker in getattr(batches, "_workers", ()):
+            # It ignores SIGTERM, so torch and Python would wait for it for ever.
+            worker._popen.terminate = worker._popen.kill
+        for batch in batches:
+            if isinstance(batch, SampleFailure):
+                raise DataError(batch.message)
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise DataError(_what_was_lost(str(error))) from error
+
+
+def _what_was_lost(reason: str) -> str:
+    late = re.search(r"timed out after (\S+) seconds", reason)
+    if late is not None:
+        return (
+            f"data.loader.timeout_seconds: no loader worker gave a batch within {late[1]} s, so reading is slower than that or "
+            "hangs; raise it (0 waits without end), or look at what the data set waits for"
+        )
+    return (
+        f"a loader worker was lost ({reason}); a killed worker is mostly out of memory or shared memory: "
+        "lower data.loader.num_workers or prefetch_factor"
+    )
 
 
 def read_here(samples: Any, *, batch_sampler: Iterator[Any]) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """This rank's windows of a stream, whose length nobody knows before its end.
 
-A few steps ahead of the training the ranks tell each other, in one small all-reduce, how many samples and how much weight
+Ahead of the training the ranks tell each other, in one small all-reduce every few steps, how many samples and how much weight
 each slot has. That gives the global weights, ends an epoch on all ranks after the same step, and shows when ranks read
 different streams though each was to read all of one.
 """
@@ -8,6 +8,7 @@ different streams though each was to read all of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from runtime.data.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, told_weight
 from runtime.data.loading import MakeLoader, read
+from runtime.data.reading_ahead import Ahead, steps_of, summed_ahead
 from runtime.data.streams import FIRST, NOTHING, Piece, Place, StreamIndex, StreamSamples
 from runtime.errors import DataError, EvaluationError
 
-_AHEAD = 4  # steps between two all-reduces, and global batches held
+_AHEAD = 4  # most steps between two all-reduces; one and a half times as many global batches are held
 _EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
 
 
@@ -45,6 +47,7 @@ class StreamWindows:
         num_weights: how many weights a microbatch has; None: one, as a number.
         sum_over_ranks: sums a float64 tensor over all ranks.
         num_workers: of the loader; 0 reads in this process.
+        ahead: steps between two all-reduces, four at most. Default: four.
 
     Attributes:
         filler: a batch for fillers, with several ranks.
@@ -67,6 +70,7 @@ class StreamWindows:
         weigh: Weigh | None,
         num_weights: int | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
+        ahead: Ahead = _AHEAD,
     ) -> None:
         if samples.sharded_by == "dataset" and sharing.slots < sharing.world_size:
             raise DataError(
@@ -75,6 +79,7 @@ class StreamWindows:
             )
         self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
         self._skipped, self._sharing, self._weigh, self._sum = frozenset(skipped), sharing, weigh, sum_over_ranks
+        self._ahead = ahead
         self._questions = _Questions(samples, start, sharing, max(1, num_workers))
         self._fetched = read(samples, iter(self._questions), make_loader)
         self.places: dict[int, Place] = {}
@@ -105,22 +110,25 @@ class StreamWindows:
     def _rows(self, start: Cursor) -> Iterator[_Row]:
         """Yield the global batches of an epoch, each known to all ranks."""
         self._questions.turn_to(start)
-        epoch, batch = start
-        ended = False
-        while not ended:
-            block: list[_Row] = []
-            while len(block) < _AHEAD and not ended:
-                row = _Row(Cursor(epoch, batch), self._pieces(Cursor(epoch, batch)))
-                block.append(row)
-                batch += 1
-                ended = self._samples.sharded_by == "runtime" and not row.pieces[0].more
-            for row in self._known_to_all(block):
-                if not row.samples:
-                    if row.cursor.batch == 0:
-                        raise DataError(_EMPTY)
-                    ended = True
-                    break
-                yield row
+        for row in summed_ahead(
+            self._own_rows(start),
+            lambda block: partial(self._known_to_all, block),
+            lambda: min(_AHEAD, steps_of(self._ahead)),
+        ):
+            if not row.samples:
+                if row.cursor.batch == 0:
+                    raise DataError(_EMPTY)
+                return
+            yield row
+
+    def _own_rows(self, start: Cursor) -> Iterator[_Row]:
+        """Yield the global batches of an epoch as this rank reads them, without end where only all ranks know the end."""
+        cursor, more = start, True
+        while more:
+            row = _Row(cursor, self._pieces(cursor))
+            more = self._samples.sharded_by == "dataset" or row.pieces[0].more
+            cursor = Cursor(cursor.epoch, cursor.batch + 1)
+            yield row
 
     def _pieces(self, cursor: Cursor) -> list[Piece]:
         if self._first is not None:

@@ -14,6 +14,7 @@ from runtime.data.batches import BeginSum, Cursor, Sharing, Weigh, Window, Windo
 from runtime.data.batching import BudgetOrder
 from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.order import Order
+from runtime.data.reading_ahead import Ahead
 from runtime.data.samples import Samples, SlotIndex, fingerprint
 from runtime.data.stream_windows import StreamWindows
 from runtime.data.streams import Place, ShardedBy, StreamIndex, StreamSamples
@@ -45,6 +46,7 @@ class How:
         weigh: weight of one microbatch of so many samples; None if it is the number of samples.
         num_weights: how many weights a microbatch has; None: one, as a number.
         begin_sum: begins to sum a float64 tensor over all ranks. Collective.
+        ahead: over how many steps weights are to be summed at once; equal on all ranks.
     """
 
     sharing: Sharing
@@ -53,6 +55,7 @@ class How:
     weigh: Weigh | None
     begin_sum: BeginSum
     num_weights: int | None = None
+    ahead: Ahead = 8
 
 
 class MappedData:
@@ -123,6 +126,7 @@ class MappedData:
                 num_weights=how.num_weights,
                 slots=how.sharing.slots,
                 begin_sum=how.begin_sum,
+                ahead=how.ahead,
             )
         return Reading(weighed, windows.filler)
 
@@ -185,6 +189,7 @@ class StreamedData:
             weigh=how.weigh,
             num_weights=how.num_weights,
             sum_over_ranks=lambda table: how.begin_sum(table)(),
+            ahead=how.ahead,
         )
         return Reading(iter(windows), windows.filler, windows.places)
 

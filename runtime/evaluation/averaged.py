@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.metrics import Result
 from runtime.optimization.averaging import WeightAverage
@@ -17,6 +19,7 @@ class AveragedEvaluation:
     Args:
         average: the run's, if it has one.
         wanted: whether the average is what is evaluated.
+        may_end: whether any evaluation may turn out to be the run's last (early stopping).
         statistics: computes what the average lacks; None only if that is nothing.
         tell: told once from where on the average is evaluated.
     """
@@ -26,11 +29,12 @@ class AveragedEvaluation:
         average: WeightAverage | None,
         *,
         wanted: bool,
+        may_end: bool,
         statistics: BatchStatistics | None,
         tell: Callable[[str], None],
     ) -> None:
         self._average = average
-        self._wanted = wanted
+        self._wanted, self._may_end = wanted, may_end
         self._statistics = statistics
         self._tell: Callable[[str], None] | None = tell
 
@@ -39,7 +43,8 @@ class AveragedEvaluation:
         evaluator: Evaluator | None,
         progress: Progress,
         *,
-        last: Callable[[], bool],
+        extra: bool,
+        last: bool,
         stop_wished: Callable[[], bool],
     ) -> dict[str, Result] | None:
         """Return an evaluation's results, none without an evaluator; None if it was cut short.
@@ -47,7 +52,9 @@ class AveragedEvaluation:
         Collective: every rank must call this.
 
         Args:
-            last: tells whether the run ends here; the average then gets its statistics even if it is not evaluated.
+            extra: nothing may follow from this evaluation. Statistics that the average gets for it are its own for this
+                state only: a run that goes on from here goes on without them.
+            last: whether the run ends here; the average then gets its statistics even if it is not evaluated.
             stop_wished: not asked where nothing is evaluated: there would be no evaluation to catch up with.
         """
         if evaluator is None:
@@ -55,8 +62,12 @@ class AveragedEvaluation:
         average = self._average
         if average is None or average.count == 0:
             return evaluator.evaluate(stop_wished) if evaluator is not None else {}
-        if average.lacks_statistics and (self._wanted or last()) and not self._computed(average, progress, stop_wished):
-            return None
+        always = self._wanted or self._may_end
+        if average.lacks_statistics and (always or last):
+            statistics = self._computed(average, progress, stop_wished)
+            if statistics is None:
+                return None
+            average.take_statistics(statistics, lasting=always and not extra)
         if evaluator is None:
             return {}
         if not self._wanted:
@@ -67,15 +78,14 @@ class AveragedEvaluation:
         with average.swapped_in():
             return evaluator.evaluate(stop_wished)
 
-    def _computed(self, average: WeightAverage, progress: Progress, stop_wished: Callable[[], bool]) -> bool:
+    def _computed(
+        self, average: WeightAverage, progress: Progress, stop_wished: Callable[[], bool]
+    ) -> dict[str, Tensor] | None:
         assert self._statistics is not None
         with average.swapped_in():
-            statistics = self._statistics.compute(
+            return self._statistics.compute(
                 progress.epoch - 1, skipped=progress.skipped_batches, stop_wished=stop_wished
             )
-        if statistics is not None:
-            average.take_statistics(statistics)
-        return statistics is not None
 
 
 def _never() -> bool:

@@ -53,6 +53,7 @@ class MetricSet:
             part.to(device)
             part.set_dtype(torch.float64)
         self._groups = sharing_state(self._metrics)
+        self._carried: list[_Told] = []  # what the ranks of earlier starts had gathered; equal on every rank
 
     def __bool__(self) -> bool:
         return bool(self._metrics)
@@ -73,6 +74,7 @@ class MetricSet:
 
     def reset(self) -> None:
         """Forget everything."""
+        self._carried = []
         for metric in self._metrics.values():
             metric.reset()
 
@@ -108,7 +110,7 @@ class MetricSet:
         """
         if not self._metrics:
             return {}
-        gathered = [_decoded(payload) for payload in gather_bytes(self._encoded(), self._device)]
+        gathered = self._gathered()
         results: dict[str, Result] = {}
         for group in self._groups:
             merged = [
@@ -119,6 +121,21 @@ class MetricSet:
                 for name in group:
                     results.update(self._computed(name, merged))
         return {key: value for name in self._metrics for key, value in results.items() if _belongs(key, name)}
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what has been gathered so far, rank by rank, for a checkpoint. Collective: every rank must call this."""
+        if not self._metrics:
+            return []
+        return [{"updates": dict(told.updates), "states": dict(told.states)} for told in self._gathered()]
+
+    def go_on_from(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Forget everything, and count in what the same metrics had gathered on any number of ranks; alike on every rank."""
+        self.reset()
+        self._carried = [_Told(told["updates"], told["states"]) for told in state]
+
+    def _gathered(self) -> list[_Told]:
+        told = [_decoded(payload) for payload in gather_bytes(self._encoded(), self._device)]
+        return [*self._carried, *told]
 
     def _computed(self, name: str, merged: Sequence[_Merged]) -> dict[str, Result]:
         metric = self._metrics[name]

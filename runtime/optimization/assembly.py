@@ -45,6 +45,17 @@ def parameter_groups(loaded: LoadedConfiguration, module: nn.Module) -> list[Par
     return optimizer_building.groups_of(loaded.values.optimizer, module, loaded.code)
 
 
+def group_names(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer) -> tuple[str, ...]:
+    """Name each of an optimizer's parameter groups, as ``lockstep show`` does; all that are ever trained must be trainable."""
+    labels = [group.label for group in parameter_groups(loaded, module)]
+    if len(labels) != len(optimizer.param_groups):  # an optimizer of the user's own that makes other groups
+        labels = [f"group {number}" for number in range(len(optimizer.param_groups))]
+    return tuple(
+        label if labels.count(label) == 1 else f"{label} {labels[: number + 1].count(label)}"
+        for number, label in enumerate(labels)
+    )
+
+
 def build_freezing(loaded: LoadedConfiguration, module: TrainingModule) -> Freezing:
     """Build what freezes and unfreezes parameters; nothing is frozen by it yet."""
     section = loaded.values.model

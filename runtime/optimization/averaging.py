@@ -49,6 +49,7 @@ class WeightAverage:
         }
         self._statistics: dict[str, Tensor] = {}
         self._statistics_of = 0
+        self._before: tuple[dict[str, Tensor], int] | None = None  # statistics, and of which average
         self.count = 0
         self._updates = self._epochs = self._waited = 0
 
@@ -86,10 +87,20 @@ class WeightAverage:
         finally:
             self._swap()
 
-    def take_statistics(self, statistics: Mapping[str, Tensor]) -> None:
-        """Keep BatchNorm statistics of the present average, by the names of buffers."""
+    def take_statistics(self, statistics: Mapping[str, Tensor], *, lasting: bool = True) -> None:
+        """Keep BatchNorm statistics of the present average, by the names of buffers.
+
+        Args:
+            lasting: whether a run that goes on from here goes on with them, see :meth:`go_on`.
+        """
         assert statistics.keys() == self._buffers.keys()
+        self._before = None if lasting else (self._statistics, self._statistics_of)
         self._statistics, self._statistics_of = dict(statistics), self.count
+
+    def go_on(self) -> None:
+        """Put back the statistics that there were before those that only the end of a run has asked for."""
+        if self._before is not None:
+            (self._statistics, self._statistics_of), self._before = self._before, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by parameter name, the statistics by buffer name, and the counts.
@@ -101,6 +112,7 @@ class WeightAverage:
             "count": self.count,
             "statistics": dict(self._statistics),
             "statistics_of": self._statistics_of if self._buffers else None,
+            "before": None if self._before is None else {"statistics": dict(self._before[0]), "of": self._before[1]},
             "updates": self._updates,
             "epochs": self._epochs,
             "waited": self._waited,
@@ -123,16 +135,21 @@ class WeightAverage:
             )
         for name, average in self._average.items():
             average.copy_(self._weights.from_store(name, state["average"][name]))
-        self._statistics = {
-            name: whole(state["statistics"][name]).to(norm.get_buffer(key).device, copy=True)
-            for name, (norm, key) in self._buffers.items()
-            if name in state["statistics"]
-        }
+        self._statistics = self._on_device(state["statistics"])
+        before = state.get("before")
+        self._before = None if before is None else (self._on_device(before["statistics"]), before["of"])
         self.count, self._statistics_of = state["count"], state["statistics_of"] or 0
         self._updates, self._epochs = state["updates"], state["epochs"]
         self._waited = state["waited"] if state.get("unit") in (None, self._section.interval.unit) else 0
         if not self._has_begun(self._updates):  # averaging.start was moved: what was averaged before it counts no more
             self.count = self._statistics_of = 0
+
+    def _on_device(self, statistics: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {
+            name: whole(statistics[name]).to(norm.get_buffer(key).device, copy=True)
+            for name, (norm, key) in self._buffers.items()
+            if name in statistics
+        }
 
     def _has_begun(self, updates: int) -> bool:
         start = self._section.start

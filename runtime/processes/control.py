@@ -26,6 +26,8 @@ from runtime.errors import (
 
 _SECONDS_BETWEEN = 0.25  # a wish waits this long at most; the all-reduce then costs nothing to speak of
 _MOST_STEPS_BETWEEN = 64
+_SECONDS_AHEAD = 0.05  # a sum is worth waiting for in steps of half as long: it takes less than a hundredth of them
+_MOST_STEPS_AHEAD = 8
 _SHORT = 1024  # bytes of a message that one reduction takes no longer over than over a number
 _LENGTH = 8
 
@@ -48,6 +50,7 @@ class Agreement:
         self._due = 0
         self._since = (time.monotonic(), 0)
         self._wish = False
+        self._seconds_per_step: float | None = None  # of the slowest rank, as all know it
         self._pending: Any = None
 
     def begin(self, wish: bool) -> None:
@@ -71,9 +74,17 @@ class Agreement:
         self._pending.wait()
         self._pending = None
         wish, seconds_per_step = self._message.tolist()  # waits for the device, for a message begun a step ago
+        self._seconds_per_step = seconds_per_step
         between = int(_SECONDS_BETWEEN / max(seconds_per_step, 1e-6))
         self._due = self._steps + max(1, min(_MOST_STEPS_BETWEEN, between)) - 1
         return bool(wish)
+
+    @property
+    def steps_ahead(self) -> int:
+        """Over how many steps it pays to sum at once what must be known before each; equal on all ranks between two steps."""
+        if self._world_size == 1 or self._seconds_per_step is None:
+            return 1
+        return max(1, min(_MOST_STEPS_AHEAD, int(_SECONDS_AHEAD / max(self._seconds_per_step, 1e-6))))
 
 
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from runtime.evaluation.metrics import Result
 
 _RATES = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
 _UNSHOWN = {*_RATES, "peak_memory_bytes", "data_share", "slowest_rank", "slowest_rank_excess"}  # metrics.jsonl has them
+_PLACE = {"event", "split", "step", "epoch", "time"}  # of a record, beside its figures
 _CLASSES = 40  # of a table per class
 _ROWS = 12  # of the final table; the whole history is in metrics.jsonl
 
@@ -33,16 +34,19 @@ class ConsoleTracker:
     Args:
         progress: whether to draw a bar, if the output is a terminal.
         classes: finds the results per class.
+        earlier: records of the run's earlier starts, for the table.
     """
 
-    def __init__(self, *, progress: bool, classes: ClassResults) -> None:
+    def __init__(self, *, progress: bool, classes: ClassResults, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
         self._classes = classes
         self._console = Console(highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._wants_bar = progress and self._console.is_terminal
-        self._rows: list[tuple[str, int, int, float | None, Mapping[str, Result]]] = []
-        self._train_loss: float | None = None
+        self._rows: list[tuple[str, int, int, str, Mapping[str, Result]]] = []
+        self._train_loss: tuple[int, float] | None = None  # after which step
+        for record in earlier:
+            self._recall(record)
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Print what the run is, and begin the bar."""
@@ -67,15 +71,16 @@ class ConsoleTracker:
     def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
         """Move the bar, or print a line."""
         loss = values.get("loss")
-        self._train_loss = loss if isinstance(loss, float) else None
-        figures = _figures(values, [name for name in values if name not in _UNSHOWN])
+        self._train_loss = (step, loss) if isinstance(loss, float) else None
+        shown = [name for name in values if name not in _UNSHOWN and not name.startswith("learning_rate/")]
+        figures = _figures(values, shown)
         rate = next((f"{values[key]:,.0f} {unit}" for key, unit in reversed(_RATES.items()) if key in values), "")
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task,
                 completed=step,
                 description=f"epoch {epoch}",
-                figures=f"loss {self._train_loss or 0:.4g}  {rate}",
+                figures=f"loss {loss:.4g}  {rate}" if isinstance(loss, float) else rate,
             )
         else:
             # Not through rich, which takes a millisecond a line: this may be asked for at every step.
@@ -83,14 +88,34 @@ class ConsoleTracker:
 
     def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
         """Print the results and keep them for the table."""
-        self._rows.append((split, step, epoch, self._train_loss, results))
+        self._add_row(split, step, epoch, results)
         self._console.print(
             f"epoch {epoch}  step {step}  [bold]{split}[/]  {_figures(results, list(results))}", soft_wrap=True
         )
 
+    def _add_row(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
+        self._rows = [row for row in self._rows if row[:2] != (split, step)]  # one that is repeated
+        self._rows.append((split, step, epoch, self._training_loss(step), results))
+
+    def _training_loss(self, step: int) -> str:
+        """Return the training loss that was reported last, with its step if that is another."""
+        if self._train_loss is None:
+            return ""
+        reported, loss = self._train_loss
+        return f"{loss:.4f}" if reported == step else f"{loss:.4f} (step {reported})"
+
+    def _recall(self, record: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in record.items() if name not in _PLACE}
+        if record["event"] == "evaluation":
+            self._add_row(record["split"], record["step"], record["epoch"], values)
+        else:
+            self._train_loss = (record["step"], values["loss"]) if "loss" in values else None
+
     def rewind(self, step: int) -> None:
         """Forget the results of later steps; the bar goes back by itself."""
         self._rows = [row for row in self._rows if row[1] <= step]
+        if self._train_loss is not None and self._train_loss[0] > step:
+            self._train_loss = None
 
     def message(self, text: str) -> None:
         """Print one line."""
@@ -137,7 +162,7 @@ class ConsoleTracker:
                 split,
                 str(epoch),
                 str(step),
-                "" if loss is None else f"{loss:.4f}",
+                loss,
                 *(_number(results.get(n)) for n in names),
             )
         return table

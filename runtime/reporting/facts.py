@@ -14,6 +14,7 @@ import torch
 from runtime.config.file import LoadedConfiguration
 from runtime.config.signatures import class_name
 from runtime.data.batches import Sharing
+from runtime.data.training_data import TrainingData
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective
 from runtime.optimization.optimizer import default_rate
@@ -27,10 +28,8 @@ def start_facts(
     parameters: tuple[int, int],
     sharing: Sharing,
     device: str,
-    num_samples: int | None,
-    steps_per_epoch: int | None,
+    data: TrainingData,
     step: int,
-    total_steps: int | None,
     memory: StateBytes,
 ) -> dict[str, Any]:
     """Return the facts of one start: texts for people, numbers for the record.
@@ -40,7 +39,9 @@ def start_facts(
         memory: what each process holds, by the formula.
         step: steps that the run has behind it.
     """
-    global_size = loaded.values.batch.global_size
+    steps_per_epoch = data.steps_per_epoch
+    global_size, limit = loaded.values.batch.global_size, loaded.values.limit
+    epochs_steps = None if steps_per_epoch is None else (limit.epochs or 0) * steps_per_epoch
     trainable, frozen = parameters
     processes = f"{sharing.world_size} process{'es' * (sharing.world_size > 1)}"
     slots = f"{sharing.slots} slot{'s' * (sharing.slots > 1)}"
@@ -48,8 +49,8 @@ def start_facts(
         "name": loaded.name,
         "where": f"{processes} on {device}, {loaded.values.precision}",
         "data": "a stream of training samples"
-        if num_samples is None
-        else f"{num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
+        if data.num_samples is None
+        else f"{data.num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
         "batch": f"{global_size} samples in {slots} of at most {-(-global_size // sharing.slots)}",
         "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
         "update": default_rate(loaded.values.optimizer, loaded.code) or "",
@@ -58,7 +59,7 @@ def start_facts(
         "folder": str(loaded.output),
         "resumed": f"after step {step}" if step else "",
         "step": step,
-        "total_steps": total_steps,
+        "total_steps": limit.steps or epochs_steps,
         "world_size": sharing.world_size,
         "slots": sharing.slots,
         "device": device,

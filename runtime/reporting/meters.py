@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,15 +44,17 @@ class PhaseTimes:
 
 
 class TrainingMeter:
-    """The training loss, its parts, the gradient's norm and the throughput since the last report.
+    """The training loss and its parts since the last report, the throughput, and norm and learning rates of the last update.
 
-    Losses of steps whose update was not applied are left out.
+    Losses of steps whose update was not applied are left out. What was summed since the last report is part of the run's
+    state, so that the report after a resumption covers the steps before it as well. Times are those of this start.
 
     Args:
         device: where losses are.
         objective: tells what the weight counts, and the metrics' input.
         metrics: computed on training batches too; empty if not asked for.
         times: where this rank's time goes.
+        groups: names of the optimizer's parameter groups.
 
     Attributes:
         seconds: what lay between the last two reports.
@@ -60,16 +62,33 @@ class TrainingMeter:
 
     seconds = 0.0
 
-    def __init__(self, device: torch.device, objective: Objective, metrics: MetricSet, times: PhaseTimes) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        objective: Objective,
+        metrics: MetricSet,
+        times: PhaseTimes,
+        groups: Sequence[str] = ("",),
+    ) -> None:
         self._device = device
         self._objective = objective
         self._metrics = metrics
         self._times = times
+        self._groups = groups
         self._weight: Weight
+        self._held: dict[str, list[Tensor]]  # steps not yet in the sums: an addition each would cost 5 µs
+        self._sums: dict[str, Tensor]  # in float64
+        self._carried: dict[str, float]  # sums of earlier starts with other numbers of ranks; equal on all
         self._step: dict[str, Tensor] = {}
         self._paused_at: float | None = None
         self._grad_norm: Tensor | None = None
+        self._learning_rates: dict[str, Result] = {}
         self._reset()
+
+    def start(self) -> None:
+        """Begin to measure time: training begins here."""
+        self._start_clock()
+        self._paused_at = None
 
     def add(self, loss: Loss, batch: Any) -> None:
         """Take in one real slot of the current step."""
@@ -94,14 +113,23 @@ class TrainingMeter:
         loss_sum = self._step["loss"]
         return float((loss_sum * starting_gradient(loss_sum, weight)).sum())
 
+    def note_learning_rates(self, rates: Sequence[float]) -> None:
+        """Take in the rates of all groups for the update that is about to be made, if it will be reported."""
+        self._learning_rates = {"learning_rate": rates[0]}
+        if len(rates) > 1:
+            self._learning_rates |= {
+                f"learning_rate/{name}": rate for name, rate in zip(self._groups, rates, strict=True)
+            }
+
     def end_step(self) -> dict[str, Tensor]:
         """Return the step's sums, and begin another step."""
         sums, self._step = self._step, {}
         return sums
 
     def settle(self, window: Window, sums: Mapping[str, Tensor], *, applied: bool, grad_norm: Tensor | None) -> None:
-        """Take in a step, its losses only if its update was applied."""
+        """Take in a step, its losses and its gradient's norm only if its update was applied."""
         self._samples += window.samples
+        self._grad_norm = grad_norm if applied else None
         if not applied:
             return
         for name, value in sums.items():
@@ -111,7 +139,6 @@ class TrainingMeter:
                 self._sums[name] = self._sum(name)
                 held.clear()
         self._weight = add_weights(self._weight, window.weight)
-        self._grad_norm = grad_norm
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training."""
@@ -123,29 +150,73 @@ class TrainingMeter:
             self._since += time.monotonic() - self._paused_at
             self._paused_at = None
 
-    def read(self) -> dict[str, Result]:
-        """Return and forget what was measured, equal on every rank but for times. Collective: every rank must call this."""
+    def read(self, *, forget: bool = True) -> dict[str, Result]:
+        """Return what was measured, equal on every rank but for times. Collective: every rank must call this.
+
+        Args:
+            forget: whether the next report begins here.
+        """
         # Waits for the device, once per report.
         # Of an objective with several sums, each is a part of its own as well.
         sums = {name: float(total) for name in self._held if (total := self._sum(name)).ndim == 0}
         alone = {phase: self._times.seconds.get(phase, 0.0) for phase in _ALONE}
         payload = json.dumps([sums, alone, peak_memory_bytes(self._device)]).encode()
         told = [json.loads(reply) for reply in gather_bytes(payload, self._device)]
-        summed = sum_in_order([sums for sums, _, _ in told])
+        summed = sum_in_order([self._carried, *(sums for sums, _, _ in told)])
         self.seconds = seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
         report |= self._objective.means(summed, self._weight)
         if self._grad_norm is not None:
             report["grad_norm"] = float(self._grad_norm)
+        report |= self._learning_rates
         report["samples_per_second"] = self._samples / seconds
         if self._objective.unit == "tokens" and isinstance(self._weight, float):
-            report["tokens_per_second"] = self._weight / seconds
+            report["tokens_per_second"] = (self._weight - self._weight_before) / seconds
         report |= _shares([alone for _, alone, _ in told], seconds)
         report["peak_memory_bytes"] = max(peak for _, _, peak in told)
         report |= self._metrics.compute()
-        self._metrics.reset()
-        self._reset()
+        if forget:
+            self._reset()
         return report
+
+    def state(self) -> dict[str, Any]:
+        """Return what was summed since the last report. Waits for the device. Collective: every rank must call this."""
+        own = {
+            name: {
+                "sum": self._sums[name].item() if name in self._sums else None,
+                "held": torch.stack(held).double().tolist() if held else [],
+            }
+            for name, held in self._held.items()
+            if self._sum(name).ndim == 0
+        }
+        ranks = [json.loads(reply) for reply in gather_bytes(json.dumps(own).encode(), self._device)]
+        return {"ranks": ranks, "carried": self._carried, "weight": self._weight, "metrics": self._metrics.state()}
+
+    def go_on_from(self, state: Mapping[str, Any], *, rank: int, world_size: int) -> None:
+        """Go on from a state, of any number of ranks; with as many ranks the next report is the same bit for bit."""
+        self.forget()
+        ranks: list[Mapping[str, Any]] = state["ranks"]
+        self._carried = dict(state["carried"])
+        if len(ranks) == world_size:
+            self._sums, self._held = {}, {}
+            for name, told in ranks[rank].items():
+                if told["sum"] is not None:
+                    self._sums[name] = self._on_device(told["sum"])
+                self._held[name] = [self._on_device(value) for value in told["held"]]
+        else:
+            totals = [{name: (told["sum"] or 0.0) + sum(told["held"]) for name, told in own.items()} for own in ranks]
+            self._carried = sum_in_order([self._carried, *totals])
+        weight = state["weight"]
+        self._weight = tuple(weight) if isinstance(weight, list | tuple) else float(weight)
+        self._metrics.go_on_from(state["metrics"])
+
+    def forget(self) -> None:
+        """Begin the next report here."""
+        self._step = {}
+        self._reset()
+
+    def _on_device(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self._device)
 
     def _sum(self, name: str) -> Tensor:
         held = self._held[name]
@@ -157,11 +228,15 @@ class TrainingMeter:
         return total
 
     def _reset(self) -> None:
-        self._held: dict[str, list[Tensor]] = {}  # steps not yet in the sums: an addition each would cost 5 µs
-        self._sums: dict[str, Tensor] = {}  # in float64
+        self._held, self._sums, self._carried = {}, {}, {}
         self._weight = 0.0
         self._grad_norm = None
+        self._metrics.reset()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
         self._samples = 0
+        self._weight_before = self._weight if isinstance(self._weight, float) else 0.0  # consumed by earlier starts
         self._times.seconds.clear()
         self._since = time.monotonic()
 

@@ -100,12 +100,17 @@ class JsonLines:
         path: the file.
         resumed_step: steps that the run has behind it.
         evaluation_due: the evaluation after that step is still to come, or to be repeated.
+
+    Attributes:
+        earlier: evaluations of earlier starts, and each last report of training before one.
     """
 
     def __init__(self, path: Path, *, resumed_step: int, evaluation_due: bool = False) -> None:
         self._path = path
+        self.earlier: list[Mapping[str, Any]] = []
         if path.exists():
             self._drop_after(resumed_step, evaluation_due=evaluation_due)
+            self.earlier = _evaluations(path)
         self._file = path.open("a", encoding="utf-8")
 
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -149,6 +154,20 @@ class JsonLines:
         with suppress(OSError, ValueError):  # a full disk must not end the run; saving will tell
             self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
             self._file.flush()
+
+
+def _evaluations(path: Path) -> list[Mapping[str, Any]]:
+    """Return the records of evaluations, and of the last report of training before each, and at the end."""
+    found: list[Mapping[str, Any]] = []
+    report: str | None = None
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"event": "train"' in line:
+                report = line
+            elif '"event": "evaluation"' in line:
+                found += [json.loads(text) for text in (report, line) if text is not None]
+                report = None
+    return found if report is None else [*found, json.loads(report)]
 
 
 def _step_of(line: str) -> float:

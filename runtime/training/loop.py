@@ -29,7 +29,8 @@ class Parts:
         will_report: tells, before a step is counted, whether figures will be due after it; equal on all ranks.
         is_due: tells, after a step was counted, whether anything follows it; equal on all ranks.
         report: tells the meter's figures, if they are due.
-        evaluate: evaluates, if it is due, and returns the results; sets ``progress.evaluation_due`` if it was cut short.
+        evaluate: evaluates, if it is due, and returns the results if they may decide how the run goes on; sets
+            ``progress.evaluation_due`` if it was cut short.
         enough: judges results for early stopping and tells whether the run is to end; equal on all ranks.
         save: saves, if it is due or the run is being left.
     """
@@ -117,6 +118,9 @@ def train(windows: Iterable[Window], parts: Parts) -> Literal["finished", "stopp
 
 def _apply(window: Window, parts: Parts) -> Update:
     strategy, divergence = parts.strategy, parts.divergence
+    will_report = parts.will_report(window)
+    if will_report:
+        parts.meter.note_learning_rates(parts.schedule.learning_rates)  # the schedule goes on behind the update
     if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
         strategy.discard()
         return Update(skipped=True)
@@ -125,4 +129,4 @@ def _apply(window: Window, parts: Parts) -> Update:
         strategy.discard()
         divergence.decide(spike, window, parts.progress.step + 1, spike=True)
         return Update(skipped=True)
-    return strategy.step(parts.max_grad_norm, measure_norm=parts.will_report(window))
+    return strategy.step(parts.max_grad_norm, measure_norm=will_report)

@@ -35,9 +35,17 @@ class Milestones:
         self._data, self._progress, self._early_stopping = data, progress, early_stopping
 
     def is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
-        """Tell whether something is due after this window's step, which is counted already unless it lies ahead."""
-        if window.run_ends:
-            return True
+        """Tell whether something is due after this window's step, which is counted already unless it lies ahead.
+
+        At the end of the run everything is due, whatever the interval.
+        """
+        return window.run_ends or self.is_due_by_interval(every, window, ahead=ahead)
+
+    def is_due_by_interval(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
+        """Tell whether something would be due after this window's step if the run did not end there.
+
+        Only what is due so may decide how the run goes on: where a run ends can be changed later.
+        """
         return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
 
     def is_anything_due(self, window: Window) -> bool:
@@ -52,11 +60,6 @@ class Milestones:
         """Whether nothing is left to train: the limit is reached, or the run has stopped early."""
         stopping = self._early_stopping
         return (stopping is not None and stopping.exhausted) or self._limit_reached()
-
-    @property
-    def may_be_over(self) -> bool:
-        """Whether the evaluation of this step may turn out to be the run's last."""
-        return self._early_stopping is not None or self.over
 
     @property
     def why_early(self) -> str:

@@ -22,6 +22,7 @@ class Progress:
         cursor: the next global batch.
         attempt: which line of history this is; raised by a rollback.
         evaluation_due: the evaluation after this step was cut short and is still to come.
+        evaluation_extra: only the end of the run asked for that evaluation, so nothing is decided by its results.
     """
 
     step: int = 0
@@ -32,6 +33,7 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)
     attempt: int = 0
     evaluation_due: bool = False
+    evaluation_extra: bool = False
 
     @property
     def epoch(self) -> int:
