@@ -232,7 +232,6 @@ def _together(
         stack.enter_context(protected_output())
         stack.enter_context(hidden())
         stop_wish.install()  # before torch is imported, which takes seconds
-        stop_wish.starting()
         stack.callback(stop_wish.uninstall)
         stop_wish.watch_for("the end of the launcher", launcher_ended())
         stop_wish.on_leave = lambda: _leave_word({**_stopped(stop_wish), "message": "left before the first step"})
@@ -257,7 +256,6 @@ def _together(
         stop_wish.on_leave = tell_of_leaving
         watch.on_leave = tell_of_others
         watch.start()
-        stop_wish.started()
         try:
             result = act(processes)
         except BaseException as raised_error:
@@ -316,8 +314,11 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
     from runtime.strategies.factory import build_strategy
 
-    choose_interface(environment.store_address()[0])
+    if not environment.has_chosen_interface():
+        choose_interface(environment.store_address()[0])
+        stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME", None)  # it would hold for what else this process does
     stall_seconds = values.limit.stall_seconds
+    stop_wish.starting()
     try:
         strategy = build_strategy(loaded)
     except DistError as error:
@@ -325,6 +326,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
         raise PeerError(
             f"the ranks did not come together at {address}:{port} within {stall_seconds:g} s (limit.stall_seconds): {error}"
         ) from error
+    stop_wish.started()
     stack.callback(strategy.close)
     environment.check_world_size(requested, strategy.world_size)
     return Processes(strategy, stop_wish, _watch(loaded, rank=strategy.rank, world_size=strategy.world_size))

@@ -126,3 +126,10 @@ def test_a_run_is_trained_to_its_end_whoever_reads_what_it_prints(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "finished"
+
+
+def test_what_a_terminal_cannot_show_is_replaced() -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    UnfailingStream(shown).write("epoch 1 ━ …\n")
+    shown.flush()
+    assert shown.buffer.getvalue() == b"epoch 1 ? ?\n"  # type: ignore[attr-defined]

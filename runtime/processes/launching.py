@@ -133,7 +133,7 @@ def num_threads(processes: int) -> int:
 def _run(line: Sequence[str], variables: dict[str, str]) -> int:
     """Run the launcher in a process group of its own; a signal to us goes to all of it, once, and we wait for the end."""
     process = subprocess.Popen(
-        line, env=variables, start_new_session=True, stderr=subprocess.PIPE, text=True, bufsize=1
+        line, env=variables, start_new_session=True, stderr=subprocess.PIPE, text=True, errors="replace", bufsize=1
     )
     assert process.stderr is not None
     pump = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)

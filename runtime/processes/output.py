@@ -30,10 +30,16 @@ class UnfailingStream:
     def write(self, text: str) -> int:
         """Write, or lose the text."""
         try:
-            self.inner.write(text)
+            self._write(text)
         except (OSError, ValueError, AttributeError) as error:  # closed streams raise ValueError
             self._lose(error)
         return len(text)
+
+    def _write(self, text: str) -> None:
+        try:
+            self.inner.write(text)
+        except UnicodeEncodeError as error:  # an ASCII terminal
+            self.inner.write(text.encode(error.encoding, "replace").decode(error.encoding))
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write one after the other."""

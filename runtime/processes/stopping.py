@@ -105,8 +105,9 @@ class StopWish:
         self._causes[reason] = happened
 
     def starting(self) -> None:
-        """Give a wish 5 s until :meth:`started`: there is nothing to save yet."""
+        """Give a wish 5 s until :meth:`started`: the main thread waits for other ranks, and there is nothing to save yet."""
         self._starting = True
+        self.moved()
 
     def started(self) -> None:
         """Give a wish the whole grace time from here on."""
@@ -159,9 +160,10 @@ class StopWish:
         if self.reason is None or self.grace_seconds is None:
             return
         now = time.monotonic()
-        if self._starting and now - self._wished_at >= min(_START_SECONDS, self.grace_seconds):
+        waited = now - max(self._wished_at, self._moved_at)
+        if self._starting and waited >= min(_START_SECONDS, self.grace_seconds):
             self._force(f"asked to stop ({self.reason}) before the first step", stacks=False)
-        elif now - max(self._wished_at, self._moved_at) >= self.grace_seconds:
+        elif waited >= self.grace_seconds:
             self._force(f"asked to stop ({self.reason}) {now - self._wished_at:.0f} s ago and still busy")
 
     def _look_for(self, path: Path, known: object) -> None:
