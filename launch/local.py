@@ -7,6 +7,7 @@ the user's ``accelerate config``.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
@@ -14,11 +15,22 @@ from pathlib import Path
 
 from launch.job import JobSpec
 
-_UNSHOWN = ("LOCKSTEP_LAUNCH", "LOCKSTEP_OUTCOME")  # of use to whoever waits for the command, not to who repeats it
+_UNSHOWN = (
+    "LOCKSTEP_LAUNCH",
+    "LOCKSTEP_LAUNCHER",
+    "LOCKSTEP_OUTCOME",
+)  # of use to whoever waits for the command, not to who repeats it
 
 
 def command(
-    job: JobSpec, *, python: str, port: int, num_threads: int, address: str = "127.0.0.1", node_rank: int = 0
+    job: JobSpec,
+    *,
+    python: str,
+    port: int,
+    num_threads: int,
+    address: str = "127.0.0.1",
+    node_rank: int = 0,
+    agent: Path | None = None,
 ) -> list[str]:
     """Return the command that starts a job on this machine.
 
@@ -28,10 +40,11 @@ def command(
         num_threads: of each process.
         address: of the first machine.
         node_rank: which machine this is.
+        agent: script that runs the launcher, in a way of its own. Default: Python does.
     """
     several = job.processes > 1
     return [
-        python, "-m", "accelerate.commands.launch",
+        python, *([str(agent)] if agent is not None else []), "-m", "accelerate.commands.launch",
         "--config_file", str(files("launch") / "templates" / "accelerate.yaml"),
         *(["--multi_gpu"] if several else [] if job.use_gpus else ["--cpu"]),
         "--num_processes", str(job.processes),
@@ -56,6 +69,7 @@ def environment(job: JobSpec, *, launch: str, num_threads: int, outcome: Path | 
     added = {
         "LOCKSTEP_WORLD_SIZE": str(job.processes),  # the runtime refuses any other
         "LOCKSTEP_LAUNCH": launch,
+        "LOCKSTEP_LAUNCHER": str(os.getpid()),  # the ranks leave when this process ends
         "OMP_NUM_THREADS": str(num_threads),
     }
     if not job.use_gpus:

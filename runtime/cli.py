@@ -14,6 +14,7 @@ from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
 from runtime.environment import SlurmStep, slurm_step
 from runtime.errors import ConfigurationError, LockstepError, Problem
 from runtime.processes.meeting import Place
+from runtime.processes.output import protected_output
 
 if TYPE_CHECKING:
     from runtime.config.file import LoadedConfiguration
@@ -32,6 +33,11 @@ _ON_A_CLUSTER = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
+    with protected_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         options = parsed(_parser(given[0] if given else ""), given)

@@ -24,6 +24,6 @@ def _check_package() -> None:
 
 if __name__ == "__main__":
     _check_package()
-    from runtime.entry import examine
+    from runtime.entry import examine, guarded
 
-    sys.exit(examine(sys.argv[1:]))
+    sys.exit(guarded(lambda: examine(sys.argv[1:])))

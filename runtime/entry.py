@@ -7,45 +7,82 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime import environment
 from runtime.errors import EQUAL_ON_ALL_RANKS, ConfigurationError, LockstepError, Problem
+from runtime.processes.open_files import open_files_error, raise_open_files_limit
+from runtime.processes.output import protect_output, settle_output
+
+_USAGE = "usage: accelerate launch runtime/{}.py CONFIG [key.path=value …]"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as one of the launched processes; return the exit code: 0 finished or stopped, 2 configuration, 1 failure."""
-    if _has_no_config(arguments):
-        return _usage("train", arguments)
-    try:
-        arguments = with_flags_as_overrides(arguments)
-        environment.check_launched_world_size()  # before torch is imported, which takes seconds
+
+    def act(source: str, overrides: Sequence[str]) -> int:
         from runtime.session import train
 
-        train(arguments[0], *arguments[1:])
-    except LockstepError as error:
-        return _tell(error)
-    return 0
+        train(source, *overrides)
+        return 0
+
+    return _run("train", arguments, act)
 
 
 def examine(arguments: Sequence[str]) -> int:
     """Examine as one of the launched processes; return the exit code: 0 all is well, 2 configuration, 1 it is not."""
-    if _has_no_config(arguments):
-        return _usage("doctor", arguments)
-    from runtime import session
 
+    def act(source: str, overrides: Sequence[str]) -> int:
+        from runtime import session
+
+        examined = session.examine(source, *overrides)
+        if environment.rank() == 0:
+            from runtime.processes.examination import table
+
+            print(table(examined), flush=True)
+        return 0
+
+    return _run("doctor", arguments, act)
+
+
+def guarded(act: Callable[[], int]) -> int:
+    """Call what a process of ours is for; return its exit code, whatever became of those who read what it printed."""
+    protect_output()
+    raise_open_files_limit()
     try:
-        arguments = with_flags_as_overrides(arguments)
-        examined = session.examine(arguments[0], *arguments[1:])
+        return act()
+    except OSError as error:
+        told = open_files_error(error)  # before a run has begun
+        if told is None:
+            raise
+        return _tell(told)
+    finally:
+        # Python ends the loader's workers that are left, and torch's handler would raise that they were killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        settle_output()
+
+
+def _run(name: str, arguments: Sequence[str], act: Callable[[str, Sequence[str]], int]) -> int:
+    """Call what an entry point is for with CONFIG and overrides; tell what is wrong with them, or with the launch."""
+    given = without_local_rank(arguments)
+    if _has_no_config(given):
+        return _usage(name, given)
+    try:
+        given = with_flags_as_overrides(given)
+        if strange := next((word for word in given if word.startswith("-")), None):
+            print(f"lockstep: unrecognized argument: {strange}\n{_USAGE.format(name)}", file=sys.stderr)
+            return 2
+        environment.check_launched_world_size()  # before torch is imported, which takes seconds
+        return act(given[0], given[1:])
     except LockstepError as error:
         return _tell(error)
-    if environment.rank() == 0:
-        from runtime.processes.examination import table
 
-        print(table(examined), flush=True)
-    return 0
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Leave out what the launchers of other libraries add: LOCAL_RANK says the same."""
+    return [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
 
 
 def _has_no_config(arguments: Sequence[str]) -> bool:
@@ -58,7 +95,7 @@ def _usage(act: str, arguments: Sequence[str]) -> int:
     asked = bool(arguments) and arguments[0] in ("-h", "--help")
     if environment.rank() == 0:
         missing = "" if asked else "lockstep: CONFIG is missing: name the run's YAML file\n"
-        print(f"{missing}usage: accelerate launch runtime/{act}.py CONFIG [key.path=value …]", file=sys.stderr)
+        print(f"{missing}{_USAGE.format(act)}", file=sys.stderr)
     return 0 if asked else 2
 
 
@@ -71,7 +108,7 @@ def infer(act: Literal["evaluate", "predict"], arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"accelerate launch runtime/{act}.py", description=DESCRIPTIONS[act])
     add_inference(parser, act)
     try:
-        options = parsed(parser, arguments)
+        options = parsed(parser, without_local_rank(arguments))
         environment.check_launched_world_size()
         from runtime import session
 

@@ -4,14 +4,17 @@ LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
 LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
 LOCKSTEP_OUTCOME        file of the launcher in which each machine's first process leaves the outcome; runs leave theirs in the
                         run folder, too
+LOCKSTEP_LAUNCHER       process id of ``lockstep train`` or the node launcher; when it ends, the ranks save and leave
 LOCKSTEP_WATCH          ``off``: a rank that loses another raises an error and its process lives on; for tests
 LOCKSTEP_DATA           folder in which data is looked for that is neither where its path says nor in an installed package
-WORLD_SIZE, LOCAL_WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
+WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
+OMPI_COMM_WORLD_*, PMI_*, MPI_LOCAL*, MV2_COMM_WORLD_*    the same, set by ``mpirun``
 GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
 ACCELERATE_*, FSDP_*    settings of ``accelerate launch``: ``config/launcher_table.py`` has the table of them
 SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
 SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS, SLURM_STEP_NODELIST, SLURM_NODEID    what srun has started, and which of it this is
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
+TORCHELASTIC_USE_AGENT_STORE    whether a launch agent hosts the process group's store
 """
 
 from __future__ import annotations
@@ -22,28 +25,44 @@ from pathlib import Path
 
 from runtime.errors import WorldSizeError
 
-_HOW = "start it with: lockstep train CONFIG --processes N"
+_COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCKSTEP_WORLD_SIZE")
+_MPI = (
+    ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+    ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+_HOW = "Start it with: lockstep train CONFIG --processes N"
 
 
 def rank() -> int:
     """This process's rank, before there is a process group."""
-    return int(os.environ.get("RANK", "0"))
+    return _count("RANK") or 0
+
+
+def world_size() -> int:
+    """Processes of the launch, as it says itself."""
+    return _count("WORLD_SIZE") or 1
 
 
 def local_rank() -> int:
     """This process's rank among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _count("LOCAL_RANK") or 0
 
 
 def local_world_size(world_size: int) -> int:
     """How many processes of a world run on this machine; all of them where the launcher does not say."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(told) if told.isdigit() else world_size
+    return _count("LOCAL_WORLD_SIZE") or world_size
 
 
 def launch_token() -> str | None:
     """The token of the launch that started this process."""
     return os.environ.get("LOCKSTEP_LAUNCH")
+
+
+def launcher() -> int | None:
+    """The process id of the launcher of ours that started this process, or None."""
+    return _count("LOCKSTEP_LAUNCHER")
 
 
 def outcome_file() -> Path | None:
@@ -65,12 +84,24 @@ def is_watched() -> bool:
 
 def store_address() -> tuple[str, int]:
     """The address and port of the process group's store."""
-    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT") or 0)
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), _count("MASTER_PORT") or 0
 
 
 def has_chosen_interface() -> bool:
     """Tell whether the user has said which network interface gloo is to use."""
     return "GLOO_SOCKET_IFNAME" in os.environ
+
+
+def on_one_machine() -> bool:
+    """Tell whether all ranks are on this machine, as far as it can be told."""
+    size = _count("WORLD_SIZE") or 1
+    address = store_address()[0]
+    return size == 1 or _count("LOCAL_WORLD_SIZE") == size or address == "localhost" or address.startswith("127.")
+
+
+def agent_hosts_store() -> bool:
+    """Tell whether a launch agent hosts the process group's store, rather than rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def start_token() -> str:
@@ -81,11 +112,21 @@ def start_token() -> str:
 def job_identity() -> tuple[str | None, int]:
     """Return the job's id, the same after a restart, and how often it was restarted."""
     if job := os.environ.get("SLURM_JOB_ID"):
-        return job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return job, _count("SLURM_RESTART_COUNT") or 0
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if job != "none":  # torchrun's default, the same for every run
-        return job, int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+        return job, _count("TORCHELASTIC_RESTART_COUNT") or 0
     return None, 0
+
+
+def _count(name: str) -> int | None:
+    """Return a variable's whole number, None where there is none."""
+    text = os.environ.get(name, "")
+    return int(text) if _is_count(text) else None
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 @dataclass(frozen=True)
@@ -122,8 +163,11 @@ def requested_world_size(configured: int | None) -> int:
         configured: ``strategy.world_size``.
 
     Raises:
-        WorldSizeError: the launcher meant several processes and started single ones, each unaware of the others.
+        WorldSizeError: the launcher meant several processes and started single ones, each unaware of the others; or what it
+            says of them is incomplete or means nothing.
     """
+    take_over_mpi()
+    _check_variables()
     launched = os.environ.get("WORLD_SIZE")
     if launched is None and "MASTER_ADDR" in os.environ:
         raise WorldSizeError(
@@ -132,14 +176,69 @@ def requested_world_size(configured: int | None) -> int:
             f"--num_machines 2. {_HOW}"
         )
     asked = os.environ.get("LOCKSTEP_WORLD_SIZE")
-    for name, value in (("LOCKSTEP_WORLD_SIZE", asked), ("WORLD_SIZE", launched)):
-        if value is not None and not value.isdigit():
-            raise WorldSizeError(f"{name} is {value!r}, not a number")
     if asked is not None:
         return int(asked)
     if configured is not None:
         return configured
     return int(launched) if launched is not None else 1
+
+
+def take_over_mpi() -> None:
+    """Name ranks as torch does where ``mpirun`` has started them, with or without ``accelerate launch`` before it.
+
+    Raises:
+        WorldSizeError: they are on several machines, and none is named as the one where they meet.
+    """
+    if any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCKSTEP_WORLD_SIZE")):
+        return
+    size, rank, local_size, local_rank = (
+        next((value for name in names if (value := _count(name)) is not None), None) for names in _MPI
+    )
+    if size is None or rank is None or size < 2:
+        return
+    if "MASTER_ADDR" not in os.environ and local_size != size:
+        raise WorldSizeError(
+            f"mpirun has started {size} processes, and nothing says on which machine they meet: "
+            "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 …, with the machine of rank 0"
+        )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank or 0)}
+    if local_size is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
+
+
+def _check_variables() -> None:
+    """Refuse what a launcher, or a user in its place, says of the ranks where it is incomplete or means nothing.
+
+    Raises:
+        WorldSizeError: naming the variable and its value.
+    """
+    said = {name: os.environ[name] for name in _COUNTS if name in os.environ}
+    for name, text in said.items():
+        if not _is_count(text):
+            raise WorldSizeError(f"{name} is {text!r}, not a whole number. {_HOW}")
+    ranks = [name for name in ("RANK", "LOCAL_RANK") if name in said]
+    if "WORLD_SIZE" not in said:
+        if ranks and "MASTER_ADDR" not in os.environ:
+            raise WorldSizeError(f"{ranks[0]} is set, and WORLD_SIZE is not: how many processes are there? {_HOW}")
+        return
+    sizes = {name: int(text) for name, text in said.items()}
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE")):
+        if rank in sizes and size in sizes and sizes[rank] >= sizes[size]:
+            raise WorldSizeError(f"{rank} is {sizes[rank]}, of {size}={sizes[size]} counted from 0. {_HOW}")
+    if sizes["WORLD_SIZE"] < 1:
+        raise WorldSizeError(f"WORLD_SIZE is {said['WORLD_SIZE']}: there must be one process at least. {_HOW}")
+    if sizes["WORLD_SIZE"] == 1 and not ranks:
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        what = (
+            f"WORLD_SIZE is {said['WORLD_SIZE']}, and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not set"
+        )
+        raise WorldSizeError(f"{what}: the processes cannot find each other. {_HOW}")
+    if not 0 < sizes["MASTER_PORT"] < 65536:
+        raise WorldSizeError(f"MASTER_PORT is {said['MASTER_PORT']}, not a port: 1 to 65535")
 
 
 def check_launched_world_size() -> None:
@@ -148,8 +247,8 @@ def check_launched_world_size() -> None:
     Raises:
         WorldSizeError: naming both sizes.
     """
-    launched = os.environ.get("WORLD_SIZE", "1")
-    check_world_size(requested_world_size(None), int(launched))
+    requested = requested_world_size(None)
+    check_world_size(requested, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def check_world_size(requested: int, actual: int) -> None:
@@ -169,5 +268,5 @@ def check_world_size(requested: int, actual: int) -> None:
             f"ACCELERATE_USE_CPU=true. {_HOW}"
         )
     else:
-        message += f"Change strategy.world_size, or {_HOW}"
+        message += f"Change strategy.world_size, or s{_HOW[1:]}"
     raise WorldSizeError(message)

@@ -12,6 +12,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  │    └── ForwardError            the user's model or objective raised when it was called
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
+ ├── OpenFilesError               a process has as many files open as it may
  ├── MeetingError                 the machines of one launch do not come together, or were started differently
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once
@@ -23,6 +24,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -116,6 +118,10 @@ class OutOfMemoryError(LockstepError):
     """A rank's device has no memory left."""
 
 
+class OpenFilesError(LockstepError):
+    """A process has as many files open as it may (``ulimit -n``)."""
+
+
 class RanksDifferError(LockstepError):
     """The ranks were not started alike."""
 
@@ -163,3 +169,13 @@ EQUAL_ON_ALL_RANKS = (
     PredictionError,
 )
 """What every rank raises at the same place, so that rank 0 tells it for all."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it came of, which other code may have caught and raised anew."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__

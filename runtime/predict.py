@@ -24,6 +24,6 @@ def _check_package() -> None:
 
 if __name__ == "__main__":
     _check_package()
-    from runtime.entry import infer
+    from runtime.entry import guarded, infer
 
-    sys.exit(infer("predict", sys.argv[1:]))
+    sys.exit(guarded(lambda: infer("predict", sys.argv[1:])))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -24,6 +26,9 @@ from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
 from runtime.processes.interface import choose_interface
+from runtime.processes.open_files import open_files_error
+from runtime.processes.orphans import launcher_ended
+from runtime.processes.output import protected_output
 from runtime.processes.stopping import StopWish
 
 if TYPE_CHECKING:
@@ -224,17 +229,19 @@ def _together(
     requested = environment.requested_world_size(world_size)
     stop_wish = StopWish(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
+        stack.enter_context(protected_output())
         stack.enter_context(hidden())
         stop_wish.install()  # before torch is imported, which takes seconds
         stack.callback(stop_wish.uninstall)
+        stop_wish.watch_for("the end of the launcher", launcher_ended())
+        stop_wish.on_leave = lambda: _leave_word({**_stopped(stop_wish), "message": "left before the first step"})
         processes = _joined(loaded, requested, stop_wish, stack)
         strategy, watch = processes.strategy, processes.watch
 
         def tell(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
             if strategy.rank == 0 and in_folder:
                 _write_outcome(outcome_file, outcome)
-            if environment.local_rank() == 0:
-                _write_outcome(environment.outcome_file(), outcome)
+            _leave_word(outcome)
 
         def tell_of_others(reason: str) -> None:
             from runtime.processes.watch import raised
@@ -251,7 +258,9 @@ def _together(
         watch.start()
         try:
             result = act(processes)
-        except BaseException as error:
+        except BaseException as raised_error:
+            _ignore_lost_workers(stack)
+            error = _in_words(raised_error)
             lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(str(error))
             if not isinstance(error, EQUAL_ON_ALL_RANKS):
                 watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
@@ -259,7 +268,9 @@ def _together(
             repeats = not (lost_contact or isinstance(error, PeerError))
             tell({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
             if lost_contact:
-                raise PeerError("lost contact with another rank, whose own message tells why") from error
+                raise PeerError("lost contact with another rank, whose own message tells why") from raised_error
+            if error is not raised_error:
+                raise error from raised_error
             raise
         finally:
             watch.stop()
@@ -267,6 +278,20 @@ def _together(
         told = {"message": result.message} if result.message else {}
         tell({**ended, "step": result.step, **told})
         return result
+
+
+def _ignore_lost_workers(stack: ExitStack) -> None:
+    """Let torch raise nothing of lost workers while a failure is dealt with: several may be killed at once."""
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        stack.callback(signal.signal, signal.SIGCHLD, previous)
+
+
+def _in_words(error: BaseException) -> BaseException:
+    """Return the error that tells a user what happened, where one that Python or torch raised does not; else the same."""
+    from runtime.data.loading import lost_worker
+
+    return open_files_error(error) or lost_worker(error) or error
 
 
 def _stopped(stop_wish: StopWish) -> dict[str, Any]:
@@ -289,8 +314,11 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
     from runtime.strategies.factory import build_strategy
 
-    choose_interface(environment.store_address()[0])
+    if not environment.has_chosen_interface():
+        choose_interface(environment.store_address()[0])
+        stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME", None)  # it would hold for what else this process does
     stall_seconds = values.limit.stall_seconds
+    stop_wish.starting()
     try:
         strategy = build_strategy(loaded)
     except DistError as error:
@@ -298,6 +326,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
         raise PeerError(
             f"the ranks did not come together at {address}:{port} within {stall_seconds:g} s (limit.stall_seconds): {error}"
         ) from error
+    stop_wish.started()
     stack.callback(strategy.close)
     environment.check_world_size(requested, strategy.world_size)
     return Processes(strategy, stop_wish, _watch(loaded, rank=strategy.rank, world_size=strategy.world_size))
@@ -327,6 +356,12 @@ def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return outcome if outcome.get("launch") == launch else None
+
+
+def _leave_word(outcome: dict[str, Any]) -> None:
+    """Leave word in the launcher's own file, as the first process of its machine."""
+    if environment.local_rank() == 0:
+        _write_outcome(environment.outcome_file(), outcome)
 
 
 def _write_outcome(path: Path | None, outcome: dict[str, Any]) -> None:

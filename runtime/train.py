@@ -24,6 +24,6 @@ def _check_package() -> None:
 
 if __name__ == "__main__":
     _check_package()
-    from runtime.entry import main
+    from runtime.entry import guarded, main
 
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

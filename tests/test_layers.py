@@ -35,6 +35,9 @@ LAYERS = [
         "config.launcher",
         "environment",
         "files",
+        "processes.output",
+        "processes.open_files",
+        "processes.orphans",
     ],
     [
         "randomness",
@@ -45,10 +48,11 @@ LAYERS = [
         "checkpoints.unfinished",
         "checkpoints.fence",
         "processes.watch",
+        "processes.interface",
+        "processes.agent",
         "processes.rendezvous",
         "processes.meeting",
         "processes.slurm_step",
-        "processes.interface",
     ],
     [
         "data.order",

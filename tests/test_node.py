@@ -206,7 +206,9 @@ def test_processes_are_told_their_ranks_and_one_alone_is_not() -> None:
     assert (told["LOCKSTEP_LAUNCH"], told["ACCELERATE_USE_CPU"]) == ("token", "true")
     assert "ACCELERATE_USE_CPU" not in _environment(_parser().parse_args(["x.yaml", "--gpus"]), 0, "token")
     alone = _environment(_parser().parse_args(["x.yaml"]), 0, "token")
-    assert {*alone} == {"LOCKSTEP_WORLD_SIZE", "LOCKSTEP_LAUNCH", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU"}
+    assert {*alone} == {
+        *("LOCKSTEP_WORLD_SIZE", "LOCKSTEP_LAUNCH", "LOCKSTEP_LAUNCHER", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU")
+    }
 
 
 @pytest.mark.long

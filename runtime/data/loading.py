@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from runtime.data.samples import SampleFailure
-from runtime.errors import DataError
+from runtime.errors import DataError, causes
+from runtime.processes.output import protect_output
 
 MakeLoader = Callable[..., Iterable[Any]]
 """Makes what yields batches, of a data set and a ``batch_sampler`` of :class:`SlotIndex`."""
@@ -109,9 +110,22 @@ def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Itera
                 raise DataError(batch.message)
             yield batch
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        lost = lost_worker(error)
+        if lost is None:
             raise
-        raise DataError(_what_was_lost(str(error))) from error
+        raise lost from error
+
+
+def lost_worker(error: BaseException) -> DataError | None:
+    """Return what to say of an error that came of a loader worker's end; None of all others.
+
+    Torch raises it in a signal handler, so wherever the main thread happens to be: in the user's model, in an evaluation, or
+    while a file is written (torch 2.13, ``_set_SIGCHLD_handler``).
+    """
+    for cause in causes(error):
+        if isinstance(cause, RuntimeError) and "DataLoader" in str(cause):
+            return DataError(_what_was_lost(str(cause)))
+    return None
 
 
 def _what_was_lost(reason: str) -> str:
@@ -137,12 +151,13 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(own: Callable[[int], Any] | None, worker: int) -> None:
-    """Leave SIGINT, SIGTERM and SIGUSR1 to the training process; a worker ends with its parent.
+    """Leave SIGINT, SIGTERM, SIGUSR1 and SIGHUP to the training process; a worker ends with its parent.
 
     Torch's own watch begins behind this, so it would take whoever adopts the worker of a dead process for its parent.
     """
+    protect_output()
     threading.Thread(target=_end_with_parent, name="lockstep-orphan", daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if own is not None:
         own(worker)

@@ -67,9 +67,7 @@ def examine_locally(
     """Like :func:`train_locally` for ``doctor``: the same processes, which leave the run folder alone."""
     job = _job("doctor", config, overrides, processes=processes, use_gpus=use_gpus, place=place)
     token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
-    with TemporaryDirectory(prefix="lockstep-") as folder:
-        outcome = Path(folder) / OUTCOME
-        return _launched(job, outcome, added_outcome=outcome, place=place, token=token)
+    return _launched(job, None, place=place, token=token)
 
 
 def _job(
@@ -93,35 +91,33 @@ def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes
         arguments: ``key.path=value``, and options.
     """
     job = _job(act, source, arguments, processes=processes, use_gpus=use_gpus, place=None)
-    with TemporaryDirectory(prefix="lockstep-") as folder:
-        outcome = Path(folder) / OUTCOME
-        return _launched(job, outcome, added_outcome=outcome)
+    return _launched(job, None)
 
 
 def _script(act: str) -> Path:
     return Path(runtime.__path__[0]) / f"{act}.py"
 
 
-def _launched(
-    job: JobSpec,
-    outcome_file: Path,
-    *,
-    added_outcome: Path | None = None,
-    place: Place | None = None,
-    token: str | None = None,
-) -> int:
+def _launched(job: JobSpec, run_outcome: Path | None, *, place: Place | None = None, token: str | None = None) -> int:
+    """Run a job and return its exit code.
+
+    Args:
+        run_outcome: where rank 0 leaves the run's outcome; that of this launch comes back in a file of its own as well.
+    """
     threads = num_threads(job.processes_per_node)
     token = token or secrets.token_hex(8)
-    added = environment(job, launch=token, num_threads=threads, outcome=added_outcome)
     where = (
         {"port": _free_port()}
         if place is None
         else {"port": place.port, "address": place.address, "node_rank": place.node_rank}
     )
-    line = command(job, python=sys.executable, num_threads=threads, **where)
-    print(shown(line, added), file=sys.stderr, flush=True)
-    code = _run(line, {**os.environ, **added})
-    outcome = read_outcome(outcome_file, token)
+    line = command(job, python=sys.executable, num_threads=threads, agent=_script("processes/agent"), **where)
+    with TemporaryDirectory(prefix="lockstep-") as folder:
+        own_outcome = Path(folder) / OUTCOME
+        added = environment(job, launch=token, num_threads=threads, outcome=own_outcome)
+        print(shown(line, added), file=sys.stderr, flush=True)
+        code = _run(line, {**os.environ, **added})
+        outcome = (read_outcome(run_outcome, token) if run_outcome else None) or read_outcome(own_outcome, token)
     return int(outcome["exit_code"]) if outcome else (1 if code else 0)
 
 
@@ -137,7 +133,7 @@ def num_threads(processes: int) -> int:
 def _run(line: Sequence[str], variables: dict[str, str]) -> int:
     """Run the launcher in a process group of its own; a signal to us goes to all of it, once, and we wait for the end."""
     process = subprocess.Popen(
-        line, env=variables, start_new_session=True, stderr=subprocess.PIPE, text=True, bufsize=1
+        line, env=variables, start_new_session=True, stderr=subprocess.PIPE, text=True, errors="replace", bufsize=1
     )
     assert process.stderr is not None
     pump = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
@@ -146,7 +142,10 @@ def _run(line: Sequence[str], variables: dict[str, str]) -> int:
     def signal_all(number: int, frame: object) -> None:
         _signal_group(process.pid, number)
 
-    previous = {number: signal.signal(number, signal_all) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    wishes = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        wishes.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, signal_all) for number in wishes}
     try:
         code = process.wait()
         # A launcher of one process dies of the signal that its child saves after.

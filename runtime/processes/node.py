@@ -24,13 +24,13 @@ from typing import Any
 
 import runtime
 from runtime.config.file import load
-from runtime.entry import parsed
+from runtime.entry import guarded, parsed
 from runtime.errors import LockstepError, WorldSizeError
 from runtime.processes.launching import num_gpus, num_threads
 from runtime.processes.meeting import Place, meet
 from runtime.session import OUTCOME, read_outcome
 
-_WISHES = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+_WISHES = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 _WATCHED = _WISHES | {signal.SIGCHLD}
 _POLL_SECONDS = 1.0
 _MARGIN_SECONDS = 10.0  # for the others to tell which rank was lost, once they know
@@ -39,6 +39,9 @@ _MARGIN_SECONDS = 10.0  # for the others to tell which rank was lost, once they 
 def main(given: Sequence[str] | None = None) -> int:
     """Start this machine's processes and wait for them; return the exit code that the module's docstring lists."""
     options = parsed(_parser(), given)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        _WISHES.discard(signal.SIGHUP)
+        _WATCHED.discard(signal.SIGHUP)
     for number in _WISHES:  # until there is something to save
         signal.signal(number, lambda number, frame: sys.exit(75))
     try:
@@ -117,6 +120,7 @@ def _environment(options: argparse.Namespace, local_rank: int, token: str) -> di
     added = {
         "LOCKSTEP_WORLD_SIZE": str(world_size),  # the runtime refuses any other
         "LOCKSTEP_LAUNCH": token,
+        "LOCKSTEP_LAUNCHER": str(os.getpid()),  # they leave when this process ends
         "OMP_NUM_THREADS": str(num_threads(options.processes)),
     }
     if not options.gpus:
@@ -162,4 +166,4 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], patience_seconds: float)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

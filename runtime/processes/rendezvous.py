@@ -15,13 +15,16 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from torch.distributed import (  # type: ignore[attr-defined]  # public all the same
+    DistError,
     PrefixStore,
     Store,
+    TCPStore,
     register_rendezvous_handler,
     rendezvous,
 )
 
 from runtime import environment
+from runtime.processes.interface import listening_socket
 
 _SCHEME = "lockstep"
 _stores: dict[tuple[str, int], tuple[Store, int, int]] = {}  # by address and port: as torch made it, for this rank
@@ -48,7 +51,23 @@ def _meet(url: str, timeout: timedelta, **more: Any) -> Iterator[tuple[Store, in
     if address not in _stores:
         for kept in (_stores, _joined):
             kept.clear()  # of a launch that is over
-        _stores[address] = next(rendezvous("env://", timeout=timeout, **told, **more))
+        _stores[address] = _hosted(timeout, told) or next(rendezvous("env://", timeout=timeout, **told, **more))
     store, rank, world_size = _stores[address]
     number = _joined[address] = groups_joined() + 1
     yield PrefixStore(f"group-{number}", store), rank, world_size
+
+
+def _hosted(timeout: timedelta, told: dict[str, int]) -> tuple[Store, int, int] | None:
+    """Host the store at this rank's address alone; None where another process does, or torch is to do it."""
+    rank, world_size = told.get("rank", environment.rank()), told.get("world_size", environment.world_size())
+    if rank != 0 or environment.agent_hosts_store():
+        return None
+    address, port = environment.store_address()
+    try:
+        listener = listening_socket(address, port, one_machine=environment.on_one_machine())
+    except OSError as error:
+        raise DistError(f"rank 0 cannot listen at {address}:{port}: {error.strerror or error}") from error
+    if listener is None:
+        return None
+    store = TCPStore(address, port, world_size, True, timeout, multi_tenant=True, master_listen_fd=listener.detach())
+    return store, rank, world_size

@@ -20,9 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SAME_WISH_SECONDS = 2.0  # Ctrl-C reaches a worker from the terminal and again from the launch agent
 _POLL_SECONDS = 0.5
+_START_SECONDS = (
+    5.0  # to leave in before there is anything to save; the main thread may wait for a rank that was killed
+)
 _PATIENCE_SECONDS = 2.0  # for what may hang on a dead file server or a full pipe
 _leave: Callable[[int], object] = os._exit  # the main thread may never again come to raise SystemExit
 
@@ -30,9 +33,10 @@ _leave: Callable[[int], object] = os._exit  # the main thread may never again co
 class StopWish:
     """Whether this process has been asked to stop.
 
-    The first SIGINT, SIGTERM or SIGUSR1, the file or the time limit is a wish: the run saves after the step that all ranks
-    agree on. A second SIGINT ends the process at once, and so does the end of the grace time: all stacks on stderr, exit code
-    1. In an interactive Python (a notebook, ``python -i``) the main thread gets a KeyboardInterrupt instead.
+    The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP (a closed terminal; unless nohup ignores it), the file or the time limit is
+    a wish: the run saves after the step that all ranks agree on. A second SIGINT ends the process at once, and so does the
+    end of the grace time: all stacks on stderr, exit code 1. In an interactive Python (a notebook, ``python -i``) the main
+    thread gets a KeyboardInterrupt instead.
 
     Args:
         grace_seconds: time to leave in, from the first wish or the last :meth:`moved`; None for ever. May be set later.
@@ -47,7 +51,8 @@ class StopWish:
         self.grace_seconds = grace_seconds
         self.on_leave: Callable[[], None] | None = None
         self._wished_at = self._moved_at = self._interrupted_at = 0.0
-        self._time_is_over: Callable[[], bool] = lambda: False
+        self._starting = False
+        self._causes: dict[str, Callable[[], bool]] = {}
         self._raise_in_main: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -65,7 +70,7 @@ class StopWish:
         _installed.append(self)
         if threading.current_thread() is threading.main_thread():
             self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS if _is_wish(number)}
         self._threads = [_started(self._watch)]
 
     def uninstall(self) -> None:
@@ -93,7 +98,21 @@ class StopWish:
 
     def limit_time(self, seconds: float, since: float, margin: Callable[[], float]) -> None:
         """Wish to stop once ``margin()`` is all that is left of the seconds since ``since`` (of ``time.monotonic``)."""
-        self._time_is_over = lambda: time.monotonic() - since + margin() >= seconds
+        self.watch_for("the time limit", lambda: time.monotonic() - since + margin() >= seconds)
+
+    def watch_for(self, reason: str, happened: Callable[[], bool]) -> None:
+        """Wish to stop once something has happened; it is asked twice a second, in the watcher thread."""
+        self._causes[reason] = happened
+
+    def starting(self) -> None:
+        """Give a wish 5 s until :meth:`started`: the main thread waits for other ranks, and there is nothing to save yet."""
+        self._starting = True
+        self.moved()
+
+    def started(self) -> None:
+        """Give a wish the whole grace time from here on."""
+        self._starting = False
+        self.moved()
 
     def moved(self) -> None:
         """Begin the grace time anew: the main thread has got to something that has a right to its own, such as a save."""
@@ -134,12 +153,17 @@ class StopWish:
                 os.write(self._previous_fd, numbers)
 
     def _look_at_clock(self) -> None:
-        if self.reason is None and self._time_is_over():
-            self._wish("the time limit")
+        if self.reason is None:
+            for reason, happened in list(self._causes.items()):
+                if happened():
+                    self._wish(reason)
         if self.reason is None or self.grace_seconds is None:
             return
         now = time.monotonic()
-        if now - max(self._wished_at, self._moved_at) >= self.grace_seconds:
+        waited = now - max(self._wished_at, self._moved_at)
+        if self._starting and waited >= min(_START_SECONDS, self.grace_seconds):
+            self._force(f"asked to stop ({self.reason}) before the first step", stacks=False)
+        elif waited >= self.grace_seconds:
             self._force(f"asked to stop ({self.reason}) {now - self._wished_at:.0f} s ago and still busy")
 
     def _look_for(self, path: Path, known: object) -> None:
@@ -150,7 +174,7 @@ class StopWish:
                 return
             known = found
 
-    def _force(self, why: str) -> None:
+    def _force(self, why: str, *, stacks: bool = True) -> None:
         """End the process, which may hang anywhere; so nothing here may wait for long."""
         why += "; leaving without a save, the last checkpoint counts"
         self._interrupted_at = self._moved_at = time.monotonic()  # if this is of no avail, then again after as long
@@ -160,7 +184,7 @@ class StopWish:
                 _thread.interrupt_main(signal.SIGUSR1)  # SIGINT would come back to us as one more
             return
         try:
-            _started(lambda: _tell(why)).join(_PATIENCE_SECONDS)
+            _started(lambda: _tell(why, stacks=stacks)).join(_PATIENCE_SECONDS)
             if self.on_leave is not None:
                 _started(self.on_leave).join(_PATIENCE_SECONDS)
         finally:
@@ -192,9 +216,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _tell(why: str) -> None:
-    os.write(2, f"lockstep: {why}\n".encode())  # not sys.stderr: the main thread may hold its lock
-    faulthandler.dump_traceback(file=2, all_threads=True)
+def _is_wish(number: signal.Signals) -> bool:
+    return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # nohup: the terminal may go
+
+
+def _tell(why: str, *, stacks: bool) -> None:
+    with suppress(OSError):
+        os.write(2, f"lockstep: {why}\n".encode())  # not sys.stderr: the main thread may hold its lock
+    if stacks:
+        faulthandler.dump_traceback(file=2, all_threads=True)
 
 
 _installed: list[StopWish] = []  # the innermost last

@@ -292,7 +292,10 @@ class Watch:
 
 
 def _tell_stderr(text: str) -> None:
-    with open(2, "w", closefd=False, errors="replace") as stderr:  # a hanging thread may hold sys.stderr's lock
+    with (
+        suppress(OSError),
+        open(2, "w", closefd=False, errors="replace") as stderr,
+    ):  # nobody may read it; a hanging thread may hold sys.stderr's lock
         stderr.write(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -12,6 +13,9 @@ from runtime.config.sections import WeightsAndBiases
 from runtime.errors import MissingDependencyError
 from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.metrics import Result
+
+_INIT_SECONDS = 6.0  # W&B's own 90 s would keep all ranks waiting, for a server that does not answer
+_FINISH_SECONDS = 60.0  # to upload what is left at the end; W&B's own is without end
 
 
 class WandbTracker:
@@ -48,7 +52,11 @@ class WandbTracker:
         self._classes = classes
         self._pictures = pictures
         self._run: Any = None
-        try:
+        self._sync_folder = ""
+        more = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _INIT_SECONDS}
+        settings = wandb.Settings(silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True, **more)
+
+        def begin(mode: Any) -> None:
             self._run = wandb.init(
                 project=section.project,
                 entity=section.entity,
@@ -58,14 +66,30 @@ class WandbTracker:
                 resume="allow",
                 dir=str(folder),
                 config=dict(configuration),
-                mode=section.mode or ("online" if _has_key() else "offline"),
-                settings=wandb.Settings(silent=True),
+                mode=mode,
+                settings=settings,
             )
             # W&B's own step must only grow and drops the rest; a run that was killed or rolled back takes steps again.
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
+            self._sync_folder = str(self._run.settings.sync_dir)
+
+        self._mode = section.mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        try:
+            begin(self._mode)
         except Exception as error:
-            warn(f"W&B could not be started ({type(error).__name__}: {error}); going on without it")
+            if self._mode != "online":
+                warn(f"W&B could not be started ({_reason(error)}); going on without it")
+                return
+            self._run, self._mode = None, "offline"
+            try:
+                if wandb.run is None:
+                    wandb.teardown()  # its service would still hold the run's id (wandb 0.31)
+                begin(self._mode)
+            except Exception as second:
+                warn(f"W&B could not be started ({_reason(second)}); going on without it")
+                return
+            warn(f"W&B's server cannot be used ({_reason(error)}); the run is recorded offline")
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Nothing: the configuration is there already."""
@@ -100,9 +124,24 @@ class WandbTracker:
 
     def close(self, outcome: str) -> None:
         """Finish the run; a run that was stopped can be resumed under the same id."""
-        if self._run is not None:
-            self._guarded(lambda: self._run.finish(exit_code=0 if outcome != "failed" else 1))
-            self._run = None
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=0 if outcome != "failed" else 1)
+        except TimeoutError:
+            self._warn(
+                f"W&B's server has not taken all within {_FINISH_SECONDS:g} s; upload the rest with: {self._sync}"
+            )
+        except Exception as error:
+            self._warn(f"W&B could not be finished ({_reason(error)}); upload what it has with: {self._sync}")
+        else:
+            if self._mode == "offline":
+                self._warn(f"W&B has this run offline only; upload it with: {self._sync}")
+        self._run = None
+
+    @property
+    def _sync(self) -> str:
+        return f"wandb sync {shlex.quote(self._sync_folder)}"
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         if self._run is not None:
@@ -114,7 +153,14 @@ class WandbTracker:
             call()
         except Exception as error:  # a dying wandb-core raises ConnectionResetError and others
             self._run = None
-            self._warn(f"W&B stopped working ({type(error).__name__}: {error}); going on without it")
+            self._warn(
+                f"W&B stopped working ({_reason(error)}); going on without it. Upload what it has with: {self._sync}"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _has_key() -> bool:

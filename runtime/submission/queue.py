@@ -34,6 +34,8 @@ _ACTIVE = (
     "STAGE_OUT",
 )
 _POLL_SECONDS = 1.0
+_SECONDS = 20.0  # longest wait for squeue; a controller that is away lets it try for minutes
+STOP_FILE = "STOP"
 _TAIL_BYTES = 1 << 16
 
 
@@ -93,8 +95,10 @@ def queued() -> list[QueuedJob]:
     """
     line = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%M|%l|%D|%r|%k"]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SchedulerError(f"squeue does not answer within {_SECONDS:g} s") from error
+    except OSError as error:
         raise SchedulerError(f"squeue cannot be asked: {error}") from error
     if done.returncode != 0:
         raise SchedulerError(f"squeue does not answer: {done.stderr.strip()}")
@@ -139,11 +143,30 @@ def _stop(options: argparse.Namespace) -> int:
     run = options.folder.absolute()
     if not run.is_dir():
         raise RunFolderError(f"{options.folder} is no run folder")
-    if _active_jobs(run):
-        return 0 if _cancel_waiting(run) else _stopped(run, options.timeout, over=lambda: _cancel_waiting(run))
-    if _is_released(run):
+    released = _is_released(run)
+    if not released:
+        (run / STOP_FILE).touch()  # at once: a scheduler that is away takes a while to say so
+    try:
+        jobs = _active_jobs(run)
+    except SchedulerError as error:
+        if released:
+            what = f"nothing to stop here: no process writes to {run}; whether a job of it is queued cannot be told"
+            raise SchedulerError(f"{what}: {error}") from error
+        print(f"lockstep: {error}; if this run is a job, it may be requeued", file=sys.stderr)
+        return _stopped(run, options.timeout, over=lambda: _is_released(run))
+    if jobs:
+        return 0 if _cancel_waiting(run) else _stopped(run, options.timeout, over=lambda: _is_over(run))
+    if released:
         raise RunFolderError(f"nothing to stop: no job of {run} is in the queue, and no process writes to it")
     return _stopped(run, options.timeout, over=lambda: _is_released(run))
+
+
+def _is_over(run: Path) -> bool:
+    """Tell whether no job of a run is left; where the queue cannot be asked for a while, whether nobody writes to it."""
+    try:
+        return _cancel_waiting(run)
+    except SchedulerError:
+        return _is_released(run)
 
 
 def _cancel_waiting(run: Path) -> bool:
@@ -158,7 +181,7 @@ def _cancel_waiting(run: Path) -> bool:
 
 def _stopped(run: Path, timeout: int, *, over: Callable[[], bool]) -> int:
     """Ask by the file until it is over; again and again, since a run that is only starting takes it for left over."""
-    stop_file = run / "STOP"
+    stop_file = run / STOP_FILE
     until = time.monotonic() + timeout
     while not over():
         if time.monotonic() > until:

@@ -1,0 +1,167 @@
+"""Processes whose launcher is killed save and leave; terminals that close are a wish to stop; stores listen where they must."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chaos.processes import processes
+from tests.observed import configuration
+from tests.test_launch import ACCELERATE, clean_environment
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "runtime" / "train.py")
+LAUNCHERS = {
+    "lockstep train": [sys.executable, "-m", "runtime.cli", "train", "CONFIG", "--processes", "2"],
+    "the node launcher": [sys.executable, "-m", "runtime.processes.node", "CONFIG", "--processes", "2"],
+    "accelerate launch": [*ACCELERATE, "--cpu", "--num_processes", "1", "--num_machines", "1", TRAIN, "CONFIG"],
+}
+
+
+def wait(condition: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> set[int]:
+    found, everyone = {pid}, processes().values()
+    while more := {p.pid for p in everyone if p.parent in found and p.state not in "ZX"} - found:
+        found |= more
+    return found - {pid}
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {p.pid for p in processes().values() if p.pid in pids and p.state not in "ZX"}
+
+
+@contextmanager
+def launched(folder: Path, line: list[str], port: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Start an endless run and wait for its first report."""
+    config = configuration(folder / "run", limit={"steps": 10**7})
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    words = [str(folder / "run.yaml") if word == "CONFIG" else word for word in line]
+    words += ["--main-port", str(port)] if port is not None else []
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=clean_environment(ACCELERATE_USE_CPU="true"))
+    everyone: set[int] = set()
+    try:
+        records = folder / "run" / "metrics.jsonl"
+        wait(lambda: records.exists() and '"step": 2,' in records.read_text(), process)
+        everyone = descendants(process.pid)
+        yield process
+    finally:
+        for pid in [process.pid, *alive(everyone)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "run" / "outcome.json").read_text()))
+
+
+def listeners(pids: set[int]) -> set[str]:
+    """Return the addresses, in hexadecimal, that processes listen at."""
+    listening = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":
+                listening[words[9]] = words[1].partition(":")[0]
+    found = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inode = str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]")
+                found |= {listening[inode]} if inode in listening else set()
+    return found
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_when_the_launcher_is_killed_the_processes_save_and_leave(
+    tmp_path: Path, launcher: str, free_port: int
+) -> None:
+    port = free_port if "node" in launcher else None
+    with launched(tmp_path, LAUNCHERS[launcher], port) as process:
+        everyone = descendants(process.pid)
+        assert listeners(everyone | {process.pid}) <= {"0100007F"}, "others than loopback are open to anybody"
+        process.kill()
+        process.wait()
+        wait(lambda: not alive(everyone))
+    assert outcome(tmp_path)["outcome"] == "stopped", (tmp_path / "log.txt").read_text()
+    assert outcome(tmp_path)["reason"] in ("the end of the launcher", None)
+    assert [*(tmp_path / "run" / "checkpoints").glob("step-*")]
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_closes_is_a_wish_to_stop_unless_nohup_says_otherwise(tmp_path: Path, nohup: bool) -> None:
+    line = [*(["nohup"] if nohup else []), sys.executable, TRAIN, "CONFIG"]
+    with launched(tmp_path, line) as process:
+        process.send_signal(signal.SIGHUP)
+        if nohup:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert outcome(tmp_path)["outcome"] == "stopped"
+    assert outcome(tmp_path)["reason"] == ("SIGTERM" if nohup else "SIGHUP")
+
+
+def test_a_shell_that_ends_is_no_launcher(tmp_path: Path) -> None:
+    with launched(tmp_path, [sys.executable, TRAIN, "CONFIG"]):
+        pass  # started by a Python that is called pytest; a launcher would be known by its name
+    from runtime.processes.orphans import launcher_ended
+
+    script = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from runtime.processes.orphans import _launching_parent\nprint(_launching_parent())"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'{sys.executable} -c "$0" {ROOT}; true', script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "None\n"
+    assert not launcher_ended()()
+
+
+def test_processes_that_wait_for_one_that_was_killed_leave_soon_when_they_are_asked_to(
+    tmp_path: Path, free_port: int
+) -> None:
+    """Before the first step there is nothing to save; a launch agent would wait 30 s, and then kill."""
+    config = configuration(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, str(tmp_path / "run.yaml")],
+        env=clean_environment(**variables, **meeting, LOCKSTEP_OUTCOME=str(tmp_path / "outcome.json")),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait(lambda: "0100007F" in listeners({process.pid}))
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=25)
+    assert "asked to stop (SIGTERM) before the first step" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "outcome.json").read_text())["exit_code"] == 75
