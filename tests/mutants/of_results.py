@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant(
         "resumption: the optimizer's state starts anew",
         _RESUMPTION,
-        '            strategy.load_optimizer_state(training["optimizer"])\n',
+        "            strategy.load_optimizer_state(optimizer_state)\n",
         "",
         ("tests/test_resumption.py::test_stopping_after_any_step_changes_nothing",),
     ),

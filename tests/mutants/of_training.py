@@ -251,8 +251,8 @@ MUTANTS = (
     Mutant(
         "averaging: how long the next intake waits is lost on resumption",
         _AVERAGING,
-        'state["updates"], state["epochs"], state["waited"]',
-        'state["updates"], state["epochs"], 0',
+        'self._waited = state["waited"] if',
+        "self._waited = 0 if",
         (
             remembers("an average that begins late"),
             "tests/test_averaging.py::test_an_average_warms_up_begins_and_waits_as_its_formula_says",
@@ -261,8 +261,8 @@ MUTANTS = (
     Mutant(
         "averaging: the way to an average's start is lost on resumption",
         _AVERAGING,
-        'state["updates"], state["epochs"], state["waited"]',
-        '0, 0, state["waited"]',
+        'self._updates, self._epochs = state["updates"], state["epochs"]\n        self._waited',
+        "self._updates, self._epochs = 0, 0\n        self._waited",
         (remembers("an average that begins late"),),
     ),
     Mutant(
