@@ -1,13 +1,14 @@
 # make train    a trained model on real data
 # make test     linters and all tests
 # make image-test  both images, built and run, and the two machines of compose.yaml (podman)
+# make mutants  one error at a time in a copy of our own code, and which test notices; half an hour to an hour
 # make bench    time per step, to the first step and of a save, against hand-written PyTorch; memory and traffic of each strategy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: train test test-long image-test lint bench venv clean
+.PHONY: train test test-long mutants image-test lint bench venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +36,9 @@ test: lint
 
 test-long: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+mutants: venv
+	$(BIN)/python -m tests.mutants --workers $(WORKERS) --table benchmarks/mutants.md
 
 image-test: venv
 	$(BIN)/python -m pytest -s -p no:cacheprovider docker/test_image.py

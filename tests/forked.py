@@ -16,7 +16,7 @@ import yaml
 from tests.chaos.nursery import Nursery
 from tests.chaos.processes import processes
 
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 240.0
 
 
 class Forked:

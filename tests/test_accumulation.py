@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,14 @@ def test_dropout_and_batch_norm_give_the_same_run_for_any_world_size(pool: Proce
             assert runs[world_size]["losses"][step] == pytest.approx(loss, rel=TOLERANCE)
         assert runs[world_size]["results"]["loss"] == pytest.approx(runs[1]["results"]["loss"], rel=TOLERANCE)
     assert runs[1]["weights"]["net.1.num_batches_tracked"] == 20  # once per step, not per slot
+
+
+@ALONE
+def test_every_slot_of_every_step_draws_numbers_of_its_own(tmp_path: Path) -> None:
+    """One seed for all slots, or for all steps, would be equal on any number of processes, too."""
+    observe(configuration(tmp_path, model={"target": "tiny:Drawing", "args": {}}, limit={"steps": 3}))
+    drawn = sys.modules["tiny"].Drawing.drawn[-3 * 4 :]
+    assert len(set(drawn)) == 3 * 4
 
 
 def test_batch_norm_statistics_are_the_mean_over_slots(pool: ProcessPool, tmp_path: Path) -> None:

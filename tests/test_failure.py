@@ -174,9 +174,7 @@ def test_a_second_interrupt_ends_a_run_whose_other_rank_is_stopped(nursery: Nurs
         time.sleep(2.2)  # within two seconds it is taken for the same Ctrl-C
         assert pids[0] in run.ranks().values()
         os.kill(pids[0], signal.SIGINT)
-        again = time.monotonic()
-        run.wait_for_end(pids[0])
-        assert time.monotonic() - again < 3  # 0.1 s on a quiet core
+        run.wait_for_end(pids[0])  # who waits for the other rank would wait for 300 s
         os.kill(pids[1], signal.SIGKILL)
         run.wait_for_end()
         assert "interrupted again; leaving without a save" in run.told()

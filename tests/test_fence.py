@@ -377,7 +377,7 @@ def test_of_many_threads_that_found_a_lock_dead_exactly_one_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_contenders = 8
-    all_have_judged = threading.Barrier(num_contenders, timeout=30)
+    all_have_judged = threading.Barrier(num_contenders, timeout=120)
     claim = Fence._claim
 
     def claim_together(self: Fence, number: int) -> bool:

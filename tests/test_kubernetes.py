@@ -209,7 +209,7 @@ def kubectl_reads(text: str, folder: Path) -> list[dict[str, Any]]:
     path.write_text(text)
     line = [tool("kubectl"), "annotate", "--local", "--filename", str(path), "read=yes", "--output", "json"]
     environment = {**os.environ, "KUBECONFIG": os.devnull, "HOME": str(folder)}
-    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     decoder, rest, found = json.JSONDecoder(), done.stdout, []
     while rest.strip():

@@ -244,6 +244,25 @@ def test_states_that_are_equal_after_the_first_batch_only_are_not_shared() -> No
     assert metrics.compute() == {"accuracy": 0.5, "top2": 1.0}
 
 
+@pytest.mark.single
+def test_a_look_at_the_figures_changes_nothing_and_an_evaluation_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_task("many", accuracy=TASKS["many"][1]["accuracy"])
+    objective, ranks = build_objective(loaded), [MetricSet(assembly.build_metrics(loaded), CPU) for _ in range(2)]
+    monkeypatch.setattr("runtime.evaluation.metrics.gather_bytes", lambda *_: [rank._encoded() for rank in ranks])
+    right, wrong = torch.eye(5), torch.eye(5).roll(1, 0)
+
+    def accuracy_after(output: torch.Tensor) -> float:
+        for rank in ranks:
+            rank.update(objective, output, {"inputs": None, "target": torch.arange(5)})
+        return ranks[0].compute()["accuracy"]
+
+    assert accuracy_after(right) == 1.0
+    assert accuracy_after(wrong) == 0.5  # of both batches; what was merged for the first look is not counted again
+    for rank in ranks:
+        rank.reset()
+    assert accuracy_after(wrong) == 0.0
+
+
 # What a metric is fed
 
 

@@ -99,7 +99,7 @@ def run_by_bash(folder: Path, job: JobSpec, options: SlurmOptions, secrets: Path
         "RANK": "7",
         "ACCELERATE_USE_FSDP": "true",
     }
-    done = subprocess.run(["bash", "-c", text], env=variables, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", "-c", text], env=variables, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, told.read_text(), told.with_name("told.env").read_text()
 
 

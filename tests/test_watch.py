@@ -27,7 +27,7 @@ from runtime.processes.watch import Heartbeat, Position, Watch, laggards
 
 _SILENCE_SECONDS = 1.0
 _STALL_SECONDS = 1.0
-_ENDED_WITHIN_SECONDS = 30
+_ENDED_WITHIN_SECONDS = 120
 _STEP = 3  # where something happens
 _SEEN_SECONDS = 0.4  # after which the others have heard where a rank is
 

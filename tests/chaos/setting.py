@@ -30,6 +30,7 @@ class Setting:
         rollbacks: how many an undisturbed run has.
         any_size: whether numbers of processes may change in a campaign, with results equal to 1e-10.
         best: which losses count as the best. With ``max`` those of the first evaluations: who forgets them saves others.
+        keep: newest checkpoints kept; all, where none that was saved without a reason may escape.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Setting:
     rollbacks: int = 1
     any_size: bool = True
     best: Literal["min", "max"] = "min"
+    keep: int = 3
 
     @property
     def lowers_rate(self) -> bool:
@@ -73,6 +75,7 @@ SETTINGS = (
             "divergence": {"learning_rate_factor": 0.5, "spike": {"window": 6, "sigma": 1000.0, "policy": "rollback"}},
         },
         best="max",
+        keep=STEPS,
     ),
 )
 
@@ -116,7 +119,7 @@ def configuration(folder: Path, setting: Setting, *, num_workers: int = 0) -> di
         "evaluation": {"every": f"{EVALUATED_EVERY} steps"},
         "checkpoint": {
             "every": f"{SAVED_EVERY} steps",
-            "keep": 3,
+            "keep": setting.keep,
             "best": [{"metric": "loss", "mode": setting.best, "keep": KEPT_BEST}],
         },
         "reporting": {"every": "1 step", "progress": False},

@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant(
         "resumption: the optimizer's state starts anew",
         _RESUMPTION,
-        '            strategy.load_optimizer_state(training["optimizer"])\n',
+        "            strategy.load_optimizer_state(optimizer_state)\n",
         "",
         ("tests/test_resumption.py::test_stopping_after_any_step_changes_nothing",),
     ),
@@ -172,21 +172,14 @@ MUTANTS = (
         _METRICS,
         "            for part, state in zip(parts, own, strict=True):\n                state.put_into(part)\n",
         "            pass\n",
-        (
-            "tests/test_evaluation.py::test_metrics_on_training_batches_see_each_real_sample_once",
-            "tests/test_metrics.py",
-            "tests/test_evaluation.py",
-        ),
+        ("tests/test_metrics.py::test_a_look_at_the_figures_changes_nothing_and_an_evaluation_begins_anew",),
     ),
     Mutant(
         "metrics: an evaluation begins with the last one's states",
         _METRICS,
         "        for metric in self._metrics.values():\n            metric.reset()\n",
         "        pass\n",
-        (
-            "tests/test_evaluation.py",
-            "tests/test_metrics.py",
-        ),
+        ("tests/test_metrics.py::test_a_look_at_the_figures_changes_nothing_and_an_evaluation_begins_anew",),
     ),
     Mutant(
         "evaluation: a mean of the microbatches' means",

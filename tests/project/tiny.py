@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +27,17 @@ class Mlp(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.net(inputs)
+
+
+class Drawing(Mlp):
+    """Keeps a number that each forward pass in training draws."""
+
+    drawn: ClassVar[list[float]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.drawn.append(float(torch.rand(())))
+        return super().forward(inputs)
 
 
 class Deep(nn.Module):
