@@ -132,16 +132,21 @@ def prepare(
     return Prepared(data, identity, sharing, state, freezing, groups, parameters, memory)
 
 
-def by_component(loaded: LoadedConfiguration, error: Exception, state: RunState, progress: Progress) -> Exception:
-    """Return an error of the schedule, or of the optimizer's first update, as one of its section; any other as it is."""
-    schedule, step = loaded.values.schedule, progress.step + 1
+def tell_of_component(loaded: LoadedConfiguration, error: Exception, state: RunState) -> None:
+    """Raise an error of the schedule, or of the optimizer's first update, as one of its section; leave any other alone.
+
+    Raises:
+        ConfigurationError: it was one of these.
+    """
+    schedule, progress = loaded.values.schedule, state.progress
     if schedule is not None and raised_within(error, state.schedule):
         what, key = schedule.target, "schedule"
     elif progress.updates == 0 and raised_within(error, state.optimizer):
         what, key = type(state.optimizer).__name__, "optimizer"
     else:
-        return error
-    return ConfigurationError([loaded.problem((key,), f"{what} raised {described(error)} at step {step}")])
+        return
+    told = f"{what} raised {described(error)} at step {progress.step + 1}"
+    raise ConfigurationError([loaded.problem((key,), told)]) from error
 
 
 def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
-from runtime.preparation import Prepared, by_component, prepare
+from runtime.preparation import Prepared, prepare, tell_of_component
 from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
@@ -129,12 +129,11 @@ class Run:
                 return self._train(prepared)
             except LockstepError:
                 raise
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise by_component(self._loaded, error, self._state, self._progress) from error
-                raise self._out_of_memory(error) from error
             except Exception as error:
-                raise by_component(self._loaded, error, self._state, self._progress) from error
+                if is_out_of_memory(error):
+                    raise self._out_of_memory(error) from error
+                tell_of_component(self._loaded, error, self._state)
+                raise
 
     def leaving_seconds(self) -> float:
         """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
