@@ -333,14 +333,9 @@ class Run:
             places = self._reading.places if self._reading is not None else self._places
             self._told["stream"] = told_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._told["meter"] = self._meter.state()
-        self._folder.save(
-            self._collecting(),
-            step=progress.step,
-            attempt=progress.attempt,
-            epoch=progress.epoch,
-            results=results,
-            judged=self._evaluations.judged or not results,
-        )
+        place: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
+        judged = self._evaluations.judged or not results
+        self._folder.save(self._collecting(), results=results, judged=judged, **place)
 
     def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
         """Return what collects the state. Where ranks hold it together and rank 0 writes it, all take part, at once."""
@@ -359,8 +354,6 @@ class Run:
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state
-
-    # The run folder
 
     def _open_reporter(self, stack: ExitStack, prepared: Prepared) -> None:
         if self._strategy.rank != 0:

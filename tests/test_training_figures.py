@@ -69,6 +69,7 @@ def test_each_report_has_the_rates_of_all_groups_with_which_its_update_was_made(
     config = configuration(
         tmp_path,
         optimizer=args,
+        checks="off",  # which try the optimizer out: the hook would note that step as well
         schedule={"target": "ExponentialLR", "args": {"gamma": 0.8}, "warmup_steps": 3},
         limit={"steps": 8},
         reporting={"every": "3 steps", "progress": False},
@@ -229,7 +230,7 @@ def test_every_report_names_the_rank_that_reads_slowly(
     assert [report["step"] for report in reports] == list(range(every, 16, every))
     assert {report["slowest_rank"] for report in reports} == {slow_on}
     assert all(report["slowest_rank_excess"] > 0.2 for report in reports)
-    messages = [record["text"] for record in told(tmp_path, "message")]
+    messages = [record["text"] for record in told(tmp_path, "message") if " holds " in record["text"]]
     assert [text.partition(" holds")[0] for text in messages] == [f"rank {slow_on}"]
 
 
