@@ -163,11 +163,8 @@ def requested_world_size(configured: int | None) -> int:
         configured: ``strategy.world_size``.
 
     Raises:
-        WorldSizeError: the launcher meant several processes and started single ones, each unaware of the others; or what it
-            says of them is incomplete or means nothing.
+        WorldSizeError: the launcher meant several processes and started single ones, each unaware of the others.
     """
-    take_over_mpi()
-    _check_variables()
     launched = os.environ.get("WORLD_SIZE")
     if launched is None and "MASTER_ADDR" in os.environ:
         raise WorldSizeError(
@@ -176,6 +173,9 @@ def requested_world_size(configured: int | None) -> int:
             f"--num_machines 2. {_HOW}"
         )
     asked = os.environ.get("LOCKSTEP_WORLD_SIZE")
+    for name, value in (("LOCKSTEP_WORLD_SIZE", asked), ("WORLD_SIZE", launched)):
+        if value is not None and not _is_count(value):
+            raise WorldSizeError(f"{name} is {value!r}, not a number")
     if asked is not None:
         return int(asked)
     if configured is not None:
@@ -208,16 +208,17 @@ def take_over_mpi() -> None:
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
 
 
-def _check_variables() -> None:
-    """Refuse what a launcher, or a user in its place, says of the ranks where it is incomplete or means nothing.
+def check_launch() -> None:
+    """Use what ``mpirun`` says of the ranks, and refuse what means nothing or is incomplete, whoever says it.
 
     Raises:
         WorldSizeError: naming the variable and its value.
     """
+    take_over_mpi()
     said = {name: os.environ[name] for name in _COUNTS if name in os.environ}
     for name, text in said.items():
         if not _is_count(text):
-            raise WorldSizeError(f"{name} is {text!r}, not a whole number. {_HOW}")
+            raise WorldSizeError(f"{name} is {text!r}, not a number. {_HOW}")
     ranks = [name for name in ("RANK", "LOCAL_RANK") if name in said]
     if "WORLD_SIZE" not in said:
         if ranks and "MASTER_ADDR" not in os.environ:
@@ -247,6 +248,7 @@ def check_launched_world_size() -> None:
     Raises:
         WorldSizeError: naming both sizes.
     """
+    check_launch()
     requested = requested_world_size(None)
     check_world_size(requested, int(os.environ.get("WORLD_SIZE", "1")))
 

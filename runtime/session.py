@@ -183,6 +183,7 @@ def _with_settings(
     trains: bool,
 ) -> tuple[LoadedConfiguration, list[str]]:
     """Read a configuration and adopt the launcher's settings, alike on all ranks; return it and what to tell of that."""
+    environment.check_launch()
     world_size = environment.requested_world_size(None)
     loaded, _, notes = load_with_settings(
         lambda more: read(source, [*overrides, *more]), os.environ, world_size=world_size, trains=trains

@@ -32,7 +32,7 @@ def started(folder: Path, url: str) -> tuple[subprocess.CompletedProcess[str], l
         ),
         capture_output=True,
         text=True,
-        timeout=85,  # W&B's own patience is 90 s
+        timeout=300,
         check=False,
     )
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
