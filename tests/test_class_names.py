@@ -17,9 +17,10 @@ from torch.utils.data import Subset as TorchSubset
 from runtime.data.class_names import class_names
 from runtime.data.hugging_face import ArrowRows
 from runtime.data.splitting import subset
-from runtime.errors import ConfigurationError, LockstepError, PredictionError
+from runtime.errors import ConfigurationError, DataError, LockstepError, PredictionError
 from runtime.session import evaluate, predict, train
 from tests.observed import configuration
+from tests.project.tiny import points
 
 pytestmark = pytest.mark.single
 
@@ -77,8 +78,7 @@ def test_a_data_set_tells_what_its_classes_are_called(source: Any, target: Any, 
 def test_class_labels_of_hugging_face_are_told() -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"x": datasets.Value("float32"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    source = datasets.Dataset.from_dict({"x": [0.0, 1.0], "label": [0, 1]}, features=features)
-    assert class_names(ArrowRows(source), "label") == ["no", "yes"]
+    assert class_names(hugging_face(**features), "label") == ["no", "yes"]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -187,6 +187,62 @@ def test_classes_that_are_numbers_are_written_as_these_numbers(tmp_path: Path) -
     predict(config, output=tmp_path / "out.jsonl")
     found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert set(found) == {3, 7}
+
+
+def images(folder: Path, classes: dict[str, int]) -> dict[str, Any]:
+    image = pytest.importorskip("PIL.Image")
+    for name, grey in classes.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            image.new("L", (4, 4), grey + number).save(folder / name / f"{number}.png")
+    return {"target": "ImageFolder", "args": {"folder": str(folder), "channels": 1}}
+
+
+def test_folders_that_lack_a_class_are_numbered_as_in_training(tmp_path: Path) -> None:
+    data = {
+        "train": images(tmp_path / "train", {"ant": 10, "bee": 120, "cow": 240}),
+        "validation": images(tmp_path / "validation", {"ant": 12, "cow": 238}),
+    }
+    model = {"target": "tiny_images:Flat", "args": {}}
+    (tmp_path / "tiny_images.py").write_text(
+        "from torch import nn\n\n"
+        "def Flat():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+    )
+    kind = {"task": "multiclass", "num_classes": 3}
+    metrics = {"accuracy": {"target": "Accuracy", "args": {**kind, "average": "micro"}}}
+    metrics["each"] = {"target": "Recall", "args": {**kind, "average": "none"}}
+    config = configuration(
+        tmp_path / "run",
+        code=str(tmp_path),
+        model=model,
+        data=data,
+        batch={"global_size": 6},
+        optimizer={"target": "AdamW", "args": {"lr": 0.02}},
+        limit={"epochs": 40},
+        evaluation={"every": "40 epochs", "metrics": metrics},
+        prediction={"data": images(tmp_path / "unknown", {"all": 120})},
+    )
+    assert train(config).results["accuracy"] == 1.0
+    (table,) = (tmp_path / "run" / "figures").glob("step-*/validation-classes.csv")
+    assert [row["class"] for row in read(table)] == ["ant", "bee", "cow"]
+    predict(config, output=tmp_path / "out.csv")
+    assert {row["prediction"] for row in read(tmp_path / "out.csv")} == {"bee"}
+    strange = images(tmp_path / "strange", {"ant": 10, "dog": 120})
+    with pytest.raises(DataError, match=r"class folder 'dog', which the training data has not"):
+        train({**config, "output": str(tmp_path / "no"), "data": {**data, "validation": strange}})
+
+
+def named_points(classes: list[str]) -> Any:
+    found = points("train", 12)
+    found.classes = classes
+    return found
+
+
+def test_evaluation_data_that_numbers_its_classes_otherwise_is_refused(tmp_path: Path) -> None:
+    names = {"target": "tests.test_class_names:named_points", "args": {"classes": ["a", "b", "c"]}}
+    other = {**names, "args": {"classes": ["a", "c", "b"]}}
+    with pytest.raises(DataError, match=r"data.validation: class 1 is 'c', and 'b' in data.train"):
+        train(configuration(tmp_path / "run", data={"train": names, "validation": other}))
 
 
 def sample(folder: Path, value: str) -> str:

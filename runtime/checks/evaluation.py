@@ -20,7 +20,16 @@ from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
 from runtime.config.sections import Prediction
 from runtime.data import sources
-from runtime.errors import ConfigurationError, EvaluationError, LockstepError, MetricError, ObjectiveError, Problem
+from runtime.errors import (
+    ConfigurationError,
+    DataError,
+    EvaluationError,
+    ForwardError,
+    LockstepError,
+    MetricError,
+    ObjectiveError,
+    Problem,
+)
 from runtime.evaluation.evaluator import Evaluator, Tried
 from runtime.evaluation.metric_inputs import feed_of
 from runtime.inference.columns import ColumnBuilder, model_arguments
@@ -32,14 +41,17 @@ from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
 from runtime.training.fitting import is_out_of_memory
 
+_KINDS = {kind.__name__: kind for kind in (DataError, ForwardError, ObjectiveError)}
+
 
 class _Verdict(NamedTuple):
-    """What one rank found: the key that is wrong and why, a line that is told, or that it had no memory to try."""
+    """What one rank found: the key that is wrong and why, or the kind of another error; a line; that there was no memory."""
 
     key: tuple[str, ...] = ()
     what: str = ""
     told: str = ""
     out_of_memory: bool = False
+    kind: str = ""
 
 
 def check_evaluation(
@@ -63,7 +75,7 @@ def check_evaluation(
     ):
         warnings.simplefilter("ignore")  # of so few samples
         for number, (split, evaluator) in enumerate(evaluators.items()):
-            tried, verdict = _tried(loaded, strategy, split, evaluator)
+            tried, verdict = _tried(loaded, strategy, evaluator)
             all_tried = _agree(loaded, strategy, verdict, warn)
             if tried is None or not all_tried:
                 continue
@@ -74,16 +86,14 @@ def check_evaluation(
                 _agree(loaded, strategy, _of_prediction(loaded, strategy, tried), warn)
 
 
-def _tried(
-    loaded: LoadedConfiguration, strategy: Strategy, split: str, evaluator: Evaluator
-) -> tuple[Tried | None, _Verdict]:
+def _tried(loaded: LoadedConfiguration, strategy: Strategy, evaluator: Evaluator) -> tuple[Tried | None, _Verdict]:
     make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
     try:
         tried = evaluator.try_first(make_loader)
     except MetricError as error:
         return None, _Verdict(("evaluation", "metrics", error.metric), str(error))
     except LockstepError as error:
-        return None, _Verdict(sources.split_key(split), str(error))
+        return None, _Verdict(what=str(error), kind=type(error).__name__)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -96,6 +106,8 @@ def _agree(loaded: LoadedConfiguration, strategy: Strategy, verdict: _Verdict, w
     replies = gather_bytes(json.dumps(verdict).encode(), strategy.device)
     found = [_Verdict(*json.loads(reply)) for reply in replies]
     for other in found:
+        if other.kind:
+            raise _KINDS.get(other.kind, EvaluationError)(other.what)
         if other.what:
             raise ConfigurationError([loaded.problem(tuple(other.key), other.what)])
     for text in list(dict.fromkeys(other.told for other in found if other.told))[:1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from runtime.config.file import LoadedConfiguration
 from runtime.config.types import ComponentSection
 from runtime.data.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
 from runtime.data.class_names import class_names
-from runtime.data.fields import COLUMN
+from runtime.data.fields import COLUMN, Name
 from runtime.data.hugging_face import adapted
 from runtime.data.order import IndexOrder, Order, SamplerOrder, WeightedOrder
 from runtime.data.sample_values import Values, values_of
@@ -73,15 +73,18 @@ def preparation(loaded: LoadedConfiguration) -> dict[str, Any]:
         return loaded.preparation
     training = build_source(loaded, REST)
     reader = _whole(training)
-    target = loaded.values.data.fields.target
-    for loss in loaded.values.objective.losses.values():  # metrics and predictions are the first loss's
-        target = target if loss.fields.target is None else loss.fields.target
-        break
     return {
         "fitted": reader.fitted if hasattr(reader, "adopt") else None,
         "reader": _name_of(reader),
-        "classes": class_names(training, tuple(target) if isinstance(target, list) else target),
+        "classes": class_names(training, _target(loaded)),
     }
+
+
+def _target(loaded: LoadedConfiguration) -> Name | Sequence[Name] | None:
+    """Return the part of a batch that metrics and predictions are about: the first loss's target."""
+    first = next(iter(loaded.values.objective.losses.values()), None)
+    own = first.fields.target if first is not None else None
+    return loaded.values.data.fields.target if own is None else own
 
 
 def completed_section(loaded: LoadedConfiguration, name: str) -> Split | None:
@@ -230,7 +233,29 @@ def _built(loaded: LoadedConfiguration, name: str) -> dict[str, Any]:
         prepared = preparation(loaded)
         if prepared["reader"] == _name_of(source) and prepared["fitted"] is not None:
             source.adopt(prepared["fitted"])
+    if name != "predict":
+        _check_classes(loaded, name, source)
     return {name: source}
+
+
+def _check_classes(loaded: LoadedConfiguration, name: str, source: Any) -> None:
+    """Refuse evaluation data whose classes have other numbers than in training: each metric would be wrong."""
+    own = class_names(source, _target(loaded))
+    trained = preparation(loaded)["classes"] if own is not None else None
+    if own is None or trained is None or own == trained:
+        return
+    place = next((n for n, pair in enumerate(zip(own, trained, strict=False)) if pair[0] != pair[1]), None)
+    if place is None and len(own) < len(trained):
+        return  # the first of them, with their numbers
+    key = ".".join(split_key(name))
+    if place is None:
+        raise DataError(
+            f"{key} has {len(own)} classes and data.train {len(trained)}: {own[len(trained)]!r} is none of training's"
+        )
+    raise DataError(
+        f"{key}: class {place} is {own[place]!r}, and {trained[place]!r} in data.train; metrics compare the numbers, so "
+        "give both the same classes in the same order"
+    )
 
 
 def _training(loaded: LoadedConfiguration) -> dict[str, Any]:

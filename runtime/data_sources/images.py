@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
@@ -21,7 +21,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
-    """Images under ``folder/CLASS/``, at any depth; classes are numbered by the folders' sorted names.
+    """Images under ``folder/CLASS/``, at any depth; classes are numbered by the sorted names of the training data's folders.
 
     Random crops and flips are ``data.train.transform: {target: Augment, …}``, under each sample's own seed. Needs
     ``pip install pillow``.
@@ -85,6 +85,29 @@ class ImageFolder(Dataset[dict[str, Any]]):
             raise IndexError(f"indices must lie between 0 and {len(self) - 1}")
         pixels = self._pixels(self._folder / self._paths[index])
         return {"inputs": (pixels - self._mean) / self._std, "target": int(self._labels[index])}
+
+    @property
+    def fitted(self) -> dict[str, Any]:
+        """The names of the classes in the order of their numbers, which other splits take over."""
+        return {"classes": list(self.classes)}
+
+    def adopt(self, fitted: Mapping[str, Any]) -> None:
+        """Number the classes as another split does. Folders none of which it has are no classes, but images to predict.
+
+        Raises:
+            DataError: some of the folders are classes of the other split, and some are not.
+        """
+        names = list(fitted["classes"])
+        unknown = [name for name in self.classes if name not in names]
+        if len(unknown) == len(self.classes):
+            return
+        if unknown:
+            raise DataError(
+                f"{self._folder} has the class folder {unknown[0]!r}, which the training data has not (its classes are "
+                f"{', '.join(map(repr, names[:10]))}{', …' * (len(names) > 10)})"
+            )
+        place = np.array([names.index(name) for name in self.classes], dtype=np.int64)
+        self._labels, self.classes = place[self._labels], names
 
     def column(self, name: str) -> NDArray[Any]:
         """Return the class number of every image (``target``), or the name of the folder within it (``folder``)."""

@@ -203,7 +203,7 @@ class _Seen:
     def add(self, value: str) -> None:
         if _is_number(value):
             self.number = self.number or value
-        else:
+        elif any(letter.isalpha() for letter in value):  # "?" and "-" hold a place
             self.text = self.text or value
 
     @property
