@@ -83,20 +83,14 @@ MUTANTS = (
         _BATCHES,
         "elif cursor in skipped:",
         "elif cursor in skipped and cursor.epoch == 0:",
-        (
-            "tests/test_batches.py",
-            "tests/test_divergence.py::test_two_neighbouring_batches_are_gone_round",
-        ),
+        ("tests/test_batches.py::test_batches_that_are_left_out_are_so_in_every_epoch_and_nothing_else_is",),
     ),
     Mutant(
         "batches: a skipped batch is not skipped within a run",
         _BATCHES,
         "next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), skipped)",
         "next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), ())",
-        (
-            "tests/test_batches.py",
-            "tests/test_divergence.py::test_two_neighbouring_batches_are_gone_round",
-        ),
+        ("tests/test_batches.py::test_batches_that_are_left_out_are_so_in_every_epoch_and_nothing_else_is",),
     ),
     Mutant(
         "batches: empty slots count for the buffers' mean",
@@ -114,7 +108,7 @@ MUTANTS = (
         _BATCHES,
         "enumerate(zip(block, finish_sum().sum(dim=1).tolist(), strict=True))",
         "enumerate(zip(block, finish_sum().sum(dim=1).roll(1, 0).tolist(), strict=True))",
-        ("tests/test_batches.py::test_global_weights_are_the_same_number_for_any_sharing_out",),
+        ("tests/test_accumulation.py::test_tokens_of_very_uneven_sentences_count_equally",),
     ),
     Mutant(
         "streams: a reader's place is one batch behind",

@@ -62,7 +62,7 @@ MUTANTS = (
         _LOOP,
         "parts.save(window, leaving or enough)",
         "parts.save(window, enough)",
-        ("tests/test_resumption.py::test_stopping_after_any_step_changes_nothing",),
+        ("tests/test_whole_state.py::test_only_what_is_due_or_among_the_best_is_saved_and_so_after_a_stop",),
     ),
     Mutant(
         "loop: a batch without any weight is applied",
