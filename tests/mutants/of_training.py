@@ -226,8 +226,8 @@ MUTANTS = (
         '"statistics": dict(self._statistics),',
         '"statistics": {},',
         (
-            remembers("SWA by steps"),
-            "tests/test_averaging.py::test_swa_that_is_stopped_after_any_step_goes_on_bitwise",
+            "tests/test_averaging.py::test_swa_by_steps_is_torchs_loop_by_hand",
+            "tests/test_averaging.py::test_swa_is_torchs_loop_by_hand",
         ),
     ),
     Mutant(
