@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ def windows_of(
     epochs: int = 1,
     num_workers: int = 0,
     seed: int = 0,
+    skipped: Sequence[Cursor] = (),
 ) -> Iterator[Window]:
     order = IndexOrder(len(samples), batch_size=batch_size, seed=seed, shuffle=True, drop_last=False)
     made = Windows(
@@ -52,6 +53,7 @@ def windows_of(
         order,
         start=start,
         stop=lambda cursor, steps: cursor.epoch >= epochs,
+        skipped=skipped,
         sharing=Sharing(slots, world_size, rank),
         make_loader=make_loader(num_workers),
     )
@@ -109,6 +111,15 @@ def test_starting_at_any_cursor_gives_the_rest_of_the_same_steps() -> None:
         for batch in range(5):
             rest = ids_of_steps(2, slots=4, size=50, batch_size=12, epochs=3, start=Cursor(epoch, batch))
             assert rest == whole[epoch * 5 + batch :]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("batches", [[0], [2], [4], [1, 2], [0, 1, 2, 3, 4]])
+def test_batches_that_are_left_out_are_so_in_every_epoch_and_nothing_else_is(epoch: int, batches: list[int]) -> None:
+    whole = ids_of_steps(2, slots=4, size=50, batch_size=12, epochs=3)
+    skipped = [Cursor(epoch, batch) for batch in batches]
+    expected = [step for number, step in enumerate(whole) if Cursor(*divmod(number, 5)) not in skipped]
+    assert ids_of_steps(2, slots=4, size=50, batch_size=12, epochs=3, skipped=skipped) == expected
 
 
 @given(n=st.integers(0, 100), slots=st.integers(1, 20))

@@ -178,6 +178,12 @@ def test_weighted_draws_differ_between_epochs_and_seeds() -> None:
     assert len(epoch_of(made(0), 0)) == 100
 
 
+def test_weighted_draws_do_not_repeat_within_a_long_epoch() -> None:
+    """They are drawn in blocks of some thousands, each under a key of its own."""
+    order = WeightedOrder(np.ones(100), num_draws=5 * 8192, batch_size=8192, seed=0, drop_last=False)
+    assert len({order.batch(0, index).tobytes() for index in range(5)}) == 5
+
+
 @pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, float("nan")], [[1, 2]]])
 def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
     with pytest.raises(DataError, match="sampling weights"):

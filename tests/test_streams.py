@@ -12,7 +12,7 @@ from runtime.data.loading import loader_factory
 from runtime.data.stream_windows import StreamWindows
 from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
-from tests.project.tiny_streams import Numbers, Shares, Stateful
+from tests.project.tiny_streams import Numbers, Shares, Stateful, StatefulShares
 
 pytestmark = [pytest.mark.single, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
@@ -172,6 +172,23 @@ def test_a_stream_that_shares_itself_out_is_read_once_and_resumed_on_as_many_wor
         assert sorted(items(whole, epoch)) == list(range(size))
     for place in range(1, len(whole), 2):
         assert steps_of(Shares(size), start=whole[place]["cursor"], **options) == whole[place:]
+
+
+def test_the_place_of_a_stream_that_shares_itself_out_is_that_of_its_next_turn() -> None:
+    """Only a state of just that place is used; with any other all that lies before would be read again."""
+    windows = StreamWindows(
+        StreamSamples(StatefulShares(500), sharded_by="dataset", batch_size=10, seed=0),
+        start=START,
+        stop=lambda cursor, steps: False,
+        sharing=Sharing(2, 1, 0),
+        make_loader=loader(0),
+        num_workers=0,
+        weigh=None,
+        sum_over_ranks=lambda table: table,
+    )
+    for _, _ in zip(range(30), windows, strict=False):
+        pass
+    assert windows.places == {0: (0, 30 * 2, {"place": 300})}  # batch 30 begins with turn 60: two slots a batch
 
 
 def test_an_empty_stream_is_named() -> None:

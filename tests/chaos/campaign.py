@@ -166,6 +166,8 @@ class Campaign:
         said = self.log.read_text(errors="replace")
         if crash := _CRASH.search(said):
             raise BrokenPromiseError(f"a process crashed: {crash[0]}")
+        if "importing 'tiny_chaos' raised" in said:
+            raise BrokenPromiseError("an attack does not fit the code any more: its start did not even begin")
         if _STUBBORN.search(said):
             raise BrokenPromiseError("ranks that were asked to leave did not, and their launcher had to kill them")
         began = self.begun(start)

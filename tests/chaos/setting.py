@@ -13,7 +13,9 @@ SAVED_EVERY, EVALUATED_EVERY, KEPT_BEST = 3, 4, 2
 TOLERANCE = 1e-10
 FENCE_SECONDS = 3.0  # of a damaged lock, which has to be watched; 30 s would only be longer
 LAUNCHER_PATIENCE_SECONDS = 30.0  # torchrun's
-GONE_SECONDS = 60.0  # in which every process has to be gone
+GONE_SECONDS = (
+    240.0  # in which every process has to be gone; a true launch takes a minute where cores are shared by many
+)
 SILENCE_SECONDS = 6.0
 NOTICED_SECONDS = (
     30.0  # in which the others of a stopped rank have to be gone: a silence, their last words, and two busy cores

@@ -32,8 +32,8 @@ MUTANTS = (
     Mutant(
         "checkpoint: the best are dropped with the old",
         _CHECKPOINT,
-        "            kept |= {c.path for c in self._ranked(checkpoints, best)}\n",
-        "            pass\n",
+        "for best in self._best:\n            kept |=",
+        "for best in ():\n            kept |=",
         ("tests/test_checkpoint.py::test_the_newest_and_the_best_of_each_metric_are_kept",),
     ),
     Mutant(
@@ -129,8 +129,8 @@ MUTANTS = (
     Mutant(
         "run folder: results that are saved are not taken note of",
         _FOLDER,
-        "        self._best.add(results)\n",
-        "",
+        "self._best.add(results)",
+        "pass",
         ("tests/test_whole_state.py::test_only_what_is_due_or_among_the_best_is_saved_and_so_after_a_stop",),
     ),
     Mutant(
@@ -191,8 +191,8 @@ MUTANTS = (
     Mutant(
         "evaluation: the results of a checkpoint are forgotten on resumption",
         _EVALUATIONS,
-        "        self.results = dict(results)\n        self._step",
-        "        self.results = {}\n        self._step",
+        "= dict(results), judged\n        self._step",
+        "= {}, judged\n        self._step",
         (remembers("best results"),),
     ),
 )

@@ -62,7 +62,7 @@ MUTANTS = (
         _LOOP,
         "parts.save(window, leaving or enough)",
         "parts.save(window, enough)",
-        ("tests/test_resumption.py::test_stopping_after_any_step_changes_nothing",),
+        ("tests/test_whole_state.py::test_only_what_is_due_or_among_the_best_is_saved_and_so_after_a_stop",),
     ),
     Mutant(
         "loop: a batch without any weight is applied",
@@ -177,8 +177,8 @@ MUTANTS = (
     Mutant(
         "strategy: the pass before the first step leaves its statistics",
         _STRATEGY,
-        "                buffer.copy_(buffers[name])\n\n    def to_device",
-        "                pass\n\n    def to_device",
+        "buffer.copy_(buffers[name])",
+        "pass",
         (
             "tests/test_accumulation.py::test_dropout_and_batch_norm_give_the_same_run_for_any_world_size",
             "tests/test_accumulation.py",
@@ -226,8 +226,8 @@ MUTANTS = (
         '"statistics": dict(self._statistics),',
         '"statistics": {},',
         (
-            remembers("SWA by steps"),
-            "tests/test_averaging.py::test_swa_that_is_stopped_after_any_step_goes_on_bitwise",
+            "tests/test_averaging.py::test_swa_by_steps_is_torchs_loop_by_hand",
+            "tests/test_averaging.py::test_swa_is_torchs_loop_by_hand",
         ),
     ),
     Mutant(

@@ -278,11 +278,13 @@ class Moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
+        from runtime.evaluations import Evaluations
         from runtime.processes.watch import Position
         from runtime.run import Run
         from runtime.training.progress import Progress
 
-        advance, enter, evaluated, roll_back = Progress.advance, Position.enter, Run._evaluated, Run._roll_back
+        advance, enter = Progress.advance, Position.enter
+        evaluated, roll_back = Evaluations._evaluated, Run._roll_back
 
         def entering(position: Position, phase: str, step: int) -> None:
             enter(position, phase, step)
@@ -295,15 +297,16 @@ class Moment:
             if window.epoch_ends:
                 self.event("epoch")
 
-        def evaluating(run: Run, evaluator: Any) -> Any:
+        def evaluating(evaluations: Evaluations, evaluator: Any) -> Any:
             self.event("evaluation")
-            return evaluated(run, evaluator)
+            return evaluated(evaluations, evaluator)
 
         def rolling_back(run: Run, wanted: Any) -> None:
             self.event("rollback")
             roll_back(run, wanted)
 
-        Position.enter, Progress.advance, Run._evaluated, Run._roll_back = entering, advancing, evaluating, rolling_back
+        Position.enter, Progress.advance = entering, advancing
+        Evaluations._evaluated, Run._roll_back = evaluating, rolling_back
         for name in ("rename", "replace", "fsync"):
             setattr(os, name, self._ticking(getattr(os, name)))
         _moments.append(self)
