@@ -224,7 +224,7 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
         raise _wrong(
             loaded, (*key, "sharded_by"), "must be runtime here: every sample counts once, on any number of ranks"
         )
-    return StreamSamples(
+    samples = StreamSamples(
         source,
         sharded_by=split.sharded_by,
         batch_size=batch_size,
@@ -232,6 +232,8 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
         drop_last=data.drop_last and name == "train",
         **functions,
     )
+    samples.may_differ = bool(loaded.values.resume.allow_changes) or loaded.values.checks == "off"
+    return samples
 
 
 def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
