@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,45 @@ class Samples(Dataset[Any]):
         except Exception as error:
             return SampleFailure(f"reading samples {_listed(index.ids)} raised {described(error)}")
 
+    def name_of(self, stage: str) -> str:
+        """Return what the user calls the data set, the transform or the collate function."""
+        source = self.source
+        while hasattr(source, "ids") and hasattr(source, "source"):  # what it is a part of
+            source = source.source
+        named: Any = {"the transform": self._transform, "the collate function": self._collate}.get(stage, source)
+        return str(getattr(named, "__name__", type(named).__name__))
+
+    def read_in_stages(self, index: SlotIndex, note: Callable[[Any], str]) -> tuple[str, ...] | SampleFailure:
+        """Read one sample and note what the data set gives, what the transform makes of it, and what is collated.
+
+        Draws as reading it for training does. The transform works on a copy, so that one that changes its argument changes
+        nothing that the data set holds.
+        """
+        number = int(index.ids[0])
+        try:
+            with worker_info.hidden():
+                if self._seeded or self._whole_slots:
+                    found = self._given_whole(index)
+                    given = made = note(found)
+                    return given, made, note(self._finished(_copied(found), index))
+                seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, number), _CPU)
+                sample = self.source[number]
+                given = note(sample)
+                sample = _copied(sample)
+                sample = sample if self._transform is None else self._transform(sample)
+                made = note(sample)
+                return given, made, note(self._collate([sample]))
+        except Exception as error:
+            return SampleFailure(f"reading sample {number} raised {described(error)}")
+
+    def _given_whole(self, index: SlotIndex) -> Any:
+        if self._seeded:
+            return self._fetch_seeded(index)
+        numbers = index.ids.tolist()
+        if isinstance(self.source, TensorDataset) or not hasattr(self.source, "__getitems__"):
+            return [self.source[number] for number in numbers]
+        return self.source.__getitems__(numbers)
+
     def _fetch_seeded(self, index: SlotIndex) -> Any:
         seeds = [derive(self._seed, Purpose.SAMPLE, index.epoch, i) for i in index.ids.tolist()]
         return self.source.__getitems__(index.ids.tolist(), np.array(seeds, dtype=np.uint64))
@@ -88,9 +128,7 @@ class Samples(Dataset[Any]):
             rows = torch.from_numpy(ids)
             # Half of what indexing takes, which, though, finds rows on another device than theirs.
             return tuple([t.index_select(0, rows) if t.is_cpu else t[rows] for t in self.source.tensors])
-        if not hasattr(self.source, "__getitems__"):
-            return self._finished([self.source[int(i)] for i in ids], index)
-        return self._finished(self.source.__getitems__(ids.tolist()), index)
+        return self._finished(self._given_whole(index), index)
 
     def _finished(self, found: Any, index: SlotIndex) -> Any:
         if isinstance(found, list):
@@ -114,6 +152,13 @@ class Samples(Dataset[Any]):
                 except Exception as error:
                     return SampleFailure(f"reading sample {i} of epoch {index.epoch} raised {described(error)}")
             return self._collate(samples)
+
+
+def _copied(sample: Any) -> Any:
+    try:
+        return deepcopy(sample)
+    except Exception:  # whatever a user's class raises; then it is taken as it is
+        return sample
 
 
 def _listed(ids: Sequence[int] | Ids) -> str:

@@ -23,8 +23,8 @@ from runtime.errors import DataError, EvaluationError
 _AHEAD = 4  # most steps between two all-reduces; one and a half times as many global batches are held
 _LENGTHS, _CONTENTS = "of different lengths", "of different contents"
 _OF_ANOTHER_CONTENT = (
-    "; if it draws from a generator of its own, let it draw from Python's, NumPy's or torch's, which are seeded for each batch; "
-    "if its files are listed, sort the list, which hosts give in different orders"
+    "; if it draws from a generator of its own, let it draw from Python's, NumPy's or torch's, which are seeded for each "
+    "batch; if its files are listed, sort the list, which hosts give in different orders"
 )
 _EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
 

@@ -138,7 +138,8 @@ class StreamSamples:
         self._iterator: Iterator[Any] = iter(())
         self._epoch, self._next = -1, 0
         self._current = self._ahead = _Read([], None, "")
-        self._initial: Any = None  # the data set's state before it was given one
+        self._initial = deepcopy(source.state_dict()) if self._stateful else None
+        self._ended = False  # the iteration: the data set is then at its beginning again, or at its next epoch's
         self._expected: Place | None = None
 
     def __getitem__(self, index: StreamIndex) -> Any:
@@ -213,22 +214,23 @@ class StreamSamples:
         """
         self._expected = place if place is not None and place.epoch == epoch and place.content else None
         if place is not None and place.state is not None and (place.epoch, place.number) == (epoch, number):
-            if self._initial is None:
-                self._initial = deepcopy(self.source.state_dict())
             self._begin(epoch, number, place.state)
             found = self._read(epoch, number, size, step=step, checked=False)
             if place.content in ("", found.content):
                 return found
-            self._begin(epoch, first, self._initial)  # the state was not all of it
+            self._begin(epoch, first)  # the state was not all of it
         else:
             self._begin(epoch, first)
         return self._read(epoch, first, size, step=step)
 
-    def _begin(self, epoch: int, number: int, *state: Any) -> None:
+    def _begin(self, epoch: int, number: int, state: Any = None) -> None:
+        """Begin an iteration at a state, or at the beginning of an epoch."""
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
-        for its in state:
-            self.source.load_state_dict(its)
+        if state is not None:
+            self.source.load_state_dict(state)
+        elif self._stateful and not (self._ended and epoch > self._epoch) and not _same(self.source, self._initial):
+            self.source.load_state_dict(self._initial)  # it was left in the middle: by a check, say, or a rollback
         self._epoch, self._next = epoch, number
         with preserved_random_state(_CPU):
             seed_everything(derive(self._seed, Purpose.STREAM, epoch, number), _CPU)
@@ -247,6 +249,7 @@ class StreamSamples:
                 where = f"{what} {number + 1} of epoch {epoch + 1}"
                 raise DataError(f"reading {where} from the stream raised {described(error)}") from error
         self._next = number + step
+        self._ended = len(items) < size
         content = digest_of_items(items)
         if checked and self._expected is not None and number == self._expected.number:
             self._check(content, self._expected)
@@ -289,3 +292,10 @@ class StreamSamples:
 def _bounds(count: int, slots: int, slot: int) -> tuple[int, int]:
     """Return where a slot begins and ends in a global batch, as :func:`runtime.data.batches.cut` cuts it."""
     return count * slot // slots, count * (slot + 1) // slots
+
+
+def _same(source: Any, state: Any) -> bool:
+    try:
+        return bool(source.state_dict() == state)
+    except Exception:  # of arrays, say
+        return False
