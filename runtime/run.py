@@ -24,6 +24,7 @@ from runtime.data.training_data import How, MappedData, Reading, StreamedData, p
 from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
+from runtime.losses.rows import told_miscounts
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, by_component, prepare
@@ -222,7 +223,10 @@ class Run:
     def _unfreezing(self, reading: Reading) -> Iterator[Window]:
         """Yield windows, each once what its epoch trains is trainable. Collective."""
         self._epoch = -1
-        for window in reading.windows:
+        windows = reading.windows
+        if self._data.samples.own_batches:
+            windows = told_miscounts(windows, self._state.module.objective, self._warn)
+        for window in windows:
             changed = window.cursor.epoch != self._epoch and self._freezing.apply(window.cursor.epoch)
             self._epoch = window.cursor.epoch
             if changed:

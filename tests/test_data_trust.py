@@ -195,3 +195,37 @@ def test_sampling_weights_that_changed_do_not_resume(tmp_path: Path, monkeypatch
     observe_stopping(config, 1)
     (tmp_path / "weights").write_text("2")
     assert "the values that the order follows from" in failure(config)
+
+
+@single
+@pytest.mark.parametrize("collate", ["dropping", "two_views"])
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ("tiny_untrusted:CountsSamples", "warned"),
+        ("FocalLoss", "silent"),  # counts its targets
+        ("MultiMarginLoss", "refused"),
+        ("tiny_untrusted:CountsRows", "silent"),
+        ("CrossEntropyLoss", "silent"),  # counts its targets
+    ],
+)
+def test_batches_whose_rows_are_not_their_samples_are_told_where_samples_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], collate: str, objective: str, told: str
+) -> None:
+    config = {**run(tmp_path, collate=f"tiny_untrusted:{collate}"), "objective": objective}
+    config["model"] = {"target": "tiny:Mlp", "args": {"batch_norm": False}}
+    config["batch"] = {"global_size": 24, "slots": 4}
+    message = failure(config)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "a batch of 6 samples has" in line]
+    assert len(lines) == (told == "warned")
+    assert ("a batch of 6 samples has" in message) == (told == "refused")
+
+
+@single
+@pytest.mark.parametrize(("collate", "objective"), [("time_first", "TimeFirst"), ("plain", "CountsSamples")])
+def test_a_row_for_each_sample_in_any_layout_is_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], collate: str, objective: str
+) -> None:
+    config = run(tmp_path, collate=f"tiny_untrusted:{collate}")
+    assert failure({**config, "objective": {"target": f"tiny_untrusted:{objective}"}}) == "trained"
+    assert "samples has" not in capsys.readouterr().out

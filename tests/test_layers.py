@@ -76,6 +76,7 @@ LAYERS = [
         "losses.mismatch",
         "losses.supervised",
         "losses.torch_losses",
+        "losses.rows",
         "losses.sample_losses",
         "losses.by_name",
         "losses.focal",

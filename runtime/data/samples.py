@@ -59,6 +59,11 @@ class Samples(Dataset[Any]):
         self._seeded = bool(getattr(source, "seeded", False)) and transform is None
         self._whole_slots = deterministic and transform is None
 
+    @property
+    def own_batches(self) -> bool:
+        """Tell whether code of the user's makes batches, which may have other rows than samples were asked for."""
+        return self._own_collate or hasattr(self.source, "__getitems__")
+
     def __len__(self) -> int:
         return len(self.source)
 

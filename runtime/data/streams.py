@@ -142,6 +142,11 @@ class StreamSamples:
         self._ended = False  # the iteration: the data set is then at its beginning again, or at its next epoch's
         self._expected: Place | None = None
 
+    @property
+    def own_batches(self) -> bool:
+        """See :class:`runtime.data.samples.Samples`."""
+        return self._collate is not default_collate
+
     def __getitem__(self, index: StreamIndex) -> Any:
         return self.__getitems__(index)
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, RandomSampler, Sampler, default_collate
 
+from runtime.objective import Objective
 from tests.project.tiny import points
 
 
@@ -207,3 +208,40 @@ def weights_of_rank(source: Any) -> Any:
 def weights_of_file(source: Any) -> Any:
     """Compute weights that a file says."""
     return np.arange(len(source)) + float(Path(os.environ["LOCKSTEP_TEST_WEIGHTS"]).read_text())
+
+
+def dropping(samples: list[Any]) -> Any:
+    """Collate, and leave out every third sample as one that cannot be used."""
+    kept = [sample for place, sample in enumerate(samples) if place % 3]
+    return default_collate(kept)
+
+
+def two_views(samples: list[Any]) -> Any:
+    return default_collate([view for sample in samples for view in (sample, sample)])
+
+
+def time_first(samples: list[Any]) -> Any:
+    """Have time in the first dimension, as many recurrent models do; one row a sample in the second."""
+    inputs, target = default_collate(samples)
+    return inputs.T.contiguous(), target.expand(8, -1)
+
+
+def plain(samples: list[Any]) -> Any:
+    return default_collate(samples)
+
+
+class CountsSamples(Objective):
+    """One loss a row, and the default weight."""
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+class CountsRows(CountsSamples):
+    def weight(self, batch: Any) -> float:
+        return float(len(batch[1]))
+
+
+class TimeFirst(Objective):
+    def forward(self, model: Any, batch: Any) -> Any:
+        return torch.nn.functional.cross_entropy(model(batch[0].T), batch[1][0], reduction="sum")
