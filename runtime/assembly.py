@@ -224,7 +224,7 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
         raise _wrong(
             loaded, (*key, "sharded_by"), "must be runtime here: every sample counts once, on any number of ranks"
         )
-    return StreamSamples(
+    samples = StreamSamples(
         source,
         sharded_by=split.sharded_by,
         batch_size=batch_size,
@@ -232,6 +232,8 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
         drop_last=data.drop_last and name == "train",
         **functions,
     )
+    samples.may_differ = bool(loaded.values.resume.allow_changes) or loaded.values.checks == "off"
+    return samples
 
 
 def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
@@ -248,15 +250,23 @@ def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
     return StreamedData(samples)
 
 
-def build_loader(loaded: LoadedConfiguration, device: torch.device, closing: ExitStack | None = None) -> MakeLoader:
+def build_loader(
+    loaded: LoadedConfiguration,
+    device: torch.device,
+    closing: ExitStack | None = None,
+    *,
+    most_workers: int | None = None,
+) -> MakeLoader:
     """Return the maker of loaders; memory is pinned by default where there is a GPU.
 
     Args:
         closing: where the same data is read again and again: workers then live until this is closed.
+        most_workers: start no more, where little is read.
     """
     section = loaded.values.data.loader
+    workers = section.num_workers if most_workers is None else min(section.num_workers, most_workers)
     return loader_factory(
-        num_workers=section.num_workers,
+        num_workers=workers,
         prefetch_factor=section.prefetch_factor,
         pin_memory=device.type == "cuda" if section.pin_memory is None else section.pin_memory,
         timeout_seconds=section.timeout_seconds,

@@ -23,6 +23,7 @@ from runtime.data.batches import Sharing, default_slots
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.data.training_data import MappedData, TrainingData
+from runtime.data_contents import Contents, changed, contents_of
 from runtime.errors import ConfigurationError, DataError
 from runtime.evaluation.averaged import AveragedEvaluation
 from runtime.evaluation.evaluator import Evaluator
@@ -61,11 +62,13 @@ class Prepared:
     """What a run consists of before its first step.
 
     Args:
+        contents: what a few samples of all data hold.
         groups: names of the optimizer's parameter groups.
         parameters: how many elements of them are trained, and how many are frozen.
     """
 
     data: TrainingData
+    contents: Contents
     identity: Identity
     sharing: Sharing
     state: RunState
@@ -104,7 +107,8 @@ def prepare(
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     length = schedule_length(loaded, data)
-    identity = _identity(loaded, strategy, _Fresh(module, data, length, weights), stored, warn)
+    contents = _contents(loaded, strategy, data, stored)
+    identity = _identity(loaded, strategy, _Fresh(module, data, contents, length, weights), stored, warn)
     sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
     assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
     optimizer = build_optimizer(loaded, module)
@@ -129,7 +133,7 @@ def prepare(
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
     state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress, built)
-    return Prepared(data, identity, sharing, state, freezing, groups, parameters, memory)
+    return Prepared(data, contents, identity, sharing, state, freezing, groups, parameters, memory)
 
 
 def tell_of_component(loaded: LoadedConfiguration, error: Exception, state: RunState) -> None:
@@ -248,6 +252,7 @@ class _Fresh:
 
     module: TrainingModule
     data: TrainingData
+    contents: Contents
     schedule_length: int | None
     weights: str | None
 
@@ -336,9 +341,11 @@ def _identity(
     weights = fresh.weights
     if stored is None:
         slots = batch.slots or default_slots(batch.global_size, _micro_size(loaded, strategy, fresh), world_size)
-        return Identity(loaded.resolved(), slots, data, length, secrets.token_hex(4), weights)
+        known = fresh.contents.known
+        return Identity(loaded.resolved(), slots, data, length, secrets.token_hex(4), weights, known)
     identity = Identity(**stored["identity"])
-    check_identity(identity, loaded, data=data, schedule_length=length, weights=weights)
+    differing = changed(identity.contents, fresh.contents.known)
+    check_identity(identity, loaded, data=data, contents=differing, schedule_length=length, weights=weights)
     slots = slots_on_resumption(identity.slots, loaded)
     if weights is not None and weights != identity.weights:
         warn("model.weights: the file's other content changes nothing: a run that goes on has its checkpoint's weights")
@@ -352,7 +359,18 @@ def _identity(
             f"K changes from {identity.slots} to {slots}: from here on only models without randomness or batch statistics "
             "in the forward pass keep the answer"
         )
-    return Identity(loaded.resolved(), slots, data, length, identity.tracker_id, weights or identity.weights)
+    known = {**identity.contents, **fresh.contents.known}
+    return Identity(loaded.resolved(), slots, data, length, identity.tracker_id, weights or identity.weights, known)
+
+
+def _contents(
+    loaded: LoadedConfiguration, strategy: Strategy, data: TrainingData, stored: Mapping[str, Any] | None
+) -> Contents:
+    """Look at all data that the run reads. Collective."""
+    evaluated = {name: assembly.build_samples(loaded, name, batch_size=1) for name in ("validation", "test")}
+    order = data.order if isinstance(data, MappedData) else None
+    before = stored["identity"].get("contents", {}) if stored is not None else None
+    return contents_of(loaded, strategy, {"train": data.samples, **evaluated}, order=order, stored=before)
 
 
 def _micro_size(loaded: LoadedConfiguration, strategy: Strategy, fresh: _Fresh) -> int:

@@ -17,12 +17,14 @@ from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import coupled_parts, mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
+from runtime.data.order import SamplerOrder
 from runtime.data.sources import preparation
 from runtime.data.streams import Place
-from runtime.data.training_data import How, Reading, StreamedData, places_of, told_places
+from runtime.data.training_data import How, MappedData, Reading, StreamedData, places_of, told_places
 from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
+from runtime.losses.rows import told_miscounts
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, prepare, tell_of_component
@@ -160,6 +162,8 @@ class Run:
         module = prepared.state.module
         if progress.evaluation_extra and not self._milestones.over:
             progress.evaluation_due = progress.evaluation_extra = False  # the run no longer ends here
+        self._agreement = Agreement(world_size=strategy.world_size, device=strategy.device, drawn=self._drawn)
+        self._epoch = -1  # of the step that is being made
         was_over = self._milestones.over and not progress.evaluation_due
         if was_over:
             why, keys = self._milestones.why_early or f"{progress.step} steps", "limit.epochs or limit.steps"
@@ -167,7 +171,6 @@ class Run:
             self._reporter.message(f"This run is finished: {why}. To go on, raise {keys}.")
         elif self._values.divergence.rolls_back and progress.step == 0:
             self._save_state()  # so that there is always something to return to
-        self._agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
         self._warmed_up = False
         outcome: Literal["finished", "stopped"] | None = None
         with self._garbage:
@@ -218,16 +221,22 @@ class Run:
 
     def _unfreezing(self, reading: Reading) -> Iterator[Window]:
         """Yield windows, each once what its epoch trains is trainable. Collective."""
-        epoch = -1
-        for window in reading.windows:
-            changed = window.cursor.epoch != epoch and self._freezing.apply(window.cursor.epoch)
-            epoch = window.cursor.epoch
+        self._epoch = -1
+        windows = reading.windows
+        if self._data.samples.own_batches:
+            windows = told_miscounts(windows, self._state.module.objective, self._warn)
+        for window in windows:
+            changed = window.cursor.epoch != self._epoch and self._freezing.apply(window.cursor.epoch)
+            self._epoch = window.cursor.epoch
             if changed:
                 self._strategy.rewrap()
                 self._strategy.warm_up(reading.filler)
                 trainable = sum(p.numel() for p in self._state.module.parameters() if p.requires_grad)
                 self._reporter.message(f"epoch {window.cursor.epoch + 1}: {trainable:,} parameters are trained")
             yield window
+
+    def _drawn(self) -> int:
+        return self._data.order.drawn_until(self._epoch) if isinstance(self._data, MappedData) else 0
 
     def _begin_sum(self, weights: Tensor) -> Callable[[], Tensor]:
         finish = begin_sum_over_ranks(weights, self._strategy.device)
@@ -329,6 +338,8 @@ class Run:
 
     def _save_state(self) -> None:
         progress, results = self._progress, self._evaluations.results_of_this_step
+        if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
+            self._agreement.check_drawn()  # what is saved is what all ranks have trained
         if isinstance(self._data, StreamedData):
             places = self._reading.places if self._reading is not None else self._places
             self._told["stream"] = told_places(places, self._data.samples.sharded_by, self._strategy.device)

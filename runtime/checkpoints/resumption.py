@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ class Identity:
         schedule_length: what the schedule was told the run's length is, if that followed from the limit.
         tracker_id: W&B's run id.
         weights: digest of the file that the model's weights were loaded from at the first start.
+        contents: digests of a few samples of each part of the data, and of what orders follow from.
     """
 
     configuration: Mapping[str, Any]
@@ -133,6 +134,7 @@ class Identity:
     schedule_length: int | None
     tracker_id: str
     weights: str | None = None
+    contents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def check_identity(
@@ -140,10 +142,14 @@ def check_identity(
     loaded: LoadedConfiguration,
     *,
     data: Mapping[str, Any],
+    contents: Mapping[str, str],
     schedule_length: int | None,
     weights: str | None,
 ) -> None:
     """Compare what a checkpoint was made with and what is asked for now.
+
+    Args:
+        contents: by part of the data, what is another than it was.
 
     Raises:
         RunFolderError: an exact key changed, with its old and new value; or the data did.
@@ -167,6 +173,11 @@ def check_identity(
         changes.append(f"model.weights: the file's digest was {stored.weights}, is {weights}")
     if dict(stored.data) != dict(data) and not _allowed("data", allowed):
         changes.append(f"data.train: was {dict(stored.data)}, is {dict(data)}")
+    changes += [
+        f"data.{part}: {what} is not what it was: the data, or the code that reads it, changed under the run"
+        for part, what in contents.items()
+        if not _allowed(f"data.{part}", allowed)
+    ]
     if changes:
         listed = "\n  ".join(changes)
         raise RunFolderError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from runtime import environment
+from runtime.checks.data import check_sampler, check_samples_repeat
 from runtime.checks.evaluation import check_evaluation
 from runtime.checks.gradients import check_gradients
 from runtime.checks.lone_samples import check_lone_samples
@@ -55,6 +56,8 @@ def check_first_start(start: FirstStart) -> None:
         processes=environment.local_world_size(strategy.world_size),
     ):
         warn(text)
+    check_samples_repeat(prepared, warn)
+    check_sampler(loaded, strategy, prepared, warn)
     check_lone_samples(loaded, strategy, prepared, warn)
     check_gradients(loaded, strategy, prepared, warn)
     check_additivity(loaded, strategy, prepared, warn)

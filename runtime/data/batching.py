@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from runtime.data.order import EpochOrder, Ids, KeyedPermutation
+from runtime.data.order import EpochOrder, Ids, KeyedPermutation, OwnOrder, digest_of_values
 from runtime.errors import DataError
 from runtime.randomness import Purpose, derive
 
@@ -42,6 +42,10 @@ class LengthGroupedOrder(EpochOrder):
         self._seed = seed
         self._stretch = batch_size * stretch_batches
         self._num_used = len(lengths) - len(lengths) % batch_size if drop_last else len(lengths)
+
+    def basis(self) -> str:
+        """See :class:`runtime.data.order.Order`."""
+        return digest_of_values(self._lengths)
 
     def num_batches(self, epoch: int) -> int:
         """Return the number of global batches, equal in every epoch."""
@@ -98,6 +102,10 @@ class BudgetOrder(EpochOrder):
         mean = max(float(lengths.mean()), 1e-9) if len(lengths) else 1.0
         self._stretch = stretch_batches * max(1, min(most_samples, int(min(budget / mean, 2**31))))
 
+    def basis(self) -> str:
+        """See :class:`runtime.data.order.Order`."""
+        return digest_of_values(self._lengths)
+
     def _draw(self, epoch: int) -> list[Ids]:
         ids = np.arange(len(self._lengths), dtype=np.int64)
         if self._shuffle:
@@ -118,7 +126,7 @@ class BudgetOrder(EpochOrder):
             yield ids[start:]
 
 
-class BalancedOrder:
+class BalancedOrder(OwnOrder):
     """Each class equally often, whatever its size; each member of a class equally often.
 
     Each class is an endless stream: one keyed permutation of its members after another. Every epoch goes on where the last
@@ -144,12 +152,17 @@ class BalancedOrder:
         _, numbers, members = np.unique(classes, return_inverse=True, return_counts=True)
         by_class = np.argsort(numbers, kind="stable").astype(np.int64)
         self._members = np.split(by_class, np.cumsum(members)[:-1])
+        self._numbers = numbers
         self._draws = len(classes) if num_samples is None else num_samples
         self._batch_size = batch_size
         self._seed = seed
         whole, rest = divmod(self._draws, batch_size)
         self._num_batches = whole if drop_last or not rest else whole + 1
         self._drawn: tuple[int, Ids] | None = None
+
+    def basis(self) -> str:
+        """See :class:`runtime.data.order.Order`."""
+        return digest_of_values(self._numbers)
 
     def num_batches(self, epoch: int) -> int:
         """Return the number of global batches, equal in every epoch."""

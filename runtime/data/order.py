@@ -7,6 +7,7 @@ for the positions that are asked for; no array of size N exists.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -35,6 +36,20 @@ class Order(Protocol):
     def batch(self, epoch: int, index: int) -> Ids:
         """Return the sample ids of one global batch: (samples,) int64."""
         ...
+
+    def basis(self) -> str:
+        """Return a digest of the user's values that it follows from; empty if there are none."""
+        ...
+
+    def drawn_until(self, epoch: int) -> int:
+        """Return a digest, below 2**32, of what user code has drawn for this epoch and those before; 0 if nothing."""
+        ...
+
+
+def digest_of_values(values: npt.NDArray[Any]) -> str:
+    """Return a digest of one value for each sample, of any type."""
+    shown = values.astype(str) if values.dtype.hasobject else values
+    return f"{shown.dtype.str}{shown.shape} {zlib.crc32(np.ascontiguousarray(shown).tobytes()):08x}"
 
 
 class KeyedPermutation:
@@ -87,7 +102,19 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values
 
 
-class IndexOrder:
+class OwnOrder:
+    """Base of the orders that follow from seed and epoch, and maybe a value of each sample: no user code draws them."""
+
+    def basis(self) -> str:
+        """See :class:`Order`."""
+        return ""
+
+    def drawn_until(self, epoch: int) -> int:
+        """See :class:`Order`."""
+        return 0
+
+
+class IndexOrder(OwnOrder):
     """Every index once per epoch, shuffled or in sequence."""
 
     def __init__(self, num_samples: int, *, batch_size: int, seed: int, shuffle: bool, drop_last: bool) -> None:
@@ -125,7 +152,7 @@ class IndexOrder:
         return self._permutation[1]
 
 
-class WeightedOrder:
+class WeightedOrder(OwnOrder):
     """Draws with replacement, each id with a probability proportional to its weight.
 
     Draw j of an epoch follows from (seed, epoch, j) alone. Holds one number per sample.
@@ -153,6 +180,10 @@ class WeightedOrder:
         self._seed = seed
         self._drawn: tuple[int, int, Ids] | None = None
 
+    def basis(self) -> str:
+        """See :class:`Order`."""
+        return digest_of_values(self._ends)
+
     def num_batches(self, epoch: int) -> int:
         """Return the number of global batches, equal in every epoch."""
         return self._positions.num_batches(epoch)
@@ -177,7 +208,7 @@ class WeightedOrder:
         return self._drawn[2]
 
 
-class EpochOrder:
+class EpochOrder(OwnOrder):
     """An order whose epochs are drawn whole, when first asked for; holds one epoch's ids in memory."""
 
     def __init__(self) -> None:
@@ -213,8 +244,32 @@ class SamplerOrder(EpochOrder):
         self._batch_size = batch_size
         self._seed = seed
         self._drop_last = drop_last
+        self._digests: dict[int, int] = {}
+
+    @property
+    def sampler(self) -> Iterable[Any]:
+        """The user's sampler."""
+        return self._sampler
+
+    def repeats(self) -> bool:
+        """Tell whether the first epoch, drawn again under its seed, is the same. Draws it once more."""
+        first = self._batches(0)
+        again = self._draw(0)
+        return len(first) == len(again) and all(map(np.array_equal, first, again))
+
+    def drawn_until(self, epoch: int) -> int:
+        """See :class:`Order`."""
+        return zlib.crc32(repr([item for item in sorted(self._digests.items()) if item[0] <= epoch]).encode())
 
     def _draw(self, epoch: int) -> list[Ids]:
+        batches = self._drawn_now(epoch)
+        told = 0
+        for batch in batches:
+            told = zlib.crc32(batch.tobytes(), told ^ len(batch))
+        self._digests[epoch] = told
+        return batches
+
+    def _drawn_now(self, epoch: int) -> list[Ids]:
         with preserved_random_state(_CPU):
             seed_everything(derive(self._seed, Purpose.ORDER, epoch), _CPU)
             if hasattr(self._sampler, "set_epoch"):

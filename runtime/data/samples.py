@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from runtime.config.component import described
+from runtime.data import worker_info
 from runtime.data.order import Ids
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -36,7 +38,8 @@ class Samples(Dataset[Any]):
     A deterministic data set (``deterministic = True``, or a TensorDataset) is read a whole slot at a time through
     ``__getitems__``, which may return a list of samples or a finished batch. So is one that draws by itself from the seeds that
     it is given (``seeded = True``): ``__getitems__(ids, seeds)``, a uint64 for each sample, of (seed, epoch, id). Any other is
-    read sample by sample, with python, NumPy and torch seeded so before each: random transforms depend on nothing else.
+    read sample by sample, with python, NumPy and torch seeded so before each: random transforms depend on nothing else. A
+    collate function of the user's own draws under the seed of the slot's last sample, or of its first where it is read whole.
     """
 
     def __init__(
@@ -56,6 +59,11 @@ class Samples(Dataset[Any]):
         self._seeded = bool(getattr(source, "seeded", False)) and transform is None
         self._whole_slots = deterministic and transform is None
 
+    @property
+    def own_batches(self) -> bool:
+        """Tell whether code of the user's makes batches, which may have other rows than samples were asked for."""
+        return self._own_collate or hasattr(self.source, "__getitems__")
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -65,29 +73,75 @@ class Samples(Dataset[Any]):
     def __getitems__(self, index: SlotIndex) -> Any:
         """Return one batch, or the failure that kept it from being read."""
         try:
-            if self._seeded:
-                seeds = [derive(self._seed, Purpose.SAMPLE, index.epoch, i) for i in index.ids.tolist()]
-                return self._finished(self.source.__getitems__(index.ids.tolist(), np.array(seeds, dtype=np.uint64)))
-            if self._whole_slots:
-                return self._fetch_whole(index.ids)
-            return self._fetch_each(index)
+            with worker_info.hidden():
+                if self._seeded:
+                    return self._finished(self._fetch_seeded(index), index)
+                if self._whole_slots:
+                    return self._fetch_whole(index)
+                return self._fetch_each(index)
         except LockstepError as error:
             return SampleFailure(str(error))
         except Exception as error:
             return SampleFailure(f"reading samples {_listed(index.ids)} raised {described(error)}")
 
-    def _fetch_whole(self, ids: Ids) -> Any:
+    def name_of(self, stage: str) -> str:
+        """Return what the user calls the data set, the transform or the collate function."""
+        source = self.source
+        while hasattr(source, "ids") and hasattr(source, "source"):  # what it is a part of
+            source = source.source
+        named: Any = {"the transform": self._transform, "the collate function": self._collate}.get(stage, source)
+        return str(getattr(named, "__name__", type(named).__name__))
+
+    def read_in_stages(self, index: SlotIndex, note: Callable[[Any], str]) -> tuple[str, ...] | SampleFailure:
+        """Read one sample and note what the data set gives, what the transform makes of it, and what is collated.
+
+        Draws as reading it for training does. The transform works on a copy, so that one that changes its argument changes
+        nothing that the data set holds.
+        """
+        number = int(index.ids[0])
+        try:
+            with worker_info.hidden():
+                if self._seeded or self._whole_slots:
+                    found = self._given_whole(index)
+                    given = made = note(found)
+                    return given, made, note(self._finished(_copied(found), index))
+                seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, number), _CPU)
+                sample = self.source[number]
+                given = note(sample)
+                sample = _copied(sample)
+                sample = sample if self._transform is None else self._transform(sample)
+                made = note(sample)
+                return given, made, note(self._collate([sample]))
+        except Exception as error:
+            return SampleFailure(f"reading sample {number} raised {described(error)}")
+
+    def _given_whole(self, index: SlotIndex) -> Any:
+        if self._seeded:
+            return self._fetch_seeded(index)
+        numbers = index.ids.tolist()
+        if isinstance(self.source, TensorDataset) or not hasattr(self.source, "__getitems__"):
+            return [self.source[number] for number in numbers]
+        return self.source.__getitems__(numbers)
+
+    def _fetch_seeded(self, index: SlotIndex) -> Any:
+        seeds = [derive(self._seed, Purpose.SAMPLE, index.epoch, i) for i in index.ids.tolist()]
+        return self.source.__getitems__(index.ids.tolist(), np.array(seeds, dtype=np.uint64))
+
+    def _fetch_whole(self, index: SlotIndex) -> Any:
+        ids = index.ids
         if isinstance(self.source, TensorDataset) and not self._own_collate:
             rows = torch.from_numpy(ids)
             # Half of what indexing takes, which, though, finds rows on another device than theirs.
             return tuple([t.index_select(0, rows) if t.is_cpu else t[rows] for t in self.source.tensors])
-        if not hasattr(self.source, "__getitems__"):
-            return self._collate([self.source[int(i)] for i in ids])
-        return self._finished(self.source.__getitems__(ids.tolist()))
+        return self._finished(self._given_whole(index), index)
 
-    def _finished(self, found: Any) -> Any:
+    def _finished(self, found: Any, index: SlotIndex) -> Any:
         if isinstance(found, list):
-            return self._collate(found)
+            if not self._own_collate:
+                return self._collate(found)
+            with preserved_random_state(_CPU):
+                seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, int(index.ids[0])), _CPU)
+                return self._collate(found)
         if self._own_collate:
             raise DataError(f"{type(self.source).__name__}.__getitems__ gives finished batches; leave data.collate out")
         return found
@@ -103,6 +157,13 @@ class Samples(Dataset[Any]):
                 except Exception as error:
                     return SampleFailure(f"reading sample {i} of epoch {index.epoch} raised {described(error)}")
             return self._collate(samples)
+
+
+def _copied(sample: Any) -> Any:
+    try:
+        return deepcopy(sample)
+    except Exception:  # whatever a user's class raises; then it is taken as it is
+        return sample
 
 
 def _listed(ids: Sequence[int] | Ids) -> str:

@@ -21,6 +21,11 @@ from runtime.data.streams import FIRST, NOTHING, Piece, Place, StreamIndex, Stre
 from runtime.errors import DataError, EvaluationError
 
 _AHEAD = 4  # most steps between two all-reduces; one and a half times as many global batches are held
+_LENGTHS, _CONTENTS = "of different lengths", "of different contents"
+_OF_ANOTHER_CONTENT = (
+    "; if it draws from a generator of its own, let it draw from Python's, NumPy's or torch's, which are seeded for each "
+    "batch; if its files are listed, sort the list, which hosts give in different orders"
+)
 _EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
 
 
@@ -164,25 +169,29 @@ class StreamWindows:
         slots, world_size = self._sharing.slots, self._sharing.world_size
         whole = self._samples.sharded_by == "runtime"
         width = self._num_weights or 1
-        table = torch.zeros(_AHEAD, slots * (1 + width) + 2, dtype=torch.float64)
-        weights = table[:, slots:-2].view(_AHEAD, slots, width)
+        table = torch.zeros(_AHEAD, slots * (1 + width) + 4, dtype=torch.float64)
+        weights = table[:, slots:-4].view(_AHEAD, slots, width)
         for place, row in enumerate(block):
             for piece in row.pieces:
                 if piece.samples:
                     table[place, piece.asked.slot] = piece.samples
                     note_weight(weights[place, piece.asked.slot], self._weight_of(piece))
-            seen = 1.0 + 2 * row.pieces[0].total + row.pieces[0].more if whole else 0.0
-            table[place, -2], table[place, -1] = seen, seen**2
+            if whole:
+                first = row.pieces[0]
+                table[place, -4:] = _shown_to_all(1.0 + 2 * first.total + first.more, first.content)
         together = self._sum(table)
-        if not torch.equal(together[:, -2] ** 2, world_size * together[:, -1]):
+        what = _difference(together, world_size)
+        if what:
             raise DataError(
-                "data.train: the ranks read streams of different lengths, though each was to read all of one "
-                "(sharded_by: runtime). If the data set gives each rank its own share, say sharded_by: dataset"
+                f"data.train: the ranks read streams {what}, though each was to read all of one (sharded_by: runtime). If "
+                "the data set gives each rank its own share, say sharded_by: dataset"
+                + _OF_ANOTHER_CONTENT
+                * (what == _CONTENTS)
             )
         return [
             row._replace(
                 sizes=[int(size) for size in together[place, :slots].tolist()],
-                weight=told_weight(together[place, slots:-2].view(slots, width).sum(0).tolist(), self._num_weights),
+                weight=told_weight(together[place, slots:-4].view(slots, width).sum(0).tolist(), self._num_weights),
             )
             for place, row in enumerate(block)
         ]
@@ -210,14 +219,13 @@ class StreamWindows:
     def _note_places(self, row: _Row) -> None:
         epoch, batch = row.cursor
         for piece in row.pieces:
-            if piece.state is None:
-                continue
             if self._samples.sharded_by == "runtime":
-                self.places[0] = Place(epoch, batch + 1, piece.state)
+                self.places[0] = Place(epoch, batch + 1, piece.state, piece.next_content)
             else:
                 own = piece.asked.own
                 turn = batch * len(own) + piece.asked.slot - own.start
-                self.places[piece.worker] = Place(epoch, turn + self._questions.workers, piece.state)
+                number = turn + self._questions.workers
+                self.places[piece.worker] = Place(epoch, number, piece.state, piece.next_content)
 
 
 class _Questions:
@@ -279,12 +287,11 @@ def evaluation_rounds(
     while True:
         first: Piece = next(fetched)
         own: Piece = first if rank == 0 else next(fetched)
-        seen = float(first.total)
-        together = sum_over_ranks(torch.tensor([seen, seen**2], dtype=torch.float64))
-        if together[0] ** 2 != world_size * together[1]:
+        what = _difference(sum_over_ranks(_shown_to_all(float(first.total), first.content)), world_size)
+        if what:
             raise EvaluationError(
-                "the ranks read evaluation streams of different lengths, though each was to read all of one "
-                "(sharded_by: runtime): the data set must not share itself out"
+                f"the ranks read evaluation streams {what}, though each was to read all of one (sharded_by: runtime): the "
+                "data set must not share itself out" + _OF_ANOTHER_CONTENT * (what == _CONTENTS)
             )
         if not first.total:
             return
@@ -298,3 +305,23 @@ def _evaluation_questions(world_size: int, rank: int) -> Iterator[StreamIndex]:
         if rank > 0:
             yield StreamIndex(Cursor(0, place + rank), 0, 1, range(1))
         place += world_size
+
+
+def _shown_to_all(length: float, content: str) -> Tensor:
+    """Return what shows, summed over the ranks, whether all read the same: two numbers and their squares.
+
+    Of the digest as many bits as squares and their sums keep exact in float64.
+    """
+    part = float(int(content[:4] or "0", 16))
+    return torch.tensor([length, length**2, part, part**2], dtype=torch.float64)
+
+
+def _difference(together: Tensor, world_size: int) -> str:
+    """Return in what the ranks' streams differ, given the sums in the last places; empty if in nothing.
+
+    The square of a sum of n numbers is n times the sum of their squares only where all are equal.
+    """
+    sums = together[..., -4:]
+    if not torch.equal(sums[..., 0] ** 2, world_size * sums[..., 1]):
+        return _LENGTHS
+    return "" if torch.equal(sums[..., 2] ** 2, world_size * sums[..., 3]) else _CONTENTS

@@ -6,19 +6,27 @@ gives each reader its own share; reader r of a rank serves every r-th slot that 
 
 The random state under which a piece is read follows from its place, so a reader that starts anywhere draws what one that
 came from the beginning would have drawn.
+
+What is read next is remembered by a digest. So a state of the data set's own that is not all of it (a shuffle buffer whose
+content is lost) shows when a run goes on from it, and the stream is read again from its beginning instead; a stream that is
+then another one is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import deepcopy
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
 from runtime.config.component import described
+from runtime.data import worker_info
 from runtime.data.batches import Cursor
+from runtime.data.digests import digest_of_items
 from runtime.data.samples import SampleFailure
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -59,6 +67,8 @@ class Piece(NamedTuple):
         more: whether another global batch follows in the epoch, where the runtime shards.
         worker: which reader of the rank it was.
         state: the data set's own state behind the global batch (behind the piece, where the data set shards).
+        content: digest of the global batch that it is part of; equal on all ranks where the runtime shards.
+        next_content: digest of what this reader reads next.
     """
 
     asked: StreamIndex
@@ -68,19 +78,28 @@ class Piece(NamedTuple):
     more: bool = False
     worker: int = 0
     state: Any = None
+    content: str = ""
+    next_content: str = ""
 
 
 class Place(NamedTuple):
-    """A state of the data set's own, and the global batch (or the reader's turn) that comes after it."""
+    """Where a reader stands: the global batch (or the reader's turn) that it reads next.
+
+    Args:
+        state: of the data set's own, before that; None if there is none.
+        content: digest of what is read there; empty if it is not known.
+    """
 
     epoch: int
     number: int
     state: Any
+    content: str = ""
 
 
 class _Read(NamedTuple):
     items: list[Any]
     state: Any
+    content: str
 
 
 class StreamSamples:
@@ -92,8 +111,11 @@ class StreamSamples:
         drop_last: leave out an epoch's last, smaller global batch.
 
     Attributes:
-        places: where readers can start without reading what lies before, by worker.
+        places: where readers go on, by worker.
+        may_differ: whether a stream that is another one than it was is read all the same.
     """
+
+    may_differ = False
 
     def __init__(
         self,
@@ -115,84 +137,143 @@ class StreamSamples:
         self._stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self._iterator: Iterator[Any] = iter(())
         self._epoch, self._next = -1, 0
-        self._current = self._ahead = _Read([], None)
+        self._current = self._ahead = _Read([], None, "")
+        self._initial = deepcopy(source.state_dict()) if self._stateful else None
+        self._ended = False  # the iteration: the data set is then at its beginning again, or at its next epoch's
+        self._expected: Place | None = None
+
+    @property
+    def own_batches(self) -> bool:
+        """See :class:`runtime.data.samples.Samples`."""
+        return self._collate is not default_collate
 
     def __getitem__(self, index: StreamIndex) -> Any:
         return self.__getitems__(index)
 
     def __getitems__(self, index: StreamIndex) -> Piece | SampleFailure:
         """Return one piece, or the failure that kept it from being read."""
+        if index.aligning:
+            return Piece(index)
+        worker, workers = worker_info.reader()
         try:
-            if index.aligning:
-                return Piece(index)
-            return self._whole_batch(index) if self.sharded_by == "runtime" else self._own_piece(index)
+            with worker_info.hidden() if self.sharded_by == "runtime" else nullcontext():
+                if self.sharded_by == "runtime":
+                    return self._whole_batch(index, worker)
+                return self._own_piece(index, worker, workers)
         except LockstepError as error:
             return SampleFailure(str(error))
         except Exception as error:
             return SampleFailure(f"preparing samples of the stream raised {described(error)}")
 
-    def _whole_batch(self, index: StreamIndex) -> Piece:
+    def _whole_batch(self, index: StreamIndex, worker: int) -> Piece:
         epoch, batch = index.cursor
         if epoch != self._epoch or batch < self._next - 2:
-            first = self._open(epoch, batch)
-            self._current = self._read(epoch, first, self.batch_size)
-            self._ahead = self._read(epoch, first + 1, self.batch_size)
+            self._current = self._opened(epoch, batch, self.batch_size, self.places.get(worker, self.places.get(0)))
+            self._ahead = self._read(epoch, self._next, self.batch_size)
         while self._next - 2 < batch and self._current.items:
             self._current, self._ahead = self._ahead, self._read(epoch, self._next, self.batch_size)
-        items, state = self._current
+        items, state, content = self._current
         if self._drop_last and len(items) < self.batch_size:
             items = []
         positions = self._positions(index, len(items))
         chosen = self._collated(epoch, batch * self.batch_size, [(i, items[i]) for i in positions])
         more = len(self._ahead.items) >= (self.batch_size if self._drop_last else 1)
-        return Piece(index, len(positions), chosen, len(items), more, _worker(), state)
+        return Piece(
+            index, len(positions), chosen, len(items), more, worker, state, content, next_content=self._ahead.content
+        )
 
-    def _own_piece(self, index: StreamIndex) -> Piece:
+    def _own_piece(self, index: StreamIndex, worker: int, workers: int) -> Piece:
         epoch, batch = index.cursor
         turn = batch * len(index.own) + index.slot - index.own.start
-        worker, workers = _worker(), _workers()
-        if epoch != self._epoch or turn < self._next:
-            first = self._open(epoch, turn)
+        if epoch != self._epoch or turn < self._next - 2 * workers:
             # Only every so many turns are this reader's.
-            self._next = first if first == turn else turn % workers
-        while self._next < turn:
-            self._read(epoch, self._next, self._size(index, self._next), step=workers)
-        items, state = self._read(epoch, turn, self._size(index, turn), step=workers)
+            first = turn % workers
+            self._current = self._opened(
+                epoch, turn, self._size(index, turn), self.places.get(worker), first=first, step=workers
+            )
+            self._ahead = self._read(epoch, self._next, self._size(index, self._next), step=workers)
+        while self._next - 2 * workers < turn:
+            ahead = self._read(epoch, self._next, self._size(index, self._next), step=workers)
+            self._current, self._ahead = self._ahead, ahead
+        items, state, content = self._current
         start = batch * self.batch_size + _bounds(self.batch_size, index.slots, index.slot)[0]
         collated = self._collated(epoch, start, list(enumerate(items)))
-        return Piece(index, len(items), collated, len(items), False, worker, state)
+        return Piece(
+            index, len(items), collated, len(items), False, worker, state, content, next_content=self._ahead.content
+        )
 
     def _size(self, index: StreamIndex, turn: int) -> int:
         slot = index.own.start + turn % len(index.own)
         start, stop = _bounds(self.batch_size, index.slots, slot)
         return stop - start
 
-    def _open(self, epoch: int, number: int) -> int:
-        """Begin an epoch's iteration; return the number of the piece that is read next."""
-        place = self.places.get(_worker(), self.places.get(0) if self.sharded_by == "runtime" else None)
-        known = place if place is not None and (place.epoch, place.number) == (epoch, number) else None
+    def _opened(
+        self, epoch: int, number: int, size: int, place: Place | None, *, first: int = 0, step: int = 1
+    ) -> _Read:
+        """Begin an epoch's iteration and read what comes first: at a place whose state holds, else at the beginning.
+
+        Args:
+            number: of the piece that is wanted.
+            first: number of the reader's first piece.
+            step: from one of its pieces to the next.
+        """
+        self._expected = place if place is not None and place.epoch == epoch and place.content else None
+        if place is not None and place.state is not None and (place.epoch, place.number) == (epoch, number):
+            self._begin(epoch, number, place.state)
+            found = self._read(epoch, number, size, step=step, checked=False)
+            if place.content in ("", found.content):
+                return found
+            self._begin(epoch, first)  # the state was not all of it
+        else:
+            self._begin(epoch, first)
+        return self._read(epoch, first, size, step=step)
+
+    def _begin(self, epoch: int, number: int, state: Any = None) -> None:
+        """Begin an iteration at a state, or at the beginning of an epoch."""
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
-        if known is not None:
-            self.source.load_state_dict(known.state)
-        self._epoch, self._next = epoch, known.number if known is not None else 0
+        if state is not None:
+            self.source.load_state_dict(state)
+        elif self._stateful and not (self._ended and epoch > self._epoch) and not _same(self.source, self._initial):
+            self.source.load_state_dict(self._initial)  # it was left in the middle: by a check, say, or a rollback
+        self._epoch, self._next = epoch, number
         with preserved_random_state(_CPU):
-            seed_everything(derive(self._seed, Purpose.STREAM, epoch, self._next), _CPU)
+            seed_everything(derive(self._seed, Purpose.STREAM, epoch, number), _CPU)
             self._iterator = iter(self.source)
-        return self._next
 
-    def _read(self, epoch: int, number: int, size: int, *, step: int = 1) -> _Read:
+    def _read(self, epoch: int, number: int, size: int, *, step: int = 1, checked: bool = True) -> _Read:
         with preserved_random_state(_CPU):
             seed_everything(derive(self._seed, Purpose.STREAM, epoch, number), _CPU)
             try:
                 items = list(islice(self._iterator, size))
-                state = self.source.state_dict() if self._stateful else None
+                # The data set may go on to change what it returned; and it is asked again before this is used.
+                state = deepcopy(self.source.state_dict()) if self._stateful else None
             except Exception as error:
-                what = "global batch" if self.sharded_by == "runtime" else f"worker {_worker()}'s slot"
+                reader = worker_info.reader()[0]
+                what = "global batch" if self.sharded_by == "runtime" else f"worker {reader}'s slot"
                 where = f"{what} {number + 1} of epoch {epoch + 1}"
                 raise DataError(f"reading {where} from the stream raised {described(error)}") from error
         self._next = number + step
-        return _Read(items, state)
+        self._ended = len(items) < size
+        content = digest_of_items(items)
+        if checked and self._expected is not None and number == self._expected.number:
+            self._check(content, self._expected)
+        return _Read(items, state, content)
+
+    def _check(self, content: str, expected: Place) -> None:
+        """Refuse a stream that is another one than when the place was saved.
+
+        Raises:
+            DataError: what is read at the place is not what the run would have read there.
+        """
+        if content != expected.content and not self.may_differ:
+            what = "global batch" if self.sharded_by == "runtime" else "piece"
+            raise DataError(
+                f"the stream {type(self.source).__name__} does not repeat itself: {what} {expected.number + 1} of epoch "
+                f"{expected.epoch + 1} is not what this run would have read next when it was saved. Its data changed, or it "
+                "draws from a generator or clock of its own: let it draw from Python's, NumPy's or torch's global generator, "
+                "which are seeded for each batch. To go on all the same: resume.allow_changes: [data]"
+            )
 
     def _positions(self, index: StreamIndex, count: int) -> range:
         if index.slot == NOTHING or not count:
@@ -203,13 +284,13 @@ class StreamSamples:
     def _collated(self, epoch: int, first: int, items: list[tuple[int, Any]]) -> Any:
         if not items:
             return None
-        if self._transform is None:
+        if self._transform is None and self._collate is default_collate:
             return self._collate([item for _, item in items])
         with preserved_random_state(_CPU):
             samples = []
             for position, item in items:
                 seed_everything(derive(self._seed, Purpose.SAMPLE, epoch, first + position), _CPU)
-                samples.append(self._transform(item))
+                samples.append(item if self._transform is None else self._transform(item))
             return self._collate(samples)
 
 
@@ -218,11 +299,8 @@ def _bounds(count: int, slots: int, slot: int) -> tuple[int, int]:
     return count * slot // slots, count * (slot + 1) // slots
 
 
-def _worker() -> int:
-    info = get_worker_info()
-    return 0 if info is None else info.id
-
-
-def _workers() -> int:
-    info = get_worker_info()
-    return 1 if info is None else info.num_workers
+def _same(source: Any, state: Any) -> bool:
+    try:
+        return bool(source.state_dict() == state)
+    except Exception:  # of arrays, say
+        return False

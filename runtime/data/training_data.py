@@ -203,7 +203,10 @@ def told_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torc
     A state that JSON cannot hold is left out; the stream is then read again on resumption. Collective where the data set
     shards itself; where the runtime does, every rank's place is everybody's.
     """
-    told = {str(worker): list(place) for worker, place in places.items() if _fits_json(place.state)}
+    kept = {
+        worker: place if _fits_json(place.state) else place._replace(state=None) for worker, place in places.items()
+    }
+    told = {str(worker): list(place) for worker, place in kept.items()}
     if sharded_by == "runtime":
         return {"0": told}
     replies = gather_bytes(json.dumps(told).encode(), device)

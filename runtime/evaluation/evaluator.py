@@ -21,6 +21,7 @@ from runtime.data.stream_windows import evaluation_rounds
 from runtime.data.streams import StreamSamples
 from runtime.errors import EvaluationError
 from runtime.evaluation.metrics import MetricSet, Result
+from runtime.losses.rows import miscounted
 from runtime.objective import Weight, add_weights
 from runtime.processes.control import Agreement, sum_by_name, sum_over_ranks
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -151,6 +152,8 @@ class Evaluator:
                 continue
             number, count, batch = own
             totals["samples"] += count
+            if count and self._samples.own_batches:
+                miscounted(objective, batch, count)
             weight = add_weights(weight, objective.checked_weight(batch, count)) if count else weight
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
             batch = strategy.to_device(batch)

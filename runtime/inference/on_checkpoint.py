@@ -21,10 +21,12 @@ from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.reading import Weights, load_weights
 from runtime.checkpoints.selection import chosen
 from runtime.checkpoints.serialization import replace_file
+from runtime.checks.data import does_not_repeat
 from runtime.config.file import LoadedConfiguration, exact_keys
 from runtime.data import sources
 from runtime.data.samples import Samples, fingerprint
 from runtime.data.streams import StreamSamples
+from runtime.data_contents import contents_of
 from runtime.errors import CheckpointError, DataError, PredictionError
 from runtime.evaluation.metrics import Result
 from runtime.inference.columns import ColumnBuilder, Columns
@@ -124,6 +126,9 @@ class Inference:
             )
         more = {"--split": split, "--weights": which, "command": request.act}
         compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
+        for part, (name, stage) in contents_of(loaded, strategy, {split: samples}).differing.items():
+            if strategy.rank == 0:
+                _warn(does_not_repeat(part, name, stage))
         if request.weights is None and not (weights.averaging or {}).get("count"):
             which = "raw"  # as the run's own evaluations did before averaging.start
         strategy.prepare_evaluation(module)

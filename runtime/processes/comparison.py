@@ -7,7 +7,7 @@ nobody's model, without a word.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,43 @@ def compare(facts: Mapping[str, Any], *, host: str, device: torch.device) -> Non
     ]
     if differences:
         raise RanksDifferError("the ranks would not train the same thing: " + "; ".join(differences))
+
+
+def agreed(
+    known: Mapping[str, Mapping[str, str]], *, host: str, device: torch.device, where: Callable[[str, str], str]
+) -> dict[str, dict[str, str]]:
+    """Return what all ranks know of the data, which is the same for all. Collective: every rank must call this.
+
+    What a rank does not know (it could not read it, say) is left out.
+
+    Args:
+        known: digests by part of the data, and by what was looked at.
+        where: says both in words.
+
+    Raises:
+        RanksDifferError: naming what the ranks have otherwise than rank 0; on every rank alike.
+    """
+    told = [json.loads(reply) for reply in gather_bytes(json.dumps([host, known]).encode(), device)]
+    (first_host, first), others = told[0], told[1:]
+    common = {
+        part: {key: value for key, value in of_part.items() if all(key in its.get(part, {}) for _, its in others)}
+        for part, of_part in first.items()
+    }
+    differences = [
+        f"{where(part, key)} on rank {rank} (host {its_host})"
+        for rank, (its_host, its) in enumerate(others, start=1)
+        for part, of_part in common.items()
+        for key, value in of_part.items()
+        if its[part][key] != value
+    ]
+    if differences:
+        raise RanksDifferError(
+            f"the ranks have different data: not what rank 0 (host {first_host}) has is {', '.join(differences)}. Hosts list "
+            "the files of a folder in different orders (sort what os.listdir, glob or iterdir gives), or one of them "
+            "has other files; what is drawn while the data set is built must come from Python's, NumPy's or torch's global "
+            "generator, which are seeded alike"
+        )
+    return common
 
 
 def shapes(module: nn.Module) -> str:

@@ -21,6 +21,7 @@ from runtime.errors import (
     LockstepError,
     PredictionError,
     Problem,
+    RanksDifferError,
     RunFolderError,
 )
 
@@ -33,19 +34,21 @@ _LENGTH = 8
 
 
 class Agreement:
-    """The stop wish of any rank, made known to all at the same step.
+    """The stop wish of any rank, made known to all at the same step; and whether they have drawn the same samples so far.
 
-    Collective: every rank must call ``begin`` and ``end`` around every step. The message is 16 bytes, every n steps; n
+    Collective: every rank must call ``begin`` and ``end`` around every step. The message is 32 bytes, every n steps; n
     follows from the slowest rank's step time, which travels in the same message, so it is equal on all ranks.
 
     Args:
+        drawn: returns a number below 2**53 that says what was drawn until the step that begins.
         world_size: number of processes; with one there is nothing to agree on and nothing is sent.
         device: where the message lives; the process group's kind of device.
     """
 
-    def __init__(self, *, world_size: int, device: torch.device) -> None:
+    def __init__(self, *, world_size: int, device: torch.device, drawn: Callable[[], int] = lambda: 0) -> None:
         self._world_size = world_size
-        self._message = torch.zeros(2, dtype=torch.float64, device=device)
+        self._drawn = drawn
+        self._message = torch.zeros(4, dtype=torch.float64, device=device)
         self._steps = 0
         self._due = 0
         self._since = (time.monotonic(), 0)
@@ -61,11 +64,16 @@ class Agreement:
         now, (then, steps_then) = time.monotonic(), self._since
         seconds_per_step = (now - then) / max(1, self._steps - steps_then)
         self._since = (now, self._steps)
-        self._message.copy_(torch.tensor([float(wish), seconds_per_step], dtype=torch.float64))
+        drawn = float(self._drawn())  # the largest and, below zero, the smallest are the same where all are
+        self._message.copy_(torch.tensor([float(wish), seconds_per_step, drawn, -drawn], dtype=torch.float64))
         self._pending = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, async_op=True)
 
     def end(self) -> bool:
-        """Tell whether any rank wished to stop; the same answer on every rank."""
+        """Tell whether any rank wished to stop; the same answer on every rank.
+
+        Raises:
+            RanksDifferError: they have drawn different samples; on every rank alike.
+        """
         self._steps += 1
         if self._world_size == 1:
             return self._wish
@@ -73,7 +81,9 @@ class Agreement:
             return False
         self._pending.wait()
         self._pending = None
-        wish, seconds_per_step = self._message.tolist()  # waits for the device, for a message begun a step ago
+        # Waits for the device, for a message begun a step ago.
+        wish, seconds_per_step, largest, smallest = self._message.tolist()
+        _check_drawn(largest, -smallest)
         self._seconds_per_step = seconds_per_step
         between = int(_SECONDS_BETWEEN / max(seconds_per_step, 1e-6))
         self._due = self._steps + max(1, min(_MOST_STEPS_BETWEEN, between)) - 1
@@ -85,6 +95,28 @@ class Agreement:
         if self._world_size == 1 or self._seconds_per_step is None:
             return 1
         return max(1, min(_MOST_STEPS_AHEAD, int(_SECONDS_AHEAD / max(self._seconds_per_step, 1e-6))))
+
+    def check_drawn(self) -> None:
+        """Compare at once what the ranks have drawn. Collective: every rank must call this between two steps.
+
+        Raises:
+            RanksDifferError: they have drawn different samples; on every rank alike.
+        """
+        if self._world_size > 1:
+            drawn = float(self._drawn())
+            self._message.copy_(torch.tensor([0.0, 0.0, drawn, -drawn], dtype=torch.float64))
+            dist.all_reduce(self._message, op=dist.ReduceOp.MAX)
+            _, _, largest, smallest = self._message.tolist()
+            _check_drawn(largest, -smallest)
+
+
+def _check_drawn(largest: float, smallest: float) -> None:
+    if largest != smallest:
+        raise RanksDifferError(
+            "the ranks have drawn different samples: data.sampler (or data.batch_sampler) does not draw alike on all of them. "
+            "It must draw from Python's, NumPy's or torch's global generator, which are seeded alike for each epoch, and ask "
+            "neither for its rank nor for anything else that differs between processes"
+        )
 
 
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

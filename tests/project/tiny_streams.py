@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,3 +157,92 @@ class SharedPoints(Points):
 class Tokens(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         yield from tokens()
+
+
+class SharesOverWorkers(Points):
+    """Asks torch which loader worker it is and shares itself out, as Hugging Face's streams do."""
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        for place in range(worker, len(self.samples), workers):
+            yield self.samples[place]
+
+
+class SeededByWorker(Points):
+    """Draws its order with the seed of its loader worker."""
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        generator = torch.Generator().manual_seed(0 if info is None else info.seed)
+        for place in torch.randperm(len(self.samples), generator=generator).tolist():
+            yield self.samples[place]
+
+
+def times_worker(sample: Any) -> Any:
+    """Ask where it runs, in a transform."""
+    info = get_worker_info()
+    return (sample[0] * (1 if info is None else 2 + info.id), sample[1])
+
+
+class Shuffled(StatefulPoints):
+    """Goes on from its place in the data, and has lost what its shuffle buffer held, as Hugging Face's does."""
+
+    def __init__(self, size: int = 90, buffer: int = 16) -> None:
+        super().__init__(size)
+        self.buffer = buffer
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = random.Random(0)
+        held: list[Any] = []
+        for sample in super().__iter__():
+            held.append(sample)
+            if len(held) > self.buffer:
+                yield held.pop(generator.randrange(len(held)))
+        generator.shuffle(held)
+        yield from held
+
+
+class LiveState(StatefulPoints):
+    """Hands out its own state, which it goes on to change."""
+
+    def __init__(self, size: int = 90) -> None:
+        super().__init__(size)
+        self.state = {"place": 0}
+
+    def __iter__(self) -> Iterator[Any]:
+        place, self.state["place"] = self.state["place"], 0
+        for number in range(place, len(self.samples)):
+            self.state["place"] = number + 1
+            yield self.samples[number]
+        self.state["place"] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = dict(state)
+
+
+class OwnGenerator(Points):
+    """Shuffles with a generator of its own, which no seed reaches."""
+
+    def __init__(self, size: int = 90) -> None:
+        super().__init__(size)
+        self.generator = random.Random()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.generator.sample(list(self.samples), len(self.samples))
+
+
+class Written(Points):
+    """Reads its samples from a file of numbers, one of which is added to the inputs."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def __iter__(self) -> Iterator[Any]:
+        with Path(self.path).open() as file:
+            for line, (inputs, target) in zip(file, self.samples, strict=False):
+                yield inputs + float(line), target

@@ -1,0 +1,90 @@
+"""Whether data and samplers give the same when they are asked again, on every rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from runtime.config.file import LoadedConfiguration
+from runtime.data.order import SamplerOrder
+from runtime.data.probing import Stage
+from runtime.data.sources import split_key
+from runtime.data.training_data import MappedData
+from runtime.errors import ConfigurationError
+from runtime.preparation import Prepared
+from runtime.processes.control import gather_bytes
+from runtime.strategies import Strategy
+
+_GLOBAL = "Python's, NumPy's or torch's global generator"
+
+
+def check_samples_repeat(prepared: Prepared, warn: Callable[[str], None]) -> None:
+    """Warn of data sets, transforms and collate functions that give something else when a sample is read again."""
+    for part, (name, stage) in prepared.contents.differing.items():
+        warn(does_not_repeat(part, name, stage))
+
+
+def does_not_repeat(part: str, name: str, stage: Stage) -> str:
+    """Return the warning, in one line."""
+    return (
+        f"{'.'.join(split_key(part))}: {name} ({stage}) gives something else when a sample is read again under its seed; the "
+        "result is neither repeatable nor resumable, and depends on processes and workers: a generator of its own (NumPy's "
+        f"default_rng, a torch.Generator, Albumentations 2) gets no seed. Draw from {_GLOBAL}, which are seeded for each "
+        "sample, or seed its own from there: generator = np.random.default_rng(np.random.randint(2**31)), or Compose's "
+        "set_random_seed, for each sample"
+    )
+
+
+def check_sampler(
+    loaded: LoadedConfiguration, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
+) -> None:
+    """Refuse samplers that draw other samples on each rank or at each drawing, or know of ranks. Collective.
+
+    Raises:
+        ConfigurationError: naming the sampler and the cure; on every rank alike.
+    """
+    data = prepared.data
+    if not isinstance(data, MappedData) or not isinstance(data.order, SamplerOrder):
+        return
+    order, size, world_size = data.order, len(data.samples), strategy.world_size
+    repeats = order.repeats()
+    distinct = len({i for n in range(order.num_batches(0)) for i in order.batch(0, n).tolist()})
+    own = json.dumps([order.drawn_until(0), repeats, distinct]).encode()
+    told = [json.loads(reply) for reply in gather_bytes(own, strategy.device)]
+    shares = next((part for part in _parts(order.sampler) if getattr(part, "num_replicas", 1) not in (None, 1)), None)
+    names = type(order.sampler).__name__
+    if shares is not None or (len({drawn for drawn, _, _ in told}) > 1 and all(repeats for _, repeats, _ in told)):
+        names = type(shares).__name__ if shares is not None else names
+        raise _refused(
+            loaded,
+            f"{names} draws other samples on each rank (a part of the data: {distinct} of {size}). Lockstep shares each global "
+            f"batch out by itself, so all ranks must draw the same: leave the sampler out (data.shuffle shuffles), or give it "
+            "num_replicas: 1 and rank: 0",
+        )
+    if not all(repeats for _, repeats, _ in told):
+        raise _refused(
+            loaded,
+            f"{names} draws something else when it is drawn again under one seed: neither ranks nor a resumed run would "
+            f"draw the same. Let it draw from {_GLOBAL}, which are seeded for each epoch (for torch's samplers leave out "
+            "'generator'), and keep no count of its own",
+        )
+    if world_size > 1 and distinct in (size // world_size, -(-size // world_size)):
+        warn(
+            f"data: {names} draws {distinct} of {size} samples, just one of {world_size} ranks' share. All ranks draw the same "
+            "and share it out: if it divides by the number of ranks, let it draw all"
+        )
+
+
+def _parts(sampler: Any) -> Iterator[Any]:
+    """Yield a sampler and those that it draws from."""
+    for _ in range(8):
+        yield sampler
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        if sampler is None:
+            return
+
+
+def _refused(loaded: LoadedConfiguration, what: str) -> ConfigurationError:
+    key = "sampler" if loaded.values.data.sampler is not None else "batch_sampler"
+    return ConfigurationError([loaded.problem(("data", key), what)])

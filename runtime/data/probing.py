@@ -1,0 +1,73 @@
+"""A few samples of a map-style data set, looked at before the first step: what they hold, and whether they repeat themselves.
+
+They are read through a loader worker where there are workers, as in training: what a data set opens when it is first read
+must not be open before workers are forked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from runtime.data.digests import digest
+from runtime.data.loading import MakeLoader, read
+from runtime.data.samples import SampleFailure, Samples, SlotIndex
+from runtime.randomness import preserved_random_state
+
+Stage = Literal["the data set", "the transform", "the collate function"]
+_STAGES: tuple[Stage, ...] = ("the data set", "the transform", "the collate function")
+
+_CPU = torch.device("cpu")
+
+
+class Probed(NamedTuple):
+    """One sample.
+
+    Args:
+        content: digest of what the data set gives; None if it cannot be read, or not twice the same.
+        differs: what gives something else when it is asked again under the same seed; None if nothing does.
+    """
+
+    content: str | None
+    differs: Stage | None = None
+
+
+def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoader) -> dict[int, Probed]:
+    """Look at samples.
+
+    Args:
+        times: how often each is read; once tells nothing of ``differs``.
+    """
+    indices = iter([SlotIndex(0, np.array([number], dtype=np.int64)) for number in ids])
+    found = read(_Probe(samples, times), indices, make_loader)
+    return dict(zip(ids, found, strict=True))
+
+
+def few_of(size: int) -> list[int]:
+    """Return the ids of the first, the middle and the last sample."""
+    return sorted({0, size // 2, size - 1})
+
+
+class _Probe(Dataset[Any]):
+    """What a loader reads in place of the samples: what is found out about each."""
+
+    def __init__(self, samples: Samples, times: int) -> None:
+        self._samples, self._times = samples, times
+
+    def __getitem__(self, index: SlotIndex) -> Probed:
+        return self.__getitems__(index)
+
+    def __getitems__(self, index: SlotIndex) -> Probed:
+        with preserved_random_state(
+            _CPU
+        ):  # around both: what draws without a seed draws something else the second time
+            readings = [self._samples.read_in_stages(index, digest) for _ in range(self._times)]
+        if any(isinstance(reading, SampleFailure) for reading in readings):
+            return Probed(None)  # training tells it, where it comes to the sample
+        for stage, digests in zip(_STAGES, zip(*readings, strict=True), strict=True):
+            if len(set(digests)) > 1:
+                return Probed(None if stage == _STAGES[0] else readings[0][0], stage)
+        return Probed(readings[0][0])

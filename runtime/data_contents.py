@@ -1,0 +1,104 @@
+"""What a run's data holds, as far as a few samples and the values that orders follow from tell: agreed on by all ranks.
+
+It belongs to what a checkpoint is compared with, so that data of the same length and other contents does not go unnoticed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from runtime import assembly
+from runtime.config.file import LoadedConfiguration
+from runtime.data.digests import digest
+from runtime.data.order import Order
+from runtime.data.probing import Probed, Stage, few_of, probe
+from runtime.data.samples import Samples
+from runtime.data.sources import split_key
+from runtime.data.streams import StreamSamples
+from runtime.processes.comparison import agreed
+from runtime.strategies import Strategy
+
+Known = Mapping[str, Mapping[str, str]]
+"""By part of the data: what was looked at (a sample's number, ``order``, ``held out``), and a digest of it."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found.
+
+    Args:
+        known: digests that are equal on all ranks, of what gives the same when it is read again.
+        differing: by part of the data, the name of what gives something else when a sample is read again, and which it is.
+    """
+
+    known: Known = field(default_factory=dict)
+    differing: Mapping[str, tuple[str, Stage]] = field(default_factory=dict)
+
+
+def contents_of(
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    parts: Mapping[str, Samples | StreamSamples | None],
+    *,
+    order: Order | None = None,
+    stored: Known | None = None,
+) -> Contents:
+    """Look at the data, unless ``checks: off``. Collective: every rank must call this.
+
+    Args:
+        parts: by name, as in ``data``; streams are looked at while they are read.
+        order: of the training samples.
+        stored: what a checkpoint knows; the same samples are read, once.
+
+    Raises:
+        RanksDifferError: the ranks have different data; on every rank alike.
+    """
+    if loaded.values.checks == "off":
+        return Contents()
+    make_loader = assembly.build_loader(loaded, strategy.device, most_workers=1)
+    known: dict[str, dict[str, str]] = {}
+    differing: dict[str, tuple[str, Stage]] = {}
+    for name, samples in parts.items():
+        if not isinstance(samples, Samples):
+            continue
+        before = (stored or {}).get(name, {})
+        ids = [int(key) for key in before if key.isdigit() and int(key) < len(samples)] if before else None
+        found = probe(
+            samples, few_of(len(samples)) if ids is None else ids, times=1 if before else 2, make_loader=make_loader
+        )
+        known[name] = {str(number): one.content for number, one in found.items() if one.content is not None}
+        if hasattr(samples.source, "ids"):  # a part that was held out, or what was left
+            known[name]["held out"] = digest(samples.source.ids)
+        stage = _differing(found)
+        if stage is not None:
+            differing[name] = (samples.name_of(stage), stage)
+    if order is not None and order.basis() and "train" in known:
+        known["train"]["order"] = order.basis()
+    return Contents(agreed(known, host=socket.gethostname(), device=strategy.device, where=_where), differing)
+
+
+def changed(stored: Known, now: Known) -> dict[str, str]:
+    """Return, by part of the data, what is another than it was, in words."""
+    found: dict[str, str] = {}
+    for part, before in stored.items():
+        after = now.get(part, {})
+        keys = [key for key in before if key in after and before[key] != after[key]]
+        if keys:
+            found[part] = " and ".join(_in_words(key) for key in keys)
+    return found
+
+
+def _in_words(key: str) -> str:
+    if key.isdigit():
+        return f"sample {key}"
+    return "the values that the order follows from" if key == "order" else "which samples are held out"
+
+
+def _where(part: str, key: str) -> str:
+    return f"{_in_words(key)} of {'.'.join(split_key(part))}"
+
+
+def _differing(found: Mapping[int, Probed]) -> Stage | None:
+    return next((one.differs for one in found.values() if one.differs is not None), None)

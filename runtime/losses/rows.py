@@ -1,0 +1,68 @@
+"""Whether a batch has as many rows as samples were read for it: what divides a loss by samples must not divide by others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from runtime.data.batches import Window
+from runtime.errors import DataError
+from runtime.losses.supervised import PerSampleObjective
+from runtime.objective import Objective
+
+
+def miscounted(objective: Objective, batch: Any, samples: int) -> str:
+    """Return, in one line, how a batch's rows are not its samples; empty if they are, or cannot be counted, or do not matter.
+
+    They matter where the objective's weight is the number of samples. They are counted where all tensors agree in their first
+    dimension; if one of them has as many samples there, or behind it (sequences of time first), nothing is said.
+
+    Raises:
+        DataError: the objective has one loss a row, so the loss and its gradient would certainly be wrong.
+    """
+    if not objective.counts_samples:
+        return ""
+    shapes = [tensor.shape for tensor in _tensors(batch) if tensor.ndim]
+    rows = {shape[0] for shape in shapes}
+    if len(rows) != 1 or any(samples in shape[:2] for shape in shapes):
+        return ""
+    told = (
+        f"a batch of {samples} samples has {rows.pop()} rows: data.collate (or the data set's __getitems__) drops samples or "
+        f"makes more of them, and {type(objective).__name__} divides the loss by the number of samples, so loss and gradient are "
+        "wrong. Leave samples out of the data set, or let the objective count: weight(batch) returns what it sums over"
+    )
+    if isinstance(objective, PerSampleObjective):
+        raise DataError(told)
+    return told
+
+
+def told_miscounts(windows: Iterator[Window], objective: Objective, warn: Callable[[str], None]) -> Iterator[Window]:
+    """Yield windows as they are, and warn of the first batch whose rows are not its samples.
+
+    Raises:
+        DataError: the loss would certainly be wrong.
+    """
+    for window in windows:
+        told = next(
+            (text for m in window.microbatches if not m.filler and (text := miscounted(objective, m.batch, m.samples))),
+            "",
+        )
+        if told:
+            warn(told)
+        yield window
+        if told:
+            break
+    yield from windows
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
