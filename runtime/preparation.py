@@ -17,6 +17,7 @@ from torch import nn
 from runtime import assembly
 from runtime.checkpoints.built import Built
 from runtime.checkpoints.resumption import Identity, RunState, check_identity, slots_on_resumption
+from runtime.checkpoints.serialization import split_state
 from runtime.config.component import described
 from runtime.config.file import LoadedConfiguration, flatten
 from runtime.data.batches import Sharing, default_slots
@@ -24,7 +25,7 @@ from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.data.training_data import MappedData, TrainingData
 from runtime.data_contents import Contents, changed, contents_of
-from runtime.errors import ConfigurationError, DataError
+from runtime.errors import CheckpointError, ConfigurationError, DataError
 from runtime.evaluation.averaged import AveragedEvaluation
 from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.metrics import MetricSet
@@ -45,6 +46,7 @@ from runtime.optimization.freezing import Freezing
 from runtime.optimization.rehearsal import raised_within
 from runtime.processes.comparison import code_digest, compare, shapes
 from runtime.processes.control import sum_over_ranks
+from runtime.processes.user_code import loaded_code
 from runtime.reporting.facts import versions
 from runtime.strategies import Strategy
 from runtime.strategies.memory import state_bytes
@@ -52,6 +54,7 @@ from runtime.strategies.state_size import StateBytes
 from runtime.training.divergence import Divergence
 from runtime.training.early_stopping import EarlyStopping
 from runtime.training.fitting import fitting_micro_size
+from runtime.training.held_buffers import BufferState
 from runtime.training.progress import Progress
 
 _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
@@ -98,6 +101,8 @@ def prepare(
     """
     weights = assembly.pretrained_digest(loaded)
     module = build_module(loaded, strategy, tell=tell if stored is None else None)
+    _refuse_extra_state(loaded, module)
+    buffers = BufferState(module)
     freezing = build_freezing(loaded, module)
     freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
     data = assembly.build_training_data(loaded)
@@ -132,7 +137,9 @@ def prepare(
     )
     stopping = loaded.values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None
-    state = RunState(module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress, built)
+    state = RunState(
+        module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress, built, buffers
+    )
     return Prepared(data, contents, identity, sharing, state, freezing, groups, parameters, memory)
 
 
@@ -151,6 +158,23 @@ def tell_of_component(loaded: LoadedConfiguration, error: Exception, state: RunS
         return
     told = f"{what} raised {described(error)} at step {progress.step + 1}"
     raise ConfigurationError([loaded.problem((key,), told)]) from error
+
+
+def _refuse_extra_state(loaded: LoadedConfiguration, module: TrainingModule) -> None:
+    """Refuse extra state that cannot be saved, before anything was trained."""
+    for prefix, part in (("model", module.model), ("objective", module.objective)):
+        for name, value in part.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                continue
+            try:
+                split_state(value)
+            except CheckpointError as error:
+                owner = part.get_submodule(name.rpartition(".")[0])
+                what = (
+                    f"{type(owner).__name__} ({name.rpartition('.')[0] or 'the whole'}) has extra state (get_extra_state) that "
+                    f"cannot be saved: {error}"
+                )
+                raise ConfigurationError([loaded.problem((prefix,), what)]) from error
 
 
 def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:
@@ -309,6 +333,7 @@ def compare_ranks(
         **{f"configuration {k}": v for k, v in flatten(loaded.resolved()).items() if not k.startswith(_OF_ONE_RANK)},
         **versions(),
         "code": code_digest(loaded.code),
+        "imported code": loaded_code(loaded.code, loaded.resolved())["files"],
         "data": dict(data),
         "parameter shapes": shapes(module),
         **(more or {}),

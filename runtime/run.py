@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from torch import Tensor, get_num_threads
 
 from runtime import assembly
 from runtime.checkpoints.reading import load_state, open_state
+from runtime.checkpoints.resumption import refuse_misfit
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
+from runtime.checks.checkpoint import prove_checkpoint
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import coupled_parts, mark_coupled
 from runtime.config.file import LoadedConfiguration
@@ -28,9 +31,10 @@ from runtime.losses.rows import told_miscounts
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, prepare, tell_of_component
-from runtime.processes.control import Agreement, begin_sum_over_ranks
+from runtime.processes.control import Agreement, begin_sum_over_ranks, gather_bytes
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
+from runtime.processes.user_code import changes_of, loaded_code
 from runtime.processes.watch import Position
 from runtime.reporting.assembly import build_meter, build_trackers, restore_meter
 from runtime.reporting.facts import start_facts, versions
@@ -72,6 +76,9 @@ class Run:
             self._reporter.message(text)
         self._stragglers = Stragglers()
         self._reading: Reading | None = None
+        self._changed_code: list[str] = []
+        self._unproven = False
+        self._slot: Any = None
         self._places: dict[int, Place] = {}
         self._told: dict[str, Any] = {"stream": {}, "meter": {}}
         self._garbage = GarbageCollection()
@@ -120,6 +127,8 @@ class Run:
                 closing=stack,
             )
             self._meter = build_meter(self._loaded, prepared.state, times=self._times, groups=prepared.groups)
+            if before is not None and "code" in before:
+                self._changed_code = changes_of(before["code"], self._loaded.code, self._loaded.resolved())
             if found is not None and stored is not None:
                 self._go_on_from(found, stored)
             if found is None:  # before the first record, which names what was found to be inexact
@@ -127,6 +136,7 @@ class Run:
                     FirstStart(self._loaded, self._strategy, prepared, self._evaluations.evaluators, self._warn)
                 )
             self._open_reporter(stack, prepared)
+            self._unproven = found is None and values.checks == "on"
             try:
                 return self._train(prepared)
             except LockstepError:
@@ -147,7 +157,9 @@ class Run:
 
     def _read(self, found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint's state, of tensors no more than this rank will need."""
-        return open_state(found.path) if self._strategy.sharded else load_state(found.path)
+        model, training = open_state(found.path) if self._strategy.sharded else load_state(found.path)
+        refuse_misfit(training, found.path.name)
+        return model, training
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         self._state.restore(*stored)
@@ -165,6 +177,8 @@ class Run:
         self._agreement = Agreement(world_size=strategy.world_size, device=strategy.device, drawn=self._drawn)
         self._epoch = -1  # of the step that is being made
         was_over = self._milestones.over and not progress.evaluation_due
+        if self._changed_code:
+            self._tell_changed_code(finished=was_over)
         if was_over:
             why, keys = self._milestones.why_early or f"{progress.step} steps", "limit.epochs or limit.steps"
             keys = "limit.early_stopping.patience" if self._milestones.why_early else keys
@@ -186,6 +200,16 @@ class Run:
         if outcome == "finished" and not self._evaluations.test():
             outcome = "stopped"
         return self._close(outcome)
+
+    def _tell_changed_code(self, *, finished: bool) -> None:
+        listed = ", ".join(self._changed_code[:8]) + (", …" if len(self._changed_code) > 8 else "")
+        if finished:
+            self._warn(
+                f"the code is not what this run was trained with: {listed}. Its results are those of the code before; "
+                "to train with the new code, choose another output"
+            )
+        else:
+            self._warn(f"the code has changed since the checkpoint: {listed}. From here on the new code is trained")
 
     def _trained(self, module: TrainingModule) -> Literal["finished", "stopped"] | None:
         """Train on from where the run is; return None where it was rolled back and is to go on from there."""
@@ -228,6 +252,7 @@ class Run:
         for window in windows:
             changed = window.cursor.epoch != self._epoch and self._freezing.apply(window.cursor.epoch)
             self._epoch = window.cursor.epoch
+            self._slot = window.microbatches[0].batch if self._unproven else None
             if changed:
                 self._strategy.rewrap()
                 self._strategy.warm_up(reading.filler)
@@ -265,7 +290,7 @@ class Run:
             max_grad_norm=self._values.optimizer.max_grad_norm,
             strategy=strategy,
             schedule=state.schedule,
-            buffers=BufferRule(module, dist.all_reduce if strategy.world_size > 1 else lambda change: None),
+            buffers=self._buffer_rule(module),
             divergence=state.divergence,
             verdicts=verdicts,
             progress=self._progress,
@@ -281,6 +306,12 @@ class Run:
             enough=self._evaluations.enough,
             save=self._save,
         )
+
+    def _buffer_rule(self, module: TrainingModule) -> BufferRule:
+        moving = self._state.buffers.moving
+        if self._strategy.world_size == 1:
+            return BufferRule(module, lambda change: None, moving=moving)
+        return BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, self._strategy.device), moving)
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
         phase, step, _ = self._position.now
@@ -334,7 +365,28 @@ class Run:
             self._stop_wish.moved()
             self._meter.pause()
             self._save_state()
+            if self._unproven and self._progress.updates and not leaving:
+                self._unproven = False
+                self._prove_checkpoint()
             self._meter.resume()
+
+    def _prove_checkpoint(self) -> None:
+        """Let the run's first checkpoint prove itself. Collective."""
+        batch, self._slot = self._slot, None
+
+        def saved() -> Path | None:
+            self._folder.finish_saving()
+            return self._folder.last_saved()
+
+        prove_checkpoint(
+            self._loaded,
+            self._strategy,
+            self._state,
+            saved=saved,
+            batch=batch,
+            warn=self._warn,
+            tell=self._reporter.message,
+        )
 
     def _save_state(self) -> None:
         progress, results = self._progress, self._evaluations.results_of_this_step
@@ -361,6 +413,7 @@ class Run:
             "identity": asdict(self._identity),
             "coupled": coupled_parts(self._state.module.objective),
             "preparation": preparation(self._loaded),
+            "code": loaded_code(self._loaded.code, self._loaded.resolved()),
             **self._told,
             "made_by": {**versions(), "threads": get_num_threads()},
         }

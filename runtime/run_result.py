@@ -11,9 +11,10 @@ from typing import Literal
 from torch import nn
 
 from runtime import assembly
-from runtime.checkpoints.reading import load_model
+from runtime.checkpoints.reading import load_weights
 from runtime.config.file import LoadedConfiguration
 from runtime.evaluation.metrics import Result
+from runtime.training.held_buffers import make_room
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def model_maker(loaded: LoadedConfiguration, model: nn.Module, saved: Path | Non
         return lambda: model
 
     def make() -> nn.Module:
-        whole = assembly.build_model(loaded)
-        whole.load_state_dict(load_model(saved))
+        whole, weights = assembly.build_model(loaded), load_weights(saved)
+        make_room(whole, "model.", weights.model, weights.buffers["made"])
+        whole.load_state_dict(weights.model)
         return whole
 
     return make

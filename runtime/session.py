@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from runtime import environment
+from runtime import environment, json_files
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
@@ -353,10 +353,10 @@ def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
 def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
     """Return what became of one launch, or None if it left no word."""
     try:
-        outcome: dict[str, Any] = json.loads(path.read_text())
+        outcome: dict[str, Any] = json_files.read(path)
     except (OSError, ValueError):
         return None
-    return outcome if outcome.get("launch") == launch else None
+    return outcome if isinstance(outcome, dict) and outcome.get("launch") == launch else None
 
 
 def _leave_word(outcome: dict[str, Any]) -> None:

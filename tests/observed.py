@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from runtime.evaluation.evaluator import Evaluator
@@ -60,13 +61,25 @@ def observe(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
         "results": dict(result.results),
         "losses": {r["step"]: r.get("loss") for r in records if r["event"] == "train"},
         "norms": {r["step"]: r.get("grad_norm") for r in records if r["event"] == "train"},
-        "weights": {name: tensor.clone().numpy() for name, tensor in result.model.state_dict().items()},
+        "weights": {
+            name: _array(value) for name, value in result.model.state_dict().items() if isinstance(value, torch.Tensor)
+        },
         "buffers": buffers,
     }
 
 
 def _bytes_of(module: torch.nn.Module) -> bytes:
-    return b"".join(buffer.numpy().tobytes() for buffer in module.buffers())
+    return b"".join(_array(buffer).tobytes() for buffer in module.buffers())
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Types that NumPy has not come as their bytes."""
+    whole = tensor.detach().clone()
+    whole = whole.to(torch.uint8) if whole.dtype == torch.bool else whole
+    try:
+        return whole.numpy()
+    except TypeError:
+        return whole.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> float:

@@ -38,11 +38,13 @@ LAYERS = [
         "processes.output",
         "processes.open_files",
         "processes.orphans",
+        "json_files",
     ],
     [
         "randomness",
         "determinism",
         "processes.stopping",
+        "checkpoints.layout",
         "checkpoints.shards",
         "checkpoints.serialization",
         "checkpoints.unfinished",
@@ -97,7 +99,9 @@ LAYERS = [
         "optimization.averaging",
         "processes.control",
         "processes.comparison",
+        "processes.user_code",
         "training.progress",
+        "training.held_buffers",
         "processes.garbage",
     ],
     [
@@ -111,6 +115,7 @@ LAYERS = [
         "strategies.mixed_precision",
         "strategies.reduction",
         "strategies.placement",
+        "strategies.layouts",
         "strategies.accelerated",
         "processes.examination",
         "strategies.zero_launch",
@@ -125,6 +130,7 @@ LAYERS = [
         "strategies.sharded_tensors",
         "strategies.fully_sharded",
         "strategies.factory",
+        "training.buffer_values",
         "training.buffers",
         "evaluation.class_results",
         "evaluation.metric_inputs",
@@ -186,6 +192,9 @@ LAYERS = [
         "checks.gradients",
         "checks.evaluation",
         "checks.first_start",
+        "checks.attributes",
+        "checks.copies",
+        "checks.checkpoint",
         "evaluations",
         "inference.on_checkpoint",
         "run_result",
@@ -243,7 +252,7 @@ RUNTIME = sorted(p for p in (ROOT / "runtime").rglob("*.py") if module_name(p))
 def test_a_module_imports_only_from_lower_layers(path: Path) -> None:
     name = module_name(path)
     if name.startswith(APART):
-        allowed = (*APART, "errors", "environment", "files")
+        allowed = (*APART, "errors", "environment", "files", "json_files")
         assert all(imported.startswith(allowed) for imported in own_imports(path, "runtime"))
         return
     if path.name == "__init__.py" and not own_imports(path, "runtime") and name not in POSITION:

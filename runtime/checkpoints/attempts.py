@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from runtime import json_files
 from runtime.checkpoints.serialization import replace_file
 from runtime.data.batches import Cursor
 from runtime.errors import CheckpointError
@@ -43,7 +44,11 @@ class Rollback:
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Self:
         """Undo ``asdict`` and JSON."""
-        return cls(**{**entry, "skipped": tuple(Cursor(*cursor) for cursor in entry["skipped"])})
+        read = cls(**{**entry, "skipped": tuple(Cursor(*cursor) for cursor in entry["skipped"])})
+        whole = (read.attempt, read.target_step, read.failed_step, *(n for cursor in read.skipped for n in cursor))
+        if not all(type(number) is int for number in whole) or not isinstance(read.learning_rate_factor, int | float):
+            raise ValueError(f"{entry} is no rollback")
+        return read
 
     def abandons(self, step: int, attempt: int) -> bool:
         """Tell whether a checkpoint lies on a line of history that this rollback left."""
@@ -82,9 +87,9 @@ class Attempts:
         if not self._path.exists():
             return []
         try:
-            written = json.loads(self._path.read_text())["rollbacks"]
+            written = json_files.read(self._path)["rollbacks"]
             return [Rollback.read(entry) for entry in written]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self._path} cannot be read ({error}); it tells which checkpoints were abandoned. Put it back, or remove it "
                 "together with the checkpoints that are not to be continued"

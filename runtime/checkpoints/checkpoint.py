@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime import json_files
 from runtime.checkpoints.attempts import Attempts
 from runtime.checkpoints.best import ranked
 from runtime.checkpoints.reading import damage_of
@@ -298,9 +299,9 @@ def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
 
 def _opened(path: Path, *, step: int, attempt: int) -> Checkpoint:
     try:
-        tree = json.loads((path / "state.json").read_text())
+        tree = json_files.read(path / "state.json")
         return Checkpoint(
             path, step, attempt, int(tree["epoch"]), dict(tree["results"]), bool(tree.get("judged", True))
         )
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return Checkpoint(path, step, attempt, 0, {})  # damaged, which verifying it will tell

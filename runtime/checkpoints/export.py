@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runtime import json_files
 from runtime.checkpoints.inspection import is_checkpoint, newest_whole
 from runtime.checkpoints.reading import damage_of, load_tensors
 from runtime.checkpoints.serialization import join_state
@@ -85,7 +86,7 @@ def export(
     _check_target(out, force=force)
     checkpoint = _chosen(source, warn=warn)
     try:
-        tree = json.loads((checkpoint / "state.json").read_text())
+        tree = json_files.read(checkpoint / "state.json")
         state = _raw(checkpoint, tree, warn=warn)
         if weights == "averaged":
             state = _averaged(state, checkpoint, tree)
@@ -208,10 +209,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each name memory of its own, which safetensors insists on."""
+    """Give each name contiguous memory of its own, which safetensors insists on."""
     untied, seen = {}, set()
     for name, tensor in state.items():
-        untied[name] = tensor.clone() if id(tensor) in seen else tensor
+        seen_before = id(tensor) in seen or not tensor.is_contiguous()
+        untied[name] = tensor.clone(memory_format=torch.contiguous_format) if seen_before else tensor
         seen.add(id(tensor))
     return untied
 

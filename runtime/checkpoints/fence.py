@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from runtime import json_files
 from runtime.errors import RunFolderError
 
 _NAME = re.compile(r"fence-(\d+)\.json")
@@ -193,7 +194,7 @@ class Fence:
 
 def _parse(number: int, content: bytes) -> _Lock:
     try:
-        values = json.loads(content)
+        values = json_files.parse(content)
         owner = _Owner(**{field.name: values[field.name] for field in fields(_Owner)})
         return _Lock(number, content, owner, bool(values["released"]))
     except (ValueError, LookupError, TypeError):

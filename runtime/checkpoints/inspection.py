@@ -18,6 +18,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
+from runtime import json_files
 from runtime.checkpoints.attempts import Attempts
 from runtime.checkpoints.checkpoint import Checkpoint, listed
 from runtime.checkpoints.reading import damage_of
@@ -256,7 +257,7 @@ def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> I
 def _best(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Return the names of the best checkpoints by metric, best first, and what is wrong with their record."""
     try:
-        record = json.loads((folder / "best.json").read_text())
+        record = json_files.read(folder / "best.json")
         return {metric: [str(entry["checkpoint"]) for entry in entries] for metric, entries in record.items()}, []
     except FileNotFoundError:
         return {}, []

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from runtime import json_files
 from runtime.checkpoints.reading import damage_of, load_model
 from runtime.checkpoints.serialization import checksum
 from runtime.checkpoints.sharded_files import INDEX
@@ -186,7 +187,7 @@ def _of_parts(index: Path) -> dict[str, Any]:
 
 def _parts(index: Path) -> dict[str, str]:
     try:
-        parts = json.loads(index.read_text())["weight_map"]
+        parts = json_files.read(index)["weight_map"]
         return {str(name): Path(part).name for name, part in parts.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ComponentError(f"{index} is no index of safetensors files: it has no weight_map", ("file",)) from error

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from runtime import json_files
 from runtime.checkpoints.serialization import checksum, join_state
 from runtime.checkpoints.sharded_files import INDEX, tensors_on_disk
 from runtime.checkpoints.shards import in_memory, whole
 from runtime.errors import CheckpointError
 
 FORMAT_VERSION = 2  # 1 is that of a checkpoint without shards, still written where there are none
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, OverflowError, SafetensorError, RuntimeError)
 _FILES = ("model.safetensors", "training.safetensors", "state.json")
 _SHARDED_FILES = (INDEX, "state.json")
 
 
 def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the model's state dict and the training state of a verified checkpoint, on the CPU."""
-    tree = json.loads((path / "state.json").read_text())
+    tree = json_files.read(path / "state.json")
     return join_state(tree["model"], load_tensors(path, "model")), join_state(
         tree["training"], load_tensors(path, "training")
     )
@@ -31,7 +33,7 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def open_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Like :func:`load_state`; tensors are read when they are asked for, and no more of them than is asked for."""
-    tree = json.loads((path / "state.json").read_text())
+    tree = json_files.read(path / "state.json")
     return join_state(tree["model"], tensors_on_disk(path, "model")), join_state(
         tree["training"], tensors_on_disk(path, "training")
     )
@@ -50,7 +52,7 @@ def load_tensors(path: Path, part: str) -> dict[str, Tensor]:
 
 def load_model(path: Path) -> dict[str, Any]:
     """Return the model's state dict of a verified checkpoint, on the CPU; tied weights are one tensor."""
-    tree = json.loads((path / "state.json").read_text())["model"]
+    tree = json_files.read(path / "state.json")["model"]
     return cast(dict[str, Any], join_state(tree, load_tensors(path, "model")))
 
 
@@ -62,15 +64,19 @@ class Weights:
         model: its state dict, the raw weights.
         objective: the objective's own.
         averaging: state of the running average; None where there was none.
+        buffers: what the state dicts leave out (:class:`runtime.training.held_buffers.BufferState`).
         identity: what the run was, with ``slots`` and ``configuration``.
         preparation: what the training data said about preparing data and naming classes; empty where it is not told.
+        code: of the user's, as :mod:`runtime.processes.user_code` describes it.
     """
 
     model: Mapping[str, Any]
     objective: Mapping[str, Any]
     averaging: Mapping[str, Any] | None
+    buffers: Mapping[str, Any]
     identity: Mapping[str, Any]
     preparation: Mapping[str, Any]
+    code: Mapping[str, Mapping[str, str]]
 
 
 def load_weights(path: Path) -> Weights:
@@ -80,16 +86,24 @@ def load_weights(path: Path) -> Weights:
         CheckpointError: a file of it is gone.
     """
     try:
-        tree = json.loads((path / "state.json").read_text())
+        tree = json_files.read(path / "state.json")
         training = tree["training"]
         model = join_state(tree["model"], load_tensors(path, "model"))
         lazy = tensors_on_disk(path, "training")
-        parts = {part: in_memory(join_state(training[part], lazy)) for part in ("objective", "averaging")}
+        parts = {part: in_memory(join_state(training[part], lazy)) for part in ("objective", "averaging", "buffers")}
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
         ) from error
-    return Weights(model, parts["objective"], parts["averaging"], training["identity"], training.get("preparation", {}))
+    return Weights(
+        model,
+        parts["objective"],
+        parts["averaging"],
+        parts["buffers"],
+        training["identity"],
+        training.get("preparation", {}),
+        training["code"],
+    )
 
 
 def damage_of(path: Path) -> str | None:
@@ -99,13 +113,16 @@ def damage_of(path: Path) -> str | None:
         CheckpointError: it was written by a newer version of Lockstep.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json_files.read(path / "manifest.json")
         version = int(manifest["version"])
         files = {
             name: (int(expected["bytes"]), str(expected["sha256"])) for name, expected in manifest["files"].items()
         }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return "manifest.json is missing or unreadable"
+    strange = next((name for name in files if Path(name).name != name), None)
+    if strange is not None:
+        return f"manifest.json names {strange!r}, which is no file of it"
     if version > FORMAT_VERSION and _version_of_state(path) == version:  # else it is the number that is damaged
         raise CheckpointError(
             f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
@@ -122,11 +139,27 @@ def damage_of(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
         except OSError as error:  # a bad sector
             return f"{name} cannot be read: {error.strerror or error}"
-    return None if version == _version_of_state(path) else "manifest.json and state.json name different formats"
+    if version != _version_of_state(path):
+        return "manifest.json and state.json name different formats"
+    return _misfit(path)
+
+
+def _misfit(path: Path) -> str | None:
+    """Return why files with the right checksums cannot be a checkpoint of ours, or None."""
+    try:
+        tree = json_files.read(path / "state.json")
+        int(tree["step"]), int(tree["attempt"]), int(tree["epoch"]), dict(tree["results"])
+        for part in ("model", "training"):
+            tensors = tensors_on_disk(path, part)
+            if not isinstance(join_state(tree.get(part, {}), tensors), dict):
+                return f"state.json holds no state of the {part}"
+    except (OSError, *_WRONG) as error:
+        return f"its files do not describe a state ({type(error).__name__}: {error})"
+    return None
 
 
 def _version_of_state(path: Path) -> int | None:
     try:
-        return int(json.loads((path / "state.json").read_text())["version"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return int(json_files.read(path / "state.json")["version"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from runtime.checkpoints.attempts import Rollback
@@ -21,6 +22,7 @@ from runtime.optimization.schedule import Schedule
 from runtime.strategies import Strategy
 from runtime.training.divergence import Divergence
 from runtime.training.early_stopping import EarlyStopping
+from runtime.training.held_buffers import BufferState, load_buffers, make_room
 from runtime.training.progress import Progress
 
 
@@ -41,6 +43,7 @@ class RunState:
     early_stopping: EarlyStopping | None
     progress: Progress
     built: Built
+    buffers: BufferState
 
     def collect(self) -> dict[str, dict[str, Any]]:
         """Return the model's state dict and everything else (``training``), as tensors, shards and plain data.
@@ -57,6 +60,7 @@ class RunState:
                 model, objective = cloned(model), cloned(objective)
         training = {
             "objective": objective,
+            "buffers": self.buffers.state(),
             "weights": weights,
             "optimizer": strategy.optimizer_state(),
             "schedule": self.schedule.state_dict(),
@@ -87,8 +91,8 @@ class RunState:
         optimizer_state = self.built.adapted(training["optimizer"], self.optimizer, before)
         changed = self.built.changed_buffers(self.module, before)
         try:
-            strategy.load_module_state(self.module.model, model)
-            strategy.load_module_state(self.module.objective, training["objective"])
+            load_module(strategy.load_module_state, self.module, model, training["objective"], training["buffers"])
+            self.buffers.moving[:] = training["buffers"]["moving"]
             strategy.load_optimizer_state(optimizer_state)
             with torch.no_grad():
                 for name, buffer in changed.items():
@@ -98,7 +102,7 @@ class RunState:
             if self.averaging is not None and training["averaging"] is not None:
                 self.averaging.load_state_dict(training["averaging"])
                 self.averaging.go_on()
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
         strategy.load_state(training["strategy"])
         self.divergence.load_state_dict(training["divergence"])
@@ -112,6 +116,27 @@ class RunState:
             self.progress.attempt = rollback.attempt
             self.progress.skipped_batches += rollback.skipped
             self.schedule.lower(rollback.learning_rate_factor)
+
+
+def load_module(
+    load: Callable[[nn.Module, Mapping[str, Any]], None],
+    module: TrainingModule,
+    model: Mapping[str, Any],
+    objective: Mapping[str, Any],
+    buffers: Mapping[str, Any],
+) -> None:
+    """Load state dicts into a placed module, and the buffers that they leave out. Collective where ``load`` is.
+
+    Args:
+        load: loads a state dict into a part.
+
+    Raises:
+        RuntimeError, ValueError, KeyError: they do not fit.
+    """
+    for part, prefix, state in ((module.model, "model.", model), (module.objective, "objective.", objective)):
+        make_room(part, prefix, state, buffers["made"])
+        load(part, state)
+    load_buffers(module, buffers["changed"])
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,35 @@ class Identity:
     tracker_id: str
     weights: str | None = None
     contents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
+    """Refuse a training state that no run of ours has written, before anything is built from it.
+
+    Raises:
+        CheckpointError: naming the checkpoint.
+    """
+    try:
+        identity, progress = Identity(**training["identity"]), Progress()
+        progress.load_state_dict(training["progress"])
+        counters = (
+            progress.step,
+            progress.updates,
+            progress.samples,
+            progress.attempt,
+            *progress.cursor,
+            identity.slots,
+        )
+        maps = (identity.configuration, identity.data, training["made_by"], training["optimizer"], training["buffers"])
+        sound = all(type(number) is int and number >= 0 for number in counters) and identity.slots > 0
+        sound &= all(isinstance(mapping, Mapping) for mapping in maps)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{name} holds a training state that no run of this version writes: choose another folder (output=…), or remove "
+            "this checkpoint to go on from the one before"
+        )
 
 
 def check_identity(

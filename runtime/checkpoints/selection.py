@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from runtime import json_files
 from runtime.checkpoints.attempts import Attempts
 from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder, listed
 from runtime.checkpoints.inspection import checkpoints_folder, is_checkpoint, newest_whole
@@ -53,7 +53,7 @@ def chosen(run: Path, choice: str, best: Sequence[Best], *, warn: Callable[[str]
     damage = damage_of(found)
     if damage is not None:
         raise CheckpointError(f"{found} is damaged ({damage}); choose another with --checkpoint")
-    tree = json.loads((found / "state.json").read_text())
+    tree = json_files.read(found / "state.json")
     return Checkpoint(found, int(tree["step"]), int(tree["attempt"]), int(tree["epoch"]), dict(tree["results"]))
 
 

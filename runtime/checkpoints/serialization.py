@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.checkpoints.layout import laid_out, strides_to_keep
 from runtime.checkpoints.shards import Shard
 from runtime.errors import CheckpointError
 
@@ -34,7 +35,7 @@ _DTYPES = {
 def split_state(state: Any, shards: dict[str, Shard] | None = None) -> tuple[Any, dict[str, Tensor]]:
     """Split nested state into what JSON can hold and a flat mapping of tensors, which are not copied.
 
-    Tensors that are views of one and the same memory (tied weights) are stored once.
+    Tensors that are views of one and the same memory (tied weights) are stored once. Strides are kept beside the values.
 
     Args:
         shards: gets this rank's parts of tensors that ranks hold together; default: there are none.
@@ -54,7 +55,8 @@ def split_state(state: Any, shards: dict[str, Shard] | None = None) -> tuple[Any
             name = first_name(value, path)
             if name == path:
                 tensors[path] = value.detach()
-            return {"$tensor": name}
+            strides = strides_to_keep(value)
+            return {"$tensor": name} if strides is None else {"$tensor": name, "strides": strides}
         if isinstance(value, Shard):
             assert shards is not None
             name = path if value.part is None else first_name(value.part, path)
@@ -73,6 +75,8 @@ def split_state(state: Any, shards: dict[str, Shard] | None = None) -> tuple[Any
             value = value.item()
         if isinstance(value, float) and not math.isfinite(value):
             return {"$float": repr(value)}
+        if isinstance(value, bytes | bytearray):
+            return {"$bytes": value.hex()}
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise CheckpointError(
@@ -88,19 +92,34 @@ def join_state(tree: Any, tensors: Mapping[str, Any]) -> Any:
     Args:
         tensors: by name; in memory, or on disk to be read when they are asked for.
     """
-    if isinstance(tree, list):
-        return [join_state(inner, tensors) for inner in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if set(tree) == {"$tensor"}:
-        return tensors[tree["$tensor"]]
-    if set(tree) == {"$tuple"}:
-        return tuple(join_state(inner, tensors) for inner in tree["$tuple"])
-    if set(tree) == {"$items"}:
-        return {join_state(key, tensors): join_state(value, tensors) for key, value in tree["$items"]}
-    if set(tree) == {"$float"}:
-        return float(tree["$float"])
-    return {key: join_state(inner, tensors) for key, inner in tree.items()}
+    laid: dict[str, Any] = {}  # one tensor for all names of a tied weight
+
+    def named(name: str, strides: list[int] | None) -> Any:
+        if strides is None:
+            return tensors[name]
+        if name not in laid:
+            found = tensors[name]
+            laid[name] = laid_out(found, strides) if isinstance(found, Tensor) else found.with_strides(strides)
+        return laid[name]
+
+    def join(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [join(inner) for inner in tree]
+        if not isinstance(tree, dict):
+            return tree
+        if "$tensor" in tree:
+            return named(tree["$tensor"], tree.get("strides"))
+        if set(tree) == {"$tuple"}:
+            return tuple(join(inner) for inner in tree["$tuple"])
+        if set(tree) == {"$items"}:
+            return {join(key): join(value) for key, value in tree["$items"]}
+        if set(tree) == {"$float"}:
+            return float(tree["$float"])
+        if set(tree) == {"$bytes"}:
+            return bytes.fromhex(tree["$bytes"])
+        return {key: join(inner) for key, inner in tree.items()}
+
+    return join(tree)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from runtime import json_files
 from runtime.checkpoints.serialization import dtype_called, dtype_name, write_tensors
 from runtime.checkpoints.shards import Piece, Shard, TensorOnDisk
 from runtime.checkpoints.snapshot import Snapshot
@@ -122,15 +123,8 @@ def tensors_on_disk(checkpoint: Path, part: str) -> dict[str, TensorOnDisk]:
         OSError: a file is gone.
     """
     if (checkpoint / INDEX).is_file():
-        entries = json.loads((checkpoint / INDEX).read_text()).get(part, {})
-        return {
-            name: TensorOnDisk(
-                entry["shape"],
-                dtype_called(entry["dtype"]),
-                [Piece(checkpoint / p["file"], name, tuple(p["offsets"]), tuple(p["shape"])) for p in entry["pieces"]],
-            )
-            for name, entry in entries.items()
-        }
+        entries = json_files.read(checkpoint / INDEX).get(part, {})
+        return {name: _indexed(checkpoint, name, entry) for name, entry in entries.items()}
     path, found = checkpoint / f"{part}.safetensors", {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  not a mapping
@@ -139,3 +133,22 @@ def tensors_on_disk(checkpoint: Path, part: str) -> dict[str, TensorOnDisk]:
             dtype = dtype_called(view.get_dtype())
             found[name] = TensorOnDisk(shape, dtype, [Piece(path, name, (0,) * len(shape), shape)])
     return found
+
+
+def _indexed(checkpoint: Path, name: str, entry: Mapping[str, Any]) -> TensorOnDisk:
+    """Return a tensor as the index describes it.
+
+    Raises:
+        ValueError: its pieces are not within it, or do not make it up: what is read of it would be memory as it was found.
+    """
+    shape, pieces = entry["shape"], []
+    for piece in entry["pieces"]:
+        box = list(zip(piece["offsets"], piece["shape"], shape, strict=True))
+        if not all(type(n) is int and n >= 0 for sizes in box for n in sizes) or any(a + b > c for a, b, c in box):
+            raise ValueError(f"a piece of {name} does not lie within it")
+        if Path(piece["file"]).name != piece["file"]:
+            raise ValueError(f"{name} is said to be in {piece['file']!r}, which is no file of the checkpoint")
+        pieces.append(Piece(checkpoint / piece["file"], name, tuple(piece["offsets"]), tuple(piece["shape"])))
+    if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
+        raise ValueError(f"the pieces of {name} do not make it up")
+    return TensorOnDisk(shape, dtype_called(entry["dtype"]), pieces)

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from runtime.checkpoints.layout import is_dense, laid_out
+
 
 class Shard(NamedTuple):
     """One rank's part of a whole tensor: a box of it.
@@ -66,10 +68,23 @@ class Piece(NamedTuple):
 class TensorOnDisk:
     """A tensor in one or several safetensors files, of which no more is read than is asked for."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece], strides: Sequence[int] | None = None
+    ) -> None:
         self.shape = torch.Size(shape)
         self.dtype = dtype
+        self.strides = strides
         self._pieces = pieces
+
+    def with_strides(self, strides: Sequence[int]) -> TensorOnDisk:
+        """Return the same tensor, which lies in memory in this way once all of it is read.
+
+        Raises:
+            ValueError: no dense tensor of its shape does.
+        """
+        if not is_dense(self.shape, strides):
+            raise ValueError(f"{list(strides)} are not the strides of a dense tensor of shape {tuple(self.shape)}")
+        return TensorOnDisk(self.shape, self.dtype, self._pieces, strides)
 
     def __getitem__(self, box: tuple[slice, ...], /) -> Tensor:
         """Return the values within a box, on the CPU; a dimension that is not named is taken whole."""
@@ -99,7 +114,10 @@ def is_stored(value: object) -> bool:
 
 def whole(stored: Stored) -> Tensor:
     """Return all of a stored tensor, on the CPU if it is on disk."""
-    return stored if isinstance(stored, Tensor) else stored[()]
+    if isinstance(stored, Tensor):
+        return stored
+    strides = getattr(stored, "strides", None)
+    return stored[()] if strides is None else laid_out(stored[()], strides)
 
 
 def in_memory(state: Any) -> Any:

@@ -14,6 +14,9 @@ import yaml
 
 from runtime.errors import ConfigurationError, Problem
 
+_DEEPEST = 100  # levels
+_MOST = 100_000  # values, those that aliases repeat counted as often
+
 Lines = dict[tuple[str, ...], str]
 
 _FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
@@ -103,6 +106,7 @@ def _read(
 ) -> tuple[Any, list[Problem]]:
     problems: list[Problem] = []
     try:
+        _refuse_bombs(text)
         loader = _Loader(text)  # reads the whole text for characters that YAML forbids
         try:
             node = loader.get_single_node()
@@ -120,6 +124,40 @@ def _read(
         place = where(line) if line is not None else whole
         raise ConfigurationError([Problem(place, ".".join(path), f"not YAML: {reason}")]) from None
     return _unshared(raw), problems
+
+
+def _refuse_bombs(text: str) -> None:
+    """Refuse what a few lines can make of a parser: endless nesting, and aliases of aliases that multiply.
+
+    Raises:
+        yaml.YAMLError: with the place.
+    """
+    anchors: dict[str, tuple[int, int]] = {}  # how many values it stands for, and how many levels
+    open_ones: list[tuple[str | None, int, int]] = []
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_ones.append((event.anchor, 1, 0))
+            found = (0, 0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size, levels = open_ones.pop()
+            found = (size, levels + 1)
+            anchors |= {anchor: found} if anchor is not None else {}
+        elif isinstance(event, yaml.AliasEvent):
+            found = anchors.get(event.anchor or "", (1, 0))
+        else:
+            found = (1, 0) if isinstance(event, yaml.ScalarEvent) else (0, 0)
+        if open_ones:
+            anchor, size, levels = open_ones[-1]
+            open_ones[-1] = (anchor, size + found[0], max(levels, found[1]))
+        if len(open_ones) + found[1] > _DEEPEST:
+            raise _marked(event, f"nested deeper than {_DEEPEST} levels")
+        if any(size > _MOST for _, size, _ in open_ones[-1:]):
+            raise _marked(event, f"its aliases stand for more than {_MOST:,} values")
+
+
+def _marked(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:
+    mark: Any = event.start_mark
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _index(

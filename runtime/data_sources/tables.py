@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from runtime import json_files
 from runtime.data_sources.columns import (
     Columns,
     Numbers,
@@ -376,7 +377,7 @@ def _rows_of(values: NDArray[Any] | Texts, rows: NDArray[np.int64]) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json_files.read(path)
     except ValueError as error:
         raise DataError(f"{path} is no JSON file: {error}") from error
     return found

@@ -26,6 +26,7 @@ from runtime.objective import Weight, add_weights
 from runtime.processes.control import Agreement, sum_by_name, sum_over_ranks
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
+from runtime.training.held_buffers import preserved_buffers
 
 _WEIGHT = "weight/"  # no loss may be called "weight"
 
@@ -129,7 +130,8 @@ class Evaluator:
         module.eval()
         self._metrics.reset()
         try:
-            with preserved_random_state(self._strategy.device):
+            # A module may count or keep something in evaluation as well, of which each rank sees a part.
+            with preserved_random_state(self._strategy.device), preserved_buffers(module):
                 totals = self._run_share(stop_wished)
         finally:
             module.train(was_training)

@@ -19,6 +19,7 @@ from rich.table import Table
 from runtime import assembly
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.reading import Weights, load_weights
+from runtime.checkpoints.resumption import load_module
 from runtime.checkpoints.selection import chosen
 from runtime.checkpoints.serialization import replace_file
 from runtime.checks.data import does_not_repeat
@@ -38,6 +39,7 @@ from runtime.optimization.averaging import WeightAverage, checked
 from runtime.preparation import build_averaging, build_module, compare_ranks, evaluation_micro_size, evaluator_of
 from runtime.processes.control import gather_bytes, on_rank_0
 from runtime.processes.stopping import StopWish
+from runtime.processes.user_code import changes_of
 from runtime.processes.watch import Position
 from runtime.strategies import Strategy
 from runtime.training.fitting import is_out_of_memory, out_of_memory
@@ -275,6 +277,9 @@ class Inference:
         changed = [key for key in sorted(set(old) | set(new)) if repr(old.get(key)) != repr(new.get(key))]
         for key in changed if self._strategy.rank == 0 else ():
             _warn(f"{key} is {new.get(key)!r}; the checkpoint was made with {old.get(key)!r}")
+        code = changes_of(weights.code, self._loaded.code, self._loaded.resolved())
+        if code and self._strategy.rank == 0:
+            _warn(f"the code is not what the checkpoint was trained with: {', '.join(code[:8])}")
         return not changed
 
     def _reported(self, done: Inferred) -> Mapping[str, Result]:
@@ -340,11 +345,10 @@ def _restored(strategy: Strategy, weights: Weights, averaging: WeightAverage | N
         CheckpointError: they do not fit, or there is no average.
     """
     try:
-        strategy.load_module_state(strategy.unwrapped.model, weights.model)
-        strategy.load_module_state(strategy.unwrapped.objective, weights.objective)
+        load_module(strategy.load_module_state, strategy.unwrapped, weights.model, weights.objective, weights.buffers)
         if averaging is not None:
             averaging.load_state_dict(_usable(weights.averaging))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint does not fit the configuration's model or objective: {error}") from error
     return averaging
 

@@ -30,7 +30,7 @@ def miscounted(objective: Objective, batch: Any, samples: int) -> str:
         return ""
     told = (
         f"a batch of {samples} samples has {rows.pop()} rows: data.collate (or the data set's __getitems__) drops samples or "
-        f"makes more of them, and {type(objective).__name__} divides the loss by the number of samples, so loss and gradient are "
+        f"makes more of them, and {type(objective).__name__} divides the loss by the number of samples: loss and gradient are "
         "wrong. Leave samples out of the data set, or let the objective count: weight(batch) returns what it sums over"
     )
     if isinstance(objective, PerSampleObjective):

@@ -22,6 +22,7 @@ from runtime.optimization.averaging import batch_norms
 from runtime.processes.control import Agreement, sum_over_ranks
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
+from runtime.training.held_buffers import preserved_buffers
 
 
 class BatchStatistics:
@@ -110,21 +111,19 @@ class BatchStatistics:
 @contextmanager
 def _cumulative(module: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Let BatchNorm keep plain means in training mode; put modes, momenta and all buffers back in the end."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     momenta = [norm.momentum for norm in norms]
     modes = [(part, part.training) for part in module.modules()]
     module.train()
     try:
-        for norm in norms:
-            norm.momentum = None
-        yield
+        with preserved_buffers(module):
+            for norm in norms:
+                norm.momentum = None
+            yield
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for part, training in modes:
             part.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def _length(norm: _BatchNorm) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from runtime.checkpoints.layout import is_dense, laid_out, same_layout
+
 
 class CombinedOptimizer(Optimizer):
     """Steps its members one after another; schedules, clipping and checkpoints see one optimizer with all their groups.
@@ -76,10 +78,11 @@ def members(optimizer: Optimizer) -> tuple[Optimizer, ...]:
 
 
 def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load a state in its own types.
+    """Load a state in its own types, lying in memory as it did when it was saved.
 
     Torch casts it to the parameters' (2.13): NAdam's product, float32 always, would go on in float64 beside such parameters,
-    and single-precision moments of half-precision parameters would be rounded.
+    and single-precision moments of half-precision parameters would be rounded. Fused kernels walk the memory of parameter
+    and state side by side, so for them the state lies as its parameter does, whatever was saved.
 
     Raises:
         ValueError: the state has other groups.
@@ -94,6 +97,16 @@ def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             loaded = optimizer.state[parameter].get(key)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                 optimizer.state[parameter][key] = value.to(loaded.device)
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            _lay_out_like(parameter, optimizer.state.get(parameter, {}))
+
+
+def _lay_out_like(parameter: Tensor, state: dict[str, Any]) -> None:
+    for key, value in state.items():
+        alike = isinstance(value, Tensor) and value.shape == parameter.shape
+        if alike and not same_layout(value, parameter) and is_dense(parameter.shape, parameter.stride()):
+            state[key] = laid_out(value, parameter.stride())
 
 
 def _size(optimizer: Optimizer) -> int:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from runtime.checkpoints.layout import is_dense
+from runtime.config.component import ComponentError
+
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def fused_arguments(
-    optimizer_class: type[Optimizer], args: Mapping[str, Any], parameters: Iterable[nn.Parameter]
+    optimizer_class: type[Optimizer], args: Mapping[str, Any], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Any]:
-    """Return ``{"fused": True}`` where torch has a fused kernel for all parameters and the user did not choose."""
+    """Return ``{"fused": True}`` where torch has a fused kernel for all parameters and the user did not choose.
+
+    Raises:
+        ComponentError: the user chose it, and a parameter has gaps in memory: the kernels walk raw memory, and would update
+            other elements than the gradient's (torch 2.13).
+    """
+    gaps = next((p for p in parameters if not is_dense(p.shape, p.stride())), None)
+    if gaps is not None and args.get("fused"):
+        raise ComponentError(
+            f"a parameter of shape {tuple(gaps.shape)} is a view with gaps in memory (strides {tuple(gaps.stride())}), which "
+            "fused kernels update wrongly: make it with .contiguous(), or leave fused out",
+            ("args", "fused"),
+        )
     if {"fused", "foreach", "differentiable"} & set(args) or "fused" not in _parameters_of(optimizer_class):
         return {}
     supported = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
-    if all(p.dtype in _FUSED_DTYPES and p.device.type in supported for p in parameters):
+    if gaps is None and all(p.dtype in _FUSED_DTYPES and p.device.type in supported for p in parameters):
         return {"fused": True}
     return {}
 

@@ -89,9 +89,9 @@ def _member(
     parameters = [parameter for group in groups for parameter in group.parameters]
     if optimizer_class is Muon:
         _refuse_for_muon(groups, path)
-    extra = fused_arguments(optimizer_class, chosen.args, parameters)
     made = [_torch_group(group, {} if owner is None else chosen.args) for group in groups]
     try:
+        extra = fused_arguments(optimizer_class, chosen.args, parameters)
         optimizer = component.build(target, {**chosen.args, **extra}, made, namespaces=NAMESPACES, code=code)
     except ComponentError as mistake:
         raise ComponentError(mistake.what, path + mistake.path) from mistake

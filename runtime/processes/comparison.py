@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.errors import RanksDifferError
 from runtime.processes.control import gather_bytes
@@ -80,8 +80,11 @@ def agreed(
 
 
 def shapes(module: nn.Module) -> str:
-    """Return a digest of the names, shapes and types of all parameters and buffers."""
-    listed = [(name, tuple(value.shape), str(value.dtype)) for name, value in module.state_dict().items()]
+    """Return a digest of the names, shapes and types of all parameters and buffers, and of the names of extra state."""
+    listed = [
+        (name, tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else (name, type(value).__name__)
+        for name, value in module.state_dict().items()
+    ]
     return sha256(repr(listed).encode()).hexdigest()[:12]
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime import json_files
 from runtime.checkpoints.serialization import replace_file
 from runtime.evaluation.metrics import Result
 
@@ -172,7 +173,6 @@ def _evaluations(path: Path) -> list[Mapping[str, Any]]:
 
 def _step_of(line: str) -> float:
     try:
-        record = json.loads(line)
-    except ValueError:
+        return float(json_files.parse(line).get("step", 0))
+    except (ValueError, TypeError, AttributeError, OverflowError):
         return float("inf")
-    return float(record.get("step", 0))

@@ -36,6 +36,7 @@ from runtime.randomness import preserved_random_state
 from runtime.strategies import DeviceFlag, Update
 from runtime.strategies.bare_step import bare_step
 from runtime.strategies.finite import all_finite
+from runtime.strategies.layouts import adopt_layouts
 from runtime.strategies.mixed_precision import (
     HALF,
     Precision,
@@ -47,7 +48,9 @@ from runtime.strategies.mixed_precision import (
 )
 from runtime.strategies.placement import moved
 from runtime.strategies.reduction import not_reduced, refuse_sparse, sum_gradients, unreduced
+from runtime.training.held_buffers import overlaps, places_of, preserved_buffers
 
+_SENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
 
 
@@ -157,6 +160,12 @@ class AcceleratedStrategy:
         self._keep_trainable(self._module)
         self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
         self._all_fp32 = self._uniform and self._parameters[0].dtype == torch.float32
+        # At its start DDP sends rank 0's buffers to the others, which some cannot be; they are built alike everywhere.
+        self._module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            place.name
+            for place in places_of(self._module)
+            if (held := place.held) is not None and (overlaps(held) or held.dtype not in _SENT)
+        ]
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -182,13 +191,12 @@ class AcceleratedStrategy:
         """
         if self.world_size == 1:
             return
-        buffers = {name: buffer.detach().clone() for name, buffer in self.unwrapped.named_buffers()}
-        with preserved_random_state(self.device), self.microbatch(last=True):
+        preserved = preserved_random_state(self.device), preserved_buffers(self.unwrapped)
+        with preserved[0], preserved[1], self.microbatch(last=True), warnings.catch_warnings():
+            # Of a model that changes its layout in its first pass; the buckets are rebuilt after it.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             self.backward(self.forward(self.to_device(filler), filler=True).sum, weight=1.0)
         self.discard()
-        with torch.no_grad():
-            for name, buffer in self.unwrapped.named_buffers():
-                buffer.copy_(buffers[name])
 
     def without_gradient(self, batch: Any) -> list[str]:
         """Return the names of parameters that a batch gives no gradient.
@@ -348,8 +356,11 @@ class AcceleratedStrategy:
         return part.state_dict()
 
     def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
-        """Load a part's state dict."""
-        part.load_state_dict(in_memory(state))
+        """Load a part's state dict, and let its tensors lie in memory as those of the state do."""
+        loaded = in_memory(state)
+        part.load_state_dict(loaded)
+        if adopt_layouts(part, loaded) and self._wrapped is not None and self.world_size > 1:
+            self.rewrap()  # DDP's buckets are made for the strides of the parameters
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state."""

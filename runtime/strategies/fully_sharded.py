@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
+from runtime.checkpoints.shards import in_memory
 from runtime.config.component import ComponentError
 from runtime.config.strategy import DistributedDataParallel, FullySharded
 from runtime.errors import ConfigurationError, Problem
@@ -125,6 +126,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
         """
         self._module = module
         _refuse_scalars(module)
+        _refuse_layouts(module)
         # What the whole module returns is looked at and nothing more; of blocks the warning stands (torch 2.13).
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPTrainingModule\) returned a view", UserWarning)
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": self._policy(), "offload_policy": self._offload()}
@@ -186,7 +188,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
         present = part.state_dict()
         part.load_state_dict(
             {
-                name: from_store(present[name], value) if isinstance(present.get(name), Tensor) else value
+                name: from_store(present[name], value) if isinstance(present.get(name), Tensor) else in_memory(value)
                 for name, value in state.items()
             }
         )
@@ -350,6 +352,25 @@ def _refuse_scalars(module: nn.Module) -> None:
         raise _wrong(
             "wrap", f"{', '.join(names)}: a parameter without dimensions cannot be cut; give it the shape (1,)"
         )
+
+
+def _refuse_layouts(module: nn.Module) -> None:
+    other = [(name, p) for name, p in module.named_parameters() if not p.is_contiguous()]
+    if not other:
+        return
+    name, parameter = other[0]
+    more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+    raise ConfigurationError(
+        [
+            Problem(
+                "configuration",
+                "strategy.kind",
+                f"fsdp takes contiguous parameters only, and {name.removeprefix('model.')}{more} has strides "
+                f"{tuple(parameter.stride())} for shape {tuple(parameter.shape)} (channels_last, or a transposed weight): use "
+                "strategy.kind: ddp, or build the model without memory_format and with .contiguous() weights",
+            )
+        ]
+    )
 
 
 def _wrong(key: str, what: str) -> ConfigurationError:

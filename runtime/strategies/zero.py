@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -29,6 +29,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runtime.checkpoints.layout import strides_to_keep
 from runtime.checkpoints.shards import in_memory, whole
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
@@ -121,6 +122,7 @@ class ZeroStrategy:
             raise ConfigurationError([Problem("configuration", "optimizer.target", why)])
         self._refuse_module(module)
         self._module = module
+        layouts = _made_contiguous(module)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         groups = [list(group["params"]) for group in optimizer.param_groups]
         keys = sorted({key for group in optimizer.param_groups for key in group} - {"params"})
@@ -134,7 +136,7 @@ class ZeroStrategy:
             if self._stage == 3:
                 self._cut_up(module)
             self._engine, _ = self._accelerator.prepare(module, optimizer)
-        self._sharded = ShardedState(self._engine, groups, keys, self._stage)
+        self._sharded = ShardedState(self._engine, groups, keys, self._stage, layouts)
         self._sharded.keep_frozen(originals)
         if self._autocast_dtype is not None:  # the float32 weights were made of the rounded ones
             self._sharded.set_weights({p: originals[id(p)] for p in self._parameters})
@@ -289,6 +291,8 @@ class ZeroStrategy:
                 weights[value] = whole(stored)
             elif isinstance(value, Tensor):
                 value.copy_(whole(stored))
+            else:
+                part.get_submodule(name.rpartition(".")[0]).set_extra_state(in_memory(stored))
         self._sharded.set_weights(weights)
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -381,3 +385,15 @@ class ZeroStrategy:
 
 def _note(used: set[int], number: int, gradient: Tensor) -> None:
     used.add(number)
+
+
+@torch.no_grad()
+def _made_contiguous(module: nn.Module) -> dict[int, Sequence[int]]:
+    """Make parameters contiguous, as DeepSpeed takes them alone; return the strides they had, by identity."""
+    layouts: dict[int, Sequence[int]] = {}
+    for parameter in module.parameters():
+        strides = strides_to_keep(parameter)
+        if strides is not None:
+            layouts[id(parameter)] = strides
+        parameter.data = parameter.data.contiguous()
+    return layouts

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runtime.checkpoints.layout import laid_out
 from runtime.checkpoints.shards import Stored, whole
 
 
@@ -27,16 +28,23 @@ class ShardedState:
         groups: the parameters of each of the optimizer's groups, as they were before the engine took them over.
         group_keys: what the optimizer's groups held besides, then.
         stage: 1, 2 or 3.
+        layouts: strides of parameters that were not contiguous, by identity: checkpoints have them, for other strategies.
     """
 
     def __init__(
-        self, engine: Any, groups: Sequence[Sequence[nn.Parameter]], group_keys: Sequence[str], stage: int
+        self,
+        engine: Any,
+        groups: Sequence[Sequence[nn.Parameter]],
+        group_keys: Sequence[str],
+        stage: int,
+        layouts: Mapping[int, Sequence[int]],
     ) -> None:
         from deepspeed import utils
 
         self._engine, self._zero, self._stage = engine, engine.optimizer, stage
         self._groups = groups
         self._group_keys = group_keys
+        self._layouts = layouts
         self._trained = {id(parameter) for group in groups for parameter in group}
         self._frozen: dict[int, Tensor] = {}
         self._utils = utils
@@ -50,9 +58,11 @@ class ShardedState:
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """Return a whole parameter for rank 0 to save, in float32 where it is trained."""
         if id(parameter) in self._frozen:
-            return self._frozen[id(parameter)]
-        weight: Tensor = self._utils.safe_get_full_fp32_param(parameter)
-        return _for_rank_0(weight.detach())
+            weight = self._frozen[id(parameter)]
+        else:
+            weight = _for_rank_0(self._utils.safe_get_full_fp32_param(parameter).detach())
+        strides = self._layouts.get(id(parameter))
+        return weight if strides is None or weight.is_meta else laid_out(weight, strides)
 
     def set_weights(self, weights: Mapping[nn.Parameter, Tensor]) -> None:
         """Put whole tensors in the place of parameters."""

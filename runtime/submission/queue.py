@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm import COMMENT
+from runtime import json_files
 from runtime.errors import RunFolderError, SchedulerError
 from runtime.session import OUTCOME
 from runtime.submission.options import count
@@ -189,8 +190,8 @@ def _stopped(run: Path, timeout: int, *, over: Callable[[], bool]) -> int:
             return 1
         stop_file.touch()
         time.sleep(_POLL_SECONDS)
-    with suppress(OSError, ValueError):
-        outcome = json.loads((run / OUTCOME).read_text())
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        outcome = json_files.read(run / OUTCOME)
         print(f"{outcome['outcome']} at step {outcome.get('step', last_step(run))}: {run}")
         return 0 if outcome["outcome"] in ("stopped", "finished") else 1
     print(f"ended without a word: {run}")
@@ -207,6 +208,6 @@ def _is_released(run: Path) -> bool:
     """Tell whether nobody claims to write to a run folder: its newest lock is released, or there is none."""
     locks = sorted(run.glob("fence-*.json"))
     try:
-        return not locks or bool(json.loads(locks[-1].read_text())["released"])
-    except (OSError, ValueError, KeyError):
+        return not locks or bool(json_files.read(locks[-1])["released"])
+    except (OSError, ValueError, LookupError, TypeError):
         return False  # being written

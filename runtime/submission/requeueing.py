@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime import json_files
 from runtime.session import OUTCOME, read_outcome
 
 STOP_FILE = "STOP"
@@ -179,7 +180,7 @@ def _newest_checkpoint(run: Path) -> str:
 
 
 def _records(history: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+    return [json_files.parse(line) for line in history.read_text().splitlines()] if history.exists() else []
 
 
 def _is_cancelled(job: Mapping[str, str]) -> bool:

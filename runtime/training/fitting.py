@@ -12,6 +12,7 @@ from runtime.objective import TrainingModule
 from runtime.processes.control import sum_over_ranks
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
+from runtime.training.held_buffers import preserved_buffers
 
 _STATE_COPIES = 2  # Adam's two moments, which do not exist before the first update
 
@@ -71,11 +72,10 @@ def fitting_micro_size(
 
 
 def _tried(module: TrainingModule, batch: Any, strategy: Strategy) -> BaseException | None:
-    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     was_training = module.training
     module.train()
     try:
-        with preserved_random_state(strategy.device):
+        with preserved_random_state(strategy.device), preserved_buffers(module):
             # Held while the passes run: an update will need as much besides.
             state = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(_STATE_COPIES)]
             with strategy.autocast():
@@ -89,9 +89,6 @@ def _tried(module: TrainingModule, batch: Any, strategy: Strategy) -> BaseExcept
     finally:
         for parameter in module.parameters():
             parameter.grad = None
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
         module.train(was_training)
         if strategy.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,0 +1,110 @@
+"""What two modules, or two optimizers, hold in plain attributes, and where it differs."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from runtime.optimization.combined import members
+from runtime.training.buffer_values import same_bits
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_OF_SCHEDULERS = {"step", "_opt_called", "_step_count"}
+_OF_OPTIMIZERS = frozenset(vars(SGD([torch.zeros(1)]))) | _OF_SCHEDULERS | {"members"}
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
+def differing_attributes(
+    running: nn.Module, built: nn.Module, running_optimizer: Optimizer, built_optimizer: Optimizer, *, caches: bool
+) -> list[str]:
+    """Describe the plain attributes that differ, by module and name.
+
+    Args:
+        caches: whether what may be a cache is told as well: a tensor of another shape, or where there was nothing.
+    """
+    found, parts = [], dict(built.named_modules())
+    for path, part in running.named_modules():
+        name = ".".join(filter(None, (path.removeprefix("model").removeprefix("."), "")))
+        if path in parts and path:  # the whole is ours, and strategies put marks on it
+            prefix = f"{name}." if name else "model."
+            found += _differing(prefix, vars(part), vars(parts[path]), _OF_MODULES, caches)
+    for one, other in zip(members(running_optimizer), members(built_optimizer), strict=True):
+        found += _differing(f"{type(one).__name__}.", vars(one), vars(other), _OF_OPTIMIZERS, caches)
+    return found
+
+
+def _differing(
+    prefix: str, here: Mapping[str, Any], there: Mapping[str, Any], left_out: frozenset[str], caches: bool
+) -> list[str]:
+    found = []
+    for name, value in here.items():
+        if name in left_out or name.startswith("_lockstep") or callable(value):
+            continue
+        told = _difference(value, there.get(name), caches)
+        if told:
+            found.append(f"{prefix}{name} ({told})")
+    return found
+
+
+def _difference(one: Any, other: Any, caches: bool) -> str:
+    """Say how two values differ; nothing where they do not, or where nobody can tell."""
+    generator = _generator_state(one)
+    if generator is not None:
+        return "" if generator == _generator_state(other) else f"a {type(one).__name__} in another state"
+    if isinstance(one, Tensor | np.ndarray):
+        return _difference_of_arrays(torch.as_tensor(one), other, caches)
+    if isinstance(one, _PLAIN):
+        same = one == other or repr(one) == repr(other)
+        return "" if same else f"{_short(one)} here, {_short(other)} after loading"
+    if isinstance(one, list | tuple | deque | set | frozenset | Mapping):
+        return _difference_of_collections(one, other, caches)
+    return ""
+
+
+def _difference_of_arrays(one: Tensor, other: Any, caches: bool) -> str:
+    if not isinstance(other, Tensor | np.ndarray):
+        return "a tensor here, none after loading" if caches else ""
+    second = torch.as_tensor(other)
+    if one.shape != second.shape:
+        return f"shape {tuple(one.shape)} here, {tuple(second.shape)} after loading" if caches else ""
+    return "" if same_bits(one.cpu(), second.cpu()) else "a tensor with other values"
+
+
+def _difference_of_collections(one: Any, other: Any, caches: bool) -> str:
+    if type(one) is not type(other):
+        return f"a {type(one).__name__} here, {_short(other)} after loading" if caches else ""
+    if len(one) != len(other):
+        return f"{len(one)} entries here, {len(other)} after loading"
+    if isinstance(one, set | frozenset):
+        return "" if one == other else "other entries"
+    if isinstance(one, Mapping):
+        if one.keys() != other.keys():
+            return "other keys"
+        pairs = [(one[key], other[key]) for key in one]
+    else:
+        pairs = list(zip(one, other, strict=True))
+    return next((told for first, second in pairs if (told := _difference(first, second, caches))), "")
+
+
+def _generator_state(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return repr(value.get_state())
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,163 @@
+"""The first checkpoint proves itself: loaded into a newly built model and optimizer, it must do what the running ones do.
+
+A model or an optimizer may keep something that no state dict has: a counter, a generator, a running mean as a plain
+attribute. A run that goes on from a checkpoint is then another one, without a word. So the run's first checkpoint is read
+back into new objects, and copies of the running ones and the new ones make the same evaluation and the same update.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from runtime import assembly
+from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.resumption import RunState, load_module
+from runtime.checks.attributes import differing_attributes
+from runtime.checks.copies import copy_of, enough_memory
+from runtime.config.file import LoadedConfiguration
+from runtime.losses.assembly import build_objective
+from runtime.objective import TrainingModule
+from runtime.optimization.assembly import build_freezing, build_optimizer
+from runtime.optimization.combined import load_exactly
+from runtime.optimization.evaluation_weights import begin_training, load_training_weights
+from runtime.optimization.held_weights import WholeWeights
+from runtime.processes.control import gather_bytes
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.strategies import Strategy
+from runtime.strategies.bare_step import trial_step
+from runtime.strategies.layouts import adopt_layouts
+from runtime.training.buffer_values import same_bits
+from runtime.training.held_buffers import preserved_buffers
+
+_CURE = "Keep such state in a buffer (register_buffer) or return it from get_extra_state; an optimizer's belongs in its state"
+_RELATIVE = 1e-3  # what two passes may differ by where kernels are not deterministic
+
+
+def prove_checkpoint(
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    state: RunState,
+    *,
+    saved: Callable[[], Path | None],
+    batch: Any,
+    warn: Callable[[str], None],
+    tell: Callable[[str], None],
+) -> None:
+    """Compare what a checkpoint gives with what is running; leaves no trace in it. Collective: every rank must call this.
+
+    Args:
+        saved: waits until the checkpoint is on disk and returns it. Collective.
+        batch: of one slot.
+        warn: told in one line what the checkpoint lacks.
+        tell: told why nothing was compared.
+    """
+    if strategy.sharded or (loaded.values.compile is not None and loaded.values.compile.blocks):
+        what = "compiled blocks" if not strategy.sharded else f"strategy.kind: {loaded.values.strategy.kind}"
+        tell(f"The first checkpoint is not tried out with {what}; one run with ddp and without compile tells more.")
+        return
+    told = {"problem": "", "found": []}
+    room = enough_memory(state.module, state.optimizer, strategy.device)
+    if _on_all(strategy, room):
+        path = saved()
+        try:
+            if path is not None:
+                told["found"] = _differences(loaded, strategy, state, path, batch)
+        except Exception as error:  # user code that cannot be copied, or built twice, is no reason to end a run
+            first = str(error).strip().split("\n", maxsplit=1)[0]
+            told["problem"] = f"{type(error).__name__}: {first[:200]}"
+        finally:
+            strategy.discard()
+    else:
+        told["problem"] = "memory has no room for a second model and optimizer"
+    answers = [json.loads(answer) for answer in gather_bytes(json.dumps(told).encode(), strategy.device)]
+    found = list(dict.fromkeys(line for answer in answers for line in answer["found"]))
+    problem = next((answer["problem"] for answer in answers if answer["problem"]), "")
+    if found:
+        warn(f"a run that goes on from a checkpoint would not be this one: {'; '.join(found)}. {_CURE}")
+    elif problem:
+        tell(f"The first checkpoint was not tried out ({problem}).")
+
+
+def _differences(loaded: LoadedConfiguration, strategy: Strategy, state: RunState, path: Path, batch: Any) -> list[str]:
+    device, key = strategy.device, derive(loaded.values.seed, Purpose.SLOT, state.progress.step, 0)
+    batch = strategy.to_device(batch)
+    with preserved_random_state(device), preserved_buffers(state.module):
+        running, running_optimizer = copy_of(state.module, state.optimizer)
+        built, built_optimizer = _built(loaded, strategy, state, path)
+        before, after = (
+            _acted(module, optimizer, strategy, batch, key)
+            for module, optimizer in ((running, running_optimizer), (built, built_optimizer))
+        )
+    results = [
+        f"{what} is {float(one.double().sum()):.9g}, and {float(other.double().sum()):.9g} after loading"
+        for what, one, other in zip(("the evaluation's loss", "one slot's loss"), before, after, strict=True)
+        if not _equal(one, other)
+    ]
+    weights = dict(built.named_parameters())
+    moved = [name for name, p in running.named_parameters() if not _equal(p, weights[name])]
+    if moved and not results:
+        results.append(f"{moved[0].removeprefix('model.')} is another after one update")
+    named = differing_attributes(running, built, running_optimizer, built_optimizer, caches=bool(results))
+    return [*named, *results]
+
+
+def _built(
+    loaded: LoadedConfiguration, strategy: Strategy, state: RunState, path: Path
+) -> tuple[TrainingModule, Optimizer]:
+    """Build module and optimizer as a start does, and give them the checkpoint."""
+    model = assembly.build_model(loaded)
+    if loaded.values.batch_norm == "sync":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    module = strategy.place(TrainingModule(model, build_objective(loaded)))
+    freezing = build_freezing(loaded, module)
+    freezing.unfreeze_all()
+    optimizer = build_optimizer(loaded, module)
+    begin_training(optimizer)
+    freezing.apply(0)
+    freezing.apply(state.progress.cursor.epoch)
+
+    def load(part: nn.Module, values: Any) -> None:
+        part.load_state_dict(values)
+        adopt_layouts(part, values)
+
+    stored, training = load_state(path)
+    load_module(load, module, stored, training["objective"], training["buffers"])
+    load_exactly(optimizer, training["optimizer"])
+    load_training_weights(training["weights"], WholeWeights(module))
+    return module, optimizer
+
+
+def _acted(
+    module: TrainingModule, optimizer: Optimizer, strategy: Strategy, batch: Any, key: int
+) -> tuple[Tensor, Tensor]:
+    """Evaluate a batch, train on it and update; return both losses."""
+    module.eval()
+    seed_everything(key, strategy.device)
+    with torch.no_grad(), strategy.autocast():
+        evaluated = module(batch).sum.detach().clone()
+    module.train()
+    seed_everything(key, strategy.device)
+    with strategy.autocast():
+        loss = module(batch).sum
+    loss.sum().backward()
+    trial_step(optimizer)
+    return evaluated, loss.detach().clone()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if same_bits(one, other):
+        return True
+    if torch.are_deterministic_algorithms_enabled() or one.shape != other.shape:
+        return False
+    return torch.allclose(one.detach(), other.detach().to(one.dtype), rtol=_RELATIVE, atol=1e-6, equal_nan=True)
+
+
+def _on_all(strategy: Strategy, here: bool) -> bool:
+    return all(answer == b"1" for answer in gather_bytes(b"1" if here else b"0", strategy.device))
