@@ -33,7 +33,8 @@ class DistributedDataParallel(Section):
     static_graph: bool = free(False)
     """The graph is the same at every step; lets DDP reorder and allows re-entrant checkpointing."""
     find_unused_parameters: bool = free(False)
-    """Search each forward pass for parameters without a gradient."""
+    """Search each forward pass for parameters without a gradient, which are then left as they are. Needed on several processes
+    where some step does not use every parameter; the answer is that of one process."""
     gradient_as_bucket_view: bool = free(True)
     """Gradients live inside the buckets: less memory, one copy fewer."""
     communication_hook: Literal["fp16", "bf16"] | None = None
