@@ -98,7 +98,7 @@ def test_a_crafted_checkpoint_is_damaged_to_every_command(
     "change",
     [
         lambda t: t["progress"].update(step="2"),
-        lambda t: t["progress"].update(cursor=[1]),
+        lambda t: t["progress"].update(cursor=["x", 0]),
         lambda t: t["identity"].update(more=1),
         lambda t: t["identity"].update(slots=-4),
         lambda t: t.update(optimizer=[]),

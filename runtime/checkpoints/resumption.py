@@ -180,6 +180,7 @@ def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
             identity.slots,
         )
         maps = (identity.configuration, identity.data, training["made_by"], training["optimizer"], training["buffers"])
+        _group_keys(training["optimizer"]["param_groups"])
         sound = all(type(number) is int and number >= 0 for number in counters) and identity.slots > 0
         sound &= all(isinstance(mapping, Mapping) for mapping in maps)
     except (ValueError, LookupError, TypeError, AttributeError):
