@@ -108,7 +108,7 @@ MUTANTS = (
         _BATCHES,
         "zip(block, finish_sum().sum(dim=1).tolist(), strict=True)",
         "zip(block, finish_sum().sum(dim=1).roll(1, 0).tolist(), strict=True)",
-        ("tests/test_accumulation.py::test_tokens_of_very_uneven_sentences_count_equally",),
+        ("tests/test_batches.py::test_each_step_has_the_weight_of_its_own_samples",),
     ),
     Mutant(
         "streams: a reader's place is one batch behind",

@@ -233,8 +233,8 @@ MUTANTS = (
     Mutant(
         "averaging: the statistics of SWA are lost on resumption",
         _AVERAGING,
-        'self.count, self._statistics_of = state["count"], state["statistics_of"] or 0',
-        'self.count, self._statistics_of, self._statistics = state["count"], 0, {}',
+        'if name in state["statistics"]',
+        'if not state["statistics"]',
         (
             remembers("SWA by steps"),
             remembers("SWA by epochs"),
