@@ -233,8 +233,8 @@ MUTANTS = (
     Mutant(
         "averaging: the statistics of SWA are lost on resumption",
         _AVERAGING,
-        'if name in state["statistics"]',
-        'if not state["statistics"]',
+        'self._on_device(state["statistics"])',
+        "{}",
         (
             remembers("SWA by steps"),
             remembers("SWA by epochs"),
