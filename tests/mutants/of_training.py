@@ -235,11 +235,7 @@ MUTANTS = (
         _AVERAGING,
         'self._on_device(state["statistics"])',
         "{}",
-        (
-            remembers("SWA by steps"),
-            remembers("SWA by epochs"),
-            "tests/test_averaging.py::test_swa_that_is_stopped_after_any_step_goes_on_bitwise",
-        ),
+        ("tests/test_averaging.py::test_statistics_come_back_with_the_average_that_they_are_of",),
     ),
     Mutant(
         "averaging: how long the next intake waits is lost on resumption",
