@@ -233,6 +233,18 @@ def test_swa_that_is_stopped_after_any_step_goes_on_bitwise(
         assert torch.equal(ours[name], value), name
 
 
+def test_statistics_come_back_with_the_average_that_they_are_of() -> None:
+    section = Averaging(kind="swa", start="1 step", every="1 step")  # type: ignore[arg-type]
+    average = WeightAverage(nn.BatchNorm1d(2), section)
+    for _ in range(3):
+        average.update()
+    average.take_statistics({name: torch.tensor(3.0) for name in average._buffers})
+    other = WeightAverage(nn.BatchNorm1d(2), section)
+    other.load_state_dict(average.state_dict())
+    assert other.state_dict()["statistics"] == average.state_dict()["statistics"] != {}
+    assert not other.lacks_statistics
+
+
 def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second global batch of the pass for statistics after a step."""
     from runtime.evaluations import Evaluations

@@ -259,6 +259,21 @@ def test_global_weights_are_the_same_number_for_any_sharing_out(ahead: int) -> N
     assert sum(w for block in weights(1) for w in block) == pytest.approx(float(weight_of.sum()))
 
 
+@pytest.mark.parametrize("ahead", [1, 3, 8])
+def test_each_step_has_the_weight_of_its_own_samples(ahead: int) -> None:
+    windows = windows_of(Samples(Ids(200), seed=0), slots=4, world_size=1, rank=0, batch_size=12)
+    weighed = with_weights(
+        windows,
+        weigh=lambda ids, samples: float(ids.sum()),
+        slots=4,
+        begin_sum=lambda block: lambda: block,
+        ahead=ahead,
+    )
+    found = [(window.weight, sum(int(m.batch.sum()) for m in window.microbatches)) for window in weighed]
+    assert len(found) == 17
+    assert all(weight == expected for weight, expected in found)
+
+
 def test_weights_are_on_their_way_before_the_step_that_needs_them() -> None:
     events: list[str] = []
 

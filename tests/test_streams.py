@@ -188,7 +188,12 @@ def test_the_place_of_a_stream_that_shares_itself_out_is_that_of_its_next_turn()
     )
     for _, _ in zip(range(30), windows, strict=False):
         pass
-    assert windows.places == {0: (0, 30 * 2, {"place": 300})}  # batch 30 begins with turn 60: two slots a batch
+    place = windows.places[0]
+    assert (place.epoch, place.number, place.state) == (
+        0,
+        30 * 2,
+        {"place": 300},
+    )  # batch 30 begins with turn 60: two slots a batch
 
 
 def test_an_empty_stream_is_named() -> None:

@@ -108,13 +108,13 @@ MUTANTS = (
         _BATCHES,
         "zip(block, finish_sum().sum(dim=1).tolist(), strict=True)",
         "zip(block, finish_sum().sum(dim=1).roll(1, 0).tolist(), strict=True)",
-        ("tests/test_accumulation.py::test_tokens_of_very_uneven_sentences_count_equally",),
+        ("tests/test_batches.py::test_each_step_has_the_weight_of_its_own_samples",),
     ),
     Mutant(
         "streams: a reader's place is one batch behind",
         _STREAM,
-        "self.places[0] = Place(epoch, batch + 1, piece.state)",
-        "self.places[0] = Place(epoch, batch, piece.state)",
+        "self.places[0] = Place(epoch, batch + 1, ",
+        "self.places[0] = Place(epoch, batch, ",
         (
             "tests/test_streams.py::test_a_stream_that_can_tell_its_place_is_not_read_again",
             remembers("a stream with a state"),
@@ -124,8 +124,8 @@ MUTANTS = (
     Mutant(
         "streams: a reader's place is one batch ahead",
         _STREAM,
-        "self.places[0] = Place(epoch, batch + 1, piece.state)",
-        "self.places[0] = Place(epoch, batch + 2, piece.state)",
+        "self.places[0] = Place(epoch, batch + 1, ",
+        "self.places[0] = Place(epoch, batch + 2, ",
         (
             "tests/test_streams.py::test_a_stream_that_can_tell_its_place_is_not_read_again",
             remembers("a stream with a state"),
@@ -135,14 +135,14 @@ MUTANTS = (
     Mutant(
         "streams: the place of a stream that shards itself is a turn off",
         _STREAM,
-        "Place(epoch, turn + self._questions.workers, piece.state)",
-        "Place(epoch, turn + self._questions.workers + 1, piece.state)",
+        "= Place(epoch, number, ",
+        "= Place(epoch, number + 1, ",
         ("tests/test_streams.py::test_the_place_of_a_stream_that_shares_itself_out_is_that_of_its_next_turn",),
     ),
     Mutant(
         "streams: ranks that read different streams are not noticed",
         _STREAM,
-        "if not torch.equal(together[:, -2] ** 2, world_size * together[:, -1]):",
+        "if not torch.equal(sums[..., 0] ** 2, world_size * sums[..., 1]):",
         "if False:",
         (
             "tests/test_stream_runs.py::test_a_stream_that_shares_itself_out_though_the_runtime_was_to_is_refused_on_all_ranks",

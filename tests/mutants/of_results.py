@@ -67,8 +67,8 @@ MUTANTS = (
     Mutant(
         "resumption: the objective's own parameters start anew",
         _RESUMPTION,
-        '            strategy.load_module_state(self.module.objective, training["objective"])\n',
-        "",
+        '(module.model, "model.", model), (module.objective, "objective.", objective))',
+        '(module.model, "model.", model),)',
         (remembers("an objective's own parameters"),),
     ),
     Mutant(

@@ -233,13 +233,9 @@ MUTANTS = (
     Mutant(
         "averaging: the statistics of SWA are lost on resumption",
         _AVERAGING,
-        'self.count, self._statistics_of = state["count"], state["statistics_of"] or 0',
-        'self.count, self._statistics_of, self._statistics = state["count"], 0, {}',
-        (
-            remembers("SWA by steps"),
-            remembers("SWA by epochs"),
-            "tests/test_averaging.py::test_swa_that_is_stopped_after_any_step_goes_on_bitwise",
-        ),
+        'self._on_device(state["statistics"])',
+        "{}",
+        ("tests/test_averaging.py::test_statistics_come_back_with_the_average_that_they_are_of",),
     ),
     Mutant(
         "averaging: how long the next intake waits is lost on resumption",
@@ -261,8 +257,8 @@ MUTANTS = (
     Mutant(
         "averaging: raw weights do not come back after an evaluation",
         _AVERAGING,
-        "            other.copy_(kept)\n",
-        "            pass\n",
+        "                    place.copy_(value)\n",
+        "                    pass\n",
         ("tests/test_averaging.py::test_an_average_warms_up_begins_and_waits_as_its_formula_says",),
     ),
 )
