@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
 from runtime import assembly
 from runtime.checkpoints.reading import load_state, open_state
 from runtime.checkpoints.resumption import refuse_misfit
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
-from runtime.checks.checkpoint import prove_checkpoint
 from runtime.checks.first_start import FirstStart, check_first_start
-from runtime.checks.objective import coupled_parts, mark_coupled
+from runtime.checks.objective import mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
-from runtime.data.order import SamplerOrder
-from runtime.data.sources import preparation
 from runtime.data.streams import Place
-from runtime.data.training_data import How, MappedData, Reading, StreamedData, places_of, told_places
+from runtime.data.training_data import How, MappedData, Reading, places_of
 from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
@@ -31,19 +25,20 @@ from runtime.losses.rows import told_miscounts
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, prepare, tell_of_component
-from runtime.processes.control import Agreement, begin_sum_over_ranks, gather_bytes
+from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
-from runtime.processes.user_code import changes_of, loaded_code
+from runtime.processes.user_code import changes_of, told_changes
 from runtime.processes.watch import Position
 from runtime.reporting.assembly import build_meter, build_trackers, restore_meter
-from runtime.reporting.facts import start_facts, versions
+from runtime.reporting.facts import start_facts
 from runtime.reporting.meters import PhaseTimes
 from runtime.reporting.reporter import Reporter
 from runtime.reporting.stragglers import Stragglers
 from runtime.run_result import RunResult, model_maker
+from runtime.state_saver import StateSaver
 from runtime.strategies import Strategy
-from runtime.training.buffers import BufferRule
+from runtime.training.buffers import buffer_rule
 from runtime.training.divergence import RollbackWanted
 from runtime.training.fitting import is_out_of_memory, out_of_memory
 from runtime.training.loop import Parts, train
@@ -77,10 +72,7 @@ class Run:
         self._stragglers = Stragglers()
         self._reading: Reading | None = None
         self._changed_code: list[str] = []
-        self._unproven = False
-        self._slot: Any = None
         self._places: dict[int, Place] = {}
-        self._told: dict[str, Any] = {"stream": {}, "meter": {}}
         self._garbage = GarbageCollection()
         self._folder = RunFolder(
             loaded.output,
@@ -136,7 +128,17 @@ class Run:
                     FirstStart(self._loaded, self._strategy, prepared, self._evaluations.evaluators, self._warn)
                 )
             self._open_reporter(stack, prepared)
-            self._unproven = found is None and values.checks == "on"
+            self._saver = StateSaver(
+                self._loaded,
+                self._strategy,
+                self._folder,
+                prepared,
+                meter=self._meter,
+                evaluations=self._evaluations,
+                unproven=found is None and values.checks == "on",
+                tell=self._reporter.message,
+                warn=self._warn,
+            )
             try:
                 return self._train(prepared)
             except LockstepError:
@@ -178,11 +180,9 @@ class Run:
         self._epoch = -1  # of the step that is being made
         was_over = self._milestones.over and not progress.evaluation_due
         if self._changed_code:
-            self._tell_changed_code(finished=was_over)
+            self._warn(told_changes(self._changed_code, finished=was_over))
         if was_over:
-            why, keys = self._milestones.why_early or f"{progress.step} steps", "limit.epochs or limit.steps"
-            keys = "limit.early_stopping.patience" if self._milestones.why_early else keys
-            self._reporter.message(f"This run is finished: {why}. To go on, raise {keys}.")
+            self._reporter.message(self._milestones.how_to_go_on)
         elif self._values.divergence.rolls_back and progress.step == 0:
             self._save_state()  # so that there is always something to return to
         self._warmed_up = False
@@ -200,16 +200,6 @@ class Run:
         if outcome == "finished" and not self._evaluations.test():
             outcome = "stopped"
         return self._close(outcome)
-
-    def _tell_changed_code(self, *, finished: bool) -> None:
-        listed = ", ".join(self._changed_code[:8]) + (", …" if len(self._changed_code) > 8 else "")
-        if finished:
-            self._warn(
-                f"the code is not what this run was trained with: {listed}. Its results are those of the code before; "
-                "to train with the new code, choose another output"
-            )
-        else:
-            self._warn(f"the code has changed since the checkpoint: {listed}. From here on the new code is trained")
 
     def _trained(self, module: TrainingModule) -> Literal["finished", "stopped"] | None:
         """Train on from where the run is; return None where it was rolled back and is to go on from there."""
@@ -252,7 +242,7 @@ class Run:
         for window in windows:
             changed = window.cursor.epoch != self._epoch and self._freezing.apply(window.cursor.epoch)
             self._epoch = window.cursor.epoch
-            self._slot = window.microbatches[0].batch if self._unproven else None
+            self._saver.slot = window.microbatches[0].batch if self._saver.unproven else None
             if changed:
                 self._strategy.rewrap()
                 self._strategy.warm_up(reading.filler)
@@ -290,7 +280,7 @@ class Run:
             max_grad_norm=self._values.optimizer.max_grad_norm,
             strategy=strategy,
             schedule=state.schedule,
-            buffers=self._buffer_rule(module),
+            buffers=buffer_rule(module, strategy, state.buffers.moving),
             divergence=state.divergence,
             verdicts=verdicts,
             progress=self._progress,
@@ -306,12 +296,6 @@ class Run:
             enough=self._evaluations.enough,
             save=self._save,
         )
-
-    def _buffer_rule(self, module: TrainingModule) -> BufferRule:
-        moving = self._state.buffers.moving
-        if self._strategy.world_size == 1:
-            return BufferRule(module, lambda change: None, moving=moving)
-        return BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, self._strategy.device), moving)
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
         phase, step, _ = self._position.now
@@ -358,66 +342,19 @@ class Run:
         return results
 
     def _save(self, window: Window, leaving: bool) -> None:
-        if not self._folder.saving_prepared:
-            self._folder.prepare_saving(self._collecting())
+        self._saver.prepare()
         best = self._folder.is_best(self._evaluations.judged_results_of_this_step)
         if leaving or best or self._milestones.is_due(self._values.checkpoint.every, window):
             self._stop_wish.moved()
             self._meter.pause()
             self._save_state()
-            if self._unproven and self._progress.updates and not leaving:
-                self._unproven = False
-                self._prove_checkpoint()
+            if not leaving:
+                self._saver.prove_first()
             self._meter.resume()
 
-    def _prove_checkpoint(self) -> None:
-        """Let the run's first checkpoint prove itself. Collective."""
-        batch, self._slot = self._slot, None
-
-        def saved() -> Path | None:
-            self._folder.finish_saving()
-            return self._folder.last_saved()
-
-        prove_checkpoint(
-            self._loaded,
-            self._strategy,
-            self._state,
-            saved=saved,
-            batch=batch,
-            warn=self._warn,
-            tell=self._reporter.message,
-        )
-
     def _save_state(self) -> None:
-        progress, results = self._progress, self._evaluations.results_of_this_step
-        if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
-            self._agreement.check_drawn()  # what is saved is what all ranks have trained
-        if isinstance(self._data, StreamedData):
-            places = self._reading.places if self._reading is not None else self._places
-            self._told["stream"] = told_places(places, self._data.samples.sharded_by, self._strategy.device)
-        self._told["meter"] = self._meter.state()
-        place: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
-        judged = self._evaluations.judged or not results
-        self._folder.save(self._collecting(), results=results, judged=judged, **place)
-
-    def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
-        """Return what collects the state. Where ranks hold it together and rank 0 writes it, all take part, at once."""
-        if not self._strategy.sharded or self._strategy.writes_together:
-            return self._collected
-        collected = self._collected()
-        return lambda: collected
-
-    def _collected(self) -> dict[str, dict[str, Any]]:
-        state = self._state.collect()
-        state["training"] |= {
-            "identity": asdict(self._identity),
-            "coupled": coupled_parts(self._state.module.objective),
-            "preparation": preparation(self._loaded),
-            "code": loaded_code(self._loaded.code, self._loaded.resolved()),
-            **self._told,
-            "made_by": {**versions(), "threads": get_num_threads()},
-        }
-        return state
+        places = self._reading.places if self._reading is not None else self._places
+        self._saver.save(places, self._agreement.check_drawn)
 
     def _open_reporter(self, stack: ExitStack, prepared: Prepared) -> None:
         if self._strategy.rank != 0:

@@ -198,6 +198,7 @@ LAYERS = [
         "evaluations",
         "inference.on_checkpoint",
         "run_result",
+        "state_saver",
         "run",
         "session",
         "describe",

@@ -7,7 +7,7 @@ targets name and that are installed from a folder elsewhere (``pip install -e``)
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -94,3 +94,14 @@ def _version(name: str, module: Any) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return str(getattr(module, "__version__", "unknown"))
+
+
+def told_changes(changes: Sequence[str], *, finished: bool) -> str:
+    """Return the line for a run whose code has changed since its checkpoint, which may have been its last."""
+    listed = ", ".join(changes[:8]) + (", …" if len(changes) > 8 else "")
+    if finished:
+        return (
+            f"the code is not what this run was trained with: {listed}. Its results are those of the code before; "
+            "to train with the new code, choose another output"
+        )
+    return f"the code has changed since the checkpoint: {listed}. From here on the new code is trained"

@@ -16,12 +16,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from runtime.strategies import DeviceFlag
+from runtime.processes.control import gather_bytes
+from runtime.strategies import DeviceFlag, Strategy
 from runtime.training.buffer_values import addable, advanced, base, change, narrow, numbers, same_bits, wide
 from runtime.training.held_buffers import Place, places_of
+
+
+def buffer_rule(module: nn.Module, strategy: Strategy, moving: list[str]) -> BufferRule:
+    """Return the rule for a strategy's ranks; see :class:`BufferRule`."""
+    if strategy.world_size == 1:
+        return BufferRule(module, lambda change: None, moving=moving)
+    return BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, strategy.device), moving)
 
 
 class BufferRule:

@@ -69,6 +69,13 @@ class Milestones:
             return ""
         return f"stopped early, after step {self._progress.step}: {stopping.reason}"
 
+    @property
+    def how_to_go_on(self) -> str:
+        """What to say of a run that is over already when it is started."""
+        early = self.why_early
+        key = "limit.early_stopping.patience" if early else "limit.epochs or limit.steps"
+        return f"This run is finished: {early or f'{self._progress.step} steps'}. To go on, raise {key}."
+
     def limit_from_here(self) -> Callable[[Cursor, int], bool]:
         """Return what tells of a cursor, and of the steps from here to it, whether the limit is reached."""
         limit, step = self._limit, self._progress.step
