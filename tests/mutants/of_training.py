@@ -170,15 +170,15 @@ MUTANTS = (
     Mutant(
         "strategy: no pass before the first step settles DDP's buckets",
         _STRATEGY,
-        "        if self.world_size == 1:\n            return\n        buffers",
-        "        if True:\n            return\n        buffers",
+        "        if self.world_size == 1:\n            return\n        preserved",
+        "        if True:\n            return\n        preserved",
         ("tests/test_resumption.py::test_a_run_resumed_twice_is_bitwise_equal_to_the_uninterrupted_run",),
     ),
     Mutant(
         "strategy: the pass before the first step leaves its statistics",
         _STRATEGY,
-        "buffer.copy_(buffers[name])",
-        "pass",
+        "with preserved[0], preserved[1], self.microbatch(last=True)",
+        "with preserved[0], self.microbatch(last=True)",
         (
             "tests/test_accumulation.py::test_dropout_and_batch_norm_give_the_same_run_for_any_world_size",
             "tests/test_accumulation.py",
