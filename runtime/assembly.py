@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from runtime.checkpoints.pretrained import WeightsReport, load_weights, weights_digest
+from runtime.checkpoints.serialization import split_state
 from runtime.config import component
 from runtime.config.building import build as _build
 from runtime.config.building import function as _function
@@ -29,9 +30,10 @@ from runtime.data.loading import MakeLoader, loader_factory
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.data.training_data import MappedData, StreamedData, TrainingData
-from runtime.errors import ConfigurationError, DataError, EvaluationError, MissingDependencyError
+from runtime.errors import CheckpointError, ConfigurationError, DataError, EvaluationError, MissingDependencyError
 from runtime.files import PACKAGE, existing
 from runtime.losses.assembly import OBJECTIVES, losses_of, refused_loss
+from runtime.objective import TrainingModule
 from runtime.optimization import schedulers
 from runtime.optimization.assembly import length_arguments
 from runtime.optimization.optimizer import check_optimizer
@@ -349,3 +351,20 @@ def build_metrics(loaded: LoadedConfiguration) -> dict[str, Metric]:
         what = f"{len(names)} names, but the metrics tell {found} classes apart"
         raise _wrong(loaded, ("evaluation", "class_names"), what)
     return metrics
+
+
+def refuse_extra_state(loaded: LoadedConfiguration, module: TrainingModule) -> None:
+    """Refuse extra state that cannot be saved, before anything was trained."""
+    for prefix, part in (("model", module.model), ("objective", module.objective)):
+        for name, value in part.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                continue
+            try:
+                split_state(value)
+            except CheckpointError as error:
+                owner = part.get_submodule(name.rpartition(".")[0])
+                what = (
+                    f"{type(owner).__name__} ({name.rpartition('.')[0] or 'the whole'}) has extra state (get_extra_state) that "
+                    f"cannot be saved: {error}"
+                )
+                raise ConfigurationError([loaded.problem((prefix,), what)]) from error

@@ -17,7 +17,6 @@ from torch import nn
 from runtime import assembly
 from runtime.checkpoints.built import Built
 from runtime.checkpoints.resumption import Identity, RunState, check_identity, slots_on_resumption
-from runtime.checkpoints.serialization import split_state
 from runtime.config.component import described
 from runtime.config.file import LoadedConfiguration, flatten
 from runtime.data.batches import Sharing, default_slots
@@ -25,7 +24,7 @@ from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.data.training_data import MappedData, TrainingData
 from runtime.data_contents import Contents, changed, contents_of
-from runtime.errors import CheckpointError, ConfigurationError, DataError
+from runtime.errors import ConfigurationError, DataError
 from runtime.evaluation.averaged import AveragedEvaluation
 from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.metrics import MetricSet
@@ -101,7 +100,7 @@ def prepare(
     """
     weights = assembly.pretrained_digest(loaded)
     module = build_module(loaded, strategy, tell=tell if stored is None else None)
-    _refuse_extra_state(loaded, module)
+    assembly.refuse_extra_state(loaded, module)
     buffers = BufferState(module)
     freezing = build_freezing(loaded, module)
     freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
@@ -158,23 +157,6 @@ def tell_of_component(loaded: LoadedConfiguration, error: Exception, state: RunS
         return
     told = f"{what} raised {described(error)} at step {progress.step + 1}"
     raise ConfigurationError([loaded.problem((key,), told)]) from error
-
-
-def _refuse_extra_state(loaded: LoadedConfiguration, module: TrainingModule) -> None:
-    """Refuse extra state that cannot be saved, before anything was trained."""
-    for prefix, part in (("model", module.model), ("objective", module.objective)):
-        for name, value in part.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                continue
-            try:
-                split_state(value)
-            except CheckpointError as error:
-                owner = part.get_submodule(name.rpartition(".")[0])
-                what = (
-                    f"{type(owner).__name__} ({name.rpartition('.')[0] or 'the whole'}) has extra state (get_extra_state) that "
-                    f"cannot be saved: {error}"
-                )
-                raise ConfigurationError([loaded.problem((prefix,), what)]) from error
 
 
 def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:

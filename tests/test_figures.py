@@ -141,7 +141,7 @@ def test_curves_have_their_points_and_the_names_of_their_classes() -> None:
 
 
 def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.config.sections import WeightsAndBiases
+    from runtime.config.reporting import WeightsAndBiases
     from runtime.reporting.wandb_tracker import WandbTracker
 
     logged: list[dict[str, Any]] = []

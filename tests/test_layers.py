@@ -24,6 +24,7 @@ LAYERS = [
         "config.learning",
         "config.zero",
         "config.strategy",
+        "config.reporting",
         "config.sections",
         "config.yaml_file",
         "config.zero_json",

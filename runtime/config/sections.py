@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from runtime.config.data import Batch, Data, Split
 from runtime.config.learning import Averaging, Model, Objective, Optimizer, Schedule
+from runtime.config.reporting import Reporting
 from runtime.config.signatures import class_name
 from runtime.config.strategy import Compile, Strategy
 from runtime.config.types import (
@@ -175,30 +176,6 @@ class Checkpoint(Section):
     """Newest checkpoints kept, besides the best."""
     best: list[Best] = free([])
     """Judged at each evaluation; one that is among the best is saved at once, whatever ``every`` says."""
-
-
-class WeightsAndBiases(Section):
-    """Weights & Biases, written by rank 0 alone."""
-
-    mode: Literal["online", "offline", "disabled"] | None = free(None)
-    """Default: online where an API key is found, otherwise offline."""
-    project: str = free("lockstep")
-    """Project the run belongs to."""
-    entity: str | None = free(None)
-    """User or team. Default: that of the API key."""
-    tags: list[str] = free([])
-    """Labels of the run."""
-
-
-class Reporting(Section):
-    """What is told while the run goes on."""
-
-    every: Every = free(Interval(50, "step"))
-    """How often the training loss is read from the device and reported."""
-    progress: bool = free(True)
-    """A progress bar where the output is a terminal, plain lines elsewhere."""
-    wandb: Annotated[WeightsAndBiases | None, ON_OR_OFF] = free(None)
-    """Weights & Biases; ``true`` takes the defaults. Default: off."""
 
 
 class Resume(Section):

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from runtime.checkpoints.shards import in_memory
 from runtime.config.strategy import DistributedDataParallel
-from runtime.errors import ConfigurationError, GradientError, Problem
+from runtime.errors import GradientError
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.optimization.combined import load_exactly
 from runtime.optimization.held_weights import HeldWeights, WholeWeights
@@ -47,10 +47,16 @@ from runtime.strategies.mixed_precision import (
     wrapped_module,
 )
 from runtime.strategies.placement import moved
-from runtime.strategies.reduction import not_reduced, refuse_sparse, sum_gradients, unreduced
-from runtime.training.held_buffers import overlaps, places_of, preserved_buffers
+from runtime.strategies.reduction import (
+    keep_buffers_from_being_sent,
+    not_reduced,
+    refuse_hook,
+    refuse_sparse,
+    sum_gradients,
+    unreduced,
+)
+from runtime.training.held_buffers import preserved_buffers
 
-_SENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
 
 
@@ -123,14 +129,8 @@ class AcceleratedStrategy:
         Raises:
             ConfigurationError: the process group cannot do what the options ask for.
         """
-        if self._hook == "bf16" and self.device.type == "cpu" and self.world_size > 1:
-            raise ConfigurationError(
-                [
-                    Problem(
-                        "configuration", "strategy.ddp.communication_hook", "gloo cannot reduce bf16; use fp16 or none"
-                    )
-                ]
-            )
+        if self.world_size > 1:
+            refuse_hook(self._hook, self.device)
         if self._scaler is not None:
             refuse_half_weights(module)
         self._module = module
@@ -160,12 +160,7 @@ class AcceleratedStrategy:
         self._keep_trainable(self._module)
         self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
         self._all_fp32 = self._uniform and self._parameters[0].dtype == torch.float32
-        # At its start DDP sends rank 0's buffers to the others, which some cannot be; they are built alike everywhere.
-        self._module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-            place.name
-            for place in places_of(self._module)
-            if (held := place.held) is not None and (overlaps(held) or held.dtype not in _SENT)
-        ]
+        keep_buffers_from_being_sent(self._module)
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

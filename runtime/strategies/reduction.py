@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.errors import ConfigurationError, Problem
+from runtime.training.held_buffers import overlaps, places_of
 
+_SENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _WITHOUT_GRADIENT = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
 
 
@@ -46,6 +49,29 @@ def sum_gradients(wrapped: DistributedDataParallel, *, sent_as: torch.dtype | No
 
     summed_in_half.__annotations__.clear()  # DDP wants the classes, not their names
     wrapped.register_comm_hook(None, summed_in_half)
+
+
+def refuse_hook(hook: str | None, device: torch.device) -> None:
+    """Refuse a type that the process group cannot reduce.
+
+    Raises:
+        ConfigurationError: naming one that it can.
+    """
+    if hook == "bf16" and device.type == "cpu":
+        what = "gloo cannot reduce bf16; use fp16 or none"
+        raise ConfigurationError([Problem("configuration", "strategy.ddp.communication_hook", what)])
+
+
+def keep_buffers_from_being_sent(module: nn.Module) -> None:
+    """Let DDP not send buffers that gloo or a write in place cannot take: by itself it sends rank 0's when it is made.
+
+    They are built alike on every rank.
+    """
+    module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        place.name
+        for place in places_of(module)
+        if (held := place.held) is not None and (overlaps(held) or held.dtype not in _SENT)
+    ]
 
 
 def unreduced(wrapped: DistributedDataParallel, names: Sequence[str]) -> list[str]:

@@ -1,0 +1,31 @@
+"""The section of what a run reports while it goes on, and where to. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from runtime.config.types import ON_OR_OFF, Every, Interval, Section, free
+
+
+class WeightsAndBiases(Section):
+    """Weights & Biases, written by rank 0 alone."""
+
+    mode: Literal["online", "offline", "disabled"] | None = free(None)
+    """Default: online where an API key is found, otherwise offline."""
+    project: str = free("lockstep")
+    """Project the run belongs to."""
+    entity: str | None = free(None)
+    """User or team. Default: that of the API key."""
+    tags: list[str] = free([])
+    """Labels of the run."""
+
+
+class Reporting(Section):
+    """What is told while the run goes on."""
+
+    every: Every = free(Interval(50, "step"))
+    """How often the training loss is read from the device and reported."""
+    progress: bool = free(True)
+    """A progress bar where the output is a terminal, plain lines elsewhere."""
+    wandb: Annotated[WeightsAndBiases | None, ON_OR_OFF] = free(None)
+    """Weights & Biases; ``true`` takes the defaults. Default: off."""
