@@ -145,7 +145,12 @@ def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pyte
     from runtime.reporting.wandb_tracker import WandbTracker
 
     logged: list[dict[str, Any]] = []
-    run = SimpleNamespace(log=logged.append, define_metric=lambda *_, **__: None, finish=lambda **_: None)
+    run = SimpleNamespace(
+        log=logged.append,
+        define_metric=lambda *_, **__: None,
+        finish=lambda **_: None,
+        settings=SimpleNamespace(sync_dir=tmp_path),
+    )
     fake = SimpleNamespace(
         init=lambda **_: run, Settings=dict, Image=lambda path: ("image", path), Table=lambda **given: ("table", given)
     )
