@@ -315,12 +315,14 @@ def compare_ranks(
         **{f"configuration {k}": v for k, v in flatten(loaded.resolved()).items() if not k.startswith(_OF_ONE_RANK)},
         **versions(),
         "code": code_digest(loaded.code),
-        "imported code": loaded_code(loaded.code, loaded.resolved())["files"],
         "data": dict(data),
         "parameter shapes": shapes(module),
         **(more or {}),
     }
-    compare(facts, host=socket.gethostname(), device=strategy.device)
+    # A rank may have imported modules that others have not (yet): rank 0 alone draws pictures, say.
+    files = loaded_code(loaded.code, loaded.resolved())["files"]
+    imported = {f"the code of {name}": digest for name, digest in files.items()}
+    compare(facts, if_known=imported, host=socket.gethostname(), device=strategy.device)
 
 
 def _sees_run_folder(folder: Path) -> bool:

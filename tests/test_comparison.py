@@ -59,3 +59,37 @@ def test_a_rank_with_another_version_of_torch_is_named(pool: ProcessPool, tmp_pa
 def test_what_does_not_change_the_result_may_differ(pool: ProcessPool, tmp_path: Path) -> None:
     changes = {"data": {"train": {"target": "tiny:points", "args": {}}, "loader": {"num_workers": 1}}}
     assert pool.run(started_otherwise, 2, configuration(tmp_path / "run"), changes) == ["trained", "trained"]
+
+
+def imported_by_rank_1_alone(config: dict[str, Any], *, changed: bool) -> str:
+    """Train with another module imported on rank 1 only, or with another content of one that both have."""
+    from runtime import preparation
+
+    loaded_code = preparation.loaded_code
+
+    def seen(*given: Any) -> dict[str, Any]:
+        found = loaded_code(*given)
+        if os.environ["RANK"] == "1":
+            files = dict.fromkeys(found["files"], "0" * 16) if changed else {**found["files"], "drawing.py": "1" * 16}
+            return {**found, "files": files}
+        return found
+
+    preparation.loaded_code = seen  # type: ignore[attr-defined]
+    try:
+        observe(config)
+    except RanksDifferError as error:
+        return str(error)
+    finally:
+        preparation.loaded_code = loaded_code  # type: ignore[attr-defined]
+    return "trained"
+
+
+def test_a_module_that_one_rank_alone_imported_is_no_difference(pool: ProcessPool, tmp_path: Path) -> None:
+    config = configuration(tmp_path, limit={"steps": 1})
+    assert pool.run(imported_by_rank_1_alone, 2, config, changed=False) == ["trained"] * 2
+
+
+def test_a_module_of_another_content_is_named(pool: ProcessPool, tmp_path: Path) -> None:
+    config = configuration(tmp_path, limit={"steps": 1})
+    for reply in pool.run(imported_by_rank_1_alone, 2, config, changed=True):
+        assert "has the code of tiny.py '0000000000000000', rank 0" in reply

@@ -19,24 +19,32 @@ from runtime.errors import RanksDifferError
 from runtime.processes.control import gather_bytes
 
 
-def compare(facts: Mapping[str, Any], *, host: str, device: torch.device) -> None:
+def compare(
+    facts: Mapping[str, Any], *, if_known: Mapping[str, Any] | None = None, host: str, device: torch.device
+) -> None:
     """Compare facts with those of rank 0. Collective: every rank must call this.
 
     Args:
         facts: name to anything that JSON can hold.
+        if_known: the same, compared only where both ranks have it.
         host: of this rank, for the message.
 
     Raises:
         RanksDifferError: naming the ranks that differ, and in what; on every rank alike.
     """
-    told = [json.loads(reply) for reply in gather_bytes(json.dumps([host, dict(facts)], default=str).encode(), device)]
-    (first_host, first), others = told[0], told[1:]
+    own = json.dumps([host, dict(facts), dict(if_known or {})], default=str).encode()
+    told = [json.loads(reply) for reply in gather_bytes(own, device)]
+    (first_host, first, first_known), others = told[0], told[1:]
     differences = [
         f"rank {rank} (host {its_host}) has {name} {_shown(its.get(name))}, "
-        f"rank 0 (host {first_host}) {_shown(first.get(name))}"
-        for rank, (its_host, its) in enumerate(others, start=1)
-        for name in {**first, **its}
-        if its.get(name) != first.get(name)
+        f"rank 0 (host {first_host}) {_shown(there.get(name))}"
+        for rank, (its_host, its_facts, its_known) in enumerate(others, start=1)
+        for its, there, names in (
+            (its_facts, first, {**first, **its_facts}),
+            (its_known, first_known, its_known.keys() & first_known.keys()),
+        )
+        for name in names
+        if its.get(name) != there.get(name)
     ]
     if differences:
         raise RanksDifferError("the ranks would not train the same thing: " + "; ".join(differences))
