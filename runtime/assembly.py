@@ -26,6 +26,7 @@ from runtime.config.learning import Weights
 from runtime.config.types import ComponentSection
 from runtime.data import sources
 from runtime.data.batches import Sharing
+from runtime.data.fields import Fields
 from runtime.data.loading import MakeLoader, loader_factory
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
@@ -208,7 +209,8 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
     """Build one split's data set, or None where the configuration has none.
 
     Args:
-        batch_size: samples that are cut up together, where it is a stream.
+        batch_size: samples that are cut up together, where it is a stream; of one that yields batches and is not trained on,
+            each batch by itself.
     """
     source = sources.build_source(loaded, name)
     if source is None:
@@ -226,10 +228,15 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
         raise _wrong(
             loaded, (*key, "sharded_by"), "must be runtime here: every sample counts once, on any number of ranks"
         )
+    batches = split.yields == "batches"
+    if batches:
+        functions["collate"] = None  # which is for the splits that yield samples
+        named = data.fields.model_dump() | {"target": sources.target_part(loaded)}
+        functions |= {"batches": True, "fields": Fields(**named)}
     samples = StreamSamples(
         source,
         sharded_by=split.sharded_by,
-        batch_size=batch_size,
+        batch_size=1 if batches and name != "train" else batch_size,
         seed=loaded.values.seed,
         drop_last=data.drop_last and name == "train",
         **functions,

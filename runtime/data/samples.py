@@ -195,7 +195,7 @@ def check_samples(source: Any, key: str, *, sharded_by: str | None = None) -> No
         return
     if sharded_by is not None:
         raise DataError(
-            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' out"
+            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' (and 'yields') out"
         )
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise DataError(
