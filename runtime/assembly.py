@@ -205,12 +205,15 @@ def _blocks(loaded: LoadedConfiguration, model: nn.Module, key: tuple[str, ...],
         raise _wrong(loaded, key, mistake.what) from mistake
 
 
-def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) -> Samples | StreamSamples | None:
+def build_samples(
+    loaded: LoadedConfiguration, name: str, *, batch_size: int, training: bool = False
+) -> Samples | StreamSamples | None:
     """Build one split's data set, or None where the configuration has none.
 
     Args:
-        batch_size: samples that are cut up together, where it is a stream; of one that yields batches and is not trained on,
-            each batch by itself.
+        batch_size: items that are cut up together, where it is a stream; where it yields batches and is not trained on, each is
+            by itself.
+        training: whether it is trained on.
     """
     source = sources.build_source(loaded, name)
     if source is None:
@@ -236,9 +239,9 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
     samples = StreamSamples(
         source,
         sharded_by=split.sharded_by,
-        batch_size=1 if batches and name != "train" else batch_size,
+        batch_size=1 if batches and not training else batch_size,
         seed=loaded.values.seed,
-        drop_last=data.drop_last and name == "train",
+        drop_last=data.drop_last and training,
         **functions,
     )
     samples.may_differ = bool(loaded.values.resume.allow_changes) or loaded.values.checks == "off"
@@ -247,7 +250,7 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
 
 def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
     """Build what is trained on, in its order."""
-    samples = build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
+    samples = build_samples(loaded, "train", batch_size=loaded.values.batch.global_size, training=True)
     assert samples is not None
     if isinstance(samples, Samples):
         return MappedData(samples, sources.build_order(loaded, samples.source))

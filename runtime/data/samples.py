@@ -172,9 +172,9 @@ def _listed(ids: Sequence[int] | Ids) -> str:
 
 
 def fingerprint(source: Any) -> dict[str, Any]:
-    """Return what identifies a data set on resumption: its length and its own ``fingerprint``, if it has one."""
+    """Return what identifies a data set on resumption: its length (a stream has none) and its own ``fingerprint``, if any."""
     return {
-        "samples": len(source) if hasattr(source, "__getitem__") else None,
+        "samples": None if isinstance(source, IterableDataset) else len(source),
         "id": getattr(source, "fingerprint", None),
     }
 
