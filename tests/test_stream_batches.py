@@ -75,7 +75,8 @@ def test_losses_weights_and_evaluation_are_those_of_one_process_with_all_rows(
     truth = Truth(Fixed())
     data = {"validation": source(split="validation"), "test": source(split="validation")}
     metrics = {"accuracy": {"target": "Accuracy", "args": {"task": "multiclass", "num_classes": 3, "average": "micro"}}}
-    config = run(tmp_path, num_workers=num_workers, data=data, evaluation={"every": "1 epoch", "metrics": metrics})
+    changes = {"objective": "batch_objectives:Sum", "evaluation": {"every": "1 epoch", "metrics": metrics}}
+    config = run(tmp_path, num_workers=num_workers, data=data, **changes)
     validation = ragged(VALIDATION, 0)
     with torch.no_grad():
         total, rows = truth.loss_and_rows(validation)

@@ -7,13 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.objective import Objective
+from runtime.objective import Loss, Objective
 
 
 class Sum(Objective):
-    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+    """Divided by the number of samples."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Loss:
         inputs, target = batch
-        return F.cross_entropy(model(inputs), target, reduction="sum")
+        output = model(inputs)
+        return Loss(F.cross_entropy(output, target, reduction="sum"), output=output)
 
 
 class Mean(Objective):
