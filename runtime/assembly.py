@@ -26,6 +26,7 @@ from runtime.config.learning import Weights
 from runtime.config.types import ComponentSection
 from runtime.data import sources
 from runtime.data.batches import Sharing
+from runtime.data.fields import Fields
 from runtime.data.loading import MakeLoader, loader_factory
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
@@ -204,11 +205,15 @@ def _blocks(loaded: LoadedConfiguration, model: nn.Module, key: tuple[str, ...],
         raise _wrong(loaded, key, mistake.what) from mistake
 
 
-def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) -> Samples | StreamSamples | None:
+def build_samples(
+    loaded: LoadedConfiguration, name: str, *, batch_size: int, training: bool = False
+) -> Samples | StreamSamples | None:
     """Build one split's data set, or None where the configuration has none.
 
     Args:
-        batch_size: samples that are cut up together, where it is a stream.
+        batch_size: items that are cut up together, where it is a stream; where it yields batches and is not trained on, each is
+            by itself.
+        training: whether it is trained on.
     """
     source = sources.build_source(loaded, name)
     if source is None:
@@ -226,12 +231,17 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
         raise _wrong(
             loaded, (*key, "sharded_by"), "must be runtime here: every sample counts once, on any number of ranks"
         )
+    batches = split.yields == "batches"
+    if batches:
+        functions["collate"] = None  # which is for the splits that yield samples
+        named = data.fields.model_dump() | {"target": sources.target_part(loaded)}
+        functions |= {"batches": True, "fields": Fields(**named)}
     samples = StreamSamples(
         source,
         sharded_by=split.sharded_by,
-        batch_size=batch_size,
+        batch_size=1 if batches and not training else batch_size,
         seed=loaded.values.seed,
-        drop_last=data.drop_last and name == "train",
+        drop_last=data.drop_last and training,
         **functions,
     )
     samples.may_differ = bool(loaded.values.resume.allow_changes) or loaded.values.checks == "off"
@@ -240,7 +250,7 @@ def build_samples(loaded: LoadedConfiguration, name: str, *, batch_size: int) ->
 
 def build_training_data(loaded: LoadedConfiguration) -> TrainingData:
     """Build what is trained on, in its order."""
-    samples = build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
+    samples = build_samples(loaded, "train", batch_size=loaded.values.batch.global_size, training=True)
     assert samples is not None
     if isinstance(samples, Samples):
         return MappedData(samples, sources.build_order(loaded, samples.source))

@@ -343,7 +343,7 @@ def _identity(
 ) -> Identity:
     batch, world_size = loaded.values.batch, strategy.world_size
     if batch.global_size < world_size:
-        what = f"{batch.global_size} samples cannot keep {world_size} processes busy; use fewer processes"
+        what = f"{batch.global_size} {loaded.values.data.unit} cannot keep {world_size} processes busy; use fewer processes"
         raise ConfigurationError([loaded.problem(("batch", "global_size"), what)])
     data = fresh.data.identity((world_size, loaded.values.data.loader.num_workers))
     length = fresh.schedule_length if follows_limit(loaded) else None

@@ -88,7 +88,9 @@ def show(
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
         *_steps(loaded, data),
-        ("a sample", f"{shown(data.first_batch(1))} (a batch of one)"),
+        ("a sample", f"{shown(data.first_batch(1))} (a batch of one)")
+        if loaded.values.data.unit == "samples"
+        else ("a batch", f"{shown(data.first_batch(1))} (as the stream yields it)"),
         *_slots(loaded, processes),
         *memory,
         ("loss", "\n".join(_losses(loaded, module.objective))),
@@ -146,14 +148,15 @@ def _total_steps(loaded: LoadedConfiguration, data: TrainingData) -> int | None:
 
 def _slots(loaded: LoadedConfiguration, processes: int) -> Iterator[tuple[str, str]]:
     batch = loaded.values.batch
+    unit = "samples" if loaded.values.data.unit == "samples" else "yielded batch"
     slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
     origin = "batch.slots" if batch.slots else f"for a first start with {processes} process{'es' * (processes > 1)}"
     sizes = [batch.global_size * (k + 1) // slots - batch.global_size * k // slots for k in range(slots)]
     yield (
         "slots",
-        f"K = {slots} ({origin}), {min(sizes)} to {max(sizes)} samples each"
+        f"K = {slots} ({origin}), {min(sizes)} to {max(sizes)} {unit} each"
         if min(sizes) != max(sizes)
-        else (f"K = {slots} ({origin}), {max(sizes)} samples each"),
+        else (f"K = {slots} ({origin}), {max(sizes)} {unit} each"),
     )
     dividing = [n for n in range(1, slots + 1) if slots % n == 0]
     yield "world sizes", f"{', '.join(map(str, dividing))} divide K"

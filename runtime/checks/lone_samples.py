@@ -44,7 +44,8 @@ def check_lone_samples(
     if not norms:
         return
     if not isinstance(data, MappedData):
-        if not loaded.values.data.drop_last:
+        # How many samples a yielded batch has is the stream's own choice.
+        if not loaded.values.data.drop_last and not data.samples.batches:
             warn(
                 f"model: {norms[0][0]} normalises over the samples of a slot, and the stream's last batch may leave a slot "
                 "with one: set data.drop_last: true"

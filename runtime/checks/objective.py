@@ -23,7 +23,8 @@ from runtime.data.batches import Cursor
 from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.samples import SlotIndex
 from runtime.data.streams import StreamIndex
-from runtime.data.training_data import MappedData, TrainingData
+from runtime.data.training_data import MappedData, StreamedData, TrainingData
+from runtime.data.yielded_batches import rows_from
 from runtime.errors import ConfigurationError, ForwardError, LockstepError
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Loss, Objective, TrainingModule
@@ -38,13 +39,18 @@ _SPREADS = 10.0  # of how far the same samples are apart under another seed
 
 
 class Sets(NamedTuple):
-    """Two sets of samples as batches, both sets in one batch, and what reads each sample as a batch of its own."""
+    """Two sets of samples as batches, both sets in one batch, and what reads each sample as a batch of its own.
+
+    Args:
+        always_together: no K separates the samples, so that only a mean is wrong, not that they depend on each other.
+    """
 
     first: Any
     second: Any
     both: Any
     sizes: tuple[int, int]
     singles: Callable[[], Iterator[Any]] = lambda: iter(())
+    always_together: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,8 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
     source = data.samples.source
     if data.samples.sharded_by != "runtime" or hasattr(source, "__next__"):
         return None  # each rank has samples of its own, or what is read here would be gone
+    if data.samples.batches:
+        return _sets_within(data, make_loader)
     cuts = max(1, -(-data.samples.batch_size // min(_MOST_SAMPLES, slot)))
     asked = ((0, 2 * cuts), (1, 2 * cuts), (0, cuts))
     indices = iter([StreamIndex(Cursor(), number, of, range(of)) for number, of in asked])
@@ -176,6 +184,31 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
         return (piece.batch for piece in read(copy(data.samples), iter(alone), make_loader) if piece.samples)
 
     return Sets(one.batch, other.batch, whole.batch, (one.samples, other.samples), streamed)
+
+
+def _sets_within(data: StreamedData, make_loader: MakeLoader) -> Sets | None:
+    """Take both sets out of the first yielded batch of several samples; None if there is none, or it cannot be cut."""
+    slots = data.samples.batch_size
+    indices = (StreamIndex(Cursor(), slot, slots, range(slots)) for slot in range(slots))
+    pieces = read(copy(data.samples), indices, make_loader)
+    piece = next((piece for piece in pieces if piece.samples > 1), None)
+    if piece is None:
+        return None
+    half = min(_MOST_SAMPLES, piece.samples) // 2
+
+    def rows(start: int, stop: int) -> Any:
+        return rows_from(piece.batch, start, stop, rows=piece.samples)
+
+    if rows(0, half) is None:
+        return None
+    return Sets(
+        rows(0, half),
+        rows(half, 2 * half),
+        rows(0, 2 * half),
+        (half, half),
+        lambda: (rows(i, i + 1) for i in range(2 * half)),
+        always_together=True,
+    )
 
 
 def deviations(
@@ -261,7 +294,7 @@ def _compared(
     for part, one, other, whole in zip(names, *weights, strict=True):
         if abs(one + other - whole) > 1e-6 * (one + other + whole):
             found.append(Deviation("weight", part, one, other, whole))
-    return found
+    return [deviation for deviation in found if deviation.is_mean or not sets.always_together]
 
 
 def _rounding(module: TrainingModule) -> float:

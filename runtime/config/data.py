@@ -120,6 +120,18 @@ class Split(ComponentSection):
     """Streams (IterableDataset) only, and there required. ``runtime``: every rank and worker reads all and keeps its part;
     the answer is the same for any number of them. ``dataset``: the data set gives each of them its own share; resumed
     on the same number only."""
+    yields: Literal["samples", "batches"] = "samples"
+    """Streams only. ``batches``: each item is a whole batch of any number of samples, as with torch's ``batch_size=None``, and
+    one slot. ``batch.global_size`` then counts such batches, and ``transform`` is called with one; losses, metrics and reports
+    count its rows."""
+
+    @model_validator(mode="after")
+    def _streams_yield(self) -> Self:
+        what = (
+            "batches is for streams (IterableDataset), which say sharded_by, too; what makes a batch of a map-style data set "
+            "is said by data.batch_sampler or data.budget"
+        )
+        return refuse(self, (self.yields == "batches" and self.sharded_by is None, "yields", what))
 
 
 class Loader(Section):
@@ -182,6 +194,11 @@ class Data(Section):
     loader: Loader = Loader()
     """How samples are read."""
 
+    @property
+    def unit(self) -> str:
+        """What ``batch.global_size`` counts, in the plural."""
+        return "samples" if self.train.yields == "samples" else "yielded batches"
+
     def has(self, part: Literal["validation", "test"]) -> bool:
         """Tell whether there is such data, of its own or held out."""
         held_out = self.split is not None and getattr(self.split, part) is not None
@@ -227,7 +244,8 @@ class Batch(Section):
     """How many samples one update sees, and how they are cut up."""
 
     global_size: int = Field(ge=1)
-    """Samples of one step, over all ranks. More processes never change it."""
+    """Samples of one step, over all ranks; of a stream that yields whole batches, such batches. More processes never change
+    it."""
     micro_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = free(None)
     """Most samples in one forward pass; what fits in memory. ``auto``: found by trying at the first start. Default:
     ``global_size``."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from runtime.config import yielded_batches
 from runtime.config.data import Batch, Data, Split
 from runtime.config.learning import Averaging, Model, Objective, Optimizer, Schedule
 from runtime.config.reporting import Reporting
@@ -262,6 +263,8 @@ class RunConfiguration(Section):
             return best
         return [*best, Best(metric=watched.metric, mode=watched.mode)]
 
+    _one_slot_each = model_validator(mode="before")(yielded_batches.one_slot_each)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         known = {"loss", *self.objective.losses, *self.evaluation.metrics}
@@ -302,6 +305,7 @@ class RunConfiguration(Section):
                 for number, best in enumerate(self.checkpoint.best)
             ),
             *self._sharding_rules(),
+            *yielded_batches.rules(self.data, self.batch, self.prediction.data, micro_size=self.evaluation.micro_size),
             (
                 self.checkpoint.best and not validated,
                 "checkpoint.best",

@@ -172,9 +172,9 @@ def _listed(ids: Sequence[int] | Ids) -> str:
 
 
 def fingerprint(source: Any) -> dict[str, Any]:
-    """Return what identifies a data set on resumption: its length and its own ``fingerprint``, if it has one."""
+    """Return what identifies a data set on resumption: its length (a stream has none) and its own ``fingerprint``, if any."""
     return {
-        "samples": len(source) if hasattr(source, "__getitem__") else None,
+        "samples": None if isinstance(source, IterableDataset) else len(source),
         "id": getattr(source, "fingerprint", None),
     }
 
@@ -195,7 +195,7 @@ def check_samples(source: Any, key: str, *, sharded_by: str | None = None) -> No
         return
     if sharded_by is not None:
         raise DataError(
-            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' out"
+            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' (and 'yields') out"
         )
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise DataError(

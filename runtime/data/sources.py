@@ -76,11 +76,11 @@ def preparation(loaded: LoadedConfiguration) -> dict[str, Any]:
     return {
         "fitted": reader.fitted if hasattr(reader, "adopt") else None,
         "reader": _name_of(reader),
-        "classes": class_names(training, _target(loaded)),
+        "classes": class_names(training, target_part(loaded)),
     }
 
 
-def _target(loaded: LoadedConfiguration) -> Name | Sequence[Name] | None:
+def target_part(loaded: LoadedConfiguration) -> Name | Sequence[Name] | None:
     """Return the part of a batch that metrics and predictions are about: the first loss's target."""
     first = next(iter(loaded.values.objective.losses.values()), None)
     own = first.fields.target if first is not None else None
@@ -240,7 +240,7 @@ def _built(loaded: LoadedConfiguration, name: str) -> dict[str, Any]:
 
 def _check_classes(loaded: LoadedConfiguration, name: str, source: Any) -> None:
     """Refuse evaluation data whose classes have other numbers than in training: each metric would be wrong."""
-    own = class_names(source, _target(loaded))
+    own = class_names(source, target_part(loaded))
     trained = preparation(loaded)["classes"] if own is not None else None
     if own is None or trained is None or own == trained:
         return

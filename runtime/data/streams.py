@@ -4,6 +4,8 @@
 an epoch belongs to global batch i // batch size, for any number of ranks and workers. ``sharded_by: dataset``: the data set
 gives each reader its own share; reader r of a rank serves every r-th slot that the rank asks for, always in the same order.
 
+Where the items are whole batches (``yields: batches``), each is one slot as it is, and its samples are its rows.
+
 The random state under which a piece is read follows from its place, so a reader that starts anywhere draws what one that
 came from the beginning would have drawn.
 
@@ -21,13 +23,15 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, default_convert
 
 from runtime.config.component import described
 from runtime.data import worker_info
 from runtime.data.batches import Cursor
 from runtime.data.digests import digest_of_items
+from runtime.data.fields import Fields
 from runtime.data.samples import SampleFailure
+from runtime.data.yielded_batches import rows_of
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 
@@ -62,8 +66,8 @@ class Piece(NamedTuple):
     Args:
         asked: what was asked for.
         samples: in ``batch``.
-        batch: collated; None if there are no samples.
-        total: samples of the whole global batch, where the runtime shards; else of the piece.
+        batch: collated, or as it was yielded; None if there are no samples.
+        total: items of the whole global batch, where the runtime shards; else of the piece.
         more: whether another global batch follows in the epoch, where the runtime shards.
         worker: which reader of the rank it was.
         state: the data set's own state behind the global batch (behind the piece, where the data set shards).
@@ -107,7 +111,9 @@ class StreamSamples:
 
     Args:
         source: the user's IterableDataset; ``set_epoch``, ``state_dict`` and ``load_state_dict`` are used if it has them.
-        batch_size: samples of a global batch.
+        batch_size: items of a global batch.
+        batches: each item is a whole batch, and no slot has more than one.
+        fields: which part of a batch is what, where the samples of a yielded batch are counted.
         drop_last: leave out an epoch's last, smaller global batch.
 
     Attributes:
@@ -127,8 +133,11 @@ class StreamSamples:
         drop_last: bool = False,
         transform: Callable[[Any], Any] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
+        batches: bool = False,
+        fields: Fields = Fields(),  # noqa: B008 - frozen
     ) -> None:
-        self.source, self.sharded_by, self.batch_size = source, sharded_by, batch_size
+        self.source, self.sharded_by, self.batch_size, self.batches = source, sharded_by, batch_size, batches
+        self._fields = fields
         self.places: dict[int, Place] = {}
         self._drop_last = drop_last
         self._seed = seed
@@ -176,11 +185,9 @@ class StreamSamples:
         if self._drop_last and len(items) < self.batch_size:
             items = []
         positions = self._positions(index, len(items))
-        chosen = self._collated(epoch, batch * self.batch_size, [(i, items[i]) for i in positions])
+        samples, made = self._made(epoch, batch * self.batch_size, [(i, items[i]) for i in positions])
         more = len(self._ahead.items) >= (self.batch_size if self._drop_last else 1)
-        return Piece(
-            index, len(positions), chosen, len(items), more, worker, state, content, next_content=self._ahead.content
-        )
+        return Piece(index, samples, made, len(items), more, worker, state, content, next_content=self._ahead.content)
 
     def _own_piece(self, index: StreamIndex, worker: int, workers: int) -> Piece:
         epoch, batch = index.cursor
@@ -197,10 +204,8 @@ class StreamSamples:
             self._current, self._ahead = self._ahead, ahead
         items, state, content = self._current
         start = batch * self.batch_size + _bounds(self.batch_size, index.slots, index.slot)[0]
-        collated = self._collated(epoch, start, list(enumerate(items)))
-        return Piece(
-            index, len(items), collated, len(items), False, worker, state, content, next_content=self._ahead.content
-        )
+        samples, made = self._made(epoch, start, list(enumerate(items)))
+        return Piece(index, samples, made, len(items), False, worker, state, content, next_content=self._ahead.content)
 
     def _size(self, index: StreamIndex, turn: int) -> int:
         slot = index.own.start + turn % len(index.own)
@@ -281,17 +286,41 @@ class StreamSamples:
         slots, slot = (min(index.slots, count), 0) if index.slot == FIRST else (index.slots, index.slot)
         return range(*_bounds(count, slots, slot))
 
-    def _collated(self, epoch: int, first: int, items: list[tuple[int, Any]]) -> Any:
+    def _made(self, epoch: int, first: int, items: list[tuple[int, Any]]) -> tuple[int, Any]:
+        """Return how many samples there are in some items, and the batch that is made of them; none, None of no items.
+
+        Args:
+            first: number in the epoch of the item at position 0.
+            items: with their positions.
+        """
         if not items:
-            return None
+            return 0, None
         if self._transform is None and self._collate is default_collate:
-            return self._collate([item for _, item in items])
+            return self._finished([item for _, item in items], epoch, first + items[0][0])
         with preserved_random_state(_CPU):
-            samples = []
+            found = []
             for position, item in items:
                 seed_everything(derive(self._seed, Purpose.SAMPLE, epoch, first + position), _CPU)
-                samples.append(item if self._transform is None else self._transform(item))
-            return self._collate(samples)
+                found.append(item if self._transform is None else self._transform(item))
+            return self._finished(found, epoch, first + items[0][0])
+
+    def _finished(self, items: list[Any], epoch: int, number: int) -> tuple[int, Any]:
+        if not self.batches:
+            try:
+                return len(items), self._collate(items)
+            except Exception as error:
+                if self._collate is not default_collate:
+                    raise
+                raise DataError(
+                    f"making a batch of {len(items)} samples of the stream raised {described(error)}\n  give data.collate; or, "
+                    "if the stream yields whole batches, say so beside sharded_by: yields: batches"
+                ) from error
+        (item,) = items
+        batch = default_convert(item)  # type: ignore[no-untyped-call]
+        try:
+            return rows_of(batch, self._fields), batch
+        except DataError as error:
+            raise DataError(f"batch {number + 1} of epoch {epoch + 1} of the stream: {error}") from error
 
 
 def _bounds(count: int, slots: int, slot: int) -> tuple[int, int]:

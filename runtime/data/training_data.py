@@ -17,7 +17,7 @@ from runtime.data.order import Order
 from runtime.data.reading_ahead import Ahead
 from runtime.data.samples import Samples, SlotIndex, fingerprint
 from runtime.data.stream_windows import StreamWindows
-from runtime.data.streams import Place, ShardedBy, StreamIndex, StreamSamples
+from runtime.data.streams import FIRST, Place, ShardedBy, StreamIndex, StreamSamples
 from runtime.errors import DataError
 from runtime.processes.control import gather_bytes
 
@@ -160,7 +160,8 @@ class StreamedData:
     def first_batch(self, size: int) -> Any:
         """See :class:`MappedData`; from a reader of its own, so that nothing is used up."""
         slots = -(-self.samples.batch_size // size)
-        piece = next(read(copy(self.samples), iter([StreamIndex(Cursor(), 0, slots, range(slots))]), read_here))
+        slot = FIRST if self.samples.sharded_by == "runtime" else 0
+        piece = next(read(copy(self.samples), iter([StreamIndex(Cursor(), slot, slots, range(slots))]), read_here))
         if not piece.samples:
             raise DataError(
                 "data.train: there are not enough samples in the stream to try what fits (batch.micro_size: auto)"

@@ -43,15 +43,16 @@ def start_facts(
     global_size, limit = loaded.values.batch.global_size, loaded.values.limit
     epochs_steps = None if steps_per_epoch is None else (limit.epochs or 0) * steps_per_epoch
     trainable, frozen = parameters
+    unit = loaded.values.data.unit
     processes = f"{sharing.world_size} process{'es' * (sharing.world_size > 1)}"
     slots = f"{sharing.slots} slot{'s' * (sharing.slots > 1)}"
     return {
         "name": loaded.name,
         "where": f"{processes} on {device}, {loaded.values.precision}",
-        "data": "a stream of training samples"
+        "data": f"a stream of training {'samples' if unit == 'samples' else 'batches'}"
         if data.num_samples is None
         else f"{data.num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
-        "batch": f"{global_size} samples in {slots} of at most {-(-global_size // sharing.slots)}",
+        "batch": f"{global_size} {unit} in {slots} of at most {-(-global_size // sharing.slots)}",
         "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
         "update": default_rate(loaded.values.optimizer, loaded.code) or "",
         "memory": str(memory),

@@ -34,7 +34,10 @@ def out_of_memory(error: BaseException, *, rank: int, where: str, key: str, size
     """
     first_line = str(error).strip().split("\n", maxsplit=1)[0]
     if size == 1:
-        advice = "a single sample does not fit: take a smaller model, a lower precision, or a larger device"
+        advice = (
+            "a single sample (or a single batch of a stream that yields batches) does not fit: take a smaller model, a lower "
+            "precision, or a larger device"
+        )
     elif key == "batch.micro_size":
         advice = (
             f"set {key} to {size // 2} or less (now {size}; the global batch stays the same), or to auto. If this run is to go "
