@@ -95,6 +95,7 @@ LAYERS = [
         "optimization.latecomers",
         "optimization.held_weights",
         "optimization.evaluation_weights",
+        "optimization.trial_steps",
         "optimization.rehearsal",
         "optimization.optimizer",
         "optimization.averaging",

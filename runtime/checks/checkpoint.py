@@ -28,10 +28,10 @@ from runtime.optimization.assembly import build_freezing, build_optimizer
 from runtime.optimization.combined import load_exactly
 from runtime.optimization.evaluation_weights import begin_training, load_training_weights
 from runtime.optimization.held_weights import WholeWeights
+from runtime.optimization.trial_steps import trial_step
 from runtime.processes.control import gather_bytes
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
-from runtime.strategies.bare_step import trial_step
 from runtime.strategies.layouts import adopt_layouts
 from runtime.training.buffer_values import same_bits
 from runtime.training.held_buffers import preserved_buffers
