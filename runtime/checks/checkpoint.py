@@ -21,6 +21,7 @@ from runtime.checkpoints.reading import load_state
 from runtime.checkpoints.resumption import RunState, load_module
 from runtime.checks.attributes import differing_attributes
 from runtime.checks.copies import copy_of, enough_memory
+from runtime.checks.objective import mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
@@ -131,6 +132,7 @@ def _built(
     load_module(load, module, stored, training["objective"], training["buffers"])
     load_exactly(optimizer, training["optimizer"])
     load_training_weights(training["weights"], WholeWeights(module))
+    mark_coupled(module.objective, training["coupled"])  # as a run that goes on does: it is no attribute of the user's
     return module, optimizer
 
 
