@@ -97,6 +97,7 @@ LAYERS = [
         "optimization.latecomers",
         "optimization.held_weights",
         "optimization.evaluation_weights",
+        "optimization.trial_steps",
         "optimization.rehearsal",
         "optimization.optimizer",
         "optimization.averaging",

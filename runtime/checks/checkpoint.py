@@ -21,6 +21,7 @@ from runtime.checkpoints.reading import load_state
 from runtime.checkpoints.resumption import RunState, load_module
 from runtime.checks.attributes import differing_attributes
 from runtime.checks.copies import copy_of, enough_memory
+from runtime.checks.objective import mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
@@ -28,10 +29,10 @@ from runtime.optimization.assembly import build_freezing, build_optimizer
 from runtime.optimization.combined import load_exactly
 from runtime.optimization.evaluation_weights import begin_training, load_training_weights
 from runtime.optimization.held_weights import WholeWeights
+from runtime.optimization.trial_steps import trial_step
 from runtime.processes.control import gather_bytes
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
-from runtime.strategies.bare_step import trial_step
 from runtime.strategies.layouts import adopt_layouts
 from runtime.training.buffer_values import same_bits
 from runtime.training.held_buffers import preserved_buffers
@@ -131,6 +132,7 @@ def _built(
     load_module(load, module, stored, training["objective"], training["buffers"])
     load_exactly(optimizer, training["optimizer"])
     load_training_weights(training["weights"], WholeWeights(module))
+    mark_coupled(module.objective, training["coupled"])  # as a run that goes on does: it is no attribute of the user's
     return module, optimizer
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from runtime.config.component import ComponentError, described
+from runtime.optimization.trial_steps import trial_step
 
 _OF_REAL_TENSORS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -52,7 +53,7 @@ def try_optimizer(optimizer: Optimizer, name: str) -> None:
         plain = {key: None if key in ("foreach", "fused") else False for key in _OF_REAL_TENSORS if key in group}
         groups.append({**_options(group), **plain, "params": [parameter]})
     try:
-        made(groups).step()  # type: ignore[call-arg]  # each of torch's has the rest by default
+        trial_step(made(groups))  # type: ignore[call-arg]  # each of torch's has the rest by default
     except Exception as error:
         raise ComponentError(f"{name} raised {described(error)} at its first update", ("args",)) from error
 

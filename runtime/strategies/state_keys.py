@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from runtime.optimization.combined import members
-from runtime.strategies.bare_step import trial_copy, trial_step
+from runtime.optimization.trial_steps import trial_copy, trial_step
 
 
 def missing_keys(optimizer: Optimizer, state: Mapping[str, Any]) -> set[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.optimization.combined import members
-from runtime.strategies.bare_step import trial_step
+from runtime.optimization.trial_steps import trial_step
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.optim import Adagrad, Optimizer
 
 from runtime.optimization.combined import CombinedOptimizer
 from runtime.optimization.evaluation_weights import switches
-from runtime.strategies.bare_step import trial_copy, trial_step
+from runtime.optimization.trial_steps import trial_copy, trial_step
 
 _STEPS = 3
 _ROWS, _COLUMNS = 4, 6
