@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.training.held_buffers import preserved_buffers
+
 _PLAIN = (int, float, str, bool, tuple, list, dict, set, type(None))
 
 
@@ -17,7 +19,6 @@ _PLAIN = (int, float, str, bool, tuple, list, dict, set, type(None))
 def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Set a mode; afterwards put back modes, buffers, plain attributes (counters) and generators of a module and its parts."""
     parts = list(module.modules())
-    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in module.named_buffers()}
     plain = [{key: copy.deepcopy(value) for key, value in _own(part).items()} for part in parts]
     drawn = [
         (value, value.get_state())
@@ -27,12 +28,9 @@ def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
     ]
     module.train(training)
     try:
-        yield
+        with preserved_buffers(module):
+            yield
     finally:
-        with torch.no_grad():
-            for name, buffer in list(module.named_buffers()):
-                if name in buffers and buffer.shape == buffers[name][1].shape:
-                    buffer.copy_(buffers[name][1])
         for part, attributes in zip(parts, plain, strict=True):
             for key in _own(part).keys() - attributes.keys():
                 delattr(part, key)
