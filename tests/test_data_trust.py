@@ -73,8 +73,10 @@ def test_what_gives_another_sample_when_read_again_is_named_in_one_line(
 ) -> None:
     train, data, named = OFFENDERS[offender]
     observe(run(tmp_path, train, **data))
-    told = [line for line in capsys.readouterr().out.splitlines() if "read again under its seed" in line]
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if "read again under its seed" in line]
     assert any(named in line for line in told), told
+    assert not any("depends on the others of its microbatch" in line for line in lines)  # the loss is not to blame
     assert len(told) == (2 if "split" in data else 1)
 
 

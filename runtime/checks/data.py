@@ -19,10 +19,16 @@ from runtime.strategies import Strategy
 _GLOBAL = "Python's, NumPy's or torch's global generator"
 
 
-def check_samples_repeat(prepared: Prepared, warn: Callable[[str], None]) -> None:
-    """Warn of data sets, transforms and collate functions that give something else when a sample is read again."""
-    for part, (name, stage) in prepared.contents.differing.items():
+def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]) -> bool:
+    """Warn of data sets, transforms and collate functions that give something else when a sample is read again. Collective.
+
+    Returns:
+        whether training samples give the same on every rank.
+    """
+    differing = prepared.contents.differing
+    for part, (name, stage) in differing.items():
         warn(does_not_repeat(part, name, stage))
+    return b"differs" not in gather_bytes(b"differs" if "train" in differing else b"repeats", strategy.device)
 
 
 def does_not_repeat(part: str, name: str, stage: Stage) -> str:
