@@ -40,7 +40,7 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset, get_worker_info
+from torch.utils.data import Dataset, TensorDataset
 
 from runtime.objective import Loss, Objective
 
@@ -85,7 +85,7 @@ class MissingFile(Points):
 
 class Killed(Points):
     def __getitem__(self, index):
-        if index == 37 and get_worker_info() is not None:
+        if index == 37 and torch.multiprocessing.parent_process() is not None:  # in a loader worker
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
