@@ -231,7 +231,7 @@ def _directions(loaded: LoadedConfiguration) -> Iterator[Finding]:
 
 
 def _never(loaded: LoadedConfiguration, length: Length) -> Iterator[Finding]:
-    """Find what would happen after the run's end only."""
+    """Find what would happen after the run's end only. An interval alone is no such thing: at the end everything is due."""
     values = loaded.values
     whole = f"the run has {length.steps:,} steps" if length.steps is not None else "the run"
     warmup = values.schedule.warmup_steps if values.schedule is not None else 0
@@ -239,15 +239,11 @@ def _never(loaded: LoadedConfiguration, length: Length) -> Iterator[Finding]:
         yield Finding(
             ("schedule", "warmup_steps"), f"{warmup:,} updates, and {whole}: the rate never reaches its full height"
         )
-    sections: dict[str, Any] = {"checkpoint": values.checkpoint, "reporting": values.reporting}
-    if values.data.has("validation"):
-        sections["evaluation"] = values.evaluation
-    for name, section in sections.items():
-        if "every" in section.model_fields_set and length.holds(section.every) == 0:
-            what = f"{section.every} is longer than the run ({whole}): it happens at the end, if at all"
-            yield Finding((name, "every"), what)
     yield from _averaging(loaded, length, whole)
-    evaluations = length.holds(values.evaluation.every)
+    evaluations = length.holds(values.evaluation.every)  # the one at the run's end decides nothing
+    if values.checkpoint.best and evaluations == 0:
+        what = f"{values.evaluation.every} is longer than the run ({whole}): checkpoint.best never judges a result"
+        yield Finding(("evaluation", "every"), what)
     stopping = values.limit.early_stopping
     if stopping is not None and evaluations is not None and evaluations <= stopping.patience:
         what = f"{stopping.patience} evaluations, and the run has {evaluations}: it can never stop early"
