@@ -125,6 +125,7 @@ def configuration(folder: Path, setting: Setting, *, num_workers: int = 0) -> di
             "best": [{"metric": "loss", "mode": setting.best, "keep": KEPT_BEST}],
         },
         "reporting": {"every": "1 step", "progress": False},
+        "checks": "on" if setting.best == "min" else "off",  # which refuse to keep the largest losses
         **changes,
     }
 
