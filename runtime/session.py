@@ -261,17 +261,7 @@ def _together(
             result = act(processes)
         except BaseException as raised_error:
             _ignore_lost_workers(stack)
-            error = _in_words(raised_error)
-            lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(str(error))
-            if not isinstance(error, EQUAL_ON_ALL_RANKS):
-                watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
-            exit_code = error.exit_code if isinstance(error, LockstepError) else 1
-            repeats = not (lost_contact or isinstance(error, PeerError))
-            tell({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
-            if lost_contact:
-                raise PeerError("lost contact with another rank, whose own message tells why") from raised_error
-            if error is not raised_error:
-                raise error from raised_error
+            _tell_of_failure(raised_error, strategy, watch, tell)
             raise
         finally:
             watch.stop()
@@ -279,6 +269,26 @@ def _together(
         told = {"message": result.message} if result.message else {}
         tell({**ended, "step": result.step, **told})
         return result
+
+
+def _tell_of_failure(raised_error: BaseException, strategy: Strategy, watch: Watch, tell: Callable[..., None]) -> None:
+    """Tell other ranks and the launcher what ends this rank; raise the error that says it in words, if there is another."""
+    error = _in_words(raised_error)
+    try:
+        lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(str(error))
+        if not isinstance(error, EQUAL_ON_ALL_RANKS):
+            watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
+        exit_code = error.exit_code if isinstance(error, LockstepError) else 1
+        repeats = not (lost_contact or isinstance(error, PeerError))
+        tell({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
+        if lost_contact:
+            raise PeerError("lost contact with another rank, whose own message tells why") from raised_error
+        if error is not raised_error:
+            raise error from raised_error
+    finally:
+        # An error that a frame of its own traceback refers to is freed by the garbage collector alone, and until then all
+        # frames live: the wrapped module's among them, with the process group's connections, at which other ranks wait.
+        del error, raised_error
 
 
 def _ignore_lost_workers(stack: ExitStack) -> None:
