@@ -81,13 +81,14 @@ def observe_workers(config: dict[str, Any], after: int | None) -> tuple[dict[str
 
 
 def evaluated_often(folder: Path, num_workers: int, **changes: Any) -> dict[str, Any]:
-    """Evaluates 8 times, at the end the test data as well."""
+    """Evaluates 8 times, at the end the test data as well. The checks of a first start would have workers of their own."""
     points = {"target": "tiny:points", "args": {"size": 40}}
     noting = {"worker_init": {"target": "tiny_reading:note_worker"}} if num_workers else {}
     loader = {"num_workers": num_workers, **noting}
     data = {"train": points, "validation": points, "test": points, "loader": loader}
+    evaluation = {"every": "1 step", "micro_size": 7}
     return configuration(
-        folder, **{"data": data, "limit": {"steps": 8}, "evaluation": {"every": "1 step", "micro_size": 7}, **changes}
+        folder, **{"data": data, "limit": {"steps": 8}, "evaluation": evaluation, "checks": "off", **changes}
     )
 
 
@@ -116,6 +117,14 @@ def test_an_evaluation_that_is_cut_short_leaves_no_worker(pool: ProcessPool, tmp
     config = evaluated_often(tmp_path / "cut", 2)
     result, started, left = pool.run(observe_workers, 1, config, 5)[0]
     assert (result["outcome"], len(started), left) == ("stopped", 4, [])
+
+
+@pytest.mark.single
+def test_the_workers_of_the_checks_end_as_well(pool: ProcessPool, tmp_path: Path) -> None:
+    config = evaluated_often(tmp_path, 2, checks="on", limit={"steps": 1})
+    _, started, left = pool.run(observe_workers, 1, config, None)[0]
+    assert len(set(started)) > 2 * 3
+    assert left == []
 
 
 def lasting(closing: ExitStack, samples: Any, **options: Any) -> Any:
