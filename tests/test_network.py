@@ -126,6 +126,7 @@ def test_when_the_link_between_two_hosts_is_cut_both_leave_and_name_who_is_lost(
         assert lost in other.told()
         assert f"this is rank 1 (host {second}), in " in other.told()
         for said in (one.told(), other.told()):
-            assert "all_reduce" in said or "backward" in said or "work.wait()" in said  # where the rank that leaves stood
+            # where the rank that leaves stood
+            assert "all_reduce" in said or "backward" in said or "work.wait()" in said
         assert one.outcome()["outcome"] == "failed"
         assert one.outcome()["message"].startswith(f"rank 1 (host {second}), in ")
