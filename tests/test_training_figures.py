@@ -69,7 +69,6 @@ def test_each_report_has_the_rates_of_all_groups_with_which_its_update_was_made(
     config = configuration(
         tmp_path,
         optimizer=args,
-        checks="off",  # which try the optimizer out: the hook would note that step as well
         schedule={"target": "ExponentialLR", "args": {"gamma": 0.8}, "warmup_steps": 3},
         limit={"steps": 8},
         reporting={"every": "3 steps", "progress": False},
