@@ -36,6 +36,8 @@ def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
     others: list[int] = []
     prepare, warm_up, all_reduce = AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce
     seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0  # a stop message at every step
+    steps_ahead = control.Agreement.steps_ahead
+    control.Agreement.steps_ahead = property(lambda self: 8)  # type: ignore[assignment, method-assign]  # not by the clock
 
     def hook(state: Any, bucket: Any) -> Any:
         buckets.append(bucket.buffer().nbytes)
@@ -63,6 +65,7 @@ def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
     finally:
         AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce = prepare, warm_up, all_reduce
         control._SECONDS_BETWEEN = seconds_between
+        control.Agreement.steps_ahead = steps_ahead  # type: ignore[method-assign]
     gradients = list(buckets)
     for size in gradients:  # the hook's own all-reduces
         others.remove(size)
