@@ -54,14 +54,17 @@ class SupervisedObjective(Objective):
             ObjectiveError: output and target do not fit each other or the loss.
         """
         fields = self.fields
-        output = full_precision(fields.output_of(returned))
+        output = fields.output_of(
+            returned
+        )  # as the model gave it: a copy in float32 would be held until the step's end
         target = self.target_of(batch)
         if not self.outputs and not isinstance(output, Tensor):
             raise no_tensor(self.name, output)
+        compared = full_precision(output)
         try:
             if fields.weight is None:
-                return Loss(self.loss_sum(output, target), output=output)
-            losses = self.losses(output, target)
+                return Loss(self.loss_sum(compared, target), output=output)
+            losses = self.losses(compared, target)
             weights = spread(fields.weight_of(batch), losses.shape)
             return Loss((losses * weights.to(losses.dtype)).sum(), output=output)
         except _REFUSALS as error:

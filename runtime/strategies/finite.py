@@ -1,4 +1,4 @@
-"""Whether a gradient is finite."""
+"""What a gradient is judged by: whether it is finite, and its norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 
 def all_finite(gradients: list[Tensor]) -> bool:
@@ -20,3 +21,16 @@ def all_finite(gradients: list[Tensor]) -> bool:
     found = gradients[0].new_zeros(1)
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, gradients[0].new_ones(1))
     return found.item() == 0
+
+
+def norm_of(gradients: list[Tensor], *, uniform: bool) -> Tensor:
+    """Return the 2-norm of a whole gradient.
+
+    Args:
+        uniform: all parts are of one type, on one device.
+    """
+    if not uniform:
+        return get_total_norm(gradients)
+    # What get_total_norm does, without grouping by device and type: half of its cost on small models.
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
