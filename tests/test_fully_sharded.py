@@ -271,7 +271,7 @@ def count_recomputation(config: dict[str, Any]) -> int:
 
 @pytest.mark.single
 def test_checkpointed_blocks_run_forward_twice(pool: ProcessPool, tmp_path: Path) -> None:
-    changes = {"limit": {"steps": 1}, "strategy": {"kind": "ddp"}}
+    changes = {"limit": {"steps": 1}, "strategy": {"kind": "ddp"}, "checks": "off"}  # which run it as well
     once = pool.run(count_recomputation, 1, gpt(tmp_path / "once", **changes))[0]
     model = {"target": "tiny_sharded:Gpt", "checkpoint_activations": ["Block"]}
     twice = pool.run(count_recomputation, 1, gpt(tmp_path / "twice", **changes, model=model))[0]
