@@ -181,6 +181,7 @@ def test_what_might_not_be_meant_is_one_line_and_checks_off_is_silent(
         {"checkpoint": {"every": "15 epochs"}},
         {"reporting": {"every": "41 steps"}},
         {"schedule": section("CosineAnnealingLR") | {"warmup_steps": 4}, "averaging": {}},
+        {"schedule": section("CosineAnnealingLR") | {"warmup_steps": 30}},
         {"schedule": section("OneCycleLR", max_lr=0.1)},
         {"schedule": section("WarmupStableDecay")},
         {"schedule": section("CosineAnnealingWarmRestarts", T_0=10)},

@@ -141,16 +141,17 @@ def _rates(
     if not any(highest):
         yield Finding(key, "all learning rates are 0 through the whole run, so nothing is trained")
     elif section is not None:
-        yield from _shape(key, name, highest, steps)
+        yield from _shape(key, name, highest, steps, warmup=section.warmup_steps)
 
 
-def _shape(key: tuple[str, ...], name: str, rates: list[float], steps: int) -> Iterator[Finding]:
+def _shape(key: tuple[str, ...], name: str, rates: list[float], steps: int, *, warmup: int) -> Iterator[Finding]:
     last = max(step for step, rate in enumerate(rates, 1) if rate > 0)
     if steps - last > max(1, steps // 20):
         yield Finding(
             key, f"{name} makes the rate 0 after step {last:,} of {steps:,}: nothing is trained from there on"
         )
-    lowest = rates.index(min(rates))
+    begun = min(warmup, steps - 1)  # a warm-up rises by intention
+    lowest = rates.index(min(rates[begun:]), begun)
     if name.endswith("CosineAnnealingLR") and max(rates[lowest:]) > 2 * rates[lowest] + 0.05 * max(rates):
         yield Finding(
             key, f"{name} is lowest after step {lowest:,} of {steps:,}, and rises again: T_max is shorter than the run"
