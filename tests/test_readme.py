@@ -99,7 +99,7 @@ def test_several_losses_train_as_written(tmp_path: Path) -> None:
         + "batch: {global_size: 12, micro_size: 5}\noptimizer: {target: SGD, args: {lr: 0.0}}\nlimit: {steps: 1}\n"
         + "reporting: {every: 1 step, progress: false}\n"
     )
-    result = train(tmp_path / "losses.yaml")
+    result = train(tmp_path / "losses.yaml", f"output={tmp_path}/run")
     lines = (result.folder / "metrics.jsonl").read_text().splitlines()
     (told,) = [record for record in map(json.loads, lines) if record["event"] == "train"]
     samples = sys.modules["mine"].sentences()
