@@ -286,6 +286,7 @@ def test_which_checkpoints_are_the_best_follows_from_all_evaluations_and_no_inte
         "optimizer": {"target": "SGD", "args": {"lr": 1.0}},  # so large that the loss goes up and down
         "evaluation": {"every": "2 steps"},
         "checkpoint": {"every": "4 steps", "keep": 1, "best": [{"metric": "loss", "mode": mode, "keep": keep}]},
+        "checks": "off",  # which refuse to keep the worst as the best
     }
     whole, cut = deep(tmp_path / "whole", **changes), deep(tmp_path / "cut", **changes)
     pool.run(observe, world_size, whole)
