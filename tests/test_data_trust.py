@@ -146,7 +146,7 @@ def as_target(section: dict[str, str]) -> dict[str, Any]:
         ({"batch_sampler": source("OwnBatches", args={"kind": "own"})}, ["data.batch_sampler", "drawn again"]),
         ({"sampler": source("Counting")}, ["data.sampler", "Counting", "no count of its own"]),
         ({"sampler": {"target": "RandomSampler"}}, ["trained"]),
-        ({"sampler": {"target": "SubsetRandomSampler", "args": {"indices": list(range(5, 40))}}}, ["trained"]),
+        ({"sampler": {"target": "SubsetRandomSampler", "args": {"indices": list(range(5, 53))}}}, ["trained"]),
         (
             {"sampler": {"target": "torch.utils.data:DistributedSampler", "args": {"num_replicas": 1, "rank": 0}}},
             ["trained"],

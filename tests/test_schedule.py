@@ -243,7 +243,7 @@ def test_a_plateau_scheduler_steps_once_per_evaluation_and_resumes_at_every_one(
 def test_a_result_that_is_no_number_cannot_be_watched() -> None:
     ours = optimizer()
     schedule = Schedule(ours, lr_scheduler.ReduceLROnPlateau(ours), monitor="confusion")
-    with pytest.raises(EvaluationError, match=r"schedule.monitor: confusion"):
+    with pytest.raises(EvaluationError, match=r"schedule.monitor: 'confusion'"):
         schedule.after_evaluation({"confusion": [1.0, 2.0]})
 
 
