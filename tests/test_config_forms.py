@@ -371,7 +371,12 @@ def test_describe_lists_the_arguments(
 
 
 @pytest.mark.parametrize(
-    ("target", "word"), [("AdmW", "'AdamW'"), ("torch.optim.AdmW", "'AdamW'"), ("no:x", "no module 'no'")]
+    ("target", "word"),
+    [
+        ("AdmW", "'AdamW'"),
+        ("torch.optim.AdmW", "'AdamW'"),
+        ("nowhere_to_be_found:x", "no module 'nowhere_to_be_found'"),
+    ],
 )
 def test_what_nothing_is_called_is_told(capsys: pytest.CaptureFixture[str], target: str, word: str) -> None:
     assert cli.main(["describe", target]) == 2
