@@ -43,7 +43,7 @@ def rows_from(batch: Any, start: int, stop: int, *, rows: int) -> Any:
         parts = {key: rows_from(part, start, stop, rows=rows) for key, part in batch.items()}
         return None if any(part is None for part in parts.values()) else parts
     if isinstance(batch, list | tuple):
-        if len(batch) == rows and not any(True for _ in _tensors(batch)):
+        if len(batch) == rows and not any(True for _ in tensors_of(batch)):
             return batch[start:stop]
         several = [rows_from(part, start, stop, rows=rows) for part in batch]
         return None if any(part is None for part in several) else several
@@ -68,23 +68,24 @@ def _agreed(value: Any) -> int | None:
     """Return the first dimension of all tensors, or the length of what holds none; None if they differ or there is none."""
     if not isinstance(value, Tensor | Mapping | list | tuple | str | bytes) and hasattr(value, "__len__"):
         return len(value)
-    sizes = {tensor.size(0) for tensor in _tensors(value) if tensor.ndim}
+    sizes = {tensor.size(0) for tensor in tensors_of(value) if tensor.ndim}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def _described(batch: Any) -> str:
-    shapes = [str(tuple(tensor.shape)) for tensor in _tensors(batch) if not tensor.is_nested]
+    shapes = [str(tuple(tensor.shape)) for tensor in tensors_of(batch) if not tensor.is_nested]
     if not shapes:
         return f"it is a {type(batch).__name__} without tensors"
     return f"its tensors have the shapes {', '.join(shapes[:6])}{', …' * (len(shapes) > 6)}"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, nested as it is."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_of(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_of(part)

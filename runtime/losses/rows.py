@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from runtime.data.batches import Window
+from runtime.data.yielded_batches import tensors_of
 from runtime.errors import DataError
 from runtime.losses.supervised import PerSampleObjective
 from runtime.objective import Objective
@@ -24,7 +23,7 @@ def miscounted(objective: Objective, batch: Any, samples: int) -> str:
     """
     if not objective.counts_samples:
         return ""
-    shapes = [tensor.shape for tensor in _tensors(batch) if tensor.ndim]
+    shapes = [tensor.shape for tensor in tensors_of(batch) if tensor.ndim]
     rows = {shape[0] for shape in shapes}
     if len(rows) != 1 or any(samples in shape[:2] for shape in shapes):
         return ""
@@ -55,14 +54,3 @@ def told_miscounts(windows: Iterator[Window], objective: Objective, warn: Callab
         if told:
             break
     yield from windows
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
