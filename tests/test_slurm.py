@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from runtime.checkpoints.reading import load_state
 from runtime.config.file import load
+from runtime.config.output_name import escaped
 from tests.observed import PROJECT, configuration, observe
 from tests.process_pool import ProcessPool
 from tests.slurm_cluster import SlurmCluster, outcome, started_cluster, steps
@@ -105,7 +106,7 @@ def test_a_run_that_is_configured_wrongly_fails_once_under_any_name(slurm: Slurm
     """That one sample cannot keep two processes busy is known only to the ranks. All the names are hostile."""
     name = HOSTILE.replace("\\", "")
     folder = tmp_path / name
-    config = configuration(folder / "run", name=name, batch={"global_size": 1})
+    config = configuration(escaped(str(folder / "run")), name=name, batch={"global_size": 1})
     job = slurm.submit(written(folder, config), "--nodes", "2", f"--sbatch=--mail-user={HOSTILE}")
     found = ended(slurm, folder / "run", job)
     said = log(slurm, folder / "run", job)

@@ -174,22 +174,21 @@ def trained_wrongly(config: dict[str, Any], mistake: str) -> None:
 
     from runtime.strategies import accelerated
 
-    right, wrap = accelerated.starting_gradient, accelerated.AcceleratedStrategy._wrap
+    right, wrap = accelerated.starting_gradient, accelerated.wrapped_module
 
-    def wrap_without_one(strategy: Any) -> None:
+    def wrap_without_one(accelerator: Any, module: Any) -> Any:
         name = "model.final_norm.bias"
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(strategy._module, [name])
-        wrap(strategy)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [name])
+        return wrap(accelerator, module)
 
     if mistake == "scaled by 1.001":
-        accelerated.starting_gradient = lambda loss, weight, scale: right(loss, weight, scale=1.001 * scale)
+        accelerated.starting_gradient = lambda loss, weight: right(loss, weight, scale=1.001)
     else:
-        accelerated.AcceleratedStrategy._wrap = wrap_without_one  # type: ignore[method-assign]
+        accelerated.wrapped_module = wrap_without_one
     try:
         observe(config)
     finally:
-        accelerated.starting_gradient = right
-        accelerated.AcceleratedStrategy._wrap = wrap  # type: ignore[method-assign]
+        accelerated.starting_gradient, accelerated.wrapped_module = right, wrap
 
 
 @pytest.mark.parametrize(

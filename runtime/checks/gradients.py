@@ -9,6 +9,7 @@ from runtime import assembly
 from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
+from runtime.config.zero_rules import UNUSED_PARAMETERS
 from runtime.data.loading import read
 from runtime.data.samples import SlotIndex
 from runtime.data.training_data import MappedData, TrainingData
@@ -43,10 +44,7 @@ def check_gradients(
         return
     found = f"{listed(names)} got no gradient from the first samples"
     if values.strategy.kind == "zero":
-        warn(
-            f"model: {found}; DeepSpeed updates parameters without a gradient as if it were zero (weight decay, momentum): "
-            "freeze what no step uses (model.freeze), or use strategy.kind: ddp"
-        )
+        warn(f"model: {found}; {UNUSED_PARAMETERS}")
     elif values.strategy.kind == "ddp" and strategy.world_size > 1 and not options.static_graph:
         what = (
             f"is false, and {found}: the ranks' gradients cannot be summed then. Set it to true if other steps use them; "

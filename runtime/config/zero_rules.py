@@ -12,6 +12,11 @@ from runtime.errors import Problem
 _NOT_ELEMENTWISE = ("Muon", "Adafactor", "LBFGS")
 _DDP = "or use strategy.kind: ddp"
 
+UNUSED_PARAMETERS = (
+    "DeepSpeed updates parameters without a gradient as if it were zero (weight decay, momentum): freeze what no step uses "
+    "(model.freeze), or use strategy.kind: ddp"
+)
+
 
 def zero_problems(
     values: RunConfiguration, where: Callable[[Sequence[str]], str], beside: Callable[[str], Path]

@@ -6,15 +6,18 @@ targets name and that are installed from a folder elsewhere (``pip install -e``)
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 _OURS = ("runtime", "launch")
-_first_seen: dict[Path, str] = {}
+_INSTALLED = f"{os.sep}site-packages{os.sep}"
+_first_seen: dict[str, str] = {}
 
 
 def loaded_code(folder: Path, configuration: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -26,18 +29,19 @@ def loaded_code(folder: Path, configuration: Mapping[str, Any]) -> dict[str, dic
         folder: the code folder.
         configuration: resolved values, whose targets name packages.
     """
-    folder = folder.resolve()
+    within = str(folder.resolve()) + os.sep
     tops = {target.partition(":")[0].partition(".")[0] for target in _targets(configuration) if ":" in target}
     files, packages = {}, {}
-    for name, module in list(sys.modules.items()):
+    for name, module in list(sys.modules.items()):  # thousands, at each save
         top = name.partition(".")[0]
-        path = _source(module)
+        file = getattr(module, "__file__", None)
+        path = _source(file) if isinstance(file, str) else None
         if path is None or top in _OURS:
             continue
-        if path.is_relative_to(folder) and "site-packages" not in path.relative_to(folder).parts:
-            files[path.relative_to(folder).as_posix()] = _digest(path)
-        elif top in tops and "site-packages" not in path.parts and not path.is_relative_to(sys.base_prefix):
-            files[str(path)] = _digest(path)
+        if path.startswith(within) and _INSTALLED not in path[len(within) - 1 :]:
+            files[Path(path[len(within) :]).as_posix()] = _digest(path)
+        elif top in tops and _INSTALLED not in path and not path.startswith(sys.base_prefix + os.sep):
+            files[path] = _digest(path)
         elif name in tops:
             packages[name] = _version(name, module)
     return {"files": dict(sorted(files.items())), "packages": dict(sorted(packages.items()))}
@@ -47,10 +51,10 @@ def changes_of(stored: Mapping[str, Mapping[str, str]], folder: Path, configurat
     """Return what of a run's code is another now: its files by name, packages with both versions."""
     now, changed = loaded_code(folder, configuration), []
     for name, digest in stored["files"].items():
-        path = folder.resolve() / name  # which an absolute name replaces
+        path = folder.resolve() / name  # an absolute name replaces the folder
         if not path.is_file():
             changed.append(f"{name} is gone")
-        elif now["files"].get(name, _digest(path)) != digest:
+        elif now["files"].get(name, _digest(str(path))) != digest:
             changed.append(f"{name} has changed")
     changed += [f"{name} is new" for name in now["files"] if name not in stored["files"]]
     for name, version in stored["packages"].items():
@@ -71,19 +75,23 @@ def _targets(value: Any) -> Iterator[str]:
             yield from _targets(inner)
 
 
-def _source(module: Any) -> Path | None:
-    file = getattr(module, "__file__", None)
-    if (
-        not isinstance(file, str) or not file.endswith(".py") or not Path(file).is_absolute()
-    ):  # torch names some otherwise
+@cache
+def _source(file: str) -> str | None:
+    """Return a module's file, by the real path of its folder; torch gives some of its modules files that are none."""
+    if not file.endswith(".py") or not Path(file).is_absolute():
         return None
-    return Path(file).resolve()
+    return str(_real(Path(file).parent) / Path(file).name)
 
 
-def _digest(path: Path) -> str:
+@cache
+def _real(folder: Path) -> Path:
+    return folder.resolve()
+
+
+def _digest(path: str) -> str:
     if path not in _first_seen:
         try:
-            _first_seen[path] = sha256(path.read_bytes()).hexdigest()[:16]
+            _first_seen[path] = sha256(Path(path).read_bytes()).hexdigest()[:16]
         except OSError:
             return "unreadable"
     return _first_seen[path]

@@ -53,7 +53,7 @@ def wrapped_module(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Return the module as Accelerate wraps it, whose forward method stays as it is. Collective.
 
     Around the method, Accelerate would convert all that a model returns to float32: a second copy of the logits, for nothing.
-    To take that back with ``unwrap_model`` would import DeepSpeed where it is installed (1.15), which takes over a second.
+    To take that back with ``unwrap_model`` would import the zero backend where it is installed (1.15): over a second.
     """
     native_amp, accelerator.native_amp = accelerator.native_amp, False
     try:
