@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from runtime.training.buffer_values import same_bits
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_SCHEDULERS = {"step", "_opt_called", "_step_count"}
-_OF_OPTIMIZERS = frozenset(vars(SGD([torch.zeros(1)]))) | _OF_SCHEDULERS | {"members"}
 _PLAIN = (bool, int, float, complex, str, bytes)
 
 
@@ -36,8 +36,13 @@ def differing_attributes(
             prefix = f"{name}." if name else "model."
             found += _differing(prefix, vars(part), vars(parts[path]), _OF_MODULES, caches)
     for one, other in zip(members(running_optimizer), members(built_optimizer), strict=True):
-        found += _differing(f"{type(one).__name__}.", vars(one), vars(other), _OF_OPTIMIZERS, caches)
+        found += _differing(f"{type(one).__name__}.", vars(one), vars(other), _of_optimizers(), caches)
     return found
+
+
+@cache
+def _of_optimizers() -> frozenset[str]:
+    return frozenset(vars(SGD([torch.zeros(1)]))) | _OF_SCHEDULERS | {"members"}  # the first one imports torch._dynamo
 
 
 def _differing(
