@@ -117,6 +117,15 @@ def free_port() -> int:
         return port
 
 
+@pytest.fixture
+def own_terminal() -> Iterator[None]:
+    """What is started does not inherit that these tests themselves were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("own_terminal")
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_closes_is_a_wish_to_stop_unless_nohup_says_otherwise(tmp_path: Path, nohup: bool) -> None:
     line = [*(["nohup"] if nohup else []), sys.executable, TRAIN, "CONFIG"]
