@@ -35,11 +35,11 @@ from runtime.evaluation.metric_inputs import feed_of
 from runtime.inference.columns import ColumnBuilder, model_arguments
 from runtime.inference.request import columns_of_sample
 from runtime.inference.submission import header_of
+from runtime.model_calls import is_out_of_memory
 from runtime.objective import Objective, full_precision
 from runtime.processes.control import gather_bytes
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
-from runtime.training.fitting import is_out_of_memory
 
 _KINDS = {kind.__name__: kind for kind in (DataError, ForwardError, ObjectiveError)}
 
