@@ -370,7 +370,7 @@ def _as_numbers(column: Numbers | Texts) -> NDArray[Any] | Texts:
     """
     assert isinstance(column, Texts)
     known = [value.strip() for value in column.known]
-    whole = [value for value in known if value.removeprefix("-").isdecimal()]
+    whole = [value for value in known if value.lstrip("+-").replace("_", "").isdecimal()]
     if (column.codes < 0).any() or not all(_WHOLE.fullmatch(value) and abs(int(value)) < 2**63 for value in whole):
         return column
     try:
