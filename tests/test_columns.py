@@ -165,7 +165,9 @@ def test_ids_are_one_text_or_number_for_each_sample() -> None:
     assert parts.ids((torch.zeros(2, 1),), index, None) is index
     assert list(parts.ids((0, torch.tensor([7, 8])), index, 1)) == [7, 8]
     assert parts.ids({"n": [np.str_("a"), "b"]}, index, "n") == ["a", "b"]
-    for ids in (["a"], [["a"], ["b"]], torch.zeros(2, 2), "ab", [None, "a"]):
+    with pytest.raises(DataError, match=r"the id, 'n' .* is there 1 times for 2 samples; data\.collate"):
+        parts.ids({"n": ["a"]}, index, "n")
+    for ids in ([["a"], ["b"]], torch.zeros(2, 2), "ab", [None, "a"]):
         with pytest.raises(
             DataError, match=r"the id, 'n' \(data\.fields\.id\), must be one text or number for each of 2 samples"
         ):

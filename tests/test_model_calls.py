@@ -23,6 +23,10 @@ def line_of(words: str) -> int:
     return next(number for number, line in enumerate(lines, start=1) if words in line)
 
 
+def raising(kind: str) -> dict[str, Any]:
+    return {"target": "tiny_misfits:Raising", "args": {"kind": kind}}
+
+
 MISTAKES: list[Any] = [
     (
         {"model": "tiny_misfits:Narrow"},
@@ -34,6 +38,11 @@ MISTAKES: list[Any] = [
     ({"model": {"target": "MLP", "args": {"in_features": 9, "hidden": [4], "out_features": 3}}}, ["model_zoo/mlp.py"], None),
     ({"model": {"target": "torch.nn:Linear", "args": {"in_features": 9, "out_features": 3}}}, ["Linear(in_features=9"], None),
     ({"model": "tiny_misfits:Wordy"}, ["missing 1 required positional argument: 'mask'", "data.fields.inputs"], None),
+    ({"model": raising("attribute")}, ["no attribute 'skip_connection'"], "# a missing attribute"),
+    ({"model": raising("file")}, ["FileNotFoundError", "weights.bin"], "# a missing file"),
+    ({"model": raising("connection")}, ["a connection of another size"], "# about a connection"),
+    ({"model": raising("numbers")}, ["an Embedding takes whole numbers", "words: Embedding"], "# numbers for words"),
+    ({"model": raising("words")}, ["0 to num_embeddings - 1", "words: Embedding"], "# words beyond"),
 ]  # fmt: skip
 
 

@@ -227,8 +227,13 @@ def one_each(values: Any, count: int, what: str, *, may_lack: bool = False) -> V
     """
     if isinstance(values, Tensor):
         values = full_precision(values).cpu().numpy()
-    single = isinstance(values, np.ndarray | list | tuple) and len(values) == count and np.ndim(values) == 1
-    if not single or not all(isinstance(v, str | int | float | np.generic) or (may_lack and v is None) for v in values):
+    listed = isinstance(values, np.ndarray | list | tuple) and np.ndim(values) == 1
+    if listed and len(values) != count:
+        raise DataError(
+            f"{what} is there {len(values)} times for {count} samples; data.collate (or the data set's __getitems__) must keep "
+            "every sample that is predicted"
+        )
+    if not listed or not all(isinstance(v, str | int | float | np.generic) or (may_lack and v is None) for v in values):
         raise DataError(f"{what} must be one text or number for each of {count} samples")
     if isinstance(values, np.ndarray) and values.dtype.kind in "iuf":
         return values
