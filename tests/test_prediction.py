@@ -136,9 +136,8 @@ def test_files_are_the_same_bytes_from_1_2_and_3_processes_and_equal_a_hand_writ
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_fewer_samples_than_ranks_are_predicted(pool: ProcessPool, run: Path, tmp_path: Path, size: int) -> None:
-    pool.run(
-        predicted_all, 3, run, tmp_path, "validation", [f"data.validation.args.size={size}", "evaluation.micro_size=1"]
-    )
+    overrides = [f"data.validation.args.size={size}", "evaluation.micro_size=1"]
+    pool.run(one_prediction, 3, run, tmp_path / "out.csv", *overrides)
     rows = rows_of(tmp_path / "out.csv")
     assert [row["id"] for row in rows] == [str(i) for i in range(size)]
     assert [int(row["prediction"]) for row in rows] == by_hand(run, size=size).argmax(-1).tolist()
@@ -428,8 +427,8 @@ def test_memory_does_not_grow_with_the_number_of_rows(
             tracemalloc.stop()
 
     peak(200)  # what is imported for the first time
-    few, many = peak(400), peak(12_000)
-    assert many < few + 150_000  # of 600 kB that the rows of a file of text take
+    few, many = peak(400), peak(6_000)
+    assert many < few + 100_000  # of 300 kB that the rows of a file of text take
 
 
 # Sample submissions

@@ -199,7 +199,7 @@ def model_arguments(fields: Fields, batch: Any) -> tuple[tuple[Any, ...], dict[s
     """Return what the model is called with, of a batch that may have no target.
 
     Raises:
-        ObjectiveError: it cannot be told which part is the model's.
+        ObjectiveError: nothing says which part is the model's.
     """
     if isinstance(batch, Tensor):
         if fields.inputs not in (None, 0):
@@ -287,12 +287,12 @@ class PartsOfData:
         try:
             if not single:
                 return part_of(batch, name)
-            told = f"the batch is {shown(batch)}"
+            why = f"the batch is {shown(batch)}"
         except ObjectiveError as error:
-            told = str(error).partition(": ")[2]
+            why = str(error).partition(": ")[2]
         column = self._column(name) if isinstance(name, str) else None
         if column is None:
-            raise DataError(f"the data has no part {name!r}: {told}, and the data set has no method column(name)")
+            raise DataError(f"the data has no part {name!r}: {why}, and the data set has no method column(name)")
         return column[index]
 
     def _column(self, name: str) -> Any:

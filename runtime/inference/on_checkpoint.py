@@ -49,7 +49,7 @@ from runtime.training.fitting import out_of_memory
 
 @dataclass(frozen=True)
 class Inferred:
-    """What came of an evaluation or a prediction; equal on every rank.
+    """The result of an evaluation or a prediction; equal on every rank.
 
     Args:
         outcome: ``finished``, or ``stopped`` when it was asked to stop: then there are no results, and no file is written.
@@ -61,7 +61,7 @@ class Inferred:
         samples: in the data.
         results: of an evaluation.
         output: the file that was written, if any.
-        message: nothing.
+        message: always empty; what a run's result has there, an inference has not.
     """
 
     outcome: Literal["finished", "stopped"]
@@ -91,7 +91,7 @@ class Inference:
         request: what is asked for.
         strategy: how the processes share the work.
         stop_wish: set by signals.
-        position: told where this rank is.
+        position: where this rank is, for its heartbeats.
     """
 
     def __init__(
@@ -263,8 +263,8 @@ class Inference:
             found = chosen(self._loaded.output, self._request.checkpoint, best, warn=_warn)
             return {**vars(found), "path": str(found.path.absolute())}
 
-        told = self._on_rank_0(choose)
-        return Checkpoint(**{**told, "path": Path(told["path"])})
+        checkpoint = self._on_rank_0(choose)
+        return Checkpoint(**{**checkpoint, "path": Path(checkpoint["path"])})
 
     def _loaded_weights(self) -> Weights:
         """Read the checkpoint on every rank; what fails on one is raised on all."""
@@ -273,10 +273,9 @@ class Inference:
             weights = load_weights(self._checkpoint.path)
         except CheckpointError as error:
             problem = str(error)
-        problems = [told.decode() for told in gather_bytes(problem.encode() or b" ", self._strategy.device)]
-        for rank, told in enumerate(problems):
-            if told != " ":
-                raise CheckpointError(f"rank {rank}: {told}")
+        for rank, found in enumerate(gather_bytes(problem.encode() or b" ", self._strategy.device)):
+            if found != b" ":
+                raise CheckpointError(f"rank {rank}: {found.decode()}")
         assert weights is not None
         return weights
 
@@ -335,10 +334,9 @@ def print_results(done: Inferred, reported: Mapping[str, Result]) -> None:
         table.add_column("in training", justify="right")
     for name, value in done.results.items():
         if isinstance(value, float) and name != "samples":
-            told = reported.get(name)
-            table.add_row(
-                name, f"{value:.6g}", *([f"{told:.6g}" if isinstance(told, float) else ""] if reported else [])
-            )
+            before = reported.get(name)
+            in_training = f"{before:.6g}" if isinstance(before, float) else ""
+            table.add_row(name, f"{value:.6g}", *([in_training] if reported else []))
     console.print(table)
     lists = [name for name, value in done.results.items() if not isinstance(value, float)]
     if lists and done.output is None:

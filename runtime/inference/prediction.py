@@ -120,10 +120,10 @@ class Predictor:
         try:
             return self._strategy.output(positional, named)
         except Exception as error:
-            told = explained(error, self._strategy.unwrapped, shown([*positional, *named.values()]))
-            if told is None:
+            message = explained(error, self._strategy.unwrapped, shown([*positional, *named.values()]))
+            if message is None:
                 raise
-            raise told from error
+            raise message from error
 
     def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
         try:

@@ -136,14 +136,14 @@ class SubmissionFile:
         (count,) = self._rows.execute("SELECT COUNT(*) FROM rows").fetchone()
         if count <= num_samples:
             return
-        told = ""
+        examples = ""
         if ids_are_index:
             ids = (called for (called,) in self._rows.execute("SELECT id FROM rows ORDER BY place"))
             strange = (i for i in ids if not (i.isdigit() and int(i) < num_samples and i == str(int(i))))
-            told = f" ({_few(list(islice(strange, _SHOWN)), count - num_samples)})"
+            examples = f" ({_few(list(islice(strange, _SHOWN)), count - num_samples)})"
         raise PredictionError(
             f"{self._sample} has {count:,} ids and the data {num_samples:,} samples: at least {count - num_samples:,} ids "
-            f"would be missing among the predictions{told}. Nothing was written"
+            f"would be missing among the predictions{examples}. Nothing was written"
         )
 
     def _ids(self) -> Iterator[str]:
@@ -162,10 +162,10 @@ class SubmissionFile:
             return
         missing = [name for name in self._header if name not in names]
         extra = [name for name in names if name not in self._header]
-        told = [f"no column {_few(missing)}"] if missing else []
-        told += [f"{_few(extra)} besides"] if extra else []
+        differing = [f"no column {_few(missing)}"] if missing else []
+        differing += [f"{_few(extra)} besides"] if extra else []
         raise PredictionError(
-            f"the columns of {self._sample} are {', '.join(self._header)}; the predictions have {' and '.join(told)}: "
+            f"the columns of {self._sample} are {', '.join(self._header)}; the predictions have {' and '.join(differing)}: "
             "say in prediction.columns what each holds. Nothing was written"
         )
 
