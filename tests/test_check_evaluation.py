@@ -59,7 +59,9 @@ def test_a_metric_that_does_not_fit_is_named_before_the_first_step(tmp_path: Pat
 @single
 def test_an_objective_that_cannot_say_what_metrics_see_is_named(tmp_path: Path) -> None:
     good = {"accuracy": {"target": "Accuracy", "args": CLASSES}}
-    with pytest.raises(EvaluationError, match=r"NoInputs.metric_inputs raised TypeError.* output is \(\d+, 3\) float64"):
+    with pytest.raises(
+        EvaluationError, match=r"NoInputs.metric_inputs raised TypeError.* output is \(\d+, 3\) float64"
+    ):
         train(config_of(tmp_path / "run", good, objective="tiny_guarded:NoInputs"))
 
 

@@ -165,12 +165,10 @@ def test_ids_are_one_text_or_number_for_each_sample() -> None:
     assert parts.ids((torch.zeros(2, 1),), index, None) is index
     assert list(parts.ids((0, torch.tensor([7, 8])), index, 1)) == [7, 8]
     assert parts.ids({"n": [np.str_("a"), "b"]}, index, "n") == ["a", "b"]
-    with pytest.raises(DataError, match=r"the id, 'n' .* is there 1 times for 2 samples; data\.collate"):
+    with pytest.raises(DataError, match=r"data\.fields\.id: 'n' is there 1 times for 2 samples; data\.collate"):
         parts.ids({"n": ["a"]}, index, "n")
     for ids in ([["a"], ["b"]], torch.zeros(2, 2), "ab", [None, "a"]):
-        with pytest.raises(
-            DataError, match=r"the id, 'n' \(data\.fields\.id\), must be one text or number for each of 2 samples"
-        ):
+        with pytest.raises(DataError, match=r"data\.fields\.id: 'n' must be one text or number for each of 2 samples"):
             parts.ids({"n": ids}, index, "n")
 
 
@@ -190,7 +188,7 @@ def test_ids_that_the_batch_lacks_are_a_column_of_the_data_set(batch: Any) -> No
     assert PartsOfData(WithColumns()).ids(batch, index, "n") == ["b", "c"]
     assert list(PartsOfData(subset(WithColumns(), np.array([2, 0, 1]))).ids(batch, index, "row")) == [5, 6]
     assert PartsOfData(InAFile()).of(batch, index, "row") == ["06", "07"]
-    with pytest.raises(DataError, match=r"no part 'n': .*no method column\(name\)"):
+    with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no method column\(name\)"):
         PartsOfData(object()).ids(batch, index, "n")
 
 

@@ -28,7 +28,6 @@ from runtime.errors import (
     ConfigurationError,
     LockstepError,
     MissingDependencyError,
-    ObjectiveError,
     PredictionError,
 )
 from runtime.inference import predictions_file
@@ -301,9 +300,9 @@ def test_fields_that_a_batch_does_not_have_are_named(run: Path, tmp_path: Path) 
     data = "prediction.data=tiny_prediction:Inputs"
     for fields, words in {
         "{inputs: x}": r"data\.fields\.inputs names 'x'",
-        "{id: name}": r"data\.fields\.id names 'name'",
+        "{id: name}": r"data\.fields\.id: the data has no part 'name': the batch is \(\d+, 8\) float64",
     }.items():
-        with pytest.raises(ObjectiveError, match=words):
+        with pytest.raises(LockstepError, match=words):
             predict(run, data, f"data.fields={fields}", output=tmp_path / "out.csv")
     with pytest.raises(ConfigurationError, match=r"there is no prediction\.data or data\.test"):
         predict(run, output=tmp_path / "out.csv")

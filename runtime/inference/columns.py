@@ -266,11 +266,13 @@ class PartsOfData:
         Raises:
             DataError: there is no such part, or it is not one text or number for each sample.
         """
-        return (
-            index
-            if name is None
-            else one_each(self._part(batch, index, name), len(index), f"the id, {name!r} (data.fields.id),")
-        )
+        if name is None:
+            return index
+        try:
+            found = self._part(batch, index, name)
+        except DataError as error:
+            raise DataError(f"data.fields.id: {error}") from error
+        return one_each(found, len(index), f"data.fields.id: {name!r}")
 
     def of(self, batch: Any, index: Any, name: str) -> Values:
         """Return one text or number for each sample of a batch; a sample may have none.
