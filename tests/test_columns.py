@@ -173,8 +173,11 @@ def test_ids_are_one_text_or_number_for_each_sample() -> None:
 
 
 class WithColumns:
+    def __len__(self) -> int:
+        return 3
+
     def column(self, name: str) -> Any:
-        return {"n": np.array(["a", "b", "c"]), "row": np.array([5, 6, 7])}[name]
+        return {"n": np.array(["a", "b", "c"]), "row": np.array([5, 6, 7]), "short": np.zeros(2)}[name]
 
 
 class InAFile(WithColumns):
@@ -188,6 +191,13 @@ def test_ids_that_the_batch_lacks_are_a_column_of_the_data_set(batch: Any) -> No
     assert PartsOfData(WithColumns()).ids(batch, index, "n") == ["b", "c"]
     assert list(PartsOfData(subset(WithColumns(), np.array([2, 0, 1]))).ids(batch, index, "row")) == [5, 6]
     assert PartsOfData(InAFile()).of(batch, index, "row") == ["06", "07"]
+    for name, words in (
+        ("none", r"column\('none'\) raised KeyError"),
+        ("short", r"column\('short'\) has the shape \(2,\) for 3 samples"),
+    ):
+        assert not PartsOfData(WithColumns()).has_column(name)
+        with pytest.raises(DataError, match=rf"data\.fields\.id: WithColumns\.{words}"):
+            PartsOfData(WithColumns()).ids(batch, index, name)
     with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no method column\(name\)"):
         PartsOfData(object()).ids(batch, index, "n")
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from runtime.config.component import described
 from runtime.config.sections import Prediction
 from runtime.config.signatures import did_you_mean
 from runtime.data.fields import COLUMN, Fields, Name, part_of
-from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
+from runtime.errors import ConfigurationError, DataError, EvaluationError, LockstepError, ObjectiveError, Problem
 from runtime.objective import full_precision, plain, shown
 
 Values = np.ndarray[Any, Any] | list[Any]
@@ -260,7 +261,7 @@ class PartsOfData:
         except DataError:
             return False
 
-    def ids(self, batch: Any, index: Any, name: Name | None) -> Values:
+    def ids(self, batch: Any, index: Values, name: Name | None) -> Values:
         """Return what the samples of a batch are called: that part, or their places in the data set if there is none.
 
         Raises:
@@ -303,9 +304,24 @@ class PartsOfData:
             ids = getattr(self._source, "ids", None)
             whole = self._source if ids is None else self._source.source
             read = getattr(whole, "as_written", None) or getattr(whole, "column", None)
-            found = None if read is None else np.asarray(read(name))
+            found = None if read is None else _read(whole, read, name)
             self._columns[name] = found if ids is None or found is None else found[ids]
         return self._columns[name]
+
+
+def _read(source: Any, read: Callable[[str], Any], name: str) -> Any:
+    """Return a column by a method that may be the user's."""
+    try:
+        found = np.asarray(read(name))
+    except LockstepError:
+        raise
+    except Exception as error:
+        raise DataError(f"{type(source).__name__}.{read.__name__}({name!r}) raised {described(error)}") from error
+    if found.shape[:1] != (len(source),):
+        raise DataError(
+            f"{type(source).__name__}.{read.__name__}({name!r}) has the shape {found.shape} for {len(source)} samples"
+        )
+    return found
 
 
 def _rows(name: str, given: Any, count: int) -> Any:
