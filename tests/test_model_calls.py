@@ -79,4 +79,15 @@ def test_evaluation_and_prediction_tell_it_too(tmp_path: Path) -> None:
 
 def test_show_prints_the_shapes_and_types_of_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(load(configuration(tmp_path / "run")), 1)
-    assert "(1, 8) float64, (1,) int64" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "(1, 8) float64, (1,) int64" in told
+    assert "worth a look" not in told
+
+
+def test_show_says_that_the_model_does_not_take_a_sample_and_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(load(configuration(tmp_path / "run", model="tiny_misfits:Narrow")), 1)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(1, 8) float64, (1,) int64" in told
+    assert "the forward pass raised RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x16 and 17x3)" in told
