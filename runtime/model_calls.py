@@ -15,10 +15,9 @@ from runtime.errors import ForwardError, LockstepError
 _OURS = str(Path(__file__).parent)
 _ZOO = str(Path(__file__).parent / "model_zoo")
 _TORCH = str(Path(torch.__file__).parent)
-_LOST = ("gloo", "nccl", "connection", "broken pipe", "out of memory", "can't allocate memory")  # told by others
-_MISTAKES = (
-    RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, NameError, ArithmeticError,
-)  # fmt: skip
+# In an error of torch or the system: another rank was lost, which has a message of its own.
+_LOST = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe")
+_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def explained(error: Exception, module: nn.Module, batch: str) -> ForwardError | None:
@@ -28,16 +27,24 @@ def explained(error: Exception, module: nn.Module, batch: str) -> ForwardError |
         module: what was called; names the part of it that raised.
         batch: what it was called with, as messages describe it.
     """
-    if isinstance(error, LockstepError | torch.OutOfMemoryError) or not isinstance(error, _MISTAKES):
+    if isinstance(error, LockstepError) or is_out_of_memory(error):
         return None
     said = str(error).strip()
-    if any(word in said.lower() for word in _LOST):
+    if isinstance(error, RuntimeError | OSError) and any(word in said.lower() for word in _LOST):
         return None
     first = said.split("\n", maxsplit=1)[0]
     return ForwardError(
         f"the forward pass raised {type(error).__name__}: {first}\n  at {_line(error.__traceback__)}"
         f"{_part(error.__traceback__, module)}\n  the batch is {batch}{_cure(first, module)}"
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory has run out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Torch's allocator on a CPU; cuBLAS and cuDNN, whose handles and workspaces are not the allocator's; NCCL.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILED)
 
 
 def _line(trace: TracebackType | None) -> str:
@@ -72,6 +79,10 @@ def _part(trace: TracebackType | None, module: nn.Module) -> str:
 
 
 def _cure(said: str, module: nn.Module) -> str:
+    if "scalar types: Long" in said:
+        return "\n  an Embedding takes whole numbers (int64): give it those, or the numbers to a layer such as Linear"
+    if "index out of range" in said:
+        return "\n  an index in the data is beyond what this part holds (an Embedding: 0 to num_embeddings - 1)"
     if "dtype" in said or "expected scalar type" in said or "expected m1 and m2" in said:
         held = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
         return f"\n  the model's parameters are {', '.join(sorted(held))}: give it inputs of that type"

@@ -22,6 +22,7 @@ from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
 from runtime.losses.rows import told_miscounts
+from runtime.model_calls import is_out_of_memory
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, prepare, tell_of_component
@@ -40,7 +41,7 @@ from runtime.state_saver import StateSaver
 from runtime.strategies import Strategy
 from runtime.training.buffers import buffer_rule
 from runtime.training.divergence import RollbackWanted
-from runtime.training.fitting import is_out_of_memory, out_of_memory
+from runtime.training.fitting import out_of_memory
 from runtime.training.loop import Parts, train
 from runtime.training.milestones import Milestones
 from runtime.training.verdicts import Verdicts

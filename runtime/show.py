@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from runtime import assembly
 from runtime.checks.objective import deviations, judged, sets_of
 from runtime.checks.settings import check_settings
+from runtime.checks.traces import left_as_it_was
 from runtime.config import yaml_file
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import Anneal
@@ -22,7 +23,7 @@ from runtime.data import sources
 from runtime.data.batches import default_slots
 from runtime.data.training_data import TrainingData
 from runtime.determinism import default_determinism
-from runtime.errors import ConfigurationError, DataError, Problem
+from runtime.errors import ConfigurationError, DataError, ForwardError, ObjectiveError, Problem
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.assembly import build_objective
 from runtime.losses.weighted_sum import WeightedSum
@@ -41,6 +42,7 @@ from runtime.optimization.curve import Curve, drawn, save_picture, simulate
 from runtime.optimization.freezing import Freezing
 from runtime.optimization.optimizer import default_rate
 from runtime.optimization.rehearsal import StandIn
+from runtime.randomness import preserved_random_state
 from runtime.reporting.facts import inexact_choices
 from runtime.strategies.memory import state_bytes
 from runtime.strategies.state_size import in_units
@@ -73,7 +75,7 @@ def show(
     module = TrainingModule(model, build_objective(loaded))
     freezing = build_freezing(loaded, module)
     freezing.unfreeze_all()
-    remarks = list(_additivity(loaded, module, data, processes))
+    remarks = [*_forward_pass(loaded, module, data), *_additivity(loaded, module, data, processes)]
     optimizer = build_optimizer(loaded, module)
     if loaded.values.checks == "on":
         stand_in = StandIn(optimizer)
@@ -246,6 +248,19 @@ def _averaging(loaded: LoadedConfiguration, module: nn.Module) -> Iterator[tuple
         when = "before each evaluation of it and " if section.evaluate else ""
         lines.append(f"its BatchNorm statistics take a forward pass over the training data, {when}at the end")
     yield "averaging", "\n".join(lines)
+
+
+def _forward_pass(loaded: LoadedConfiguration, module: TrainingModule, data: TrainingData) -> Iterator[str]:
+    """Say where model or objective do not take a sample; what needs another device than the CPU is left to the start."""
+    if loaded.values.checks == "off":
+        return
+    with torch.no_grad(), preserved_random_state(_CPU), left_as_it_was(module, training=False):
+        try:
+            module(data.first_batch(1))
+        except (ForwardError, ObjectiveError) as error:
+            yield f"on this CPU: {error}"
+        except Exception:  # the start tells, on its own device
+            return
 
 
 def _additivity(

@@ -56,6 +56,15 @@ def test_a_metric_that_does_not_fit_is_named_before_the_first_step(tmp_path: Pat
     assert "int64" in told
 
 
+@single
+def test_an_objective_that_cannot_say_what_metrics_see_is_named(tmp_path: Path) -> None:
+    good = {"accuracy": {"target": "Accuracy", "args": CLASSES}}
+    with pytest.raises(
+        EvaluationError, match=r"NoInputs.metric_inputs raised TypeError.* output is \(\d+, 3\) float64"
+    ):
+        train(config_of(tmp_path / "run", good, objective="tiny_guarded:NoInputs"))
+
+
 def told_by_ranks(folder: str) -> str:
     try:
         train(config_of(Path(folder), {"binary": UNFIT["binary"]}))
@@ -119,8 +128,11 @@ def test_a_monitored_result_that_is_missing_later_is_told(tmp_path: Path) -> Non
     ],
 )
 def test_predictions_are_tried(tmp_path: Path, prediction: Any, words: str) -> None:
+    config = config_of(tmp_path / "run", prediction=prediction)
     with pytest.raises(ConfigurationError, match=words):
-        train(config_of(tmp_path / "run", prediction=prediction))
+        train(config)
+    with pytest.raises(ConfigurationError, match=words):  # with a training sample where nothing is evaluated
+        train({**config, "data": {"train": config["data"]["train"]}, "evaluation": {}})
 
 
 @single

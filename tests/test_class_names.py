@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
@@ -62,6 +63,12 @@ ABC = ["a", "b", "c"]
         (Named(["a", "a"]), None, None),
         (Named([]), None, None),
         (Named(10), None, None),
+        (Named(np.array(["a", "b", "c"])), None, ABC),
+        (Named(np.array([3, 10])), None, ["3", "10"]),
+        (Named({0: "a", 1: "b", 2: "c"}), None, ABC),
+        (Named({"b": 1, "c": 2, "a": 0}), None, ABC),
+        (Named({"b": 1, "a": 2}), None, None),
+        (Named(None, class_to_idx={"b": 1, "a": 0}), None, ["a", "b"]),
         (TensorDataset(torch.zeros(2)), None, None),
         (hugging_face(label=LABEL, text=object()), "label", ["no", "yes"]),
         (hugging_face(target=LABEL), None, ["no", "yes"]),

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from runtime.config.sections import Prediction
 from runtime.data.fields import Fields
+from runtime.data.splitting import subset
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, PredictionError, Problem
 from runtime.inference import predictions_file
-from runtime.inference.columns import ColumnBuilder, ids_of, model_arguments
+from runtime.inference.columns import ColumnBuilder, PartsOfData, model_arguments
 from runtime.inference.predictions_file import CsvFile, JsonLinesFile, ParquetFile, PredictionsFile
 from runtime.losses.by_name import NextTokenLoss, torch_loss
 from runtime.objective import Objective
@@ -32,6 +33,7 @@ def built(objective: Objective, output: Any, columns: dict[str, str], **section:
         Prediction.model_construct(labels=section.pop("labels", []), top_k=section.pop("top_k", None)),
         columns,
         lambda key, what: Problem("config.yaml:1", ".".join(key), what),
+        section.pop("names", ()),
     )
     index = np.arange(10, 10 + len(output))
     found = builder.build(objective.predicted(output), section.pop("ids", index), index)
@@ -113,6 +115,18 @@ class Own(Objective):
         return {"norm": output.norm(dim=-1), "class": output.argmin(-1)}
 
 
+def test_several_numbers_are_called_as_the_data_calls_its_targets() -> None:
+    assert list(built(VALUES, LOGITS, {"{}": "prediction"}, names=["price", "rent", "size"])) == [
+        "price",
+        "rent",
+        "size",
+    ]
+    assert list(built(VALUES, LOGITS, {"{}": "prediction"}, names=["price", "rent"])) == ["0", "1", "2"]
+    several = torch_loss(nn.BCEWithLogitsLoss, {})
+    assert list(built(several, LOGITS, {"p_{}": "probability"}, names=["a", "b", "c"])) == ["p_a", "p_b", "p_c"]
+    assert built(CLASSES, LOGITS, {"is": "prediction"}, names=["²", "1", "2"])["is"] == ["²", "1"]
+
+
 def test_an_objective_of_ones_own_adds_what_it_likes() -> None:
     found = built(Own(), LOGITS, {"n": "norm", "is": "prediction"}, labels=["a", "b", "c"])
     assert found == {"n": LOGITS.norm(dim=-1).tolist(), "is": ["b", "a"]}
@@ -127,7 +141,9 @@ def test_mistakes_are_told_with_their_key() -> None:
     assert "no classes to name" in wrong(VALUES, LOGITS, {}, labels=["a", "b"])
     assert "makes a second column 'p_0'" in wrong(CLASSES, LOGITS, {"p_0": "class", "p": "probabilities"})
     assert "has the shape (2, 3) for each" in wrong(VALUES, torch.zeros(2, 2, 3), {"y": "output"})
-    with pytest.raises(EvaluationError, match=r"shape \(2, 3\) for 3 samples"):
+    with pytest.raises(
+        EvaluationError, match=r"shape \(2, 3\) for 3 samples; each sample needs one row.*data\.collate"
+    ):
         ColumnBuilder(Prediction(), {}, lambda key, what: Problem("", "", what)).build(
             CLASSES.predicted(LOGITS), np.arange(3), np.arange(3)
         )
@@ -145,13 +161,45 @@ def test_what_the_model_is_called_with() -> None:
 
 
 def test_ids_are_one_text_or_number_for_each_sample() -> None:
-    index = np.arange(2)
-    assert ids_of(Fields(), (torch.zeros(2, 1),), index) is index
-    assert list(ids_of(Fields(id=1), (0, torch.tensor([7, 8])), index)) == [7, 8]
-    assert ids_of(Fields(id="n"), {"n": [np.str_("a"), "b"]}, index) == ["a", "b"]
-    for ids in (["a"], [["a"], ["b"]], torch.zeros(2, 2), "ab", [None, "a"]):
-        with pytest.raises(DataError, match=r"data\.fields\.id"):
-            ids_of(Fields(id="n"), {"n": ids}, index)
+    index, parts = np.arange(2), PartsOfData(object())
+    assert parts.ids((torch.zeros(2, 1),), index, None) is index
+    assert list(parts.ids((0, torch.tensor([7, 8])), index, 1)) == [7, 8]
+    assert parts.ids({"n": [np.str_("a"), "b"]}, index, "n") == ["a", "b"]
+    with pytest.raises(DataError, match=r"data\.fields\.id: 'n' is there 1 times for 2 samples; data\.collate"):
+        parts.ids({"n": ["a"]}, index, "n")
+    for ids in ([["a"], ["b"]], torch.zeros(2, 2), "ab", [None, "a"]):
+        with pytest.raises(DataError, match=r"data\.fields\.id: 'n' must be one text or number for each of 2 samples"):
+            parts.ids({"n": ids}, index, "n")
+
+
+class WithColumns:
+    def __len__(self) -> int:
+        return 3
+
+    def column(self, name: str) -> Any:
+        return {"n": np.array(["a", "b", "c"]), "row": np.array([5, 6, 7]), "short": np.zeros(2)}[name]
+
+
+class InAFile(WithColumns):
+    def as_written(self, name: str) -> Any:
+        return np.array(["05", "06", "07"])
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 1), (torch.zeros(2, 1),), {"x": torch.zeros(2, 1)}])
+def test_ids_that_the_batch_lacks_are_a_column_of_the_data_set(batch: Any) -> None:
+    index = np.array([1, 2])
+    assert PartsOfData(WithColumns()).ids(batch, index, "n") == ["b", "c"]
+    assert list(PartsOfData(subset(WithColumns(), np.array([2, 0, 1]))).ids(batch, index, "row")) == [5, 6]
+    assert PartsOfData(InAFile()).of(batch, index, "row") == ["06", "07"]
+    for name, words in (
+        ("none", r"column\('none'\) raised KeyError"),
+        ("short", r"column\('short'\) has the shape \(2,\) for 3 samples"),
+    ):
+        assert not PartsOfData(WithColumns()).has_column(name)
+        with pytest.raises(DataError, match=rf"data\.fields\.id: WithColumns\.{words}"):
+            PartsOfData(WithColumns()).ids(batch, index, name)
+    with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no method column\(name\)"):
+        PartsOfData(object()).ids(batch, index, "n")
 
 
 def numbers(dtype: Any) -> Any:

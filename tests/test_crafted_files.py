@@ -140,12 +140,12 @@ def test_a_crafted_record_of_rollbacks_is_one_message(
     assert "rollbacks.json cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/best.json", "outcome.json"])
 @pytest.mark.parametrize("content", [DEEP, "[]\n", "3\n", '{"step": [], "step": {}}\n', '{"step": 1e999}\n'])
-def test_crafted_records_end_nothing(pool: ProcessPool, trained: Path, tmp_path: Path, file: str, content: str) -> None:
+def test_crafted_records_end_nothing(pool: ProcessPool, trained: Path, tmp_path: Path, content: str) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (run / file).write_text(content)
+    for file in ("metrics.jsonl", "checkpoints/best.json", "outcome.json"):
+        (run / file).write_text(content)
     assert pool.run(message_of, 1, configuration(run, limit={"steps": 3}))[0] == "finished"
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from runtime.checkpoints.reading import load_state
 from runtime.errors import OutOfMemoryError, PeerError
+from runtime.model_calls import is_out_of_memory
 from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool
 
@@ -80,3 +81,19 @@ def test_running_out_of_memory_in_an_evaluation_names_its_own_key(tmp_path: Path
     message = failure({**config, "evaluation": {"every": "2 steps", "micro_size": 32}})
     assert "ran out of memory in evaluate at step 2" in message
     assert "set evaluation.micro_size to 16 or less (now 32)" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory cells"), False),
+    ],
+)
+def test_every_library_that_lacks_memory_is_understood(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

@@ -12,6 +12,7 @@ import scipy.stats
 import torch
 from scipy.spatial import KDTree
 from sklearn import metrics as sk
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime import assembly
@@ -20,6 +21,7 @@ from runtime.errors import ConfigurationError, EvaluationError
 from runtime.evaluation.class_results import MOST_POINTS
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.assembly import build_objective
+from runtime.losses.by_name import torch_loss
 from tests.measured_metrics import CPU, MANY, SIZE, TASKS, data, load_task, measure, metric
 from tests.observed import configuration
 from tests.process_pool import ProcessPool
@@ -432,3 +434,31 @@ def test_ranked_queries_take_little_memory_under_deterministic_algorithms() -> N
         torch.use_deterministic_algorithms(False)
     assert results["recall"] == pytest.approx(0.5)
     assert largest.numel <= 10 * 6000
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("cut", [2000, 37])
+def test_metrics_of_large_values_that_differ_little_are_exact_in_float32(cut: int) -> None:
+    """Prices near 100,000, ten apart: their sums of squares need 15 digits, and float32 has 7."""
+    draw = np.random.default_rng(0)
+    y = (100_000 + 10 * draw.standard_normal(2000)).astype(np.float32)
+    p = (y + draw.standard_normal(2000)).astype(np.float32)
+    from torchmetrics import regression as of
+
+    made = {
+        "r2": of.R2Score(),
+        "explained": of.ExplainedVariance(),
+        "pearson": of.PearsonCorrCoef(),
+        "mse": of.MeanSquaredError(),
+    }
+    metrics = MetricSet(made, CPU)
+    objective = torch_loss(nn.MSELoss, {})
+    for rows in np.split(np.arange(2000), range(cut, 2000, cut)):
+        metrics.update(objective, torch.from_numpy(p[rows]), (None, torch.from_numpy(y[rows])))
+    truth = {
+        "r2": sk.r2_score(y.astype(float), p.astype(float)),
+        "explained": sk.explained_variance_score(y.astype(float), p.astype(float)),
+        "pearson": scipy.stats.pearsonr(y.astype(float), p.astype(float)).statistic,
+        "mse": sk.mean_squared_error(y.astype(float), p.astype(float)),
+    }
+    assert metrics.compute() == {key: pytest.approx(value, rel=1e-7) for key, value in truth.items()}

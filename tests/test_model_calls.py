@@ -23,6 +23,10 @@ def line_of(words: str) -> int:
     return next(number for number, line in enumerate(lines, start=1) if words in line)
 
 
+def raising(kind: str) -> dict[str, Any]:
+    return {"target": "tiny_misfits:Raising", "args": {"kind": kind}}
+
+
 MISTAKES: list[Any] = [
     (
         {"model": "tiny_misfits:Narrow"},
@@ -34,6 +38,11 @@ MISTAKES: list[Any] = [
     ({"model": {"target": "MLP", "args": {"in_features": 9, "hidden": [4], "out_features": 3}}}, ["model_zoo/mlp.py"], None),
     ({"model": {"target": "torch.nn:Linear", "args": {"in_features": 9, "out_features": 3}}}, ["Linear(in_features=9"], None),
     ({"model": "tiny_misfits:Wordy"}, ["missing 1 required positional argument: 'mask'", "data.fields.inputs"], None),
+    ({"model": raising("attribute")}, ["no attribute 'skip_connection'"], "# a missing attribute"),
+    ({"model": raising("file")}, ["FileNotFoundError", "weights.bin"], "# a missing file"),
+    ({"model": raising("connection")}, ["a connection of another size"], "# about a connection"),
+    ({"model": raising("numbers")}, ["an Embedding takes whole numbers", "words: Embedding"], "# numbers for words"),
+    ({"model": raising("words")}, ["0 to num_embeddings - 1", "words: Embedding"], "# words beyond"),
 ]  # fmt: skip
 
 
@@ -70,4 +79,15 @@ def test_evaluation_and_prediction_tell_it_too(tmp_path: Path) -> None:
 
 def test_show_prints_the_shapes_and_types_of_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(load(configuration(tmp_path / "run")), 1)
-    assert "(1, 8) float64, (1,) int64" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "(1, 8) float64, (1,) int64" in told
+    assert "worth a look" not in told
+
+
+def test_show_says_that_the_model_does_not_take_a_sample_and_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(load(configuration(tmp_path / "run", model="tiny_misfits:Narrow")), 1)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(1, 8) float64, (1,) int64" in told
+    assert "the forward pass raised RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x16 and 17x3)" in told

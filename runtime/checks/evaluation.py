@@ -20,6 +20,7 @@ from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
 from runtime.config.sections import Prediction
 from runtime.data import sources
+from runtime.data.training_data import MappedData, TrainingData
 from runtime.errors import (
     ConfigurationError,
     DataError,
@@ -35,21 +36,21 @@ from runtime.evaluation.metric_inputs import feed_of
 from runtime.inference.columns import ColumnBuilder, model_arguments
 from runtime.inference.request import columns_of_sample
 from runtime.inference.submission import header_of
+from runtime.model_calls import is_out_of_memory
 from runtime.objective import Objective, full_precision
 from runtime.processes.control import gather_bytes
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
-from runtime.training.fitting import is_out_of_memory
 
 _KINDS = {kind.__name__: kind for kind in (DataError, ForwardError, ObjectiveError)}
 
 
 class _Verdict(NamedTuple):
-    """What one rank found: the key that is wrong and why, or the kind of another error; a line; that there was no memory."""
+    """What one rank found: the key that is wrong and why, or the kind of another error; a remark; that there was no memory."""
 
     key: tuple[str, ...] = ()
     what: str = ""
-    told: str = ""
+    remark: str = ""
     out_of_memory: bool = False
     kind: str = ""
 
@@ -57,10 +58,13 @@ class _Verdict(NamedTuple):
 def check_evaluation(
     loaded: LoadedConfiguration,
     strategy: Strategy,
+    data: TrainingData,
     evaluators: Mapping[str, Evaluator],
     warn: Callable[[str], None],
 ) -> None:
     """Run one microbatch of each split through loss and metrics, and one through prediction. Collective. Leaves no trace.
+
+    Where nothing is evaluated, one sample of the training data is predicted; a stream's are left alone.
 
     Raises:
         ConfigurationError: a metric refuses what the model gives, a result that is judged does not exist, or a column or label
@@ -83,7 +87,10 @@ def check_evaluation(
             if problems:
                 raise ConfigurationError(problems)
             if number == 0:
-                _agree(loaded, strategy, _of_prediction(loaded, strategy, tried), warn)
+                _agree(loaded, strategy, _of_prediction(loaded, strategy, tried.batch), warn)
+        if not evaluators and loaded.values.prediction != Prediction() and isinstance(data, MappedData):
+            batch = strategy.to_device(data.first_batch(1))
+            _agree(loaded, strategy, _of_prediction(loaded, strategy, batch), warn)
 
 
 def _tried(loaded: LoadedConfiguration, strategy: Strategy, evaluator: Evaluator) -> tuple[Tried | None, _Verdict]:
@@ -98,7 +105,7 @@ def _tried(loaded: LoadedConfiguration, strategy: Strategy, evaluator: Evaluator
         if not is_out_of_memory(error):
             raise
         return None, _Verdict(out_of_memory=True)  # the first step tells what would fit
-    return tried, _Verdict(told=_soft_targets(loaded, strategy.unwrapped.objective, tried))
+    return tried, _Verdict(remark=_soft_targets(loaded, strategy.unwrapped.objective, tried))
 
 
 def _agree(loaded: LoadedConfiguration, strategy: Strategy, verdict: _Verdict, warn: Callable[[str], None]) -> bool:
@@ -110,7 +117,7 @@ def _agree(loaded: LoadedConfiguration, strategy: Strategy, verdict: _Verdict, w
             raise _KINDS.get(other.kind, EvaluationError)(other.what)
         if other.what:
             raise ConfigurationError([loaded.problem(tuple(other.key), other.what)])
-    for text in list(dict.fromkeys(other.told for other in found if other.told))[:1]:
+    for text in list(dict.fromkeys(other.remark for other in found if other.remark))[:1]:
         warn(text)
     return not any(other.out_of_memory for other in found)
 
@@ -161,13 +168,13 @@ def _unfit(loaded: LoadedConfiguration, name: str, results: Mapping[str, Any], t
         yield f"{name!r} is not one number; these are: {numbers}"
 
 
-def _of_prediction(loaded: LoadedConfiguration, strategy: Strategy, tried: Tried) -> _Verdict:
-    """Predict the microbatch as the section ``prediction`` says, where there is one. Collective where forward passes are."""
+def _of_prediction(loaded: LoadedConfiguration, strategy: Strategy, batch: Any) -> _Verdict:
+    """Predict a microbatch as the section ``prediction`` says, where there is one. Collective where forward passes are."""
     section, objective = loaded.values.prediction, strategy.unwrapped.objective
-    if section == Prediction() or tried.batch is None:
+    if section == Prediction() or batch is None:
         return _Verdict()
     try:
-        positional, named = model_arguments(objective.fields, tried.batch)
+        positional, named = model_arguments(objective.fields, batch)
     except ObjectiveError:
         return _Verdict()  # what is predicted has other parts than what is evaluated
     try:
@@ -184,7 +191,7 @@ def _of_prediction(loaded: LoadedConfiguration, strategy: Strategy, tried: Tried
     except Exception as error:
         if is_out_of_memory(error):
             return _Verdict()
-        return _Verdict(told=f"prediction: a first try failed: {error}")
+        return _Verdict(remark=f"prediction: a first try failed: {error}")
     return _Verdict()
 
 

@@ -62,4 +62,4 @@ def check_first_start(start: FirstStart) -> None:
     check_gradients(loaded, strategy, prepared, warn)
     if samples_repeat:  # otherwise two readings of one sample say nothing of the loss
         check_additivity(loaded, strategy, prepared, warn)
-    check_evaluation(loaded, strategy, start.evaluators, warn)
+    check_evaluation(loaded, strategy, prepared.data, start.evaluators, warn)

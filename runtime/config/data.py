@@ -105,8 +105,9 @@ class Fields(Section):
     """What the output is compared with; several parts for losses that need them. Default: ``target``, or position 1."""
     weight: str | int | None = None
     """Weight of each sample, or of each element of the target; a sample of weight 2 counts twice. Default: 1."""
-    id: str | int | None = None
-    """What a sample is called in predictions. Default: its index."""
+    id: str | int | None = free(None)
+    """What a sample is called in predictions: a part of the batch, or a column of the data set. Default: the column that is
+    called as the sample submission's ids, else its index."""
     group: str | int | None = None
     """The query or user that a sample belongs to, for ranking metrics."""
 

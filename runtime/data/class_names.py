@@ -16,8 +16,8 @@ from runtime.data.splitting import Subset, TensorSubset
 def class_names(source: Any, target: Name | Sequence[Name] | None) -> list[str] | None:
     """Return what a data set calls its classes, or None if it does not say, or a function of the user's renumbers them.
 
-    That is its ``classes`` (Lockstep's readers, torchvision's data sets, the user's own), or the names of a Hugging Face
-    column of ``ClassLabel``.
+    That is its ``classes`` or ``class_to_idx`` (Lockstep's readers, torchvision's data sets, the user's own), or the names of a
+    Hugging Face column of ``ClassLabel``.
 
     Args:
         target: part of a batch, or several, that the target is; the column for Hugging Face's data sets.
@@ -34,7 +34,8 @@ def class_names(source: Any, target: Name | Sequence[Name] | None) -> list[str] 
     features = getattr(source, "features", None)
     if isinstance(features, Mapping):
         return _named(_of_feature(features.get("target" if target is None else target)))
-    return _named(getattr(source, "classes", None))
+    classes = getattr(source, "classes", None)
+    return _named(getattr(source, "class_to_idx", None) if classes is None else classes)
 
 
 def _of_feature(feature: Any) -> Any:
@@ -46,7 +47,14 @@ def _of_feature(feature: Any) -> Any:
 
 def _named(classes: Any) -> list[str] | None:
     """Return names as texts: of several for one class, as ImageNet's synonyms, all of them."""
-    if not isinstance(classes, list | tuple) or not classes:
+    if isinstance(classes, Mapping):  # a number's name, or a name's number
+        by_number = (
+            classes if all(isinstance(key, int) for key in classes) else {n: name for name, n in classes.items()}
+        )
+        classes = [by_number.get(number) for number in range(len(classes))]
+    elif hasattr(classes, "tolist"):  # an array, such as those of scikit-learn's encoders
+        classes = classes.tolist()
+    if not isinstance(classes, list | tuple) or not classes or None in classes:
         return None
     names = [", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in classes]
     return names if len(set(names)) == len(names) else None

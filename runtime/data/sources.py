@@ -15,7 +15,7 @@ from runtime.config.file import LoadedConfiguration
 from runtime.config.types import ComponentSection
 from runtime.data.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
 from runtime.data.class_names import class_names
-from runtime.data.fields import COLUMN, Name
+from runtime.data.fields import Name
 from runtime.data.hugging_face import adapted
 from runtime.data.order import IndexOrder, Order, SamplerOrder, WeightedOrder
 from runtime.data.sample_values import Values, values_of
@@ -67,7 +67,8 @@ def preparation(loaded: LoadedConfiguration) -> dict[str, Any]:
     """Return what the training data says about preparing data and naming classes, as JSON can hold it; each may be None.
 
     It is in every checkpoint, so that what is evaluated or predicted later needs no training data: ``fitted``, what a reader
-    took from the training rows; ``reader``, which one that was; ``classes``, the names.
+    took from the training rows; ``reader``, which one that was; ``classes``, the names; ``target_scale``, mean and deviation
+    of each target that is standardised.
     """
     if loaded.preparation:
         return loaded.preparation
@@ -77,6 +78,7 @@ def preparation(loaded: LoadedConfiguration) -> dict[str, Any]:
         "fitted": reader.fitted if hasattr(reader, "adopt") else None,
         "reader": _name_of(reader),
         "classes": class_names(training, target_part(loaded)),
+        "target_scale": getattr(reader, "target_scale", None),
     }
 
 
@@ -90,8 +92,8 @@ def target_part(loaded: LoadedConfiguration) -> Name | Sequence[Name] | None:
 def completed_section(loaded: LoadedConfiguration, name: str) -> Split | None:
     """Return a split's section; of what is to be predicted, with the arguments that its reader shares with the training data.
 
-    A reader says which these are by ``prediction_arguments(training, own, fitted, parts)``: the arguments of training, those
-    that are given, what was fitted if that is known, and the names of columns that are written out.
+    A reader names these in ``shared_arguments``. Those that follow from what was fitted are what ``arguments_of(fitted)``
+    returns. Arguments that are given come first.
     """
     section, training = split_section(loaded, name), loaded.values.data.train
     if name != "predict" or section is None or section.target != training.target:
@@ -100,19 +102,11 @@ def completed_section(loaded: LoadedConfiguration, name: str) -> Split | None:
         found = component.locate(section.target, namespaces=NAMESPACES, code=loaded.code)
     except component.ComponentError:
         return section  # told where it is checked
-    if not hasattr(found, "prediction_arguments"):
-        return section
+    shared = {name: training.args[name] for name in getattr(found, "shared_arguments", ()) if name in training.args}
     fitted = loaded.preparation.get("fitted") if loaded.preparation.get("reader") == _name_of(found) else None
-    args = found.prediction_arguments(training.args, section.args, fitted=fitted, parts=_written_parts(loaded))
-    return section.model_copy(update={"args": args})
-
-
-def _written_parts(loaded: LoadedConfiguration) -> list[str]:
-    """Return the columns of the data that predictions have besides what the model gives."""
-    called = loaded.values.data.fields.id
-    parts = [called] if isinstance(called, str) else []
-    columns = loaded.values.prediction.columns.values()
-    return list(dict.fromkeys([*parts, *(kind.removeprefix(COLUMN) for kind in columns if kind.startswith(COLUMN))]))
+    if fitted is not None and hasattr(found, "arguments_of"):
+        shared |= found.arguments_of(fitted)
+    return section.model_copy(update={"args": {**shared, **section.args}})
 
 
 def _whole(source: Any) -> Any:

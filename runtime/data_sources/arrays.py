@@ -40,6 +40,8 @@ class Arrays(Dataset[dict[str, Tensor]]):
     """
 
     deterministic = True
+    shared_arguments = ("floating",)
+    """Arguments that data to predict has from the training data."""
 
     def __init__(
         self, parts: str | Mapping[str, str], *, floating: str | None = "float32", provided_by: str | None = None

@@ -43,6 +43,8 @@ class Idx(Dataset[dict[str, Tensor]]):
     """
 
     deterministic = True
+    shared_arguments = ("mean", "std")
+    """Arguments that data to predict has from the training data."""
 
     def __init__(
         self,

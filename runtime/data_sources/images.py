@@ -36,7 +36,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
         std: of each channel, divided by.
         provided_by: the command that brings the folder, for the message when it is missing.
 
-    A sample is ``{inputs: (channels, height, width) float32, target: int64 scalar}``.
+    A sample is ``{inputs: (channels, height, width) float32, target: int64 scalar}``. A folder of images without class folders
+    is for data to predict: its samples have no target.
 
     Raises:
         DataError: the folder or its classes are missing, a class has no image, or a file cannot be read as one.
@@ -44,6 +45,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
     """
 
     deterministic = True
+    shared_arguments = ("size", "channels", "mean", "std")
+    """Arguments that data to predict has from the training data."""
 
     def __init__(
         self,
@@ -84,7 +87,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"indices must lie between 0 and {len(self) - 1}")
         pixels = self._pixels(self._folder / self._paths[index])
-        return {"inputs": (pixels - self._mean) / self._std, "target": int(self._labels[index])}
+        inputs = (pixels - self._mean) / self._std
+        return {"inputs": inputs, "target": int(self._labels[index])} if self.classes else {"inputs": inputs}
 
     @property
     def fitted(self) -> dict[str, Any]:
@@ -110,12 +114,16 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self._labels, self.classes = place[self._labels], names
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return the class number of every image (``target``), or the name of the folder within it (``folder``)."""
-        if name == "folder":
-            return np.array([str(Path(path).parent) for path in self._paths])
-        if name != "target":
-            raise DataError(f"there is no column {name!r}; there are 'target' and 'folder'")
-        return self._labels
+        """Return one thing of every image: its class number (``target``), or of its path within the folder a part.
+
+        These are ``folder``, ``file`` (a name such as 7.png) and ``stem`` (7).
+        """
+        paths = [Path(path) for path in self._paths]
+        if name == "target" and self.classes:
+            return self._labels
+        if name not in ("folder", "file", "stem"):
+            raise DataError(f"there is no column {name!r}; there are 'target', 'folder', 'file' and 'stem'")
+        return np.array([{"folder": str(path.parent), "file": path.name, "stem": path.stem}[name] for path in paths])
 
     def _pixels(self, path: Path) -> Tensor:
         from PIL import Image, ImageOps
@@ -141,19 +149,26 @@ def _listed(folder: Path, exclude: Sequence[str]) -> tuple[list[str], list[str],
     """Return the classes, and the relative path and class number of each image, in sorted order."""
     unused = set(exclude)
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        raise DataError(f"{folder} holds no folder; one for each class is needed")
+    places = [folder / name for name in classes]
+    if not classes and any(_is_image(path) for path in folder.iterdir()):
+        places = [folder]
+    if not places:
+        raise DataError(f"{folder} holds no folder; one for each class is needed, or images to predict")
     paths: list[str] = []
     labels: list[int] = []
-    for number, name in enumerate(classes):
-        found = [path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    for number, place in enumerate(places):
+        found = [path for path in place.rglob("*") if _is_image(path)]
         matching = {path: [p for p in exclude if fnmatchcase(path.relative_to(folder).as_posix(), p)] for path in found}
         unused -= {pattern for patterns in matching.values() for pattern in patterns}
         found = [path for path in found if not matching[path]]
         if not found:
-            raise DataError(f"class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(f"class folder {place} holds no image ({', '.join(sorted(SUFFIXES))})")
         paths += sorted(path.relative_to(folder).as_posix() for path in found)
         labels += [number] * len(found)
     if unused:
         raise DataError(f"exclude: no image in {folder} matches {', '.join(map(repr, sorted(unused)))}")
     return classes, paths, np.array(labels, dtype=np.int64)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()

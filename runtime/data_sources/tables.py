@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -29,18 +31,7 @@ from runtime.errors import DataError
 from runtime.files import digest, existing, rows_within
 
 MISSING = ("", "NA", "NaN", "nan", "null")
-_OF_TRAINING = (  # arguments that say how rows are prepared
-    "numeric",
-    "categorical",
-    "categorical_as",
-    "missing",
-    "indicators",
-    "missing_values",
-    "standardize",
-    "standardize_target",
-    "delimiter",
-    "encoding",
-)
+_WHOLE = re.compile("0|-?[1-9][0-9]*")
 _TASKS = ("regression", "binary", "classification")
 
 
@@ -66,7 +57,8 @@ class Table(Dataset[dict[str, Any]]):
         indicators: one more input for each numeric column: 1 where the number was missing.
         missing_values: what else counts as missing; a Parquet file's nulls always do.
         standardize: numbers to mean 0 and standard deviation 1 over the training rows.
-        standardize_target: the same for a regression's target; predictions are then in those units.
+        standardize_target: the same for a regression's target. Losses and metrics are then in those units; ``prediction`` in
+            what is predicted is in the file's own, and ``output`` as the model gives it.
         delimiter: between two values of a CSV file. Default: a comma.
         encoding: of a CSV file. Default: UTF-8.
         preprocessing: a ``preprocessing.json`` of an earlier run's folder, used in place of fitting.
@@ -77,6 +69,18 @@ class Table(Dataset[dict[str, Any]]):
     """
 
     deterministic = True
+    shared_arguments = (
+        "numeric",
+        "categorical",
+        "categorical_as",
+        "missing",
+        "indicators",
+        "missing_values",
+        "standardize",
+        "delimiter",
+        "encoding",
+    )
+    """Arguments that data to predict has from the training data: how rows are read and prepared."""
 
     def __init__(
         self,
@@ -121,7 +125,7 @@ class Table(Dataset[dict[str, Any]]):
             texts=[name for name in used if name not in regression],
             missing=missing_values,
         )
-        self._kept = {name: _as_numbers(self._text(name)) for name in self._keep}
+        self._kept = {name: _as_numbers(self._columns[name]) for name in self._keep}
         self._file_digest = digest(self._path)
         self._size = len(next(iter(self._columns.values()))) if self._columns else 0
         self._preprocessing = None if preprocessing is None else existing(preprocessing)
@@ -131,25 +135,9 @@ class Table(Dataset[dict[str, Any]]):
             self.adopt(_read_json(self._preprocessing))
 
     @staticmethod
-    def prediction_arguments(
-        training: Mapping[str, Any], own: Mapping[str, Any], *, fitted: Mapping[str, Any] | None, parts: Sequence[str]
-    ) -> dict[str, Any]:
-        """Return the arguments for rows to predict: how training's were prepared, and columns to hand on.
-
-        Args:
-            training: arguments of the training data.
-            own: arguments that are given; they come first.
-            fitted: what the training rows said, if that is known.
-            parts: columns that are written into the predictions.
-        """
-        taken = {name: training[name] for name in _OF_TRAINING if name in training}
-        if fitted is not None:
-            taken["numeric"] = list(fitted["numeric"])
-        args = {**taken, **own}
-        targets = [args["target"]] if isinstance(args.get("target"), str) else list(args.get("target") or ())
-        read = [*(args.get("numeric") or ()), *args.get("categorical", ()), *targets, *args.get("keep", ())]
-        more = [name for name in parts if name not in read]
-        return {**args, "keep": [*args.get("keep", ()), *more]} if more else args
+    def arguments_of(fitted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments for rows to predict that follow from what was fitted: which columns are the numeric ones."""
+        return {"numeric": list(fitted["numeric"])}
 
     def __len__(self) -> int:
         return self._size
@@ -174,6 +162,11 @@ class Table(Dataset[dict[str, Any]]):
         return self._fitted
 
     @property
+    def target_scale(self) -> list[dict[str, float]] | None:
+        """Mean and standard deviation of each target, where they are standardised."""
+        return list(self.fitted["target"].values()) if self._standardize_target else None
+
+    @property
     def features(self) -> list[str]:
         """What each of the ``inputs`` is (of ``numeric``, where categories are codes)."""
         indicators = [f"{name} missing" for name in self._numeric] if self._indicators else []
@@ -182,8 +175,8 @@ class Table(Dataset[dict[str, Any]]):
 
     @property
     def classes(self) -> list[str]:
-        """The names of the target's classes, in order."""
-        return list(self.fitted["classes"])
+        """The names of the target's classes, in order; of several targets (labels, or numbers), the names of these."""
+        return list(self.fitted["classes"]) if len(self._targets) == 1 else list(self._targets)
 
     def fit(self, rows: NDArray[np.int64]) -> None:
         """Take fill values, means, deviations, categories and classes from these rows; ``preprocessing`` comes first.
@@ -271,11 +264,20 @@ class Table(Dataset[dict[str, Any]]):
         return {**batch, **{name: _rows_of(values, rows) for name, values in self._kept.items()}}
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return a column as it stands in the file: numbers, or texts."""
+        """Return a column: numbers, NaN where one is missing, or texts, empty where one is missing."""
         if name not in self._columns:
-            raise DataError(f"column {name!r} of {self._path} was not read; name it under 'keep'")
+            return self.as_written(name)
         found = self._columns[name]
         return found.values if isinstance(found, Numbers) else np.array([*found.known, ""], dtype=object)[found.codes]
+
+    def as_written(self, name: str) -> NDArray[Any]:
+        """Return a column as it stands in the file, read anew: int64 or float64 where all values are such, else texts.
+
+        Raises:
+            DataError: the file has no such column.
+        """
+        found = _as_numbers(self._read(numbers=(), texts=[name], missing=())[name])
+        return np.array([*found.known, None], dtype=object)[found.codes] if isinstance(found, Texts) else found
 
     def targets(self, rows: NDArray[np.int64]) -> Tensor:
         """Return the targets of some rows, as the task has them.
@@ -351,24 +353,30 @@ def _scale(values: NDArray[np.float64]) -> dict[str, float]:
 
 
 def _sorted_labels(labels: set[str]) -> list[str]:
-    """Sort class names, as numbers if all of them are: 2 before 10."""
+    """Sort class names, as numbers if all of them are: 2 before 10. Equal numbers, such as 1 and 1.0, go by their text."""
     try:
-        return sorted(labels, key=float)
+        numbers = {label: float(label) for label in labels}
     except ValueError:
         return sorted(labels)
+    finite = all(math.isfinite(number) for number in numbers.values())  # NaN has no place in an order
+    return sorted(labels, key=lambda label: (numbers[label], label)) if finite else sorted(labels)
 
 
-def _as_numbers(texts: Texts) -> NDArray[Any] | Texts:
-    """Return a kept column as int64, float64, or as the texts it is."""
-    for kind in (np.int64, np.float64):
-        try:
-            known = np.array([kind(value) for value in texts.known], dtype=kind)
-        except (ValueError, OverflowError):
-            continue
-        if (texts.codes >= 0).all():
-            found: NDArray[Any] = known[texts.codes]
-            return found
-    return texts
+def _as_numbers(column: Numbers | Texts) -> NDArray[Any] | Texts:
+    """Return a column of texts as int64 or float64, or as the texts it is.
+
+    A number of leading zeros or of twenty digits stays a text, and so do all beside it: ids are written into predictions as
+    they stand in the file.
+    """
+    assert isinstance(column, Texts)
+    known = [value.strip() for value in column.known]
+    whole = [value for value in known if value.lstrip("+-").replace("_", "").isdecimal()]
+    if (column.codes < 0).any() or not all(_WHOLE.fullmatch(value) and abs(int(value)) < 2**63 for value in whole):
+        return column
+    try:
+        return np.array(known, dtype=np.int64 if len(whole) == len(known) else np.float64)[column.codes]
+    except ValueError:
+        return column
 
 
 def _rows_of(values: NDArray[Any] | Texts, rows: NDArray[np.int64]) -> Any:

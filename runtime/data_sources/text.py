@@ -21,6 +21,8 @@ class Texts(Dataset[dict[str, Any]]):
     """Texts that are tokenised a whole microbatch at a time, or a sample at a time for a collate function that pads."""
 
     deterministic = True
+    shared_arguments: tuple[str, ...] = ("tokenizer", "tokenize")
+    """Arguments that data to predict has from the training data."""
 
     def __init__(
         self, texts: Sequence[str], tokenizer: Tokenizer | str | None, options: Mapping[str, Any] | None
@@ -96,6 +98,8 @@ class TextLines(Texts):
         DataError: the file is missing or of another encoding.
     """
 
+    shared_arguments = (*Texts.shared_arguments, "encoding")
+
     def __init__(
         self,
         path: str,
@@ -133,6 +137,8 @@ class LabelledTexts(Texts):
         DataError: the file, a column or a class is missing.
     """
 
+    shared_arguments = (*Texts.shared_arguments, "text", "delimiter", "encoding")
+
     def __init__(
         self,
         path: str,
@@ -158,14 +164,6 @@ class LabelledTexts(Texts):
         )
         self._has_target = target is not None
         super().__init__(self._table.column(text).tolist(), tokenizer, tokenize)
-
-    @staticmethod
-    def prediction_arguments(
-        training: Mapping[str, Any], own: Mapping[str, Any], *, fitted: Mapping[str, Any] | None, parts: Sequence[str]
-    ) -> dict[str, Any]:
-        """Return the arguments for texts to predict: the column, tokenizer and format of the training data's."""
-        shared = ("text", "tokenizer", "tokenize", "delimiter", "encoding")
-        return {**{name: training[name] for name in shared if name in training}, **own}
 
     @property
     def fingerprint(self) -> str:
@@ -193,6 +191,10 @@ class LabelledTexts(Texts):
     def column(self, name: str) -> NDArray[Any]:
         """Return the ``length`` of every text in characters, or a column of the file."""
         return super().column(name) if name == "length" else self._table.column(name)
+
+    def as_written(self, name: str) -> NDArray[Any]:
+        """Return a column as it stands in the file."""
+        return self._table.as_written(name)
 
     def _labels(self, rows: list[int]) -> list[dict[str, Any]]:
         if not self._has_target:

@@ -21,7 +21,7 @@ class AveragedEvaluation:
         wanted: whether the average is what is evaluated.
         may_end: whether any evaluation may turn out to be the run's last (early stopping).
         statistics: computes what the average lacks; None only if that is nothing.
-        tell: told once from where on the average is evaluated.
+        tell: called once, with the step from which on the average is evaluated.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Results that are more than a number: values per class, confusion matrices and curves; what each is, told by its metric."""
+"""Results that are more than a number: values per class, confusion matrices and curves; what each is, by its metric."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_POINTS = 200
 def kind_of(metric: Metric) -> Kind | None:
     """Return what a metric's result is beside a number or an array of any meaning.
 
-    It is told by whose ``compute`` it is: kappa and AUROC inherit from the confusion matrix and the curves.
+    That follows from whose ``compute`` it has: kappa and AUROC inherit from the confusion matrix and the curves.
     """
     from torchmetrics import classification as c
 
@@ -43,7 +43,7 @@ def kind_of(metric: Metric) -> Kind | None:
 
 
 def num_classes_of(metric: Metric) -> int | None:
-    """Return how many classes (or labels) a metric's result is told for, or None if it knows of no classes."""
+    """Return how many classes (or labels) a metric's result is about, or None if it knows of no classes."""
     found = getattr(metric, "num_classes", None) or getattr(metric, "num_labels", None)
     return int(found) if found else 2 if kind_of(metric) is not None else None
 

@@ -33,14 +33,14 @@ _AXES = {"roc": ("false positive rate", "true positive rate"), "precision_recall
 
 
 class FiguresTracker:
-    """Writes tables and pictures at each evaluation. What cannot be written or drawn is told once and ends nothing.
+    """Writes tables and pictures at each evaluation. What cannot be written or drawn is warned of once and ends nothing.
 
     Args:
         folder: the run folder.
         classes: what is in the results.
         pictures: whether to draw; tables are written always.
         resumed_step: steps that the run has behind it; what is there of later ones is removed.
-        warn: told what could not be done.
+        warn: called with what could not be done.
     """
 
     def __init__(

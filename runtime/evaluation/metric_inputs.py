@@ -1,4 +1,4 @@
-"""What a metric is fed: told by the names of its ``update``'s parameters, torchmetrics' and users' own alike.
+"""What a metric is fed, by the names of its ``update``'s parameters: torchmetrics' and users' own alike.
 
 Predictions are what the objective hands to metrics: probabilities where it is a classification (the reason is in
 :class:`runtime.losses.by_name.BinaryLoss`). ``indexes`` or ``groups`` are the samples' ``data.fields.group``.
@@ -44,6 +44,7 @@ class Feed:
             they are in the batch, also where the loss takes them for probabilities of classes; ``own``: a user's update, which
             is given what the objective gives.
         probabilities: predictions are compared with a threshold or in bins, so they must be probabilities.
+        float64: the metric subtracts sums of squares: in float32 the R2 of prices near 100,000 would be 1.0009, or 0.
     """
 
     positional: tuple[Role, ...]
@@ -52,6 +53,7 @@ class Feed:
     logarithms: bool = False
     sees: Literal["classes", "values", "own"] = "own"
     probabilities: bool = False
+    float64: bool = False
 
     @property
     def needs_group(self) -> bool:
@@ -73,11 +75,12 @@ def feed_of(metric: Metric) -> Feed:
         raise EvaluationError(f"{name} works on single updates, so its result would depend on how the data is cut up")
     innermost = parts_of(metric)[-1]
     feed = _feed(type(innermost).update, name, logarithms=isinstance(innermost, Perplexity))
-    return replace(feed, sees=_sees(innermost), probabilities=_wants_probabilities(innermost))
+    of_numbers = type(innermost).update.__module__.startswith("torchmetrics.regression.")
+    return replace(feed, sees=_sees(innermost), probabilities=_wants_probabilities(innermost), float64=of_numbers)
 
 
 def _sees(metric: Metric) -> Literal["classes", "values", "own"]:
-    """Tell by whose ``update`` it is, and in which of torchmetrics' domains."""
+    """Return what a metric looks at, by whose ``update`` it has and in which of torchmetrics' domains that is."""
     package, _, rest = type(metric).update.__module__.partition(".")
     if package != "torchmetrics":
         return "own"
@@ -157,6 +160,8 @@ class MetricInputs:
             target = target if soft is None else _plain(soft)
         if feed.sees != "own":  # arithmetic, of which torch knows none with yes and no
             predictions, target = _counted(predictions), _counted(target)
+        if feed.float64:
+            predictions, target = _in_float64(predictions), _in_float64(target)
         if feed.probabilities and isinstance(predictions, Tensor) and predictions.is_floating_point():
             _check_probabilities(predictions)
         if feed.logarithms:
@@ -226,6 +231,10 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
         return value
     return full_precision(value) if value.is_floating_point() else value.long()
+
+
+def _in_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and not value.is_complex() else value
 
 
 def _counted(value: Any) -> Any:

@@ -18,7 +18,8 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from runtime.errors import EvaluationError, MetricError
+from runtime.config.component import described
+from runtime.errors import EvaluationError, LockstepError, MetricError
 from runtime.evaluation.class_results import kind_of, thinned
 from runtime.evaluation.metric_inputs import MetricInputs, feed_of, parts_of
 from runtime.evaluation.shared_states import sharing_state
@@ -53,7 +54,7 @@ class MetricSet:
             part.to(device)
             part.set_dtype(torch.float64)
         self._groups = sharing_state(self._metrics)
-        self._carried: list[_Told] = []  # what the ranks of earlier starts had gathered; equal on every rank
+        self._carried: list[_Gathered] = []  # what the ranks of earlier starts had gathered; equal on every rank
 
     def __bool__(self) -> bool:
         return bool(self._metrics)
@@ -83,11 +84,19 @@ class MetricSet:
         """Take in one microbatch: what the model returned, and the batch.
 
         Raises:
-            EvaluationError: a metric refused them.
+            EvaluationError: a metric refused them, or the objective could not say what is shown to metrics.
         """
         if not self._metrics:
             return
-        inputs = MetricInputs(objective, output, batch)
+        try:
+            inputs = MetricInputs(objective, output, batch)
+        except LockstepError:
+            raise
+        except Exception as error:
+            raise EvaluationError(
+                f"{type(objective).__name__}.metric_inputs raised {described(error)}; the model's output is {shown(output)}, "
+                f"the batch {shown(batch)}"
+            ) from error
         if inputs.empty:
             return
         for name, *_ in self._groups:
@@ -126,16 +135,16 @@ class MetricSet:
         """Return what has been gathered so far, rank by rank, for a checkpoint. Collective: every rank must call this."""
         if not self._metrics:
             return []
-        return [{"updates": dict(told.updates), "states": dict(told.states)} for told in self._gathered()]
+        return [{"updates": dict(rank.updates), "states": dict(rank.states)} for rank in self._gathered()]
 
     def go_on_from(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Forget everything, and count in what the same metrics had gathered on any number of ranks; alike on every rank."""
         self.reset()
-        self._carried = [_Told(told["updates"], told["states"]) for told in state]
+        self._carried = [_Gathered(rank["updates"], rank["states"]) for rank in state]
 
-    def _gathered(self) -> list[_Told]:
-        told = [_decoded(payload) for payload in gather_bytes(self._encoded(), self._device)]
-        return [*self._carried, *told]
+    def _gathered(self) -> list[_Gathered]:
+        ranks = [_decoded(payload) for payload in gather_bytes(self._encoded(), self._device)]
+        return [*self._carried, *ranks]
 
     def _computed(self, name: str, merged: Sequence[_Merged]) -> dict[str, Result]:
         metric = self._metrics[name]
@@ -156,8 +165,8 @@ class MetricSet:
             return {name: thinned(value)}
         return _flattened(name, value)
 
-    def _merged(self, part: Metric, key: str, gathered: Sequence[_Told]) -> _Merged:
-        ranks_with_data = [told.states for told in gathered if told.updates[key]]
+    def _merged(self, part: Metric, key: str, gathered: Sequence[_Gathered]) -> _Merged:
+        ranks_with_data = [rank.states for rank in gathered if rank.updates[key]]
         states: dict[str, Any] = {}
         for state, default in part._defaults.items() if ranks_with_data else ():
             listed = [_of_state(states, f"{key}/{state}") for states in ranks_with_data]
@@ -170,7 +179,7 @@ class MetricSet:
                 states[state] = stacked if reduction is None else reduction(stacked)
         if _is_retrieval(part) and states:  # it counts queries in an array as long as their largest number
             states["indexes"] = [torch.unique(torch.cat(states["indexes"]), return_inverse=True)[1]]
-        return _Merged(states, sum(told.updates[key] for told in gathered))
+        return _Merged(states, sum(rank.updates[key] for rank in gathered))
 
     def _leading_parts(self) -> Iterator[tuple[str, Metric]]:
         """Return the metrics that are updated, and what they wrap."""
@@ -210,16 +219,16 @@ class _Merged:
         part._computed = None
 
 
-class _Told(NamedTuple):
+class _Gathered(NamedTuple):
     """What one rank has gathered."""
 
     updates: Mapping[str, int]
     states: Mapping[str, Tensor]
 
 
-def _decoded(payload: bytes) -> _Told:
+def _decoded(payload: bytes) -> _Gathered:
     header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    return _Told(json.loads(header["__metadata__"]["updates"]), safetensors_load(payload))
+    return _Gathered(json.loads(header["__metadata__"]["updates"]), safetensors_load(payload))
 
 
 def _of_state(states: Mapping[str, Tensor], key: str) -> list[Tensor]:

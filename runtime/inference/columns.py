@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from runtime.config.component import described
 from runtime.config.sections import Prediction
 from runtime.config.signatures import did_you_mean
-from runtime.data.fields import COLUMN, Fields, part_of
-from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, Problem
-from runtime.objective import full_precision, plain
+from runtime.data.fields import COLUMN, Fields, Name, part_of
+from runtime.errors import ConfigurationError, DataError, EvaluationError, LockstepError, ObjectiveError, Problem
+from runtime.objective import full_precision, plain, shown
 
 Values = np.ndarray[Any, Any] | list[Any]
 """One value a sample: numbers, or a list of texts or numbers."""
 Columns = dict[str, Values]
 """Name to values, in the order of the file."""
 
+_OF_CLASSES = ("class", "probability", "probabilities")
 _DERIVED = ("class", "prediction", "probability", "top_classes", "top_probabilities")
 
 
@@ -29,8 +31,9 @@ class ColumnBuilder:
         section: what is asked for.
         wanted: name in the file to what it holds; empty for the default.
         problem: makes a problem of a key and what is wrong with it.
-        names: what the data calls its classes; they name predictions where the configuration has no labels and the model
-            tells as many classes apart.
+        names: what the data calls its classes, or several targets; they name predictions where the configuration has no labels
+            and the model tells as many classes apart, or else gives as many numbers.
+        scale: mean and deviation of each target that is standardised; ``prediction`` is in the targets' own units.
     """
 
     def __init__(
@@ -39,10 +42,12 @@ class ColumnBuilder:
         wanted: Mapping[str, str],
         problem: Callable[[Sequence[str], str], Problem],
         names: Sequence[str] = (),
+        scale: Sequence[Mapping[str, float]] | None = None,
     ) -> None:
         self._wanted = wanted
         self._labels, self._top_k = section.labels, section.top_k
         self._names = _labels_of(names)
+        self._scale = scale
         self._problem = problem
 
     def build(
@@ -93,7 +98,7 @@ class ColumnBuilder:
         if kind == "prediction":
             classes = self._class(found)
             if classes is None:
-                return found.get("output", next(iter(found.values())))
+                return self._in_units(found.get("output", next(iter(found.values()))))
             named = self._labels and (many is not None or classes.ndim == 1)
             return np.array(self._labels, dtype=object)[classes] if named else classes
         if kind == "class" and (classes := self._class(found)) is not None:
@@ -108,6 +113,14 @@ class ColumnBuilder:
         ]
         known = did_you_mean(kind, possible) or f"; known here: {', '.join(possible)}"
         raise self._wrong(name, f"holds {kind!r}, which the objective does not give{known}")
+
+    def _in_units(self, values: Any) -> Any:
+        """Undo the standardisation of the targets."""
+        width = 1 if values.ndim == 1 else values.shape[-1]
+        if self._scale is None or width != len(self._scale):
+            return values
+        mean, std = (np.array([of_target[key] for of_target in self._scale]) for key in ("mean", "std"))
+        return (values.astype(np.float64) * std + mean).astype(values.dtype)
 
     def _class(self, found: Mapping[str, Any]) -> Any:
         if "class" in found:
@@ -136,6 +149,8 @@ class ColumnBuilder:
         parts: Sequence[Any] = range(1, width + 1) if kind.startswith("top_") else range(width)
         if self._labels and width == len(self._labels) and self._by_class(kind, found):
             parts = self._labels
+        elif width == len(self._names) and kind in ("output", "prediction") and not {*_OF_CLASSES} & set(found):
+            parts = self._names
         pattern = name if "{}" in name else f"{name}_{{}}"
         return {pattern.replace("{}", str(part)): _plain(values[:, i]) for i, part in enumerate(parts)}
 
@@ -168,7 +183,7 @@ class ColumnBuilder:
 
 def _labels_of(names: Sequence[str]) -> list[str | int]:
     """Return names of classes as what they are in the data: whole numbers, if all of them are."""
-    whole = all(name.removeprefix("-").isdigit() and str(int(name)) == name for name in names)
+    whole = all(name.removeprefix("-").isdecimal() and str(int(name)) == name for name in names)
     return [int(name) for name in names] if whole else list(names)
 
 
@@ -185,7 +200,7 @@ def model_arguments(fields: Fields, batch: Any) -> tuple[tuple[Any, ...], dict[s
     """Return what the model is called with, of a batch that may have no target.
 
     Raises:
-        ObjectiveError: it cannot be told which part is the model's.
+        ObjectiveError: nothing says which part is the model's.
     """
     if isinstance(batch, Tensor):
         if fields.inputs not in (None, 0):
@@ -202,20 +217,6 @@ def model_arguments(fields: Fields, batch: Any) -> tuple[tuple[Any, ...], dict[s
     return fields.arguments(batch)
 
 
-def ids_of(fields: Fields, batch: Any, index: Values) -> Values:
-    """Return what the samples of a batch are called: their ``data.fields.id``, or their places in the data set.
-
-    Raises:
-        ObjectiveError: the batch has no such part.
-        DataError: it is not one text or number for each sample.
-    """
-    if fields.id is None:
-        return index
-    if isinstance(batch, Tensor):
-        raise ObjectiveError(f"data.fields.id names {fields.id!r}, but a batch to predict is a single tensor")
-    return one_each(fields.id_of(batch), len(index), f"data.fields.id: {fields.id!r}")
-
-
 def one_each(values: Any, count: int, what: str, *, may_lack: bool = False) -> Values:
     """Return a part of a batch as one text or number for each sample.
 
@@ -227,8 +228,13 @@ def one_each(values: Any, count: int, what: str, *, may_lack: bool = False) -> V
     """
     if isinstance(values, Tensor):
         values = full_precision(values).cpu().numpy()
-    single = isinstance(values, np.ndarray | list | tuple) and len(values) == count and np.ndim(values) == 1
-    if not single or not all(isinstance(v, str | int | float | np.generic) or (may_lack and v is None) for v in values):
+    listed = isinstance(values, np.ndarray | list | tuple) and np.ndim(values) == 1
+    if listed and len(values) != count:
+        raise DataError(
+            f"{what} is there {len(values)} times for {count} samples; data.collate (or the data set's __getitems__) must keep "
+            "every sample that is predicted"
+        )
+    if not listed or not all(isinstance(v, str | int | float | np.generic) or (may_lack and v is None) for v in values):
         raise DataError(f"{what} must be one text or number for each of {count} samples")
     if isinstance(values, np.ndarray) and values.dtype.kind in "iuf":
         return values
@@ -236,7 +242,9 @@ def one_each(values: Any, count: int, what: str, *, may_lack: bool = False) -> V
 
 
 class PartsOfData:
-    """Reads parts of the data that are written beside the predictions: of the batch, else a column of the data set.
+    """Reads ids and other parts of the data that are written beside the predictions: of the batch, else of the data set.
+
+    A data set has columns where it has ``as_written(name)``, which returns them as they stand in its file, or ``column(name)``.
 
     Args:
         source: the data set.
@@ -246,28 +254,74 @@ class PartsOfData:
         self._source = source
         self._columns: dict[str, Any] = {}
 
+    def has_column(self, name: str) -> bool:
+        """Tell whether the data set has a column of a name."""
+        try:
+            return self._column(name) is not None
+        except DataError:
+            return False
+
+    def ids(self, batch: Any, index: Values, name: Name | None) -> Values:
+        """Return what the samples of a batch are called: that part, or their places in the data set if there is none.
+
+        Raises:
+            DataError: there is no such part, or it is not one text or number for each sample.
+        """
+        if name is None:
+            return index
+        try:
+            found = self._part(batch, index, name)
+        except DataError as error:
+            raise DataError(f"data.fields.id: {error}") from error
+        return one_each(found, len(index), f"data.fields.id: {name!r}")
+
     def of(self, batch: Any, index: Any, name: str) -> Values:
-        """Return one text or number for each sample of a batch.
+        """Return one text or number for each sample of a batch; a sample may have none.
 
         Raises:
             DataError: there is no such part, or it is something else.
         """
-        place: Any = int(name) if name.isdigit() and isinstance(batch, list | tuple) else name
-        try:
-            found = part_of(batch, place)
-        except ObjectiveError as error:
-            found = self._column(name, str(error))[index]
+        place: Name = int(name) if name.isdecimal() and isinstance(batch, list | tuple) else name
+        found = self._part(batch, index, place)
         return one_each(found, len(index), f"column {name!r} of the data", may_lack=True)
 
-    def _column(self, name: str, told: str) -> Any:
+    def _part(self, batch: Any, index: Any, name: Name) -> Any:
+        single = isinstance(batch, Tensor)  # whose parts would be its rows
+        try:
+            if not single:
+                return part_of(batch, name)
+            why = f"the batch is {shown(batch)}"
+        except ObjectiveError as error:
+            why = str(error).partition(": ")[2]
+        column = self._column(name) if isinstance(name, str) else None
+        if column is None:
+            raise DataError(f"the data has no part {name!r}: {why}, and the data set has no method column(name)")
+        return column[index]
+
+    def _column(self, name: str) -> Any:
+        """Return a column of the data set, or None if it has no columns at all."""
         if name not in self._columns:
             ids = getattr(self._source, "ids", None)
             whole = self._source if ids is None else self._source.source
-            if not hasattr(whole, "column"):
-                raise DataError(f"the data has no part {name!r}: {told.partition(': ')[2]}, and no method column(name)")
-            found = np.asarray(whole.column(name))
-            self._columns[name] = found if ids is None else found[ids]
+            read = getattr(whole, "as_written", None) or getattr(whole, "column", None)
+            found = None if read is None else _read(whole, read, name)
+            self._columns[name] = found if ids is None or found is None else found[ids]
         return self._columns[name]
+
+
+def _read(source: Any, read: Callable[[str], Any], name: str) -> Any:
+    """Return a column by a method that may be the user's."""
+    try:
+        found = np.asarray(read(name))
+    except LockstepError:
+        raise
+    except Exception as error:
+        raise DataError(f"{type(source).__name__}.{read.__name__}({name!r}) raised {described(error)}") from error
+    if found.shape[:1] != (len(source),):
+        raise DataError(
+            f"{type(source).__name__}.{read.__name__}({name!r}) has the shape {found.shape} for {len(source)} samples"
+        )
+    return found
 
 
 def _rows(name: str, given: Any, count: int) -> Any:
@@ -278,7 +332,8 @@ def _rows(name: str, given: Any, count: int) -> Any:
         )
     if given.ndim == 0 or given.shape[0] != count:
         raise EvaluationError(
-            f"predictions: {name!r} has the shape {tuple(given.shape)} for {count} samples; one row a sample is needed"
+            f"predictions: {name!r} has the shape {tuple(given.shape)} for {count} samples; each sample needs one row. A model "
+            "must keep the batch in the first dimension, and data.collate (or the data set's __getitems__) every sample"
         )
     if given.is_complex():
         raise EvaluationError(

@@ -25,16 +25,18 @@ from runtime.checkpoints.serialization import replace_file
 from runtime.checks.data import does_not_repeat
 from runtime.config.file import LoadedConfiguration, exact_keys
 from runtime.data import sources
+from runtime.data.fields import Name
 from runtime.data.samples import Samples, fingerprint
 from runtime.data.streams import StreamSamples
 from runtime.data_contents import contents_of
 from runtime.errors import CheckpointError, DataError, PredictionError
 from runtime.evaluation.metrics import Result
-from runtime.inference.columns import ColumnBuilder, Columns
+from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData
 from runtime.inference.prediction import Predictor
 from runtime.inference.predictions_file import Format, PredictionsFile, check_target, format_of
 from runtime.inference.request import Request, Which, columns_of_sample
 from runtime.inference.submission import SubmissionFile, header_of
+from runtime.model_calls import is_out_of_memory
 from runtime.optimization.averaging import WeightAverage, checked
 from runtime.preparation import build_averaging, build_module, compare_ranks, evaluation_micro_size, evaluator_of
 from runtime.processes.control import gather_bytes, on_rank_0
@@ -42,12 +44,12 @@ from runtime.processes.stopping import StopWish
 from runtime.processes.user_code import changes_of
 from runtime.processes.watch import Position
 from runtime.strategies import Strategy
-from runtime.training.fitting import is_out_of_memory, out_of_memory
+from runtime.training.fitting import out_of_memory
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """What came of an evaluation or a prediction; equal on every rank.
+    """The result of an evaluation or a prediction; equal on every rank.
 
     Args:
         outcome: ``finished``, or ``stopped`` when it was asked to stop: then there are no results, and no file is written.
@@ -59,7 +61,7 @@ class Inferred:
         samples: in the data.
         results: of an evaluation.
         output: the file that was written, if any.
-        message: nothing.
+        message: always empty; what a run's result has there, an inference has not.
     """
 
     outcome: Literal["finished", "stopped"]
@@ -89,7 +91,7 @@ class Inference:
         request: what is asked for.
         strategy: how the processes share the work.
         stop_wish: set by signals.
-        position: told where this rank is.
+        position: where this rank is, for its heartbeats.
     """
 
     def __init__(
@@ -172,12 +174,19 @@ class Inference:
     def _predict(self, done: Inferred, samples: Samples) -> Inferred:
         assert self._target is not None
         target, section = self._target, self._loaded.values.prediction
-        wanted, encode, make = self._format(target, len(samples))
+        wanted, id_part, encode, make = self._format(target, samples)
         predictor = Predictor(
             samples,
             micro_size=self._micro_size,
             strategy=self._strategy,
-            columns=ColumnBuilder(section, wanted, self._loaded.problem, self._class_names() or ()),
+            columns=ColumnBuilder(
+                section,
+                wanted,
+                self._loaded.problem,
+                self._class_names() or (),
+                sources.preparation(self._loaded).get("target_scale"),
+            ),
+            id_part=id_part,
             encode=encode,
             make_loader=assembly.build_loader(self._loaded, self._strategy.device),
             seed=self._loaded.values.seed,
@@ -202,29 +211,29 @@ class Inference:
         return self._loaded.values.evaluation.class_names or sources.preparation(self._loaded)["classes"]
 
     def _format(
-        self, target: Path, num_samples: int
-    ) -> tuple[Mapping[str, str], Callable[[Columns], bytes], Callable[[BinaryIO], Format]]:
-        """Return the columns that are wanted, how a microbatch is encoded, and what makes the file of it."""
-        section = self._loaded.values.prediction
+        self, target: Path, samples: Samples
+    ) -> tuple[Mapping[str, str], Name | None, Callable[[Columns], bytes], Callable[[BinaryIO], Format]]:
+        """Return the columns that are wanted, where ids are, how a microbatch is encoded, and what makes the file of it.
+
+        Without ``data.fields.id`` the ids are the data's column that is called as the sample submission's.
+        """
+        section, id_part = self._loaded.values.prediction, self._loaded.values.data.fields.id
         if section.sample_submission is None:
             kind = format_of(target)
-            return section.columns, kind.encode, kind
+            return section.columns, id_part, kind.encode, kind
         sample = Path(section.sample_submission)
         wanted = columns_of_sample(self._loaded, target, self._on_rank_0(lambda: header_of(sample)))
         (id_column,) = (name for name, kind in wanted.items() if kind == "id")
-        by_index = self._loaded.values.data.fields.id is None
-        return (
-            wanted,
-            SubmissionFile.encode,
-            lambda file: SubmissionFile(
-                file,
-                sample,
-                id_column,
-                num_samples=num_samples,
-                ids_are_index=by_index,
-                labelled=bool(section.labels),
-            ),
-        )
+        if id_part is None and PartsOfData(samples.source).has_column(id_column):
+            id_part = id_column
+
+        def make(file: BinaryIO) -> SubmissionFile:
+            size, labels = len(samples), section.labels
+            return SubmissionFile(
+                file, sample, id_column, num_samples=size, ids_are_index=id_part is None, labels=labels
+            )
+
+        return wanted, id_part, SubmissionFile.encode, make
 
     @contextmanager
     def _rounds(self, done: Inferred, failing: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
@@ -254,8 +263,8 @@ class Inference:
             found = chosen(self._loaded.output, self._request.checkpoint, best, warn=_warn)
             return {**vars(found), "path": str(found.path.absolute())}
 
-        told = self._on_rank_0(choose)
-        return Checkpoint(**{**told, "path": Path(told["path"])})
+        checkpoint = self._on_rank_0(choose)
+        return Checkpoint(**{**checkpoint, "path": Path(checkpoint["path"])})
 
     def _loaded_weights(self) -> Weights:
         """Read the checkpoint on every rank; what fails on one is raised on all."""
@@ -264,10 +273,9 @@ class Inference:
             weights = load_weights(self._checkpoint.path)
         except CheckpointError as error:
             problem = str(error)
-        problems = [told.decode() for told in gather_bytes(problem.encode() or b" ", self._strategy.device)]
-        for rank, told in enumerate(problems):
-            if told != " ":
-                raise CheckpointError(f"rank {rank}: {told}")
+        for rank, found in enumerate(gather_bytes(problem.encode() or b" ", self._strategy.device)):
+            if found != b" ":
+                raise CheckpointError(f"rank {rank}: {found.decode()}")
         assert weights is not None
         return weights
 
@@ -326,10 +334,9 @@ def print_results(done: Inferred, reported: Mapping[str, Result]) -> None:
         table.add_column("in training", justify="right")
     for name, value in done.results.items():
         if isinstance(value, float) and name != "samples":
-            told = reported.get(name)
-            table.add_row(
-                name, f"{value:.6g}", *([f"{told:.6g}" if isinstance(told, float) else ""] if reported else [])
-            )
+            before = reported.get(name)
+            in_training = f"{before:.6g}" if isinstance(before, float) else ""
+            table.add_row(name, f"{value:.6g}", *([in_training] if reported else []))
     console.print(table)
     lists = [name for name, value in done.results.items() if not isinstance(value, float)]
     if lists and done.output is None:

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from runtime.config.component import described
+from runtime.data.fields import Name
 from runtime.data.loading import read
 from runtime.data.samples import Samples, SlotIndex
 from runtime.errors import LockstepError, ObjectiveError
-from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, ids_of, model_arguments
-from runtime.model_calls import explained
+from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, model_arguments
+from runtime.model_calls import explained, is_out_of_memory
 from runtime.objective import Objective, full_precision, shown
 from runtime.processes.control import Agreement, gather_on_rank_0
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
-from runtime.training.fitting import is_out_of_memory
 
 
 class Predictor:
@@ -33,6 +33,7 @@ class Predictor:
         samples: the data; a batch may have no target.
         micro_size: samples in one forward pass.
         columns: makes what is written of the model's output.
+        id_part: part of the data that samples are called by. None: their places in the data set.
         encode: makes bytes of a microbatch's columns.
         seed: of the run; a model that draws random numbers draws what it draws in evaluation.
     """
@@ -44,6 +45,7 @@ class Predictor:
         micro_size: int,
         strategy: Strategy,
         columns: ColumnBuilder,
+        id_part: Name | None,
         encode: Callable[[Columns], bytes],
         make_loader: Callable[..., Any],
         seed: int,
@@ -52,7 +54,7 @@ class Predictor:
         self._micro_size = micro_size
         self._strategy = strategy
         self._columns = columns
-        self._parts = PartsOfData(samples.source)
+        self._parts, self._id_part = PartsOfData(samples.source), id_part
         self._encode = encode
         self._make_loader = make_loader
         self._seed = seed
@@ -104,7 +106,7 @@ class Predictor:
         strategy = self._strategy
         module, index = strategy.unwrapped, self._share(number).ids
         fields = module.objective.fields
-        ids = ids_of(fields, batch, index)
+        ids = self._parts.ids(batch, index, self._id_part)
         seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
         positional, named = model_arguments(fields, strategy.to_device(batch))
         with strategy.autocast():
@@ -118,10 +120,10 @@ class Predictor:
         try:
             return self._strategy.output(positional, named)
         except Exception as error:
-            told = explained(error, self._strategy.unwrapped, shown([*positional, *named.values()]))
-            if told is None:
+            message = explained(error, self._strategy.unwrapped, shown([*positional, *named.values()]))
+            if message is None:
                 raise
-            raise told from error
+            raise message from error
 
     def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
         try:

@@ -221,7 +221,7 @@ class PredictionsFile:
             self._format = self._make(self._file)
             self._stack.callback(self._format.close)
         except _FAILURES as error:
-            raise PredictionError(self._told(error)) from error
+            raise PredictionError(self._message(error)) from error
 
     def close(self) -> None:
         """Let nothing be left but what was committed."""
@@ -233,7 +233,7 @@ class PredictionsFile:
             try:
                 self._format.append(payload)
             except (PredictionError, *_FAILURES) as error:
-                self.problem = self._told(error)
+                self.problem = self._message(error)
 
     def refuse_problem(self) -> None:
         """Raise what kept the rows from being written.
@@ -259,9 +259,9 @@ class PredictionsFile:
             check_target(self._out, force=self._force)  # once more: it may have come meanwhile
             put_in_place(self._written, self._out)
         except _FAILURES as error:
-            raise PredictionError(self._told(error)) from error
+            raise PredictionError(self._message(error)) from error
 
-    def _told(self, error: Exception) -> str:
+    def _message(self, error: Exception) -> str:
         if isinstance(error, PredictionError):
             return str(error)
         reason = getattr(error, "strerror", None) or error
@@ -269,7 +269,7 @@ class PredictionsFile:
 
 
 def _close(file: BinaryIO) -> None:
-    with suppress(OSError):  # the disk is full, which has been told
+    with suppress(OSError):  # the disk is full, which has been reported
         file.close()
 
 

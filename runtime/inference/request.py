@@ -105,7 +105,9 @@ def columns_of_sample(loaded: LoadedConfiguration, target: Path, header: Sequenc
             [Problem("command line", "--output", f"{target}: a sample submission is filled in as .csv")]
         )
     if not section.columns and len(header) == 2:
-        return {header[0]: "id", header[1]: "prediction"}
+        called = loaded.values.data.fields.id
+        other = header[0] if header[1] == called else header[1]
+        return {name: "prediction" if name == other else "id" for name in header}
     if not section.columns:
         what = f"say what each column of {section.sample_submission} holds: {', '.join(header)}"
     elif len(ids) != 1 or ids[0] not in header:

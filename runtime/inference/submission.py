@@ -31,8 +31,8 @@ class SubmissionFile:
         id_column: which of its columns holds the ids.
         num_samples: in the data set.
         ids_are_index: whether samples are called by their place in the data set, so that ids are known beforehand.
-        labelled: whether the configuration says what the classes are called; otherwise a column of numbers is not filled with
-            texts either.
+        labels: what the configuration calls the classes; these are written whatever the sample's columns hold. Anything else
+            is no text where the sample has numbers, and no number where it has texts.
 
     Raises:
         PredictionError: the sample cannot be read, or has an id twice.
@@ -46,13 +46,13 @@ class SubmissionFile:
         *,
         num_samples: int,
         ids_are_index: bool,
-        labelled: bool = False,
+        labels: Sequence[str | int] = (),
     ) -> None:
         self._file = file
         self._sample = sample
         self._header = header_of(sample)
         self._place = self._header.index(id_column)
-        self._labelled = labelled
+        self._labels = {str(label) for label in labels}
         self._seen = {place: _Seen() for place in range(len(self._header)) if place != self._place}
         self._rows = sqlite3.connect("", isolation_level=None)
         self._rows.execute("CREATE TABLE rows (place INTEGER PRIMARY KEY, id TEXT, line TEXT)")
@@ -62,8 +62,8 @@ class SubmissionFile:
     @staticmethod
     def encode(columns: Columns) -> bytes:
         """Return the names and the rows as texts."""
-        rows = zip(*(map(str, texts(values)) for values in columns.values()), strict=True)
-        return with_names(columns, json.dumps(list(rows)).encode())
+        listed = [["" if value is None else str(value) for value in texts(values)] for values in columns.values()]
+        return with_names(columns, json.dumps(list(zip(*listed, strict=True))).encode())
 
     def append(self, payload: bytes) -> None:
         """Take in rows.
@@ -136,14 +136,14 @@ class SubmissionFile:
         (count,) = self._rows.execute("SELECT COUNT(*) FROM rows").fetchone()
         if count <= num_samples:
             return
-        told = ""
+        examples = ""
         if ids_are_index:
             ids = (called for (called,) in self._rows.execute("SELECT id FROM rows ORDER BY place"))
             strange = (i for i in ids if not (i.isdigit() and int(i) < num_samples and i == str(int(i))))
-            told = f" ({_few(list(islice(strange, _SHOWN)), count - num_samples)})"
+            examples = f" ({_few(list(islice(strange, _SHOWN)), count - num_samples)})"
         raise PredictionError(
             f"{self._sample} has {count:,} ids and the data {num_samples:,} samples: at least {count - num_samples:,} ids "
-            f"would be missing among the predictions{told}. Nothing was written"
+            f"would be missing among the predictions{examples}. Nothing was written"
         )
 
     def _ids(self) -> Iterator[str]:
@@ -162,10 +162,10 @@ class SubmissionFile:
             return
         missing = [name for name in self._header if name not in names]
         extra = [name for name in names if name not in self._header]
-        told = [f"no column {_few(missing)}"] if missing else []
-        told += [f"{_few(extra)} besides"] if extra else []
+        differing = [f"no column {_few(missing)}"] if missing else []
+        differing += [f"{_few(extra)} besides"] if extra else []
         raise PredictionError(
-            f"the columns of {self._sample} are {', '.join(self._header)}; the predictions have {' and '.join(told)}: "
+            f"the columns of {self._sample} are {', '.join(self._header)}; the predictions have {' and '.join(differing)}: "
             "say in prediction.columns what each holds. Nothing was written"
         )
 
@@ -173,14 +173,14 @@ class SubmissionFile:
         """Refuse numbers where the sample has texts: whoever scores them would compare names with numbers of classes."""
         for place, seen in self._seen.items():
             value, name = values[place], self._header[place]
-            if not value:
+            if not value or value in self._labels:
                 continue
             if seen.all_texts and _is_number(value):
                 raise PredictionError(
                     f"column {name!r} of {self._sample} holds texts, such as {seen.text!r}, and the predictions are numbers, "
                     f"such as {value}: say in prediction.labels what the classes are called. Nothing was written"
                 )
-            if seen.all_numbers and not _is_number(value) and not self._labelled:
+            if seen.all_numbers and not _is_number(value):
                 raise PredictionError(
                     f"column {name!r} of {self._sample} holds numbers, such as {seen.number}, and the predictions are texts, "
                     f"such as {value!r}: say in prediction.labels what is to be written for each class. Nothing was written"

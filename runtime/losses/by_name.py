@@ -190,7 +190,9 @@ class ClassificationLoss(TorchLoss):
 
     def cure(self, output: Any, target: Any) -> str:
         """Say what a target is that does not fit the output."""
-        if not isinstance(target, Tensor) or output.ndim < 2:
+        if output.ndim < 2 or not output.is_floating_point():
+            return "; the output must be scores in floating point, (batch, classes)"
+        if not isinstance(target, Tensor):
             return ""
         classes = output.shape[self._class_dim]
         if target.is_floating_point():

@@ -175,9 +175,11 @@ class SupervisedObjective(Objective):
             ObjectiveError: the shapes differ.
         """
         if output.shape != target.shape:
+            one_more = " (output.squeeze(-1))" if output.shape == (*target.shape, 1) else ""
             raise ObjectiveError(
-                f"{self.name} needs an output of the target's shape {tuple(target.shape)}, not {tuple(output.shape)}; "
-                "torch would broadcast and sum over pairs that do not belong together"
+                f"{self.name} needs an output of the target's shape {tuple(target.shape)}, not {tuple(output.shape)}; torch "
+                "would broadcast and sum over pairs that do not belong together. Let the model return that shape"
+                f"{one_more}, the data give a target of the output's, or name another target ({target_name(self.fields)})"
             )
 
 

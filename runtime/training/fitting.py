@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from runtime.errors import OutOfMemoryError
+from runtime.model_calls import is_out_of_memory
 from runtime.objective import TrainingModule
 from runtime.processes.control import sum_over_ranks
 from runtime.randomness import preserved_random_state
@@ -15,13 +16,6 @@ from runtime.strategies import Strategy
 from runtime.training.held_buffers import preserved_buffers
 
 _STATE_COPIES = 2  # Adam's two moments, which do not exist before the first update
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory has run out, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
 
 
 def out_of_memory(error: BaseException, *, rank: int, where: str, key: str, size: int) -> OutOfMemoryError:

@@ -49,3 +49,10 @@ class Once(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return (item for item in self.items)
+
+
+class NoInputs(Parted):
+    """Its part for metrics does not work."""
+
+    def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
+        return output, batch["nothing"]

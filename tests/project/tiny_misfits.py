@@ -35,3 +35,23 @@ class Wordy(nn.Module):
 class Broken(Objective):
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         return (model(batch[0]) - torch.zeros(2)).sum()  # shapes that do not go together
+
+
+class Raising(nn.Module):
+    """Raises what it is told to."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.words = nn.Embedding(5, 3).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.kind == "attribute":
+            return self.skip_connection(inputs)  # a missing attribute
+        if self.kind == "file":
+            raise FileNotFoundError(2, "No such file", "weights.bin")  # a missing file
+        if self.kind == "connection":
+            raise RuntimeError("a connection of another size")  # about a connection
+        if self.kind == "numbers":
+            return self.words(inputs)  # numbers for words
+        return self.words(inputs.abs().long() + 5)  # words beyond the last

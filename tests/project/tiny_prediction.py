@@ -71,3 +71,19 @@ class Drawing(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.line(inputs) + torch.randn(3, dtype=torch.float64)
+
+
+def flat() -> nn.Module:
+    """Scores of three classes for images of 4 x 4 in colour."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+
+
+class Bag(nn.Module):
+    """Scores of two classes for bytes, 0 for padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(256, 2, padding_idx=0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.bag(inputs)
