@@ -16,7 +16,7 @@ from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
-from runtime.data.streams import Place
+from runtime.data.stream_pieces import Place
 from runtime.data.training_data import How, MappedData, Reading, places_of
 from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import Result

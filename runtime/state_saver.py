@@ -15,7 +15,7 @@ from runtime.checks.objective import coupled_parts
 from runtime.config.file import LoadedConfiguration
 from runtime.data.order import SamplerOrder
 from runtime.data.sources import preparation
-from runtime.data.streams import Place
+from runtime.data.stream_pieces import Place
 from runtime.data.training_data import MappedData, StreamedData, told_places
 from runtime.evaluations import Evaluations
 from runtime.preparation import Prepared

@@ -7,11 +7,12 @@ statistics stand still.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,14 @@ from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Cursor
 from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.samples import SlotIndex
-from runtime.data.streams import StreamIndex
+from runtime.data.stream_pieces import StreamIndex
 from runtime.data.training_data import MappedData, StreamedData, TrainingData
 from runtime.data.yielded_batches import rows_from
 from runtime.errors import ConfigurationError, ForwardError, LockstepError
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Loss, Objective, TrainingModule
 from runtime.preparation import Prepared
+from runtime.processes.control import gather_bytes
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 
@@ -76,7 +78,8 @@ def check_additivity(
 ) -> None:
     """Refuse an objective that returns a mean; warn of one whose samples depend on each other, and list it as inexact.
 
-    Every rank reads the same samples and comes to the same verdict. Collective where the strategy is sharded.
+    Ranks read the same samples, unless a stream shards itself; what one of them finds holds for all. Collective: every rank
+    must call this.
 
     Raises:
         ConfigurationError: the objective returns a mean.
@@ -86,23 +89,28 @@ def check_additivity(
         return
     make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
     sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=size, make_loader=make_loader)
-    if sets is None:
-        return
-    if (
-        strategy.sharded
-    ):  # no gradient, which would wait for a backward pass, and no second try after half a forward pass
+    if strategy.sharded:
+        # No gradient, which would wait for a backward pass, and no second try after half a forward pass.
         tries = [(False, strategy.autocast)]
+        sizes = set(gather_bytes(json.dumps(sets and sets.sizes).encode(), strategy.device))
+        sets = sets if len(sizes) == 1 else None  # otherwise ranks would run different numbers of forward passes
     else:
         tries = [(gradients, cast) for gradients in (False, True) for cast in (nullcontext, strategy.autocast)]
-    found = deviations(
-        module,
-        sets,
-        device=strategy.device,
-        to_device=strategy.to_device,
-        tries=tries,
-        compiled=loaded.values.compile is not None,
-        together=strategy.sharded,
+    found = (
+        []
+        if sets is None
+        else deviations(
+            module,
+            sets,
+            device=strategy.device,
+            to_device=strategy.to_device,
+            tries=tries,
+            compiled=loaded.values.compile is not None,
+            together=strategy.sharded,
+        )
     )
+    replies = gather_bytes(json.dumps([asdict(deviation) for deviation in found]).encode(), strategy.device)
+    found = next((of_rank for reply in replies if (of_rank := [Deviation(**one) for one in json.loads(reply)])), [])
     for text in judged(loaded, module.objective, found):
         warn(text)
 
@@ -167,8 +175,8 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
 
         return Sets(first, second, both, (half, half), singles)
     source = data.samples.source
-    if data.samples.sharded_by != "runtime" or hasattr(source, "__next__"):
-        return None  # each rank has samples of its own, or what is read here would be gone
+    if hasattr(source, "__next__"):
+        return None  # what is read here would be gone
     if data.samples.batches:
         return _sets_within(data, make_loader)
     cuts = max(1, -(-data.samples.batch_size // min(_MOST_SAMPLES, slot)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from runtime.config.component import described
 from runtime.data import worker_info
+from runtime.data.copies import copied
 from runtime.data.order import Ids
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -86,11 +86,7 @@ class Samples(Dataset[Any]):
 
     def name_of(self, stage: str) -> str:
         """Return what the user calls the data set, the transform or the collate function."""
-        source = self.source
-        while hasattr(source, "ids") and hasattr(source, "source"):  # what it is a part of
-            source = source.source
-        named: Any = {"the transform": self._transform, "the collate function": self._collate}.get(stage, source)
-        return str(getattr(named, "__name__", type(named).__name__))
+        return name_of(stage, self.source, self._transform, self._collate)
 
     def read_in_stages(self, index: SlotIndex, note: Callable[[Any], str]) -> tuple[str, ...] | SampleFailure:
         """Read one sample and note what the data set gives, what the transform makes of it, and what is collated.
@@ -104,11 +100,11 @@ class Samples(Dataset[Any]):
                 if self._seeded or self._whole_slots:
                     found = self._given_whole(index)
                     given = made = note(found)
-                    return given, made, note(self._finished(_copied(found), index))
+                    return given, made, note(self._finished(copied(found), index))
                 seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, number), _CPU)
                 sample = self.source[number]
                 given = note(sample)
-                sample = _copied(sample)
+                sample = copied(sample)
                 sample = sample if self._transform is None else self._transform(sample)
                 made = note(sample)
                 return given, made, note(self._collate([sample]))
@@ -159,11 +155,12 @@ class Samples(Dataset[Any]):
             return self._collate(samples)
 
 
-def _copied(sample: Any) -> Any:
-    try:
-        return deepcopy(sample)
-    except Exception:  # whatever a user's class raises; then it is taken as it is
-        return sample
+def name_of(stage: str, source: Any, transform: Any, collate: Any) -> str:
+    """Return what the user calls a data set, a transform or a collate function."""
+    while hasattr(source, "ids") and hasattr(source, "source"):  # what it is a part of
+        source = source.source
+    named = {"the transform": transform, "the collate function": collate}.get(stage, source)
+    return str(getattr(named, "__name__", type(named).__name__))
 
 
 def _listed(ids: Sequence[int] | Ids) -> str:

@@ -16,8 +16,9 @@ from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.order import Order
 from runtime.data.reading_ahead import Ahead
 from runtime.data.samples import Samples, SlotIndex, fingerprint
+from runtime.data.stream_pieces import FIRST, Place, ShardedBy, StreamIndex, fits_json
 from runtime.data.stream_windows import StreamWindows
-from runtime.data.streams import FIRST, Place, ShardedBy, StreamIndex, StreamSamples
+from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
 from runtime.processes.control import gather_bytes
 
@@ -204,9 +205,7 @@ def told_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torc
     A state that JSON cannot hold is left out; the stream is then read again on resumption. Collective where the data set
     shards itself; where the runtime does, every rank's place is everybody's.
     """
-    kept = {
-        worker: place if _fits_json(place.state) else place._replace(state=None) for worker, place in places.items()
-    }
+    kept = {worker: place if fits_json(place.state) else place._replace(state=None) for worker, place in places.items()}
     told = {str(worker): list(place) for worker, place in kept.items()}
     if sharded_by == "runtime":
         return {"0": told}
@@ -218,10 +217,3 @@ def places_of(told: Mapping[str, Any], rank: int) -> dict[int, Place]:
     """Return a rank's places from what :func:`told_places` told."""
     own = told.get(str(rank), told.get("0", {}))
     return {int(worker): Place(*place) for worker, place in own.items()}
-
-
-def _fits_json(state: Any) -> bool:
-    try:
-        return bool(json.loads(json.dumps(state)) == state)
-    except (TypeError, ValueError, RecursionError):
-        return False
