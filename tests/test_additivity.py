@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
@@ -155,6 +156,14 @@ def points(size: int = 48, dtype: str = "float32") -> TensorDataset:
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
         return iter(points())
+
+
+class SharedStream(IterableDataset):
+    """Gives each rank samples of its own."""
+
+    def __iter__(self) -> Any:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return iter([points()[i] for i in range(rank, 48, ranks)])
 
 
 def sets(dtype: torch.dtype, *, target: Callable[[Tensor], Tensor] = lambda t: t) -> Sets:
@@ -320,11 +329,16 @@ def _started(configuration: dict[str, Any]) -> str:
         return str(error)
 
 
+SHARED = {"train": {"target": f"{HERE}:SharedStream", "sharded_by": "dataset"}, "drop_last": True}
+
+
+@pytest.mark.parametrize("data", [{"train": f"{HERE}:points"}, SHARED], ids=["mapped", "shared out by the data set"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_all_ranks_refuse_a_mean_alike(pool: ProcessPool, tmp_path: Path, kind: str) -> None:
-    told = pool.run(_started, 2, configuration=configuration(tmp_path, "Mean", strategy={"kind": kind}))
+def test_all_ranks_refuse_a_mean_alike(pool: ProcessPool, tmp_path: Path, kind: str, data: dict[str, Any]) -> None:
+    changes: dict[str, Any] = {"strategy": {"kind": kind}, "data": data, "limit": {"steps": 1}}
+    told = pool.run(_started, 2, configuration=configuration(tmp_path, "Mean", **changes))
     assert told[0] == told[1]
     assert "returns a mean" in told[0]
-    coupled = configuration(tmp_path / "coupled", "Contrastive", strategy={"kind": kind})
+    coupled = configuration(tmp_path / "coupled", "Contrastive", **changes)
     assert pool.run(_started, 2, configuration=coupled) == ["finished", "finished"]
     assert len(warnings_of(tmp_path / "coupled")) == 1

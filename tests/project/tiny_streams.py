@@ -341,7 +341,7 @@ class Refilled(IterableDataset):
 
 
 class UnevenShares(IterableDataset):
-    """Reader r of n has r times r parts of the numbers: the first has nothing."""
+    """Each reader has more of the numbers than the one before, and the first of several workers has nothing."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -350,12 +350,9 @@ class UnevenShares(IterableDataset):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        readers, own = ranks * workers, rank * workers + worker
-        if readers == 1:
-            yield from range(self.size)
-            return
-        total = sum(r * r for r in range(readers))
-        ends = [self.size * sum(r * r for r in range(n)) // total for n in range(readers + 1)]
+        shares = [0 if workers > 1 and r % workers == 0 else (r + 1) ** 2 for r in range(ranks * workers)]
+        ends = [self.size * sum(shares[:n]) // sum(shares) for n in range(len(shares) + 1)]
+        own = rank * workers + worker
         yield from range(ends[own], ends[own + 1])
 
 

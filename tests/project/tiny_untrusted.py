@@ -226,6 +226,13 @@ def time_first(samples: list[Any]) -> Any:
     return inputs.T.contiguous(), target.expand(8, -1)
 
 
+def by_size(samples: list[Any]) -> Any:
+    """Collate, the samples of the largest first input first, as recurrent models want the longest."""
+    first = samples[0]
+    key = (lambda sample: -sample["x"][0]) if isinstance(first, dict) else (lambda sample: -sample[0])
+    return default_collate(sorted(samples, key=key))
+
+
 def plain(samples: list[Any]) -> Any:
     return default_collate(samples)
 
