@@ -224,6 +224,7 @@ class Run:
             num_weights=objective.num_weights,
             begin_sum=self._begin_sum,
             ahead=lambda: self._agreement.steps_ahead,
+            tell=self._reporter.message,
         )
         return self._data.read(
             how,

@@ -61,7 +61,8 @@ def test_a_stream_that_shares_itself_out_evenly_over_ranks_is_refused(pool: Proc
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=single), 2])
 @pytest.mark.parametrize(
-    ("target", "num_workers"), [("Shuffled", 0), ("Shuffled", 2), ("LiveState", 0), ("StatefulPoints", 2)]
+    ("target", "num_workers"),
+    [("Shuffled", 0), ("Shuffled", 2), ("LiveState", 0), ("StateOfTensors", 0), ("StatefulPoints", 2)],
 )
 def test_a_run_on_a_stream_whose_state_is_not_all_of_it_goes_on_as_if_nothing_had_happened(
     pool: ProcessPool, tmp_path: Path, world_size: int, target: str, num_workers: int
@@ -71,6 +72,8 @@ def test_a_run_on_a_stream_whose_state_is_not_all_of_it_goes_on_as_if_nothing_ha
     config = run(tmp_path / "stopped", num_workers, source)
     for after in (2, 4, 7, None):
         stopped = pool.run(observe_stopping, world_size, config, after)
+    told = (tmp_path / "stopped" / "metrics.jsonl").read_text().count("the stream is read again from its beginning")
+    assert told == (3 if target in ("Shuffled", "StateOfTensors") else 0)
     for expected, got in zip(whole, stopped, strict=True):
         assert_bitwise_equal(expected, got)
 

@@ -43,6 +43,7 @@ class Piece(NamedTuple):
         state: the data set's own state behind the global batch (behind the piece, where the data set shards).
         content: digest of the global batch that it is part of; equal on all ranks where the runtime shards.
         next_content: digest of what this reader reads next.
+        read_again: the data set's own state did not lead to where a run stopped, so the reader came from the beginning.
     """
 
     asked: StreamIndex
@@ -54,6 +55,7 @@ class Piece(NamedTuple):
     state: Any = None
     content: str = ""
     next_content: str = ""
+    read_again: bool = False
 
 
 class Place(NamedTuple):

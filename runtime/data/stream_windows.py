@@ -24,6 +24,10 @@ from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
 
 _AHEAD = 4  # most steps between two all-reduces; one and a half times as many global batches are held
+_READ_AGAIN = (
+    "data.train: what the stream's load_state_dict leads to is not what comes next (its state lacks something, such as the "
+    "content of a shuffle buffer), so the stream is read again from its beginning: the same samples, later"
+)
 _EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
 
 
@@ -56,6 +60,7 @@ class StreamWindows:
         sum_over_ranks: sums a float64 tensor over all ranks.
         num_workers: of the loader; 0 reads in this process.
         ahead: steps between two all-reduces, four at most. Default: four.
+        tell: takes a line that informs.
 
     Attributes:
         filler: a batch for fillers, with several ranks.
@@ -79,6 +84,7 @@ class StreamWindows:
         num_weights: int | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
         ahead: Ahead = _AHEAD,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         if samples.sharded_by == "dataset" and sharing.slots < sharing.world_size:
             raise DataError(
@@ -87,7 +93,7 @@ class StreamWindows:
             )
         self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
         self._skipped, self._sharing, self._weigh, self._sum = frozenset(skipped), sharing, weigh, sum_over_ranks
-        self._ahead = ahead
+        self._ahead, self._tell, self._told = ahead, tell, False
         # Where the data set shards itself, readers end at different turns: each has had one in so many rows.
         readers, turns = max(1, num_workers), max(1, sharing.slots // sharing.world_size)
         self._most_empty = 1 if samples.sharded_by == "runtime" else -(-readers // turns)
@@ -159,6 +165,9 @@ class StreamWindows:
         while True:
             piece: Piece = next(self._fetched)
             if piece.asked.cursor == cursor and piece.asked.slot == slot and not piece.asked.aligning:
+                if piece.read_again and not self._told:
+                    self._told = True
+                    self._tell(_READ_AGAIN)
                 return piece
 
     def _made_filler(self) -> Any:

@@ -91,6 +91,7 @@ class StreamSamples:
         self._initial = deepcopy(source.state_dict()) if self._stateful else None
         self._ended = False  # the iteration: the data set is then at its beginning again, or at its next epoch's
         self._expected: Place | None = None
+        self._read_again = False
 
     @property
     def own_batches(self) -> bool:
@@ -132,7 +133,8 @@ class StreamSamples:
         positions = self._positions(index, len(items))
         samples, made = self._made(epoch, batch * self.batch_size, [(i, items[i]) for i in positions])
         more = len(self._ahead.items) >= (self.batch_size if self._drop_last else 1)
-        return Piece(index, samples, made, len(items), more, worker, state, content, next_content=self._ahead.content)
+        following = self._ahead.content
+        return Piece(index, samples, made, len(items), more, worker, state, content, following, self._read_again)
 
     def _own_piece(self, index: StreamIndex, worker: int, workers: int) -> Piece:
         epoch, batch = index.cursor
@@ -150,7 +152,8 @@ class StreamSamples:
         items, state, content = self._current
         start = batch * self.batch_size + _bounds(self.batch_size, index.slots, index.slot)[0]
         samples, made = self._made(epoch, start, list(enumerate(items)))
-        return Piece(index, samples, made, len(items), False, worker, state, content, next_content=self._ahead.content)
+        following = self._ahead.content
+        return Piece(index, samples, made, len(items), False, worker, state, content, following, self._read_again)
 
     def _size(self, index: StreamIndex, turn: int) -> int:
         slot = index.own.start + turn % len(index.own)
@@ -167,6 +170,7 @@ class StreamSamples:
             first: number of the reader's first piece.
             step: from one of its pieces to the next.
         """
+        self._read_again = False
         self._expected = place if place is not None and place.epoch == epoch and place.content else None
         if place is not None and place.state is not None and (place.epoch, place.number) == (epoch, number):
             self._begin(epoch, number, place.state)
@@ -174,8 +178,10 @@ class StreamSamples:
             if place.content in ("", found.content):
                 return found
             self._begin(epoch, first)  # the state was not all of it
+            self._read_again = True
         else:
             self._begin(epoch, first)
+            self._read_again = self._stateful and place is not None and number > first  # a checkpoint could not hold it
         return self._read(epoch, first, size, step=step)
 
     def beginning(self, *, with_state: bool) -> Beginning:

@@ -48,6 +48,7 @@ class How:
         num_weights: how many weights a microbatch has; None: one, as a number.
         begin_sum: begins to sum a float64 tensor over all ranks. Collective.
         ahead: over how many steps weights are to be summed at once; equal on all ranks.
+        tell: takes a line that informs.
     """
 
     sharing: Sharing
@@ -57,6 +58,7 @@ class How:
     begin_sum: BeginSum
     num_weights: int | None = None
     ahead: Ahead = 8
+    tell: Callable[[str], None] = lambda text: None
 
 
 class MappedData:
@@ -192,6 +194,7 @@ class StreamedData:
             num_weights=how.num_weights,
             sum_over_ranks=lambda table: how.begin_sum(table)(),
             ahead=how.ahead,
+            tell=how.tell,
         )
         return Reading(iter(windows), windows.filler, windows.places)
 
