@@ -48,11 +48,13 @@ class Contents:
     Args:
         known: digests that are equal on all ranks, of what gives the same when it is read again.
         differing: by part of the data, what gives something else when a sample is read again.
+        memory: by part of the data, the data set or transform that overwrites samples, and how.
         state_lacks: why a training stream cannot go on from the data set's own state; empty if it can, or has none.
     """
 
     known: Known = field(default_factory=dict)
     differing: Mapping[str, Differing] = field(default_factory=dict)
+    memory: Mapping[str, str] = field(default_factory=dict)
     state_lacks: str = ""
 
 
@@ -79,6 +81,7 @@ def contents_of(
     make_loader = assembly.build_loader(loaded, strategy.device, most_workers=1)
     known: dict[str, dict[str, str]] = {}
     differing: dict[str, Differing] = {}
+    memory: dict[str, str] = {}
     state_lacks = ""
     for name, samples in parts.items():
         if samples is None:
@@ -92,6 +95,10 @@ def contents_of(
             known[name] = {str(number): one.content for number, one in found.items() if one.content is not None}
             if hasattr(samples.source, "ids"):  # a part that was held out, or what was left
                 known[name]["held out"] = digest(samples.source.ids)
+            fault = next((one.memory for one in found.values() if one.memory), "")
+            if fault:
+                at_fault = "the transform" if "what the data set holds" in fault else "the data set"
+                memory[name] = f"{samples.name_of(at_fault)} ({at_fault}) {fault}"
             stage = next((one.differs for one in found.values() if one.differs is not None), None)
         else:
             first = probe_stream(samples, times=1 if stored is not None else 2, make_loader=make_loader)
@@ -105,7 +112,7 @@ def contents_of(
         known["train"]["order"] = order.basis()
     # Whether ranks read different streams is found while they are read, with another cure.
     common = agreed(known, may_differ=(_BEGINNING,), host=socket.gethostname(), device=strategy.device, where=_where)
-    return Contents(common, differing, state_lacks)
+    return Contents(common, differing, memory, state_lacks)
 
 
 def changed(stored: Known, now: Known) -> dict[str, str]:

@@ -91,6 +91,15 @@ class OfOneWeight(Squares):
         return 1.0
 
 
+class MeanOfOneWeight(Mean, OfOneWeight):
+    """Right where all slots have as many samples."""
+
+
+class PenaltyOnWeights(Squares):
+    def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
+        return super().forward(model, batch) + sum(p.square().sum() for p in model.parameters())
+
+
 class Noisy(Squares):
     """Draws random numbers in evaluation, too."""
 
@@ -304,6 +313,18 @@ def test_a_coupling_is_told_in_one_line_and_listed_as_inexact_after_a_resumption
     train(configuration(tmp_path, "Contrastive", limit={"steps": 3}))
     assert inexact(tmp_path) == [first]
     assert len(warnings_of(tmp_path)) == 1
+
+
+def test_a_mean_of_weight_1_for_each_microbatch_is_told_as_what_it_is(tmp_path: Path) -> None:
+    train(configuration(tmp_path, "MeanOfOneWeight"))
+    (line,) = warnings_of(tmp_path)
+    assert "the weight of" in line and "is not a sum over its samples" in line
+
+
+def test_a_penalty_added_once_for_each_microbatch_is_told_with_its_cure(tmp_path: Path) -> None:
+    train(configuration(tmp_path, "PenaltyOnWeights"))
+    (line,) = warnings_of(tmp_path)
+    assert "(a penalty on weights) by the number of samples" in line
 
 
 @pytest.mark.parametrize("silent", ["Told", "Squares", "Noisy", "Counting"])

@@ -93,6 +93,34 @@ def test_what_draws_from_the_seeds_that_it_is_given_is_silent_and_the_same_on_wo
 
 
 @single
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (
+            {"target": "tiny:points", "transform": "tiny_untrusted:InPlace"},
+            "InPlace (the transform) changes what the data",
+        ),
+        (
+            source("Dictionaries", transform="tiny_untrusted:ScaledInPlace"),
+            "ScaledInPlace (the transform) changes what",
+        ),
+        (source("OneBuffer"), "OneBuffer (the data set) fills one buffer with each sample"),
+        (source("Dictionaries", args={"fresh": True}, transform="tiny_untrusted:ScaledInPlace"), ""),
+        (source("Dictionaries", args={"fresh": True}, transform="tiny_untrusted:Replaced"), ""),
+        (source("Plain", args={"draws": "none"}, transform="tiny_untrusted:InPlace"), ""),
+        ({"target": "tiny:points", "transform": "tiny_untrusted:identity"}, ""),
+    ],
+)
+def test_samples_that_are_overwritten_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train: dict[str, Any], told: str
+) -> None:
+    observe(run(tmp_path, train))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == bool(told), lines
+    assert told in "".join(lines)
+
+
+@single
 def test_looking_at_samples_changes_nothing(tmp_path: Path) -> None:
     train = source("Plain", transform="tiny_untrusted:InPlace", args={"draws": "none"})
     looked, not_looked = run(tmp_path / "on", train), {**run(tmp_path / "off", train), "checks": "off"}

@@ -28,13 +28,15 @@ def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[
     contents = prepared.contents
     for part, differing in contents.differing.items():
         warn(does_not_repeat(part, differing))
+    for part, fault in contents.memory.items():
+        warn(f"{'.'.join(split_key(part))}: {fault}")
     if contents.state_lacks:
         warn(
             f"data.train: what {prepared.data.samples.name_of('the data set')}.state_dict() returns {contents.state_lacks} (a "
             "shuffle buffer's content may be missing): a resumed run reads the stream again from its beginning, which is exact "
             "and takes as long as reading so far did"
         )
-    own = b"differs" if "train" in contents.differing else b"repeats"
+    own = b"differs" if "train" in {**contents.differing, **contents.memory} else b"repeats"
     return b"differs" not in gather_bytes(own, strategy.device)
 
 

@@ -121,6 +121,9 @@ def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviat
     Raises:
         ConfigurationError: an objective returns a mean.
     """
+    # Means whose weight is no sum either, such as 1 for each microbatch, are divided by nothing wrong; the weight is named.
+    of_weights = {deviation.part for deviation in found if deviation.of == "weight"}
+    found = [d for d in found if not (d.of == "sum" and d.is_mean and d.part in of_weights)]
     means = [deviation for deviation in found if deviation.is_mean and deviation.of == "sum"]
     if means:
         raise ConfigurationError([loaded.problem(_key(loaded, mean), _mean(loaded, mean)) for mean in means])
@@ -135,7 +138,8 @@ def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviat
             coupled.add(deviation.part)
             yield (
                 f"objective: the loss of a sample in {name} depends on the others of its microbatch ({figures}), so the result "
-                "depends on K (batch.slots): mask what is padded, or say couples_samples = True in the class if it is meant"
+                "depends on K (batch.slots): mask what is padded, multiply what is no sample's (a penalty on weights) by the "
+                "number of samples, or say couples_samples = True in the class if it is meant"
             )
         elif deviation.part in coupled:
             continue

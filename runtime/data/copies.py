@@ -7,21 +7,34 @@ from copy import deepcopy
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from runtime.data.digests import digest
+
+Array = npt.NDArray[Any]
 
 _DEPTH = 8  # of nested objects
 _MOST_BYTES = 8192  # of each tensor that is compared with its copy
 
 
 def copied(sample: Any) -> Any:
-    """Copy a sample; return it as it is where it cannot be copied.
+    """Copy a sample, or several; return it as it is where it cannot be copied.
 
-    Of a tensor that is a row of a larger one only the row is copied; ``deepcopy`` alone would copy the larger one.
+    Of a tensor that is a row of a larger one only the row is copied; ``deepcopy`` alone would copy the larger one. Parts that
+    lie in the same memory do so in the copy.
     """
+    clones: dict[Any, Any] = {}
+    memo: dict[int, Any] = {}
     try:
-        return deepcopy(sample, {id(tensor): _cloned(tensor) for tensor in _tensors_of(sample, _DEPTH)})
+        for part in _arrays_of(sample, _DEPTH):
+            key = (part.dtype, tuple(part.shape), _address(part) or id(part))
+            if key not in clones:
+                clones[key] = _cloned(part)
+            memo[id(part)] = clones[key]
+        return deepcopy(sample, memo)
     except Exception:  # whatever a user's class raises
         return sample
 
@@ -70,15 +83,22 @@ def _seen(item: Any) -> str:
     return digest(item, most_bytes=_MOST_BYTES)
 
 
-def _cloned(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+def _cloned(part: Tensor | Array) -> Tensor | Array:
+    return part.copy() if isinstance(part, np.ndarray) else part.detach().clone().requires_grad_(part.requires_grad)
 
 
-def _tensors_of(value: Any, depth: int) -> Iterator[Tensor]:
-    """Yield the tensors of a sample, nested in mappings, sequences and objects."""
-    if isinstance(value, Tensor):
+def _address(part: Tensor | Array) -> int:
+    """Return where an array's first element is; 0 where there is none, or torch does not say."""
+    if isinstance(part, np.ndarray):
+        return int(part.ctypes.data) if part.size else 0
+    return part.data_ptr() if part.layout == torch.strided and part.numel() else 0
+
+
+def _arrays_of(value: Any, depth: int) -> Iterator[Tensor | Array]:
+    """Yield the tensors and arrays of a sample, nested in mappings, sequences and objects."""
+    if isinstance(value, Tensor | np.ndarray):
         yield value
     elif depth:
         parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         for part in [*parts, *getattr(value, "__dict__", {}).values()]:
-            yield from _tensors_of(part, depth - 1)
+            yield from _arrays_of(part, depth - 1)

@@ -31,11 +31,13 @@ class Probed(NamedTuple):
     Args:
         content: digest of what the data set gives; None if it cannot be read, or not twice the same.
         differs: what gives something else when it is asked again under the same seed; None if nothing does.
+        memory: how samples overwrite each other; empty if they do not, or if that is not known.
         state_lacks: why a stream cannot go on from the data set's own state; empty if it can, or if that is not known.
     """
 
     content: str | None
     differs: Stage | None = None
+    memory: str = ""
     state_lacks: str = ""
 
 
@@ -83,7 +85,15 @@ class _Probe(Dataset[Any]):
             readings = [self._samples.read_in_stages(index, digest) for _ in range(self._times)]
         if any(isinstance(reading, SampleFailure) for reading in readings):
             return Probed(None)  # training tells it, where it comes to the sample
-        return _compared(readings)
+        found = _compared(readings)
+        return found if found.differs or self._times < 2 else found._replace(memory=self._memory(index))
+
+    def _memory(self, index: SlotIndex) -> str:
+        try:
+            with preserved_random_state(_CPU):
+                return self._samples.memory_at_fault(index, (int(index.ids[0]) + 1) % len(self._samples))
+        except Exception:  # training tells it
+            return ""
 
 
 class _StreamProbe(Dataset[Any]):

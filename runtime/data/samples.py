@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 from runtime.config.component import described
 from runtime.data import worker_info
 from runtime.data.copies import copied
+from runtime.data.digests import digest
 from runtime.data.order import Ids
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -110,6 +111,35 @@ class Samples(Dataset[Any]):
                 return given, made, note(self._collate([sample]))
         except Exception as error:
             return SampleFailure(f"reading sample {number} raised {described(error)}")
+
+    def memory_at_fault(self, index: SlotIndex, other: int) -> str:
+        """Say how samples overwrite each other where they are read one by one; nothing where they do not.
+
+        Args:
+            index: of one sample.
+            other: number of another one.
+        """
+        if self._seeded or self._whole_slots:
+            return ""
+        number = int(index.ids[0])
+        with worker_info.hidden():
+            first = self.source[number]
+            before = digest(first)
+            second = self.source[other]
+            if digest(first) != before and digest(second) != before:
+                return (
+                    "fills one buffer with each sample, so that all samples of a batch are the last one: return a copy"
+                )
+            if self._transform is None:
+                return ""
+            changed, held = copied((first, self.source[number]))
+            seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, number), _CPU)
+            self._transform(changed)
+            if digest(held) != before:
+                return (
+                    "changes what the data set holds, so that each epoch changes it again: let it return a new sample"
+                )
+        return ""
 
     def _given_whole(self, index: SlotIndex) -> Any:
         if self._seeded:

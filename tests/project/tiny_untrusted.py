@@ -103,6 +103,54 @@ class InPlace:
         return sample
 
 
+def identity(sample: Any) -> Any:
+    return sample
+
+
+class Dictionaries(Dataset):
+    """Hands out the dictionaries and arrays that it holds, or copies of them."""
+
+    def __init__(self, fresh: bool = False) -> None:
+        self.held = [{"inputs": inputs.numpy().copy(), "target": int(target)} for inputs, target in points()]
+        self.fresh = fresh
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: int) -> Any:
+        held = self.held[index]
+        return {**held, "inputs": held["inputs"].copy()} if self.fresh else held
+
+
+class ScaledInPlace:
+    def __call__(self, sample: Any) -> Any:
+        sample["inputs"] *= 0.5
+        return sample
+
+
+class Replaced:
+    """Changes a dictionary that is made for each sample."""
+
+    def __call__(self, sample: Any) -> Any:
+        sample["inputs"] = sample["inputs"] * 0.5
+        return sample
+
+
+class OneBuffer(Dataset):
+    """Returns one and the same tensor, filled anew."""
+
+    def __init__(self) -> None:
+        self.samples = points()
+        self.buffer = torch.zeros(8, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.samples[index]
+        return self.buffer.copy_(inputs), target
+
+
 class NoisyCollate:
     def __init__(self, own: bool = True) -> None:
         self.own, self.generator = own, torch.Generator().manual_seed(3)
