@@ -13,7 +13,7 @@ from typing import NamedTuple
 from runtime import assembly
 from runtime.config.file import LoadedConfiguration
 from runtime.data.digests import digest
-from runtime.data.order import Order
+from runtime.data.order import Order, SamplerOrder
 from runtime.data.probing import Stage, few_of, probe, probe_stream
 from runtime.data.samples import Samples
 from runtime.data.sources import split_key
@@ -21,7 +21,7 @@ from runtime.data.streams import StreamSamples
 from runtime.processes.comparison import agreed
 from runtime.strategies import Strategy
 
-_BEGINNING = "beginning"
+_BEGINNING, _DRAWN = "beginning", "drawn"
 
 Known = Mapping[str, Mapping[str, str]]
 """By part of the data: what was looked at (a sample's number, ``beginning``, ``order``, ``held out``), and a digest of it."""
@@ -108,10 +108,16 @@ def contents_of(
             state_lacks = first.state_lacks if name == "train" else state_lacks
         if stage is not None:
             differing[name] = Differing(samples.name_of(stage), stage, stream=isinstance(samples, StreamSamples))
+    if isinstance(order, SamplerOrder):
+        known["sampler" if loaded.values.data.sampler is not None else "batch_sampler"] = {
+            _DRAWN: str(order.drawn_until(0))
+        }
     if order is not None and order.basis() and "train" in known:
         known["train"]["order"] = order.basis()
-    # Whether ranks read different streams is found while they are read, with another cure.
-    common = agreed(known, may_differ=(_BEGINNING,), host=socket.gethostname(), device=strategy.device, where=_where)
+    # Ranks that read different streams, or draw different samples, are found by other checks, with another cure.
+    common = agreed(
+        known, may_differ=(_BEGINNING, _DRAWN), host=socket.gethostname(), device=strategy.device, where=_where
+    )
     return Contents(common, differing, memory, state_lacks)
 
 
@@ -126,12 +132,16 @@ def changed(stored: Known, now: Known) -> dict[str, str]:
     return found
 
 
+_WORDS = {
+    "order": "the values that the order follows from",
+    "held out": "which samples are held out",
+    _BEGINNING: "the beginning of the stream",
+    _DRAWN: "what is drawn for the first epoch",
+}
+
+
 def _in_words(key: str) -> str:
-    if key.isdigit():
-        return f"sample {key}"
-    return {"order": "the values that the order follows from", _BEGINNING: "the beginning of the stream"}.get(
-        key, "which samples are held out"
-    )
+    return _WORDS.get(key, f"sample {key}")
 
 
 def _where(part: str, key: str) -> str:

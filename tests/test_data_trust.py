@@ -174,6 +174,7 @@ def as_target(section: dict[str, str]) -> dict[str, Any]:
         ({"batch_sampler": source("OwnBatches", args={"kind": "own"})}, ["data.batch_sampler", "drawn again"]),
         ({"sampler": source("Counting")}, ["data.sampler", "Counting", "no count of its own"]),
         ({"sampler": {"target": "RandomSampler"}}, ["trained"]),
+        ({"sampler": source("DrawsNothing")}, ["data.train", "DrawsNothing draws no samples"]),
         ({"sampler": {"target": "SubsetRandomSampler", "args": {"indices": list(range(5, 53))}}}, ["trained"]),
         (
             {"sampler": {"target": "torch.utils.data:DistributedSampler", "args": {"num_replicas": 1, "rank": 0}}},
@@ -215,6 +216,17 @@ def test_data_of_the_same_length_and_other_content_does_not_resume(tmp_path: Pat
     with pytest.raises(LockstepError, match=rf"data\.{part}: sample 0 and sample 20 .* changed under the run"):
         observe(config)
     assert observe({**config, "resume": {"allow_changes": [f"data.{part}"]}})["step"] == 2
+
+
+@single
+def test_a_sampler_that_draws_otherwise_after_a_restart_does_not_resume(tmp_path: Path) -> None:
+    (tmp_path / "order").write_text("1")
+    config = run(tmp_path / "run", sampler=source("OrderOfFile", args={"path": str(tmp_path / "order")}))
+    observe_stopping(config, 1)
+    (tmp_path / "order").write_text("2")
+    message = failure(config)
+    assert "data.sampler: what is drawn for the first epoch is not what it was" in message
+    assert observe({**config, "resume": {"allow_changes": ["data.sampler"]}})["step"] == 2
 
 
 @single

@@ -215,6 +215,22 @@ class OwnBatches:
         yield from (drawn[start : start + 16] for start in range(0, len(drawn), 16))
 
 
+class OrderOfFile(Counting):
+    """Shuffles by what a file says, as another one may by the time or the order of a set."""
+
+    def __init__(self, source: Any, path: str) -> None:
+        super().__init__(source)
+        self.path = path
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng(int(Path(self.path).read_text())).permutation(self.size).tolist())
+
+
+class DrawsNothing(Counting):
+    def __iter__(self) -> Iterator[int]:
+        return iter(())
+
+
 class LaterByRank(Sampler):
     """Draws alike in the first epoch, and later otherwise on each rank."""
 
