@@ -21,7 +21,7 @@ from runtime.data.training_data import How, MappedData, Reading, places_of
 from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
-from runtime.losses.rows import told_miscounts
+from runtime.losses.rows import with_rows_checked
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, prepare, tell_of_component
@@ -239,7 +239,7 @@ class Run:
         self._epoch = -1
         windows = reading.windows
         if self._data.samples.own_batches:
-            windows = told_miscounts(windows, self._state.module.objective, self._warn)
+            windows = with_rows_checked(windows, self._state.module.objective, self._warn)
         for window in windows:
             changed = window.cursor.epoch != self._epoch and self._freezing.apply(window.cursor.epoch)
             self._epoch = window.cursor.epoch

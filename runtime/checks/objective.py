@@ -238,7 +238,7 @@ def deviations(
 ) -> list[Deviation]:
     """Compare an objective's sums and weights over two sets with those over both. Leaves no trace.
 
-    What raises here, for so few samples or in evaluation mode, is left to the first step to tell.
+    An error here, of so few samples or in evaluation mode, is ignored: the first step reports it if it is real.
 
     Args:
         tries: whether gradients are recorded (an objective may need them) and what surrounds the forward passes, in turn until
@@ -253,7 +253,7 @@ def deviations(
                 with torch.set_grad_enabled(gradients), surrounding():
                     return _compared(module, sets, device, to_device, together=together)
             except ForwardError:
-                continue  # tried in another way, or told by the first step
+                continue  # tried in another way, or reported by the first step
             except LockstepError:
                 return []
             except Exception:  # noqa: S112 - tried in another way, or told by the first step
@@ -330,7 +330,7 @@ def mark_coupled(objective: Objective, parts: Iterable[str]) -> None:
 
 
 def coupled_parts(objective: Objective) -> list[str]:
-    """Return what :func:`mark_coupled` was told, for a checkpoint: a resumed run is not checked again."""
+    """Return what :func:`mark_coupled` marked, for a checkpoint: a resumed run is not checked again."""
     if isinstance(objective, WeightedSum):
         return [name for name, part in objective.parts.items() if part.couples_samples]
     return [""] if objective.couples_samples else []

@@ -84,7 +84,7 @@ class _Probe(Dataset[Any]):
         ):  # around both: what draws without a seed draws something else the second time
             readings = [self._samples.read_in_stages(index, digest) for _ in range(self._times)]
         if any(isinstance(reading, SampleFailure) for reading in readings):
-            return Probed(None)  # training tells it, where it comes to the sample
+            return Probed(None)  # training reports it when it reads the sample
         found = _compared(readings)
         return found if found.differs or self._times < 2 else found._replace(memory=self._memory(index))
 
@@ -92,7 +92,7 @@ class _Probe(Dataset[Any]):
         try:
             with preserved_random_state(_CPU):
                 return self._samples.memory_at_fault(index, (int(index.ids[0]) + 1) % len(self._samples))
-        except Exception:  # training tells it
+        except Exception:  # training reports it
             return ""
 
 
@@ -109,7 +109,7 @@ class _StreamProbe(Dataset[Any]):
         try:
             with preserved_random_state(_CPU):
                 readings = [copy(self._samples).beginning(with_state=number > 0) for number in range(self._times)]
-        except Exception:  # training tells it
+        except Exception:  # training reports it
             return Probed(None)
         found = _compared([reading[:3] for reading in readings])
         return found if found.differs else found._replace(state_lacks=readings[-1].state_lacks)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.data.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, told_weight
+from runtime.data.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, weight_of_batch
 from runtime.data.loading import MakeLoader, read
 from runtime.data.reading_ahead import Ahead, steps_of, summed_ahead
 from runtime.data.stream_comparison import SHOWN, causes, difference, readers_differ, shown_to_all
@@ -227,7 +227,9 @@ class StreamWindows:
         return [
             row._replace(
                 sizes=[int(size) for size in together[place, :slots].tolist()],
-                weight=told_weight(together[place, slots:-SHOWN].view(slots, width).sum(0).tolist(), self._num_weights),
+                weight=weight_of_batch(
+                    together[place, slots:-SHOWN].view(slots, width).sum(0).tolist(), self._num_weights
+                ),
             )
             for place, row in enumerate(block)
         ]

@@ -220,7 +220,7 @@ class StreamSamples:
         if state is not None:
             self.source.load_state_dict(state)
         elif self._stateful and not (self._ended and epoch > self._epoch) and not _same(self.source, self._initial):
-            self.source.load_state_dict(self._initial)  # it was left in the middle: by a check, say, or a rollback
+            self.source.load_state_dict(self._initial)  # a check or a rollback left it in the middle
         self._epoch, self._next, self._memory = epoch, number, self._memory.begun()
         with preserved_random_state(_CPU):
             seed_everything(derive(self._seed, Purpose.STREAM, epoch, number), _CPU)

@@ -202,7 +202,7 @@ class StreamedData:
 TrainingData = MappedData | StreamedData
 
 
-def told_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
+def saved_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
     """Return where the readers of a stream stand, as JSON can hold it: rank to worker to place.
 
     A state that JSON cannot hold is left out; the stream is then read again on resumption. Collective where the data set
@@ -217,6 +217,6 @@ def told_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torc
 
 
 def places_of(told: Mapping[str, Any], rank: int) -> dict[int, Place]:
-    """Return a rank's places from what :func:`told_places` told."""
+    """Return a rank's places from what :func:`saved_places` returned."""
     own = told.get(str(rank), told.get("0", {}))
     return {int(worker): Place(*place) for worker, place in own.items()}

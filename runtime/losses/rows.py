@@ -46,7 +46,7 @@ def other_rows(batch: Any, samples: int) -> int | None:
     return rows.pop() if len(rows) == 1 and not any(samples in shape[:2] for shape in shapes) else None
 
 
-def told_miscounts(windows: Iterator[Window], objective: Objective, warn: Callable[[str], None]) -> Iterator[Window]:
+def with_rows_checked(windows: Iterator[Window], objective: Objective, warn: Callable[[str], None]) -> Iterator[Window]:
     """Yield windows as they are, and warn of the first batch whose rows are not its samples.
 
     Raises:
