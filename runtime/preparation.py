@@ -109,6 +109,9 @@ def prepare(
     seen = {"a run folder shared with rank 0": _sees_run_folder(loaded.output)} if strategy.world_size > 1 else {}
     compare_ranks(loaded, strategy, module, told, {"the weights of model.weights": weights, **seen})
     if data.steps_per_epoch == 0:
+        sampler = loaded.values.data.sampler or loaded.values.data.batch_sampler
+        if sampler is not None and not loaded.values.data.drop_last:
+            raise DataError(f"data.train: {sampler.target} draws no samples")
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     length = schedule_length(loaded, data)
     contents = _contents(loaded, strategy, data, stored)

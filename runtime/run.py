@@ -16,12 +16,12 @@ from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
-from runtime.data.streams import Place
+from runtime.data.stream_pieces import Place
 from runtime.data.training_data import How, MappedData, Reading, places_of
 from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.evaluation.metrics import Result
 from runtime.evaluations import Evaluations
-from runtime.losses.rows import told_miscounts
+from runtime.losses.rows import with_rows_checked
 from runtime.model_calls import is_out_of_memory
 from runtime.objective import TrainingModule
 from runtime.optimization.evaluation_weights import end_training
@@ -225,6 +225,7 @@ class Run:
             num_weights=objective.num_weights,
             begin_sum=self._begin_sum,
             ahead=lambda: self._agreement.steps_ahead,
+            tell=self._reporter.message,
         )
         return self._data.read(
             how,
@@ -239,7 +240,7 @@ class Run:
         self._epoch = -1
         windows = reading.windows
         if self._data.samples.own_batches:
-            windows = told_miscounts(windows, self._state.module.objective, self._warn)
+            windows = with_rows_checked(windows, self._state.module.objective, self._warn)
         for window in windows:
             changed = window.cursor.epoch != self._epoch and self._freezing.apply(window.cursor.epoch)
             self._epoch = window.cursor.epoch

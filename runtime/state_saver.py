@@ -15,8 +15,8 @@ from runtime.checks.objective import coupled_parts
 from runtime.config.file import LoadedConfiguration
 from runtime.data.order import SamplerOrder
 from runtime.data.sources import preparation
-from runtime.data.streams import Place
-from runtime.data.training_data import MappedData, StreamedData, told_places
+from runtime.data.stream_pieces import Place
+from runtime.data.training_data import MappedData, StreamedData, saved_places
 from runtime.evaluations import Evaluations
 from runtime.preparation import Prepared
 from runtime.processes.user_code import loaded_code
@@ -74,7 +74,7 @@ class StateSaver:
         if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
             check_drawn()  # what is saved is what all ranks have trained
         if isinstance(self._data, StreamedData):
-            self._of_reading["stream"] = told_places(places, self._data.samples.sharded_by, self._strategy.device)
+            self._of_reading["stream"] = saved_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._of_reading["meter"] = self._meter.state()
         place: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
         judged = self._evaluations.judged or not results

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
@@ -90,6 +91,15 @@ class OfOneWeight(Squares):
         return 1.0
 
 
+class MeanOfOneWeight(Mean, OfOneWeight):
+    """Right where all slots have as many samples."""
+
+
+class PenaltyOnWeights(Squares):
+    def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
+        return super().forward(model, batch) + sum(p.square().sum() for p in model.parameters())
+
+
 class Noisy(Squares):
     """Draws random numbers in evaluation, too."""
 
@@ -155,6 +165,14 @@ def points(size: int = 48, dtype: str = "float32") -> TensorDataset:
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
         return iter(points())
+
+
+class SharedStream(IterableDataset):
+    """Gives each rank samples of its own."""
+
+    def __iter__(self) -> Any:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return iter([points()[i] for i in range(rank, 48, ranks)])
 
 
 def sets(dtype: torch.dtype, *, target: Callable[[Tensor], Tensor] = lambda t: t) -> Sets:
@@ -297,6 +315,18 @@ def test_a_coupling_is_told_in_one_line_and_listed_as_inexact_after_a_resumption
     assert len(warnings_of(tmp_path)) == 1
 
 
+def test_a_mean_of_weight_1_for_each_microbatch_is_told_as_what_it_is(tmp_path: Path) -> None:
+    train(configuration(tmp_path, "MeanOfOneWeight"))
+    (line,) = warnings_of(tmp_path)
+    assert "the weight of" in line and "is not a sum over its samples" in line
+
+
+def test_a_penalty_added_once_for_each_microbatch_is_told_with_its_cure(tmp_path: Path) -> None:
+    train(configuration(tmp_path, "PenaltyOnWeights"))
+    (line,) = warnings_of(tmp_path)
+    assert "(a penalty on weights) by the number of samples" in line
+
+
 @pytest.mark.parametrize("silent", ["Told", "Squares", "Noisy", "Counting"])
 def test_what_is_declared_or_right_is_not_warned_of(tmp_path: Path, silent: str) -> None:
     train(configuration(tmp_path, silent))
@@ -320,11 +350,16 @@ def _started(configuration: dict[str, Any]) -> str:
         return str(error)
 
 
+SHARED = {"train": {"target": f"{HERE}:SharedStream", "sharded_by": "dataset"}, "drop_last": True}
+
+
+@pytest.mark.parametrize("data", [{"train": f"{HERE}:points"}, SHARED], ids=["mapped", "shared out by the data set"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_all_ranks_refuse_a_mean_alike(pool: ProcessPool, tmp_path: Path, kind: str) -> None:
-    told = pool.run(_started, 2, configuration=configuration(tmp_path, "Mean", strategy={"kind": kind}))
+def test_all_ranks_refuse_a_mean_alike(pool: ProcessPool, tmp_path: Path, kind: str, data: dict[str, Any]) -> None:
+    changes: dict[str, Any] = {"strategy": {"kind": kind}, "data": data, "limit": {"steps": 1}}
+    told = pool.run(_started, 2, configuration=configuration(tmp_path, "Mean", **changes))
     assert told[0] == told[1]
     assert "returns a mean" in told[0]
-    coupled = configuration(tmp_path / "coupled", "Contrastive", strategy={"kind": kind})
+    coupled = configuration(tmp_path / "coupled", "Contrastive", **changes)
     assert pool.run(_started, 2, configuration=coupled) == ["finished", "finished"]
     assert len(warnings_of(tmp_path / "coupled")) == 1

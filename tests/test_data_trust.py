@@ -93,6 +93,34 @@ def test_what_draws_from_the_seeds_that_it_is_given_is_silent_and_the_same_on_wo
 
 
 @single
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (
+            {"target": "tiny:points", "transform": "tiny_untrusted:InPlace"},
+            "InPlace (the transform) changes what the data",
+        ),
+        (
+            source("Dictionaries", transform="tiny_untrusted:ScaledInPlace"),
+            "ScaledInPlace (the transform) changes what",
+        ),
+        (source("OneBuffer"), "OneBuffer (the data set) fills one buffer with each sample"),
+        (source("Dictionaries", args={"fresh": True}, transform="tiny_untrusted:ScaledInPlace"), ""),
+        (source("Dictionaries", args={"fresh": True}, transform="tiny_untrusted:Replaced"), ""),
+        (source("Plain", args={"draws": "none"}, transform="tiny_untrusted:InPlace"), ""),
+        ({"target": "tiny:points", "transform": "tiny_untrusted:identity"}, ""),
+    ],
+)
+def test_samples_that_are_overwritten_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train: dict[str, Any], told: str
+) -> None:
+    observe(run(tmp_path, train))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == bool(told), lines
+    assert told in "".join(lines)
+
+
+@single
 def test_looking_at_samples_changes_nothing(tmp_path: Path) -> None:
     train = source("Plain", transform="tiny_untrusted:InPlace", args={"draws": "none"})
     looked, not_looked = run(tmp_path / "on", train), {**run(tmp_path / "off", train), "checks": "off"}
@@ -146,6 +174,7 @@ def as_target(section: dict[str, str]) -> dict[str, Any]:
         ({"batch_sampler": source("OwnBatches", args={"kind": "own"})}, ["data.batch_sampler", "drawn again"]),
         ({"sampler": source("Counting")}, ["data.sampler", "Counting", "no count of its own"]),
         ({"sampler": {"target": "RandomSampler"}}, ["trained"]),
+        ({"sampler": source("DrawsNothing")}, ["data.train", "DrawsNothing draws no samples"]),
         ({"sampler": {"target": "SubsetRandomSampler", "args": {"indices": list(range(5, 53))}}}, ["trained"]),
         (
             {"sampler": {"target": "torch.utils.data:DistributedSampler", "args": {"num_replicas": 1, "rank": 0}}},
@@ -187,6 +216,17 @@ def test_data_of_the_same_length_and_other_content_does_not_resume(tmp_path: Pat
     with pytest.raises(LockstepError, match=rf"data\.{part}: sample 0 and sample 20 .* changed under the run"):
         observe(config)
     assert observe({**config, "resume": {"allow_changes": [f"data.{part}"]}})["step"] == 2
+
+
+@single
+def test_a_sampler_that_draws_otherwise_after_a_restart_does_not_resume(tmp_path: Path) -> None:
+    (tmp_path / "order").write_text("1")
+    config = run(tmp_path / "run", sampler=source("OrderOfFile", args={"path": str(tmp_path / "order")}))
+    observe_stopping(config, 1)
+    (tmp_path / "order").write_text("2")
+    message = failure(config)
+    assert "data.sampler: what is drawn for the first epoch is not what it was" in message
+    assert observe({**config, "resume": {"allow_changes": ["data.sampler"]}})["step"] == 2
 
 
 @single

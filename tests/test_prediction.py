@@ -26,6 +26,7 @@ from runtime import entry
 from runtime.errors import (
     CheckpointError,
     ConfigurationError,
+    DataError,
     LockstepError,
     MissingDependencyError,
     PredictionError,
@@ -307,6 +308,34 @@ def test_fields_that_a_batch_does_not_have_are_named(run: Path, tmp_path: Path) 
     with pytest.raises(ConfigurationError, match=r"there is no prediction\.data or data\.test"):
         predict(run, output=tmp_path / "out.csv")
     assert not list(tmp_path.iterdir())
+
+
+@single
+@pytest.mark.parametrize("fields", ["{}", "{inputs: x, id: name}"])
+@pytest.mark.parametrize(
+    ("collate", "words"),
+    [
+        ("dropping", r"a batch of 10 samples to predict has 6 rows: data\.collate"),
+        ("two_views", r"a batch of 10 samples to predict has 20 rows"),
+        ("by_size", r"in another order than the samples .* data\.fields\.id"),
+        ("plain", ""),
+    ],
+)
+def test_rows_that_are_not_the_samples_in_their_order_are_not_written_as_theirs(
+    run: Path, tmp_path: Path, collate: str, words: str, fields: str
+) -> None:
+    named = "name" in fields
+    data = f"{{target: tiny_prediction:Inputs, args: {{named: {str(named).lower()}}}}}"
+    asked = [f"prediction.data={data}", f"data.fields={fields}", f"data.collate=tiny_untrusted:{collate}"]
+    if words and not (named and collate == "by_size"):
+        with pytest.raises(DataError, match=words):
+            predict(run, *asked, output=tmp_path / "out.csv")
+        assert not list(tmp_path.iterdir())
+        return
+    predict(run, *asked, output=tmp_path / "out.csv")
+    expected = by_hand(run).argmax(-1).tolist()
+    found = {row["id"]: int(row["prediction"]) for row in rows_of(tmp_path / "out.csv")}
+    assert found == {name_of(i) if named else str(i): expected[i] for i in range(SIZE)}
 
 
 # The file

@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from runtime.data.batches import Cursor, Sharing
 from runtime.data.loading import loader_factory
-from runtime.data.streams import Place, StreamSamples
+from runtime.data.stream_pieces import Place
+from runtime.data.streams import StreamSamples
 from runtime.data.training_data import How, StreamedData
 from tests.process_pool import ProcessPool
-from tests.project.tiny_streams import Numbers, Shares, Stateful, StatefulShares
+from tests.project.tiny_streams import Numbers, Shares, Stateful, StatefulShares, UnevenShares
 
 SIZE, BATCH, SLOTS, EPOCHS = 50, 12, 6, 2  # four global batches of 12 and one of 2 in an epoch
 WORKERS = (0, 1, 3)
@@ -26,6 +27,7 @@ SOURCES = {
     "stateful": lambda: Stateful(SIZE),
     "shares": lambda: Shares(SIZE),
     "stateful shares": lambda: StatefulShares(SIZE),
+    "uneven shares": lambda: UnevenShares(SIZE),
 }
 
 Steps = list[tuple[Cursor, dict[int, list[int]]]]

@@ -61,7 +61,8 @@ def test_a_stream_that_shares_itself_out_evenly_over_ranks_is_refused(pool: Proc
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=single), 2])
 @pytest.mark.parametrize(
-    ("target", "num_workers"), [("Shuffled", 0), ("Shuffled", 2), ("LiveState", 0), ("StatefulPoints", 2)]
+    ("target", "num_workers"),
+    [("Shuffled", 0), ("Shuffled", 2), ("LiveState", 0), ("StateOfTensors", 0), ("StatefulPoints", 2)],
 )
 def test_a_run_on_a_stream_whose_state_is_not_all_of_it_goes_on_as_if_nothing_had_happened(
     pool: ProcessPool, tmp_path: Path, world_size: int, target: str, num_workers: int
@@ -71,6 +72,8 @@ def test_a_run_on_a_stream_whose_state_is_not_all_of_it_goes_on_as_if_nothing_ha
     config = run(tmp_path / "stopped", num_workers, source)
     for after in (2, 4, 7, None):
         stopped = pool.run(observe_stopping, world_size, config, after)
+    told = (tmp_path / "stopped" / "metrics.jsonl").read_text().count("the stream is read again from its beginning")
+    assert told == (3 if target in ("Shuffled", "StateOfTensors") else 0)
     for expected, got in zip(whole, stopped, strict=True):
         assert_bitwise_equal(expected, got)
 
@@ -84,6 +87,91 @@ def test_a_stream_that_does_not_repeat_itself_is_refused_on_resumption_and_read_
     message = failure(config)
     assert "OwnGenerator does not repeat itself" in message and "generator" in message and "allow_changes" in message
     assert observe({**config, "resume": {"allow_changes": ["data"]}})["step"] == 12
+
+
+def test_streams_of_different_lengths_are_refused_on_all_ranks(pool: ProcessPool, tmp_path: Path) -> None:
+    for reply in pool.run(failure, 2, run(tmp_path, source=streamed("ShorterOnSome"))):
+        assert "of different lengths" in reply and "sharded_by: dataset" in reply
+
+
+@single
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_loader_workers_that_read_different_streams_are_found(pool: ProcessPool, tmp_path: Path, part: str) -> None:
+    config = run(tmp_path, 2, streamed("Unseeded" if part == "train" else "Points"), limit={"steps": 3})
+    if part == "validation":
+        config["data"]["validation"] = streamed("Unseeded", split="validation")
+    (reply,) = pool.run(failure, 1, config)
+    assert "loader workers of a rank read different" in reply and "generator" in reply
+
+
+OFFENDERS = {
+    "a generator of its own": (streamed("OwnGenerator"), {}, "data.train: OwnGenerator (the data set)"),
+    "the system's entropy": (streamed("Unseeded"), {}, "data.train: Unseeded (the data set)"),
+    "a count of epochs": (streamed("CountsEpochs"), {}, "data.train: CountsEpochs (the data set)"),
+    "a transform": (streamed("Points") | {"transform": "tiny_untrusted:Jitter"}, {}, "Jitter (the transform)"),
+    "a collate function": (streamed("Points"), {"collate": "tiny_untrusted:NoisyCollate"}, "NoisyCollate (the coll"),
+    "an evaluation stream": (
+        streamed("Points"),
+        {"validation": streamed("OwnGenerator")},
+        "data.validation: OwnGenerator (the data set)",
+    ),
+    "a stream that shares itself out": (
+        streamed("Unseeded") | {"sharded_by": "dataset"},
+        {},
+        "data.train: Unseeded (the data set)",
+    ),
+    "a lost shuffle buffer": (streamed("Shuffled"), {}, "is not all of its state"),
+    "a state of tensors": (streamed("StateOfTensors"), {}, "holds what JSON cannot"),
+}
+SILENT = {
+    "global generators": (streamed("Points"), {}),
+    "the epoch that it is told": (streamed("ToldEpochs"), {}),
+    "a whole state": (streamed("StatefulPoints"), {}),
+    "a generator that is part of the state": (streamed("KeepsGenerator"), {}),
+    "a live state": (streamed("LiveState"), {}),
+    "seeded transform and collate function": (
+        streamed("Points") | {"transform": "tiny_streams:jitter"},
+        {"collate": {"target": "tiny_untrusted:NoisyCollate", "args": {"own": False}}},
+    ),
+    "an iterator": (streamed("OwnIterator"), {}),
+}
+
+
+@single
+@pytest.mark.parametrize("case", [*OFFENDERS, *SILENT])
+def test_a_stream_that_does_not_repeat_itself_or_forgets_is_named_at_the_first_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    train, data, *named = OFFENDERS.get(case) or SILENT[case]
+    config = run(tmp_path, source=train, limit={"steps": 1})
+    config["data"] |= data
+    observe(config)
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning: data." in line]
+    assert [name for name in named if name in told[0]] == named if named else not told
+    assert len(told) == len(named)
+
+
+@single
+def test_looking_at_a_stream_changes_nothing(tmp_path: Path) -> None:
+    for number, target in enumerate(("Points", "StatefulPoints", "KeepsGenerator", "Shuffled")):
+        looked = run(tmp_path / f"{number}-on", source=streamed(target))
+        not_looked = {**run(tmp_path / f"{number}-off", source=streamed(target)), "checks": "off"}
+        assert_bitwise_equal(observe(looked), observe(not_looked))
+
+
+@single
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_stream_whose_beginning_changed_under_the_run_is_refused(tmp_path: Path, part: str) -> None:
+    numbers = tmp_path / "numbers.txt"
+    numbers.write_text("0\n" * 90)
+    config = run(tmp_path / "run", source=streamed("Written" if part == "train" else "Points"), limit={"steps": 4})
+    written = streamed("Written", path=str(numbers))
+    config["data"] |= {"train": written} if part == "train" else {"validation": written}
+    observe_stopping(config, 3)
+    numbers.write_text("1\n" + "0\n" * 89)
+    with pytest.raises(LockstepError, match=rf"data\.{part}: the beginning of the stream .* changed under the run"):
+        observe(config)
+    assert observe({**config, "resume": {"allow_changes": [f"data.{part}"]}})["step"] == 4
 
 
 @single

@@ -9,10 +9,11 @@ import torch
 
 from runtime.data.batches import Cursor, Sharing
 from runtime.data.loading import loader_factory
+from runtime.data.stream_pieces import StreamIndex
 from runtime.data.stream_windows import StreamWindows
 from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
-from tests.project.tiny_streams import Numbers, Shares, Stateful, StatefulShares
+from tests.project.tiny_streams import Numbers, Refilled, Shares, Stateful, StatefulShares, UnevenShares
 
 pytestmark = [pytest.mark.single, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
@@ -194,6 +195,42 @@ def test_the_place_of_a_stream_that_shares_itself_out_is_that_of_its_next_turn()
         30 * 2,
         {"place": 300},
     )  # batch 30 begins with turn 60: two slots a batch
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "dict"])
+@pytest.mark.parametrize("buffers", [1, 2, 3, 7, 9, 41])
+def test_a_stream_that_fills_its_buffers_again_is_read_as_one_of_new_ones(kind: str, buffers: int) -> None:
+    def collate(items: list[Any]) -> list[float]:
+        return [float(item["number"] if kind == "dict" else item[0]) for item in items]
+
+    source = Refilled(90, buffers, kind)
+    samples = StreamSamples(source, sharded_by="runtime", batch_size=4, seed=0, collate=collate)
+    pieces = [samples[StreamIndex(Cursor(0, batch), 0, 1, range(1))] for batch in range(23)]
+    assert [number for piece in pieces for number in piece.batch] == list(range(90))
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3, 8, 13])
+def test_yielded_batches_of_buffers_that_are_filled_again_keep_their_values_as_long_as_they_are_held(
+    buffers: int,
+) -> None:
+    samples = StreamSamples(Refilled(60, buffers), sharded_by="runtime", batch_size=2, seed=0, batches=True)
+    asked = [StreamIndex(Cursor(0, number // 2), number % 2, 2, range(2)) for number in range(60)]
+    held: list[Any] = []
+    for index in asked:
+        held.append(samples[index].batch)
+        last = held[-12:]  # of six global batches, as the training holds them
+        assert [float(batch) for batch in last] == list(range(len(held) - len(last), len(held)))
+
+
+@pytest.mark.parametrize(("num_workers", "slots"), [(2, 1), (5, 1), (3, 2)])
+def test_an_epoch_ends_when_every_reader_is_at_its_end(num_workers: int, slots: int) -> None:
+    options: dict[str, Any] = {"batch_size": 6, "slots": slots, "num_workers": num_workers, "sharded_by": "dataset"}
+    whole = steps_of(UnevenShares(50), **options)
+    for epoch in range(2):
+        assert sorted(items(whole, epoch)) == list(range(50))
+    assert [step["ends"] for step in whole] == [step["next"].batch == 0 for step in whole]
+    for place in (1, len(whole) - 1):
+        assert steps_of(UnevenShares(50), start=whole[place]["cursor"], **options) == whole[place:]
 
 
 def test_an_empty_stream_is_named() -> None:

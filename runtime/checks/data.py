@@ -8,9 +8,9 @@ from typing import Any
 
 from runtime.config.file import LoadedConfiguration
 from runtime.data.order import SamplerOrder
-from runtime.data.probing import Stage
 from runtime.data.sources import split_key
 from runtime.data.training_data import MappedData
+from runtime.data_contents import Differing
 from runtime.errors import ConfigurationError
 from runtime.preparation import Prepared
 from runtime.processes.control import gather_bytes
@@ -25,20 +25,33 @@ def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[
     Returns:
         whether training samples give the same on every rank.
     """
-    differing = prepared.contents.differing
-    for part, (name, stage) in differing.items():
-        warn(does_not_repeat(part, name, stage))
-    return b"differs" not in gather_bytes(b"differs" if "train" in differing else b"repeats", strategy.device)
+    contents = prepared.contents
+    for part, differing in contents.differing.items():
+        warn(does_not_repeat(part, differing))
+    for part, fault in contents.memory.items():
+        warn(f"{'.'.join(split_key(part))}: {fault}")
+    if contents.state_lacks:
+        warn(
+            f"data.train: what {prepared.data.samples.name_of('the data set')}.state_dict() returns {contents.state_lacks} (a "
+            "shuffle buffer's content may be missing): a resumed run reads the stream again from its beginning, which is exact "
+            "and takes as long as reading so far did"
+        )
+    own = b"differs" if "train" in {**contents.differing, **contents.memory} else b"repeats"
+    return b"differs" not in gather_bytes(own, strategy.device)
 
 
-def does_not_repeat(part: str, name: str, stage: Stage) -> str:
+def does_not_repeat(part: str, differing: Differing) -> str:
     """Return the warning, in one line."""
+    of_stream = differing.stream and differing.stage == "the data set"
+    again = "the stream is read again from its beginning" if of_stream else "a sample is read again"
+    seeds = "for each batch" if of_stream else "for each sample"
+    more = "; do not count the epochs yourself, set_epoch(epoch) is called with each" if of_stream else ""
     return (
-        f"{'.'.join(split_key(part))}: {name} ({stage}) gives something else when a sample is read again under its seed; the "
-        "result is neither repeatable nor resumable, and depends on processes and workers: a generator of its own (NumPy's "
-        f"default_rng, a torch.Generator, Albumentations 2) gets no seed. Draw from {_GLOBAL}, which are seeded for each "
-        "sample, or seed its own from there: generator = np.random.default_rng(np.random.randint(2**31)), or Compose's "
-        "set_random_seed, for each sample"
+        f"{'.'.join(split_key(part))}: {differing.name} ({differing.stage}) gives something else when {again} under its seed; "
+        "the result is neither repeatable nor resumable, and depends on processes and workers: a generator of its own (NumPy's "
+        f"default_rng, a torch.Generator, Albumentations 2) gets no seed. Draw from {_GLOBAL}, which are seeded {seeds}, or "
+        "seed its own from there: generator = np.random.default_rng(np.random.randint(2**31)), or Compose's set_random_seed, "
+        f"{seeds}{more}"
     )
 
 

@@ -32,7 +32,7 @@ _TORCHS_WORDS = ("Expected more than 1 value per channel", "Expected more than 1
 def check_lone_samples(
     loaded: LoadedConfiguration, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
 ) -> None:
-    """Refuse slots of one sample where a layer cannot normalise over them; warn where that is not known.
+    """Refuse slots of one sample where a layer cannot normalise over them; warn of a stream, whose last batch is not known.
 
     Raises:
         ConfigurationError: naming the layer and the batch.
@@ -99,7 +99,7 @@ def _refusing_layer(loaded: LoadedConfiguration, strategy: Strategy, data: Mappe
             strategy.autocast(),
         ):
             strategy.unwrapped(strategy.to_device(batch))
-    except Exception as error:  # what else is wrong is told by the first step
+    except Exception as error:  # the first step reports what else is wrong
         return entered[-1] if entered and any(words in str(error) for words in _TORCHS_WORDS) else None
     finally:
         for hook in hooks:

@@ -7,11 +7,12 @@ statistics stand still.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,14 @@ from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Cursor
 from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.samples import SlotIndex
-from runtime.data.streams import StreamIndex
+from runtime.data.stream_pieces import StreamIndex
 from runtime.data.training_data import MappedData, StreamedData, TrainingData
 from runtime.data.yielded_batches import rows_from
 from runtime.errors import ConfigurationError, ForwardError, LockstepError
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Loss, Objective, TrainingModule
 from runtime.preparation import Prepared
+from runtime.processes.control import gather_bytes
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 
@@ -76,7 +78,8 @@ def check_additivity(
 ) -> None:
     """Refuse an objective that returns a mean; warn of one whose samples depend on each other, and list it as inexact.
 
-    Every rank reads the same samples and comes to the same verdict. Collective where the strategy is sharded.
+    Ranks read the same samples, unless a stream shards itself; what one of them finds holds for all. Collective: every rank
+    must call this.
 
     Raises:
         ConfigurationError: the objective returns a mean.
@@ -86,23 +89,28 @@ def check_additivity(
         return
     make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
     sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=size, make_loader=make_loader)
-    if sets is None:
-        return
-    if (
-        strategy.sharded
-    ):  # no gradient, which would wait for a backward pass, and no second try after half a forward pass
+    if strategy.sharded:
+        # No gradient, which would wait for a backward pass, and no second try after half a forward pass.
         tries = [(False, strategy.autocast)]
+        sizes = set(gather_bytes(json.dumps(sets and sets.sizes).encode(), strategy.device))
+        sets = sets if len(sizes) == 1 else None  # otherwise ranks would run different numbers of forward passes
     else:
         tries = [(gradients, cast) for gradients in (False, True) for cast in (nullcontext, strategy.autocast)]
-    found = deviations(
-        module,
-        sets,
-        device=strategy.device,
-        to_device=strategy.to_device,
-        tries=tries,
-        compiled=loaded.values.compile is not None,
-        together=strategy.sharded,
+    found = (
+        []
+        if sets is None
+        else deviations(
+            module,
+            sets,
+            device=strategy.device,
+            to_device=strategy.to_device,
+            tries=tries,
+            compiled=loaded.values.compile is not None,
+            together=strategy.sharded,
+        )
     )
+    replies = gather_bytes(json.dumps([asdict(deviation) for deviation in found]).encode(), strategy.device)
+    found = next((of_rank for reply in replies if (of_rank := [Deviation(**one) for one in json.loads(reply)])), [])
     for text in judged(loaded, module.objective, found):
         warn(text)
 
@@ -113,6 +121,9 @@ def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviat
     Raises:
         ConfigurationError: an objective returns a mean.
     """
+    # Means whose weight is no sum either, such as 1 for each microbatch, are divided by nothing wrong; the weight is named.
+    of_weights = {deviation.part for deviation in found if deviation.of == "weight"}
+    found = [d for d in found if not (d.of == "sum" and d.is_mean and d.part in of_weights)]
     means = [deviation for deviation in found if deviation.is_mean and deviation.of == "sum"]
     if means:
         raise ConfigurationError([loaded.problem(_key(loaded, mean), _mean(loaded, mean)) for mean in means])
@@ -127,7 +138,8 @@ def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviat
             coupled.add(deviation.part)
             yield (
                 f"objective: the loss of a sample in {name} depends on the others of its microbatch ({figures}), so the result "
-                "depends on K (batch.slots): mask what is padded, or say couples_samples = True in the class if it is meant"
+                "depends on K (batch.slots): mask what is padded, multiply what is no sample's (a penalty on weights) by the "
+                "number of samples, or say couples_samples = True in the class if it is meant"
             )
         elif deviation.part in coupled:
             continue
@@ -167,8 +179,8 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
 
         return Sets(first, second, both, (half, half), singles)
     source = data.samples.source
-    if data.samples.sharded_by != "runtime" or hasattr(source, "__next__"):
-        return None  # each rank has samples of its own, or what is read here would be gone
+    if hasattr(source, "__next__"):
+        return None  # what is read here would be gone
     if data.samples.batches:
         return _sets_within(data, make_loader)
     cuts = max(1, -(-data.samples.batch_size // min(_MOST_SAMPLES, slot)))
@@ -226,7 +238,7 @@ def deviations(
 ) -> list[Deviation]:
     """Compare an objective's sums and weights over two sets with those over both. Leaves no trace.
 
-    What raises here, for so few samples or in evaluation mode, is left to the first step to tell.
+    An error here, of so few samples or in evaluation mode, is ignored: the first step reports it if it is real.
 
     Args:
         tries: whether gradients are recorded (an objective may need them) and what surrounds the forward passes, in turn until
@@ -241,7 +253,7 @@ def deviations(
                 with torch.set_grad_enabled(gradients), surrounding():
                     return _compared(module, sets, device, to_device, together=together)
             except ForwardError:
-                continue  # tried in another way, or told by the first step
+                continue  # tried in another way, or reported by the first step
             except LockstepError:
                 return []
             except Exception:  # noqa: S112 - tried in another way, or told by the first step
@@ -318,7 +330,7 @@ def mark_coupled(objective: Objective, parts: Iterable[str]) -> None:
 
 
 def coupled_parts(objective: Objective) -> list[str]:
-    """Return what :func:`mark_coupled` was told, for a checkpoint: a resumed run is not checked again."""
+    """Return what :func:`mark_coupled` marked, for a checkpoint: a resumed run is not checked again."""
     if isinstance(objective, WeightedSum):
         return [name for name, part in objective.parts.items() if part.couples_samples]
     return [""] if objective.couples_samples else []

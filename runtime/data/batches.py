@@ -183,7 +183,7 @@ def with_weights(
                     note_weight(weights[row, microbatch.slot], weigh(microbatch.batch, microbatch.samples))
         finish_sum = begin_sum(weights)
         return lambda: [
-            window._replace(weight=told_weight(total, num_weights))
+            window._replace(weight=weight_of_batch(total, num_weights))
             for window, total in zip(block, finish_sum().sum(dim=1).tolist(), strict=True)
         ]
 
@@ -198,7 +198,7 @@ def note_weight(place: torch.Tensor, weight: float | tuple[float, ...]) -> None:
         place.fill_(weight)
 
 
-def told_weight(total: list[float], num_weights: int | None) -> float | tuple[float, ...]:
+def weight_of_batch(total: list[float], num_weights: int | None) -> float | tuple[float, ...]:
     """Return a global batch's weight as a number, or as several unless nothing counts at all."""
     return tuple(total) if num_weights is not None and any(total) else sum(total)
 

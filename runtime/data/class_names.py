@@ -1,4 +1,4 @@
-"""The names of a data set's classes, in the order of their numbers, as data sets of torch's world tell them."""
+"""The names of a data set's classes, in the order of their numbers, as torchvision, Hugging Face and others give them."""
 
 from __future__ import annotations
 

@@ -67,10 +67,15 @@ def _add_parts(made: Any, value: Any, most: int | None, depth: int) -> None:
     elif hasattr(value, "tobytes") and hasattr(value, "size"):  # an image of PIL
         made.update(f"{value.size} {getattr(value, 'mode', '')} ".encode())
         _add_bytes(made, value.tobytes(), most)
-    elif hasattr(value, "__dict__"):
-        for name, part in sorted(vars(value).items()):
+    else:
+        for name, part in sorted(_attributes(value).items()):
             made.update(f"{name} ".encode())
             _add(made, part, most, depth)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 
 def _add_tensor(made: Any, value: Tensor, most: int | None) -> None:

@@ -1,4 +1,4 @@
-"""A few samples of a map-style data set, looked at before the first step: what they hold, and whether they repeat themselves.
+"""A few samples of the data, read before the first step: what they hold, and whether they are the same when read again.
 
 They are read through a loader worker where there are workers, as in training: what a data set opens when it is first read
 must not be open before workers are forked.
@@ -6,6 +6,7 @@ must not be open before workers are forked.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from runtime.data.digests import digest
 from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import SampleFailure, Samples, SlotIndex
+from runtime.data.streams import StreamSamples
 from runtime.randomness import preserved_random_state
 
 Stage = Literal["the data set", "the transform", "the collate function"]
@@ -24,15 +26,19 @@ _CPU = torch.device("cpu")
 
 
 class Probed(NamedTuple):
-    """One sample.
+    """One sample, or the first ones of a stream.
 
     Args:
         content: digest of what the data set gives; None if it cannot be read, or not twice the same.
         differs: what gives something else when it is asked again under the same seed; None if nothing does.
+        memory: how samples overwrite each other; empty if they do not, or if that is not known.
+        state_lacks: why a stream cannot go on from the data set's own state; empty if it can, or if that is not known.
     """
 
     content: str | None
     differs: Stage | None = None
+    memory: str = ""
+    state_lacks: str = ""
 
 
 def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoader) -> dict[int, Probed]:
@@ -44,6 +50,18 @@ def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoad
     indices = iter([SlotIndex(0, np.array([number], dtype=np.int64)) for number in ids])
     found = read(_Probe(samples, times), indices, make_loader)
     return dict(zip(ids, found, strict=True))
+
+
+def probe_stream(samples: StreamSamples, *, times: int, make_loader: MakeLoader) -> Probed:
+    """Look at the first samples of a stream; at none where it is its own iterator, since what is read of it is gone.
+
+    Args:
+        times: how often it is read; once tells nothing but its content.
+    """
+    if hasattr(samples.source, "__next__"):
+        return Probed(None)
+    found: Probed = next(iter(read(_StreamProbe(samples, times), iter([None]), make_loader)))
+    return found
 
 
 def few_of(size: int) -> list[int]:
@@ -66,8 +84,40 @@ class _Probe(Dataset[Any]):
         ):  # around both: what draws without a seed draws something else the second time
             readings = [self._samples.read_in_stages(index, digest) for _ in range(self._times)]
         if any(isinstance(reading, SampleFailure) for reading in readings):
-            return Probed(None)  # training tells it, where it comes to the sample
-        for stage, digests in zip(_STAGES, zip(*readings, strict=True), strict=True):
-            if len(set(digests)) > 1:
-                return Probed(None if stage == _STAGES[0] else readings[0][0], stage)
-        return Probed(readings[0][0])
+            return Probed(None)  # training reports it when it reads the sample
+        found = _compared(readings)
+        return found if found.differs or self._times < 2 else found._replace(memory=self._memory(index))
+
+    def _memory(self, index: SlotIndex) -> str:
+        try:
+            with preserved_random_state(_CPU):
+                return self._samples.memory_at_fault(index, (int(index.ids[0]) + 1) % len(self._samples))
+        except Exception:  # training reports it
+            return ""
+
+
+class _StreamProbe(Dataset[Any]):
+    """What a loader reads in place of a stream: what is found out about its first samples."""
+
+    def __init__(self, samples: StreamSamples, times: int) -> None:
+        self._samples, self._times = samples, times
+
+    def __getitem__(self, index: None) -> Probed:
+        return self.__getitems__(index)
+
+    def __getitems__(self, index: None) -> Probed:
+        try:
+            with preserved_random_state(_CPU):
+                readings = [copy(self._samples).beginning(with_state=number > 0) for number in range(self._times)]
+        except Exception:  # training reports it
+            return Probed(None)
+        found = _compared([reading[:3] for reading in readings])
+        return found if found.differs else found._replace(state_lacks=readings[-1].state_lacks)
+
+
+def _compared(readings: list[Any]) -> Probed:
+    """Compare the digests of each stage."""
+    for stage, digests in zip(_STAGES, zip(*readings, strict=True), strict=True):
+        if len(set(digests)) > 1:
+            return Probed(None if stage == _STAGES[0] else readings[0][0], stage)
+    return Probed(readings[0][0])

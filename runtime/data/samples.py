@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from runtime.config.component import described
 from runtime.data import worker_info
+from runtime.data.copies import copied
+from runtime.data.digests import digest
 from runtime.data.order import Ids
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -86,11 +87,7 @@ class Samples(Dataset[Any]):
 
     def name_of(self, stage: str) -> str:
         """Return what the user calls the data set, the transform or the collate function."""
-        source = self.source
-        while hasattr(source, "ids") and hasattr(source, "source"):  # what it is a part of
-            source = source.source
-        named: Any = {"the transform": self._transform, "the collate function": self._collate}.get(stage, source)
-        return str(getattr(named, "__name__", type(named).__name__))
+        return name_of(stage, self.source, self._transform, self._collate)
 
     def read_in_stages(self, index: SlotIndex, note: Callable[[Any], str]) -> tuple[str, ...] | SampleFailure:
         """Read one sample and note what the data set gives, what the transform makes of it, and what is collated.
@@ -104,16 +101,45 @@ class Samples(Dataset[Any]):
                 if self._seeded or self._whole_slots:
                     found = self._given_whole(index)
                     given = made = note(found)
-                    return given, made, note(self._finished(_copied(found), index))
+                    return given, made, note(self._finished(copied(found), index))
                 seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, number), _CPU)
                 sample = self.source[number]
                 given = note(sample)
-                sample = _copied(sample)
+                sample = copied(sample)
                 sample = sample if self._transform is None else self._transform(sample)
                 made = note(sample)
                 return given, made, note(self._collate([sample]))
         except Exception as error:
             return SampleFailure(f"reading sample {number} raised {described(error)}")
+
+    def memory_at_fault(self, index: SlotIndex, other: int) -> str:
+        """Say how samples overwrite each other where they are read one by one; nothing where they do not.
+
+        Args:
+            index: of one sample.
+            other: number of another one.
+        """
+        if self._seeded or self._whole_slots:
+            return ""
+        number = int(index.ids[0])
+        with worker_info.hidden():
+            first = self.source[number]
+            before = digest(first)
+            second = self.source[other]
+            if digest(first) != before and digest(second) != before:
+                return (
+                    "fills one buffer with each sample, so that all samples of a batch are the last one: return a copy"
+                )
+            if self._transform is None:
+                return ""
+            changed, held = copied((first, self.source[number]))
+            seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, number), _CPU)
+            self._transform(changed)
+            if digest(held) != before:
+                return (
+                    "changes what the data set holds, so that each epoch changes it again: let it return a new sample"
+                )
+        return ""
 
     def _given_whole(self, index: SlotIndex) -> Any:
         if self._seeded:
@@ -159,11 +185,12 @@ class Samples(Dataset[Any]):
             return self._collate(samples)
 
 
-def _copied(sample: Any) -> Any:
-    try:
-        return deepcopy(sample)
-    except Exception:  # whatever a user's class raises; then it is taken as it is
-        return sample
+def name_of(stage: str, source: Any, transform: Any, collate: Any) -> str:
+    """Return what the user calls a data set, a transform or a collate function."""
+    while hasattr(source, "ids") and hasattr(source, "source"):  # what it is a part of
+        source = source.source
+    named = {"the transform": transform, "the collate function": collate}.get(stage, source)
+    return str(getattr(named, "__name__", type(named).__name__))
 
 
 def _listed(ids: Sequence[int] | Ids) -> str:

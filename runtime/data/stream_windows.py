@@ -7,6 +7,7 @@ different streams though each was to read all of one.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,26 +15,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.data.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, told_weight
+from runtime.data.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, weight_of_batch
 from runtime.data.loading import MakeLoader, read
 from runtime.data.reading_ahead import Ahead, steps_of, summed_ahead
-from runtime.data.streams import FIRST, NOTHING, Piece, Place, StreamIndex, StreamSamples
-from runtime.errors import DataError, EvaluationError
+from runtime.data.stream_comparison import SHOWN, causes, difference, readers_differ, shown_to_all
+from runtime.data.stream_pieces import FIRST, NOTHING, Piece, Place, StreamIndex
+from runtime.data.streams import StreamSamples
+from runtime.errors import DataError
 
 _AHEAD = 4  # most steps between two all-reduces; one and a half times as many global batches are held
-_LENGTHS, _CONTENTS = "of different lengths", "of different contents"
-_OF_ANOTHER_CONTENT = (
-    "; if it draws from a generator of its own, let it draw from Python's, NumPy's or torch's, which are seeded for each "
-    "batch; if its files are listed, sort the list, which hosts give in different orders"
+_READ_AGAIN = (
+    "data.train: what the stream's load_state_dict leads to is not what comes next (its state lacks something, such as the "
+    "content of a shuffle buffer), so the stream is read again from its beginning: the same samples, later"
 )
 _EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
 
 
 class _Row(NamedTuple):
-    """One global batch as this rank has it, and as all have it together."""
+    """One global batch as this rank has it, and as all have it together.
+
+    Args:
+        readers_differ: this rank's readers read different streams.
+    """
 
     cursor: Cursor
     pieces: list[Piece]
+    readers_differ: bool = False
     sizes: list[int] = []
     weight: float | tuple[float, ...] = 0.0
 
@@ -53,6 +60,7 @@ class StreamWindows:
         sum_over_ranks: sums a float64 tensor over all ranks.
         num_workers: of the loader; 0 reads in this process.
         ahead: steps between two all-reduces, four at most. Default: four.
+        tell: takes a line that informs.
 
     Attributes:
         filler: a batch for fillers, with several ranks.
@@ -76,6 +84,7 @@ class StreamWindows:
         num_weights: int | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
         ahead: Ahead = _AHEAD,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         if samples.sharded_by == "dataset" and sharing.slots < sharing.world_size:
             raise DataError(
@@ -84,11 +93,14 @@ class StreamWindows:
             )
         self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
         self._skipped, self._sharing, self._weigh, self._sum = frozenset(skipped), sharing, weigh, sum_over_ranks
-        self._ahead = ahead
+        self._ahead, self._tell, self._told = ahead, tell, False
+        # Where the data set shards itself, readers end at different turns: each has had one in so many rows.
+        readers, turns = max(1, num_workers), max(1, sharing.slots // sharing.world_size)
+        self._most_empty = 1 if samples.sharded_by == "runtime" else -(-readers // turns)
         self._questions = _Questions(samples, start, sharing, max(1, num_workers))
         self._fetched = read(samples, iter(self._questions), make_loader)
         self.places: dict[int, Place] = {}
-        self._first: list[Piece] | None = None
+        self._early: deque[list[Piece]] = deque()  # read before they are asked for
         self.filler: Any = None
         if sharing.world_size > 1:
             self.filler = self._made_filler()
@@ -115,30 +127,37 @@ class StreamWindows:
     def _rows(self, start: Cursor) -> Iterator[_Row]:
         """Yield the global batches of an epoch, each known to all ranks."""
         self._questions.turn_to(start)
+        empty, any_samples = 0, start.batch > 0
         for row in summed_ahead(
             self._own_rows(start),
             lambda block: partial(self._known_to_all, block),
             lambda: min(_AHEAD, steps_of(self._ahead)),
         ):
-            if not row.samples:
-                if row.cursor.batch == 0:
+            if row.samples:
+                empty, any_samples = 0, True
+                yield row
+                continue
+            empty += 1
+            if empty == self._most_empty:
+                if not any_samples:
                     raise DataError(_EMPTY)
                 return
-            yield row
 
     def _own_rows(self, start: Cursor) -> Iterator[_Row]:
         """Yield the global batches of an epoch as this rank reads them, without end where only all ranks know the end."""
-        cursor, more = start, True
+        cursor, more, expected = start, True, ""
         while more:
             row = _Row(cursor, self._pieces(cursor))
+            if self._samples.sharded_by == "runtime":
+                row = row._replace(readers_differ=readers_differ(row.pieces, expected))
+                expected = row.pieces[0].next_content
             more = self._samples.sharded_by == "dataset" or row.pieces[0].more
             cursor = Cursor(cursor.epoch, cursor.batch + 1)
             yield row
 
     def _pieces(self, cursor: Cursor) -> list[Piece]:
-        if self._first is not None:
-            pieces, self._first = self._first, None
-            return pieces
+        if self._early:
+            return self._early.popleft()
         return [self._piece(cursor, slot) for slot in self._questions.slots_asked]
 
     def _piece(self, cursor: Cursor, slot: int) -> Piece:
@@ -146,6 +165,9 @@ class StreamWindows:
         while True:
             piece: Piece = next(self._fetched)
             if piece.asked.cursor == cursor and piece.asked.slot == slot and not piece.asked.aligning:
+                if piece.read_again and not self._told:
+                    self._told = True
+                    self._tell(_READ_AGAIN)
                 return piece
 
     def _made_filler(self) -> Any:
@@ -154,9 +176,12 @@ class StreamWindows:
             if not first.samples:
                 raise DataError(_EMPTY)
             return first.batch
-        self._questions.turn_to(self._start)
-        self._first = self._pieces(self._start)
-        filler = next((piece.batch for piece in self._first if piece.samples), None)
+        epoch, batch = self._start
+        early, filler = self._found_filler(self._start)
+        if filler is not None:
+            self._early.extend(early)
+        elif batch:  # this rank's share of the epoch is at its end
+            _, filler = self._found_filler(Cursor(epoch, 0))
         if filler is None:
             raise DataError(
                 f"data.train: rank {self._sharing.rank} has no samples in its share of the stream; "
@@ -164,13 +189,24 @@ class StreamWindows:
             )
         return filler
 
+    def _found_filler(self, start: Cursor) -> tuple[list[list[Piece]], Any]:
+        """Read from a cursor on until a reader has samples, or all have had a turn; return what was read, and a batch."""
+        self._questions.turn_to(start)
+        read_so_far: list[list[Piece]] = []
+        for number in range(self._most_empty):
+            read_so_far.append(self._pieces(Cursor(start.epoch, start.batch + number)))
+            filler = next((piece.batch for piece in read_so_far[-1] if piece.samples), None)
+            if filler is not None:
+                return read_so_far, filler
+        return read_so_far, None
+
     def _known_to_all(self, block: list[_Row]) -> list[_Row]:
         """Fill in what all ranks have together. Collective."""
         slots, world_size = self._sharing.slots, self._sharing.world_size
         whole = self._samples.sharded_by == "runtime"
         width = self._num_weights or 1
-        table = torch.zeros(_AHEAD, slots * (1 + width) + 4, dtype=torch.float64)
-        weights = table[:, slots:-4].view(_AHEAD, slots, width)
+        table = torch.zeros(_AHEAD, slots * (1 + width) + SHOWN, dtype=torch.float64)
+        weights = table[:, slots:-SHOWN].view(_AHEAD, slots, width)
         for place, row in enumerate(block):
             for piece in row.pieces:
                 if piece.samples:
@@ -178,20 +214,22 @@ class StreamWindows:
                     note_weight(weights[place, piece.asked.slot], self._weight_of(piece))
             if whole:
                 first = row.pieces[0]
-                table[place, -4:] = _shown_to_all(1.0 + 2 * first.total + first.more, first.content)
+                table[place, -SHOWN:] = shown_to_all(
+                    1.0 + 2 * first.total + first.more, first.content, row.readers_differ
+                )
         together = self._sum(table)
-        what = _difference(together, world_size)
+        what = difference(together, world_size, "streams")
         if what:
             raise DataError(
-                f"data.train: the ranks read streams {what}, though each was to read all of one (sharded_by: runtime). If "
-                "the data set gives each rank its own share, say sharded_by: dataset"
-                + _OF_ANOTHER_CONTENT
-                * (what == _CONTENTS)
+                f"data.train: {what}, though each was to read all of one (sharded_by: runtime). If the data set gives each its "
+                f"own share, say sharded_by: dataset{causes(what)}"
             )
         return [
             row._replace(
                 sizes=[int(size) for size in together[place, :slots].tolist()],
-                weight=told_weight(together[place, slots:-4].view(slots, width).sum(0).tolist(), self._num_weights),
+                weight=weight_of_batch(
+                    together[place, slots:-SHOWN].view(slots, width).sum(0).tolist(), self._num_weights
+                ),
             )
             for place, row in enumerate(block)
         ]
@@ -265,63 +303,3 @@ class _Questions:
                     if turns != self._turns:
                         break
                 batch += 1
-
-
-def evaluation_rounds(
-    samples: StreamSamples,
-    *,
-    world_size: int,
-    rank: int,
-    make_loader: MakeLoader,
-    sum_over_ranks: Callable[[Tensor], Tensor],
-) -> Iterator[tuple[int, int, Any] | None]:
-    """Yield this rank's microbatch of each round (number, samples, batch), or None where it has none.
-
-    Microbatch m is what the stream gives from m times its batch size on, and belongs to rank m % world_size. Collective:
-    every rank must iterate.
-
-    Raises:
-        EvaluationError: the ranks read different streams.
-    """
-    fetched = read(samples, _evaluation_questions(world_size, rank), make_loader)
-    while True:
-        first: Piece = next(fetched)
-        own: Piece = first if rank == 0 else next(fetched)
-        what = _difference(sum_over_ranks(_shown_to_all(float(first.total), first.content)), world_size)
-        if what:
-            raise EvaluationError(
-                f"the ranks read evaluation streams {what}, though each was to read all of one (sharded_by: runtime): the "
-                "data set must not share itself out" + _OF_ANOTHER_CONTENT * (what == _CONTENTS)
-            )
-        if not first.total:
-            return
-        yield (own.asked.cursor.batch, own.samples, own.batch) if own.samples else None
-
-
-def _evaluation_questions(world_size: int, rank: int) -> Iterator[StreamIndex]:
-    place = 0
-    while True:  # whether there is another round shows in its first microbatch
-        yield StreamIndex(Cursor(0, place), 0 if rank == 0 else NOTHING, 1, range(1))
-        if rank > 0:
-            yield StreamIndex(Cursor(0, place + rank), 0, 1, range(1))
-        place += world_size
-
-
-def _shown_to_all(length: float, content: str) -> Tensor:
-    """Return what shows, summed over the ranks, whether all read the same: two numbers and their squares.
-
-    Of the digest as many bits as squares and their sums keep exact in float64.
-    """
-    part = float(int(content[:4] or "0", 16))
-    return torch.tensor([length, length**2, part, part**2], dtype=torch.float64)
-
-
-def _difference(together: Tensor, world_size: int) -> str:
-    """Return in what the ranks' streams differ, given the sums in the last places; empty if in nothing.
-
-    The square of a sum of n numbers is n times the sum of their squares only where all are equal.
-    """
-    sums = together[..., -4:]
-    if not torch.equal(sums[..., 0] ** 2, world_size * sums[..., 1]):
-        return _LENGTHS
-    return "" if torch.equal(sums[..., 2] ** 2, world_size * sums[..., 3]) else _CONTENTS

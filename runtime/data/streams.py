@@ -17,87 +17,27 @@ then another one is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import default_collate, default_convert
 
 from runtime.config.component import described
 from runtime.data import worker_info
-from runtime.data.batches import Cursor
-from runtime.data.digests import digest_of_items
+from runtime.data.copies import OwnMemory, copied
+from runtime.data.digests import digest, digest_of_items
 from runtime.data.fields import Fields
-from runtime.data.samples import SampleFailure
+from runtime.data.samples import SampleFailure, name_of
+from runtime.data.stream_pieces import FIRST, NOTHING, Beginning, Piece, Place, ShardedBy, StreamIndex, fits_json
 from runtime.data.yielded_batches import rows_of
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 
-ShardedBy = Literal["runtime", "dataset"]
-
-FIRST, NOTHING = -1, -2
-"""In place of a slot: the batch's first samples, for fillers; nothing but the counts."""
-
 _CPU = torch.device("cpu")
-
-
-class StreamIndex(NamedTuple):
-    """What a loader's worker is asked for.
-
-    Args:
-        slot: its number, or FIRST or NOTHING.
-        slots: K.
-        own: the rank's slots; they are asked for in turn.
-        aligning: asked only so that the next question reaches the worker that it belongs to.
-    """
-
-    cursor: Cursor
-    slot: int
-    slots: int
-    own: range
-    aligning: bool = False
-
-
-class Piece(NamedTuple):
-    """What comes back.
-
-    Args:
-        asked: what was asked for.
-        samples: in ``batch``.
-        batch: collated, or as it was yielded; None if there are no samples.
-        total: items of the whole global batch, where the runtime shards; else of the piece.
-        more: whether another global batch follows in the epoch, where the runtime shards.
-        worker: which reader of the rank it was.
-        state: the data set's own state behind the global batch (behind the piece, where the data set shards).
-        content: digest of the global batch that it is part of; equal on all ranks where the runtime shards.
-        next_content: digest of what this reader reads next.
-    """
-
-    asked: StreamIndex
-    samples: int = 0
-    batch: Any = None
-    total: int = 0
-    more: bool = False
-    worker: int = 0
-    state: Any = None
-    content: str = ""
-    next_content: str = ""
-
-
-class Place(NamedTuple):
-    """Where a reader stands: the global batch (or the reader's turn) that it reads next.
-
-    Args:
-        state: of the data set's own, before that; None if there is none.
-        content: digest of what is read there; empty if it is not known.
-    """
-
-    epoch: int
-    number: int
-    state: Any
-    content: str = ""
+_ROWS_HELD = 8  # most global batches that are held at once, where nothing copies what a stream yields
+_BEGINNING = 2  # items of each of two readings, by which a stream is judged before the first step
 
 
 class _Read(NamedTuple):
@@ -145,16 +85,22 @@ class StreamSamples:
         self._collate = collate or default_collate
         self._stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self._iterator: Iterator[Any] = iter(())
+        self._memory = OwnMemory((_ROWS_HELD if batches else 2) * batch_size)  # this batch and the next
         self._epoch, self._next = -1, 0
         self._current = self._ahead = _Read([], None, "")
         self._initial = deepcopy(source.state_dict()) if self._stateful else None
         self._ended = False  # the iteration: the data set is then at its beginning again, or at its next epoch's
         self._expected: Place | None = None
+        self._read_again = False
 
     @property
     def own_batches(self) -> bool:
         """See :class:`runtime.data.samples.Samples`."""
         return self._collate is not default_collate
+
+    def name_of(self, stage: str) -> str:
+        """See :class:`runtime.data.samples.Samples`."""
+        return name_of(stage, self.source, self._transform, self._collate)
 
     def __getitem__(self, index: StreamIndex) -> Any:
         return self.__getitems__(index)
@@ -165,7 +111,7 @@ class StreamSamples:
             return Piece(index)
         worker, workers = worker_info.reader()
         try:
-            with worker_info.hidden() if self.sharded_by == "runtime" else nullcontext():
+            with self._worker_hidden():
                 if self.sharded_by == "runtime":
                     return self._whole_batch(index, worker)
                 return self._own_piece(index, worker, workers)
@@ -187,7 +133,8 @@ class StreamSamples:
         positions = self._positions(index, len(items))
         samples, made = self._made(epoch, batch * self.batch_size, [(i, items[i]) for i in positions])
         more = len(self._ahead.items) >= (self.batch_size if self._drop_last else 1)
-        return Piece(index, samples, made, len(items), more, worker, state, content, next_content=self._ahead.content)
+        following = self._ahead.content
+        return Piece(index, samples, made, len(items), more, worker, state, content, following, self._read_again)
 
     def _own_piece(self, index: StreamIndex, worker: int, workers: int) -> Piece:
         epoch, batch = index.cursor
@@ -205,7 +152,8 @@ class StreamSamples:
         items, state, content = self._current
         start = batch * self.batch_size + _bounds(self.batch_size, index.slots, index.slot)[0]
         samples, made = self._made(epoch, start, list(enumerate(items)))
-        return Piece(index, samples, made, len(items), False, worker, state, content, next_content=self._ahead.content)
+        following = self._ahead.content
+        return Piece(index, samples, made, len(items), False, worker, state, content, following, self._read_again)
 
     def _size(self, index: StreamIndex, turn: int) -> int:
         slot = index.own.start + turn % len(index.own)
@@ -222,6 +170,7 @@ class StreamSamples:
             first: number of the reader's first piece.
             step: from one of its pieces to the next.
         """
+        self._read_again = False
         self._expected = place if place is not None and place.epoch == epoch and place.content else None
         if place is not None and place.state is not None and (place.epoch, place.number) == (epoch, number):
             self._begin(epoch, number, place.state)
@@ -229,9 +178,40 @@ class StreamSamples:
             if place.content in ("", found.content):
                 return found
             self._begin(epoch, first)  # the state was not all of it
+            self._read_again = True
         else:
             self._begin(epoch, first)
+            self._read_again = self._stateful and place is not None and number > first  # a checkpoint could not hold it
         return self._read(epoch, first, size, step=step)
+
+    def beginning(self, *, with_state: bool) -> Beginning:
+        """Read the first items under their seeds; this reader must not be used for anything else.
+
+        Raises:
+            Exception: whatever reading them, or user code that is called with them, raises.
+        """
+        with self._worker_hidden(), preserved_random_state(_CPU):
+            self._begin(0, 0)
+            first, second = (self._read(0, number, _BEGINNING) for number in range(2))
+            items = [*first.items, *second.items]
+            given, made = digest(items), self._transformed(0, 0, list(enumerate(map(copied, items))))
+            transformed = digest(made)
+            groups = [[item] for item in made] if self.batches else [made] if made else []
+            collated = digest([self._finished(group, 0, 0) for group in groups])
+            return Beginning(given, transformed, collated, self._state_lacks(first.state, second) if with_state else "")
+
+    def _state_lacks(self, state: Any, following: _Read) -> str:
+        """Say why what a state leads to is not what followed when it was taken; nothing where it is, or none was taken."""
+        if not self._stateful or len(following.items) < _BEGINNING:
+            return ""
+        if not fits_json(state):
+            return "holds what JSON cannot"
+        self._begin(0, 1, deepcopy(state))
+        again = self._read(0, 1, _BEGINNING)
+        return "" if digest(again.items) == digest(following.items) else "is not all of its state"
+
+    def _worker_hidden(self) -> AbstractContextManager[None]:
+        return worker_info.hidden() if self.sharded_by == "runtime" else nullcontext()
 
     def _begin(self, epoch: int, number: int, state: Any = None) -> None:
         """Begin an iteration at a state, or at the beginning of an epoch."""
@@ -240,8 +220,8 @@ class StreamSamples:
         if state is not None:
             self.source.load_state_dict(state)
         elif self._stateful and not (self._ended and epoch > self._epoch) and not _same(self.source, self._initial):
-            self.source.load_state_dict(self._initial)  # it was left in the middle: by a check, say, or a rollback
-        self._epoch, self._next = epoch, number
+            self.source.load_state_dict(self._initial)  # a check or a rollback left it in the middle
+        self._epoch, self._next, self._memory = epoch, number, self._memory.begun()
         with preserved_random_state(_CPU):
             seed_everything(derive(self._seed, Purpose.STREAM, epoch, number), _CPU)
             self._iterator = iter(self.source)
@@ -250,7 +230,7 @@ class StreamSamples:
         with preserved_random_state(_CPU):
             seed_everything(derive(self._seed, Purpose.STREAM, epoch, number), _CPU)
             try:
-                items = list(islice(self._iterator, size))
+                items = self._memory.take(self._iterator, size)
                 # The data set may go on to change what it returned; and it is asked again before this is used.
                 state = deepcopy(self.source.state_dict()) if self._stateful else None
             except Exception as error:
@@ -298,11 +278,15 @@ class StreamSamples:
         if self._transform is None and self._collate is default_collate:
             return self._finished([item for _, item in items], epoch, first + items[0][0])
         with preserved_random_state(_CPU):
-            found = []
-            for position, item in items:
-                seed_everything(derive(self._seed, Purpose.SAMPLE, epoch, first + position), _CPU)
-                found.append(item if self._transform is None else self._transform(item))
-            return self._finished(found, epoch, first + items[0][0])
+            return self._finished(self._transformed(epoch, first, items), epoch, first + items[0][0])
+
+    def _transformed(self, epoch: int, first: int, items: list[tuple[int, Any]]) -> list[Any]:
+        """Return what the transform makes of items, each under its seed; leaves the last one's random state."""
+        found = []
+        for position, item in items:
+            seed_everything(derive(self._seed, Purpose.SAMPLE, epoch, first + position), _CPU)
+            found.append(item if self._transform is None else self._transform(item))
+        return found
 
     def _finished(self, items: list[Any], epoch: int, number: int) -> tuple[int, Any]:
         if not self.batches:

@@ -16,8 +16,9 @@ from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.order import Order
 from runtime.data.reading_ahead import Ahead
 from runtime.data.samples import Samples, SlotIndex, fingerprint
+from runtime.data.stream_pieces import FIRST, Place, ShardedBy, StreamIndex, fits_json
 from runtime.data.stream_windows import StreamWindows
-from runtime.data.streams import FIRST, Place, ShardedBy, StreamIndex, StreamSamples
+from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
 from runtime.processes.control import gather_bytes
 
@@ -47,6 +48,7 @@ class How:
         num_weights: how many weights a microbatch has; None: one, as a number.
         begin_sum: begins to sum a float64 tensor over all ranks. Collective.
         ahead: over how many steps weights are to be summed at once; equal on all ranks.
+        tell: takes a line that informs.
     """
 
     sharing: Sharing
@@ -56,6 +58,7 @@ class How:
     begin_sum: BeginSum
     num_weights: int | None = None
     ahead: Ahead = 8
+    tell: Callable[[str], None] = lambda text: None
 
 
 class MappedData:
@@ -191,6 +194,7 @@ class StreamedData:
             num_weights=how.num_weights,
             sum_over_ranks=lambda table: how.begin_sum(table)(),
             ahead=how.ahead,
+            tell=how.tell,
         )
         return Reading(iter(windows), windows.filler, windows.places)
 
@@ -198,15 +202,13 @@ class StreamedData:
 TrainingData = MappedData | StreamedData
 
 
-def told_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
+def saved_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
     """Return where the readers of a stream stand, as JSON can hold it: rank to worker to place.
 
     A state that JSON cannot hold is left out; the stream is then read again on resumption. Collective where the data set
     shards itself; where the runtime does, every rank's place is everybody's.
     """
-    kept = {
-        worker: place if _fits_json(place.state) else place._replace(state=None) for worker, place in places.items()
-    }
+    kept = {worker: place if fits_json(place.state) else place._replace(state=None) for worker, place in places.items()}
     told = {str(worker): list(place) for worker, place in kept.items()}
     if sharded_by == "runtime":
         return {"0": told}
@@ -215,13 +217,6 @@ def told_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torc
 
 
 def places_of(told: Mapping[str, Any], rank: int) -> dict[int, Place]:
-    """Return a rank's places from what :func:`told_places` told."""
+    """Return a rank's places from what :func:`saved_places` returned."""
     own = told.get(str(rank), told.get("0", {}))
     return {int(worker): Place(*place) for worker, place in own.items()}
-
-
-def _fits_json(state: Any) -> bool:
-    try:
-        return bool(json.loads(json.dumps(state)) == state)
-    except (TypeError, ValueError, RecursionError):
-        return False

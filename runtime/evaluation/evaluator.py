@@ -17,7 +17,7 @@ import torch
 from runtime.data.batches import slots_of_rank
 from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import Samples, SlotIndex
-from runtime.data.stream_windows import evaluation_rounds
+from runtime.data.stream_rounds import evaluation_rounds
 from runtime.data.streams import StreamSamples
 from runtime.errors import EvaluationError
 from runtime.evaluation.metrics import MetricSet, Result

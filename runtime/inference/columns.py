@@ -50,6 +50,12 @@ class ColumnBuilder:
         self._scale = scale
         self._problem = problem
 
+    def follows_places(self, fields: Fields) -> bool:
+        """Tell whether something is written by a sample's place in the data set, not by what its batch says."""
+        kinds = set(self._wanted.values()) or {"id"}
+        by_place = "index" in kinds or any(kind.startswith(COLUMN) for kind in kinds)
+        return by_place or (fields.id is None and "id" in kinds)
+
     def build(
         self,
         predictions: Mapping[str, Tensor],

@@ -130,9 +130,9 @@ class Inference:
             )
         more = {"--split": split, "--weights": which, "command": request.act}
         compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
-        for part, (name, stage) in contents_of(loaded, strategy, {split: samples}).differing.items():
+        for part, differing in contents_of(loaded, strategy, {split: samples}).differing.items():
             if strategy.rank == 0:
-                _warn(does_not_repeat(part, name, stage))
+                _warn(does_not_repeat(part, differing))
         if request.weights is None and not (weights.averaging or {}).get("count"):
             which = "raw"  # as the run's own evaluations did before averaging.start
         strategy.prepare_evaluation(module)

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from runtime.config.component import described
 from runtime.data.fields import Name
-from runtime.data.loading import read
+from runtime.data.loading import read, read_here
 from runtime.data.samples import Samples, SlotIndex
 from runtime.errors import LockstepError, ObjectiveError
-from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, model_arguments
+from runtime.inference.batch_rows import check_count, check_order
+from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, ids_of, model_arguments
 from runtime.model_calls import explained, is_out_of_memory
 from runtime.objective import Objective, full_precision, shown
 from runtime.processes.control import Agreement, gather_on_rank_0
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
+
+_LOOKED_AT = 8  # samples, to see whether a batch keeps their order
 
 
 class Predictor:
@@ -94,13 +97,32 @@ class Predictor:
             agreement.begin(stop_wished())
             if agreement.end():
                 return False
-            payload = self._predicted(own[place], next(batches)) if place < len(own) else b""
+            payload = b""
+            if place < len(own):
+                batch = next(batches)
+                self._check_rows(batch, self._share(own[place]), first=place == 0)
+                payload = self._predicted(own[place], batch)
             if place >= len(own) - spare:
                 payload = b""
             for gathered in gather_on_rank_0(payload, strategy.device):  # in the order of the ranks, so in order
                 if gathered:
                     append(gathered)
         return True
+
+    def _check_rows(self, batch: Any, share: SlotIndex, *, first: bool) -> None:
+        """Refuse batches whose rows are not the samples. Their order is looked at in a rank's first one, which costs reading.
+
+        Raises:
+            DataError: what is wrong with them.
+        """
+        if not self._samples.own_batches:
+            return
+        check_count(batch, len(share.ids))
+        if first and self._columns.follows_places(self._strategy.unwrapped.objective.fields):
+            few = share._replace(ids=share.ids[:_LOOKED_AT])
+            alone = [few._replace(ids=few.ids[n : n + 1]) for n in range(len(few.ids))]
+            together, *singles = read(self._samples, iter([few, *alone]), read_here)
+            check_order(together, singles)
 
     def _predicted(self, number: int, batch: Any) -> bytes:
         strategy = self._strategy

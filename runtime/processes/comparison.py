@@ -7,7 +7,7 @@ nobody's model, without a word.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,12 @@ def compare(
 
 
 def agreed(
-    known: Mapping[str, Mapping[str, str]], *, host: str, device: torch.device, where: Callable[[str, str], str]
+    known: Mapping[str, Mapping[str, str]],
+    *,
+    may_differ: Collection[str] = (),
+    host: str,
+    device: torch.device,
+    where: Callable[[str, str], str],
 ) -> dict[str, dict[str, str]]:
     """Return what all ranks know of the data, which is the same for all. Collective: every rank must call this.
 
@@ -59,6 +64,7 @@ def agreed(
 
     Args:
         known: digests by part of the data, and by what was looked at.
+        may_differ: what is left out where ranks differ in it.
         where: says both in words.
 
     Raises:
@@ -67,7 +73,11 @@ def agreed(
     told = [json.loads(reply) for reply in gather_bytes(json.dumps([host, known]).encode(), device)]
     (first_host, first), others = told[0], told[1:]
     common = {
-        part: {key: value for key, value in of_part.items() if all(key in its.get(part, {}) for _, its in others)}
+        part: {
+            key: value
+            for key, value in of_part.items()
+            if all(key in its.get(part, {}) and (key not in may_differ or its[part][key] == value) for _, its in others)
+        }
         for part, of_part in first.items()
     }
     differences = [

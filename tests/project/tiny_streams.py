@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
@@ -233,6 +234,126 @@ class OwnGenerator(Points):
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.generator.sample(list(self.samples), len(self.samples))
+
+
+class Unseeded(Points):
+    """Shuffles with a generator of the system's entropy, another one in each process."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from random.Random().sample(list(self.samples), len(self.samples))
+
+
+class OwnIterator(Points):
+    """Is its own iterator, which can be read once."""
+
+    place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self.place == len(self.samples):
+            raise StopIteration
+        self.place += 1
+        return self.samples[self.place - 1]
+
+
+class CountsEpochs(Points):
+    """Shuffles by its own count of how often it was read."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        yield from random.Random(self.epoch).sample(list(self.samples), len(self.samples))
+
+
+class ToldEpochs(CountsEpochs):
+    """Shuffles by the epoch that it is told."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class KeepsGenerator(StatefulPoints):
+    """Shuffles with a generator of its own, which is part of its state."""
+
+    def __init__(self, size: int = 90) -> None:
+        super().__init__(size)
+        self.generator = random.Random(3)
+
+    def __iter__(self) -> Iterator[Any]:
+        place, self.place = self.place, 0
+        before = self.generator.getstate()
+        order = self.generator.sample(range(len(self.samples)), len(self.samples))
+        after = self.generator.getstate()
+        for number in range(place, len(self.samples)):
+            self.place = number + 1
+            self.generator.setstate(before)
+            yield self.samples[order[number]]
+        self.place = 0
+        self.generator.setstate(after)
+
+    def state_dict(self) -> dict[str, Any]:
+        version, numbers, gauss = self.generator.getstate()
+        return {"place": self.place, "generator": [version, list(numbers), gauss]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+        version, numbers, gauss = state["generator"]
+        self.generator.setstate((version, tuple(numbers), gauss))
+
+
+class StateOfTensors(StatefulPoints):
+    """Its state is what JSON cannot hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": torch.tensor(self.place)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = int(state["place"])
+
+
+class ShorterOnSome(Points):
+    """The same samples on every rank, and fewer of them on each but the first."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        yield from (self.samples[place] for place in range(len(self.samples) - 20 * rank))
+
+
+class Refilled(IterableDataset):
+    """Numbers in a few buffers that are filled again and again."""
+
+    def __init__(self, size: int, buffers: int, kind: str = "tensor") -> None:
+        self.size, self.buffers, self.kind = size, buffers, kind
+
+    def __iter__(self) -> Iterator[Any]:
+        made = {"tensor": lambda: torch.zeros(1), "array": lambda: np.zeros(1), "dict": dict}[self.kind]
+        held = [made() for _ in range(self.buffers)]
+        for number in range(self.size):
+            buffer = held[number % self.buffers]
+            if isinstance(buffer, dict):
+                buffer["number"] = number
+            else:
+                buffer[0] = number
+            yield buffer
+
+
+class UnevenShares(IterableDataset):
+    """Each reader has more of the numbers than the one before, and the first of several workers has nothing."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        shares = [0 if workers > 1 and r % workers == 0 else (r + 1) ** 2 for r in range(ranks * workers)]
+        ends = [self.size * sum(shares[:n]) // sum(shares) for n in range(len(shares) + 1)]
+        own = rank * workers + worker
+        yield from range(ends[own], ends[own + 1])
 
 
 class Written(Points):

@@ -103,6 +103,54 @@ class InPlace:
         return sample
 
 
+def identity(sample: Any) -> Any:
+    return sample
+
+
+class Dictionaries(Dataset):
+    """Hands out the dictionaries and arrays that it holds, or copies of them."""
+
+    def __init__(self, fresh: bool = False) -> None:
+        self.held = [{"inputs": inputs.numpy().copy(), "target": int(target)} for inputs, target in points()]
+        self.fresh = fresh
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: int) -> Any:
+        held = self.held[index]
+        return {**held, "inputs": held["inputs"].copy()} if self.fresh else held
+
+
+class ScaledInPlace:
+    def __call__(self, sample: Any) -> Any:
+        sample["inputs"] *= 0.5
+        return sample
+
+
+class Replaced:
+    """Changes a dictionary that is made for each sample."""
+
+    def __call__(self, sample: Any) -> Any:
+        sample["inputs"] = sample["inputs"] * 0.5
+        return sample
+
+
+class OneBuffer(Dataset):
+    """Returns one and the same tensor, filled anew."""
+
+    def __init__(self) -> None:
+        self.samples = points()
+        self.buffer = torch.zeros(8, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.samples[index]
+        return self.buffer.copy_(inputs), target
+
+
 class NoisyCollate:
     def __init__(self, own: bool = True) -> None:
         self.own, self.generator = own, torch.Generator().manual_seed(3)
@@ -167,6 +215,22 @@ class OwnBatches:
         yield from (drawn[start : start + 16] for start in range(0, len(drawn), 16))
 
 
+class OrderOfFile(Counting):
+    """Shuffles by what a file says, as another one may by the time or the order of a set."""
+
+    def __init__(self, source: Any, path: str) -> None:
+        super().__init__(source)
+        self.path = path
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng(int(Path(self.path).read_text())).permutation(self.size).tolist())
+
+
+class DrawsNothing(Counting):
+    def __iter__(self) -> Iterator[int]:
+        return iter(())
+
+
 class LaterByRank(Sampler):
     """Draws alike in the first epoch, and later otherwise on each rank."""
 
@@ -224,6 +288,13 @@ def time_first(samples: list[Any]) -> Any:
     """Have time in the first dimension, as many recurrent models do; one row a sample in the second."""
     inputs, target = default_collate(samples)
     return inputs.T.contiguous(), target.expand(8, -1)
+
+
+def by_size(samples: list[Any]) -> Any:
+    """Collate, the samples of the largest first input first, as recurrent models want the longest."""
+    first = samples[0]
+    key = (lambda sample: -sample["x"][0]) if isinstance(first, dict) else (lambda sample: -sample[0])
+    return default_collate(sorted(samples, key=key))
 
 
 def plain(samples: list[Any]) -> Any:
