@@ -24,6 +24,7 @@ from runtime.evaluations import Evaluations
 from runtime.losses.rows import told_miscounts
 from runtime.model_calls import is_out_of_memory
 from runtime.objective import TrainingModule
+from runtime.optimization.combined import members
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, prepare, tell_of_component
 from runtime.processes.control import Agreement, begin_sum_over_ranks
@@ -281,7 +282,7 @@ class Run:
             max_grad_norm=self._values.optimizer.max_grad_norm,
             strategy=strategy,
             schedule=state.schedule,
-            buffers=buffer_rule(module, strategy, state.buffers.moving),
+            buffers=buffer_rule(module, strategy, state.buffers.moving, step=self._progress.step),
             divergence=state.divergence,
             verdicts=verdicts,
             progress=self._progress,
@@ -289,6 +290,7 @@ class Run:
             meter=self._meter,
             garbage=self._garbage,
             times=self._times,
+            seeds_updates=not all(type(member).__module__.startswith("torch.") for member in members(state.optimizer)),
             stop_wished=self._stop_wished,
             will_report=lambda window: self._milestones.is_due(self._values.reporting.every, window, ahead=1),
             is_due=lambda window: not self._folder.saving_prepared or self._milestones.is_anything_due(window),
@@ -349,8 +351,7 @@ class Run:
             self._stop_wish.moved()
             self._meter.pause()
             self._save_state()
-            if not leaving:
-                self._saver.prove_first()
+            self._saver.prove_first(leaving=leaving)
             self._meter.resume()
 
     def _save_state(self) -> None:
