@@ -96,9 +96,9 @@ def test_what_an_optimizer_keeps_beside_its_state_is_named(
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
-@pytest.mark.parametrize("model", ["Seen", "Generator", "Counter", "Hooked", "Cached"])
+@pytest.mark.parametrize("model", ["Seen", "Generator", "Running", "History", "Held", "Hooked", "Cached"])
 def test_the_proof_leaves_no_trace(pool: ProcessPool, tmp_path: Path, world_size: int, model: str) -> None:
-    args = {"Cached": {"how": "saved"}, "Hooked": {"counts": True}}.get(model, {})
+    args = {"Cached": {"how": "saved"}, "Hooked": {"counts": True}, "Generator": {"kind": "numpy"}}.get(model, {})
     more = {"args": args, "averaging": {"decay": 0.9}, "schedule": {"target": "StepLR", "args": {"step_size": 2}}}
     off, on = (
         pool.run(observe, world_size, hidden(tmp_path / checks, model, checks=checks, **more))[0]
