@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime import assembly
 from runtime.checkpoints.reading import load_state, open_state
-from runtime.checkpoints.resumption import refuse_misfit
+from runtime.checkpoints.resumption import cursor_on_resumption, refuse_misfit
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
@@ -163,6 +163,7 @@ class Run:
         """Read a checkpoint's state, of tensors no more than this rank will need."""
         model, training = open_state(found.path) if self._strategy.sharded else load_state(found.path)
         refuse_misfit(training, found.path.name)
+        training["progress"]["cursor"] = cursor_on_resumption(training, self._loaded)
         return model, training
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
