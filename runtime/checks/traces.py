@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from runtime.training.held_buffers import overlaps, preserved_buffers
 
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+_OF_WRAPPERS = ("_fsdp", "_ds", "ds_", "_external")
+_LIBRARIES = ("torch", "accelerate", "deepspeed")
 _CODE = (FunctionType, MethodType, BuiltinFunctionType, ModuleType, partial)
 Restore = Callable[[], object]
 
@@ -38,23 +40,27 @@ def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for part, attributes in zip(parts, before, strict=True):
             for key in _own(part).keys() - attributes.keys():
-                delattr(part, key)
+                if not key.startswith("_"):  # which may be torch's, made in a first pass
+                    delattr(part, key)
             vars(part).update(attributes)  # 'training' among them
         for restore in restoring:
             restore()
 
 
 def _own(part: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes, torch's own tables excepted."""
-    return {key: value for key, value in vars(part).items() if key not in _OF_MODULES}
+    """Return a module's attributes, except for torch's own tables and what libraries that wrap a module put there."""
+    return {
+        key: value for key, value in vars(part).items() if key not in _OF_MODULES and not key.startswith(_OF_WRAPPERS)
+    }
 
 
 def _restoring(value: Any, seen: set[int]) -> Iterator[Restore]:
     """Yield what puts a value and all within it back as they are now."""
-    if id(value) in seen or isinstance(value, (nn.Module, nn.Parameter, type, *_CODE)):
+    if id(value) in seen or _is_code(value):
         return
     seen.add(id(value))
     generator = _restoring_generator(value)
+    inner: Iterable[Any] = ()
     if generator is not None:
         yield generator
     elif isinstance(value, Tensor):
@@ -64,17 +70,23 @@ def _restoring(value: Any, seen: set[int]) -> Iterator[Restore]:
         yield partial(np.copyto, value, value.copy())
     elif isinstance(value, dict):
         yield partial(_refill, value, value.update, dict(value))
-        for inner in value.values():
-            yield from _restoring(inner, seen)
+        inner = value.values()
     elif isinstance(value, list | deque | set):
         yield partial(_refill, value, value.update if isinstance(value, set) else value.extend, list(value))
-        for inner in value:
-            yield from _restoring(inner, seen)
+        inner = value
     elif isinstance(value, tuple):
-        for inner in value:
-            yield from _restoring(inner, seen)
+        inner = value
     elif hasattr(value, "__dict__"):
-        yield from _restoring(vars(value), seen)
+        inner = (vars(value),)
+    for each in inner:
+        yield from _restoring(each, seen)
+
+
+def _is_code(value: Any) -> bool:
+    """Tell whether a value is no data of the user's: functions, modules, and what belongs to a library's own machinery."""
+    if isinstance(value, (nn.Module, nn.Parameter, type, *_CODE)):
+        return True
+    return not isinstance(value, Tensor | torch.Generator) and type(value).__module__.partition(".")[0] in _LIBRARIES
 
 
 def _refill(collection: Any, fill: Callable[[Any], object], kept: Any) -> None:
