@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     STREAM = 7
     STATISTICS = 8
     SPLIT = 9
+    UPDATE = 10
 
 
 _PYTHON: Any = random._inst  # the generator behind random.random()

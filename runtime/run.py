@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime import assembly
 from runtime.checkpoints.reading import load_state, open_state
-from runtime.checkpoints.resumption import refuse_misfit
+from runtime.checkpoints.resumption import cursor_on_resumption, refuse_misfit
 from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
@@ -24,6 +24,7 @@ from runtime.evaluations import Evaluations
 from runtime.losses.rows import with_rows_checked
 from runtime.model_calls import is_out_of_memory
 from runtime.objective import TrainingModule
+from runtime.optimization.combined import members
 from runtime.optimization.evaluation_weights import end_training
 from runtime.preparation import Prepared, prepare, tell_of_component
 from runtime.processes.control import Agreement, begin_sum_over_ranks
@@ -162,6 +163,7 @@ class Run:
         """Read a checkpoint's state, of tensors no more than this rank will need."""
         model, training = open_state(found.path) if self._strategy.sharded else load_state(found.path)
         refuse_misfit(training, found.path.name)
+        training["progress"]["cursor"] = cursor_on_resumption(training, self._loaded)
         return model, training
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -282,7 +284,7 @@ class Run:
             max_grad_norm=self._values.optimizer.max_grad_norm,
             strategy=strategy,
             schedule=state.schedule,
-            buffers=buffer_rule(module, strategy, state.buffers.moving),
+            buffers=buffer_rule(module, strategy, state.buffers.moving, step=self._progress.step),
             divergence=state.divergence,
             verdicts=verdicts,
             progress=self._progress,
@@ -290,6 +292,7 @@ class Run:
             meter=self._meter,
             garbage=self._garbage,
             times=self._times,
+            seeds_updates=not all(type(member).__module__.startswith("torch.") for member in members(state.optimizer)),
             stop_wished=self._stop_wished,
             will_report=lambda window: self._milestones.is_due(self._values.reporting.every, window, ahead=1),
             is_due=lambda window: not self._folder.saving_prepared or self._milestones.is_anything_due(window),
@@ -350,8 +353,7 @@ class Run:
             self._stop_wish.moved()
             self._meter.pause()
             self._save_state()
-            if not leaving:
-                self._saver.prove_first()
+            self._saver.prove_first(leaving=leaving)
             self._meter.resume()
 
     def _save_state(self) -> None:

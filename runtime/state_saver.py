@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import get_num_threads
+from torch import Tensor, get_num_threads, nn
 
 from runtime.checkpoints.run_folder import RunFolder
 from runtime.checks.checkpoint import prove_checkpoint
@@ -19,10 +19,12 @@ from runtime.data.stream_pieces import Place
 from runtime.data.training_data import MappedData, StreamedData, saved_places
 from runtime.evaluations import Evaluations
 from runtime.preparation import Prepared
+from runtime.processes.comparison import compare_values
 from runtime.processes.user_code import loaded_code
 from runtime.reporting.facts import versions
 from runtime.reporting.meters import TrainingMeter
 from runtime.strategies import Strategy
+from runtime.training.held_buffers import places_of
 
 
 class StateSaver:
@@ -55,6 +57,7 @@ class StateSaver:
         self._meter, self._evaluations = meter, evaluations
         self._tell, self._warn = tell, warn
         self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
+        self._compares = loaded.values.checks == "on" and strategy.world_size > 1 and not strategy.sharded
         self.unproven = unproven
         self.slot: Any = None
 
@@ -69,10 +72,15 @@ class StateSaver:
         Args:
             places: where the readers of a stream stand.
             check_drawn: compares what a sampler has drawn on the ranks. Collective.
+
+        Raises:
+            RanksDifferError: the ranks have other weights, or have drawn other samples.
         """
         progress, results = self._state.progress, self._evaluations.results_of_this_step
         if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
             check_drawn()  # what is saved is what all ranks have trained
+        if self._compares:
+            compare_values(_held_alike(self._state.module), self._strategy.device)
         if isinstance(self._data, StreamedData):
             self._of_reading["stream"] = saved_places(places, self._data.samples.sharded_by, self._strategy.device)
         self._of_reading["meter"] = self._meter.state()
@@ -80,11 +88,14 @@ class StateSaver:
         judged = self._evaluations.judged or not results
         self._folder.save(self._collecting(), results=results, judged=judged, **place)
 
-    def prove_first(self) -> None:
-        """Compare the run's first checkpoint with what is running, unless that was done."""
+    def prove_first(self, *, leaving: bool) -> None:
+        """Compare the run's first checkpoint with what is running, unless that was done or the process is to end soon."""
         if not self.unproven or not self._state.progress.updates:
             return
         self.unproven = False
+        if leaving:
+            self._tell("The first checkpoint was not tried out (the run is being stopped).")
+            return
         batch, self.slot = self.slot, None
 
         def saved() -> Path | None:
@@ -113,3 +124,12 @@ class StateSaver:
             "made_by": {**versions(), "threads": get_num_threads()},
         }
         return state
+
+
+def _held_alike(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and saved buffers by name, which every rank has alike where none is sharded."""
+    buffers = [
+        (place.name, held) for place in places_of(module) if place.persistent and (held := place.held) is not None
+    ]
+    floating = [(name, held) for name, held in buffers if held.is_floating_point() and held.itemsize > 1]
+    return {name.removeprefix("model."): tensor for name, tensor in [*module.named_parameters(), *floating]}

@@ -12,7 +12,7 @@ from runtime.config.learning import Averaging
 from runtime.errors import CheckpointError
 from runtime.optimization.averaging import WeightAverage
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
-from tests.process_pool import ProcessPool
+from tests.process_pool import ProcessPool, RemoteError
 from tests.test_resumption import observe_rates, observe_stopping
 
 AFTER = 3
@@ -150,6 +150,33 @@ def test_a_change_that_cannot_be_made_is_refused_by_name(
         observe(config)
 
 
+@pytest.mark.parametrize(("size", "steps"), [(24, 5), (8, 9), (48, 4), (32, None), (7, None)])
+@pytest.mark.parametrize("sampler", [None, {"target": "RandomSampler"}], ids=["shuffled", "sampler"])
+@pytest.mark.single
+def test_another_global_batch_goes_on_behind_the_samples_of_the_epoch_that_were_trained(
+    pool: ProcessPool, tmp_path: Path, size: int, steps: int | None, sampler: dict[str, Any] | None
+) -> None:
+    """An epoch has 96 samples, 48 of which come in three batches of 16."""
+    data = {"train": {"target": "tiny:points", "args": {}}, "sampler": sampler}
+    before = {"data": data, "limit": {"epochs": 1}, "batch": {"global_size": 16, "slots": 2}}
+    after = {**before, "batch": {"global_size": size, "slots": 2}}
+    if steps is None:
+        with pytest.raises(RemoteError, match=r"within epoch 1, behind 3 batches of 16.*to a divisor of 48"):
+            resumed(pool, tmp_path, before, after, key="batch.global_size")
+        return
+    got = resumed(pool, tmp_path, before, after, key="batch.global_size")
+    assert (got["step"], saved(tmp_path, steps)["progress"]["samples"]) == (steps, 96)
+
+
+@pytest.mark.single
+def test_batches_of_a_samplers_own_have_no_other_size_within_an_epoch(pool: ProcessPool, tmp_path: Path) -> None:
+    data = {"train": {"target": "tiny:points", "args": {}}, "balance": {"classes": 1}}
+    before = {"data": data, "batch": {"global_size": 16, "slots": 2}}
+    after = {**before, "batch": {"global_size": 8, "slots": 2}}
+    with pytest.raises(RemoteError, match=r"Change it where an epoch ends\n$"):
+        resumed(pool, tmp_path, before, after, key="batch.global_size")
+
+
 SCHEDULES: dict[str, dict[str, Any]] = {
     "warm-up alone": {"warmup_steps": 5},
     "LambdaLR": {"target": "LambdaLR", "args": {"lr_lambda": {"target": "tiny_changes:halving"}}},
@@ -271,7 +298,7 @@ def test_a_later_start_of_an_average_forgets_what_came_before_it() -> None:
     assert late.count == 0
 
 
-def saved(folder: Path) -> dict[str, Any]:
+def saved(folder: Path, step: int = 6) -> dict[str, Any]:
     from runtime.checkpoints.reading import load_state
 
-    return load_state(next((folder / "checkpoints").glob("step-00000006*")))[1]
+    return load_state(next((folder / "checkpoints").glob(f"step-{step:08}*")))[1]

@@ -23,6 +23,8 @@ MODELS: dict[str, dict[str, Any]] = {
         f"cached, {how}": {"target": "tiny_buffers:Cached", "args": {"how": how}}
         for how in ("saved", "unsaved", "none", "flag")
     },
+    "late": {"target": "tiny_buffers:Late", "args": {}},
+    "late, counting": {"target": "tiny_buffers:Late", "args": {"counts": True}},
     "every type": {"target": "tiny_buffers:Typed", "args": {}},
     "every type, constant": {"target": "tiny_buffers:Typed", "args": {"changes": False}},
 }
@@ -57,7 +59,7 @@ def test_every_kind_of_buffer_resumes_bit_for_bit(
     assert len({tuple(rank["buffers"]) for rank in whole}) == 1  # on all ranks, at each evaluation and save
 
 
-@pytest.mark.parametrize("kind", ["unsaved", "replaced", "every type"])
+@pytest.mark.parametrize("kind", ["unsaved", "replaced", "late", "late, counting", "every type"])
 def test_buffers_that_are_not_saved_do_not_depend_on_the_number_of_processes(
     pool: ProcessPool, tmp_path: Path, kind: str
 ) -> None:
@@ -128,25 +130,67 @@ def test_other_extra_state_is_refused_at_the_start_by_the_modules_name(
 
 
 @pytest.mark.single
-def test_a_buffer_that_begins_to_change_later_follows_the_rule_from_then_on() -> None:
+@pytest.mark.parametrize("begins", [4, 5, 7])
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_buffer_that_begins_to_change_later_follows_the_rule_from_then_on(begins: int, counted: bool) -> None:
+    """A write that torch does not count is seen in the 8th step, where values are compared; no slot ever sees another's."""
     module = nn.Module()
     module.register_buffer("late", torch.zeros(2), persistent=False)
-    rule = BufferRule(module, lambda change: None)
+    names: list[str] = []
+    rule = BufferRule(module, moving=names)
     for step in range(1, 13):
         rule.begin_step()
+        seen = module.late.tolist()
         for slot in range(2):
-            if step >= 4:
-                module.late += 1 + slot
+            if step >= begins:
+                assert module.late.tolist() == seen or not counted
+                (module.late if counted else module.late.data).add_(1 + slot)
             rule.end_slot(filler=False)
         rule.end_step(real_slots=2, skipped=False)
-    assert module.late.tolist() == [1.5 * 9] * 2
+    free = 8 - begins if not counted and begins > 4 else 0  # steps in which both slots' changes stayed
+    assert module.late.tolist() == [1.5 * (13 - begins - free) + 3 * free] * 2
+    assert names == ["late"]
+
+
+def late_values(steps: int) -> tuple[list[float], list[float]]:
+    """Return what a buffer is after each step that begins to change in the fifth, and differently on each rank."""
+    import torch.distributed as dist
+
+    from runtime.processes.control import gather_bytes
+
+    dist.init_process_group("gloo")
+    try:
+        module = nn.Module()
+        module.register_buffer("late", torch.zeros(1), persistent=False)
+        module.register_buffer("calls", torch.zeros(1), persistent=False)
+        rule = BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, torch.device("cpu")))
+        values = []
+        for step in range(1, steps + 1):
+            rule.begin_step()
+            for _ in range(2):
+                if step >= 5:
+                    module.late += 1 + dist.get_rank()
+                    module.calls += 1
+                rule.end_slot(filler=False)
+            rule.end_step(real_slots=4, skipped=step == 6)
+            values.append(float(module.late))
+        return values, module.calls.tolist()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_agree_on_a_buffer_that_begins_to_change_later(pool: ProcessPool) -> None:
+    (first, calls), (second, other_calls) = pool.run(late_values, 2, 9)
+    assert first == [0, 0, 0, 0, 1, 1, 2, 4.5, 6]  # their own until the eighth step; the sixth is skipped
+    assert second == [0, 0, 0, 0, 2, 2, 4, 4.5, 6]
+    assert calls == other_calls == [4]
 
 
 @pytest.mark.single
 def test_what_was_infinite_becomes_a_number_and_a_skipped_step_changes_nothing() -> None:
     module = nn.Module()
     module.register_buffer("least", torch.tensor([torch.inf, torch.nan, 1.0]))
-    rule = BufferRule(module, lambda change: None)
+    rule = BufferRule(module)
     for skipped, expected in ((True, [torch.inf, torch.nan, 1.0]), (False, [4.0, 4.0, 4.0])):
         rule.begin_step()
         for value in (3.0, 5.0):
@@ -161,7 +205,7 @@ def test_large_whole_numbers_and_half_precision_are_not_rounded() -> None:
     module = nn.Module()
     module.register_buffer("ids", torch.zeros(2, dtype=torch.int64))
     module.register_buffer("brief", torch.tensor([1.0], dtype=torch.bfloat16))
-    rule = BufferRule(module, lambda change: None)
+    rule = BufferRule(module)
     rule.begin_step()
     module.ids.fill_(2**40 + 1)
     module.brief.fill_(257.0 * 2**-15)

@@ -12,7 +12,9 @@ import torch
 
 from runtime.checkpoints.reading import load_state
 from runtime.checkpoints.serialization import split_state
+from runtime.data.batches import Cursor, Window
 from runtime.errors import DivergenceError
+from runtime.training.progress import Progress
 from tests.chaos.nursery import Nursery
 from tests.forked import Forked
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -132,6 +134,14 @@ def test_all_ranks_roll_back_alike(pool: ProcessPool, tmp_path: Path, world_size
 
 
 @single
+def test_an_epoch_whose_first_batch_is_left_out_begins_with_its_first_step() -> None:
+    progress = Progress(skipped_batches=[Cursor(1, 0)])
+    for cursor, following, epoch in ((Cursor(0, 5), Cursor(1, 1), 1), (Cursor(1, 1), Cursor(1, 2), 2)):
+        progress.advance(Window(cursor, following, [], 0, 0, following.batch == 1, False, 1.0))
+        assert progress.epoch == epoch
+
+
+@single
 def test_the_first_step_can_be_rolled_back_too(tmp_path: Path) -> None:
     objective = {"target": "tiny_divergence:Astray", "args": {"batch": 0}}
     rolled = observe(run(tmp_path, objective=objective, divergence={"non_finite": "rollback"}))
@@ -149,6 +159,8 @@ def test_the_last_step_can_be_rolled_back_too(pool: ProcessPool, tmp_path: Path,
     rolled = pool.run(observe, world_size, run(tmp_path, **changes))[0]
     assert (rolled["outcome"], rolled["step"]) == ("finished", ONE_EPOCH - 1)
     assert rolled["results"]["samples"] == 96
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {record["epoch"] for record in records if record["event"] == "evaluation"} == {1}
     again = pool.run(observe, world_size, run(tmp_path, **changes))[0]
     assert again["results"]["samples"] == 96
 

@@ -11,12 +11,13 @@ from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool
 
 OFFENDERS = {
-    "Counter": "calls (9 here, 7 after loading)",
+    "Counter": "calls (9 here, 1 after loading)",
     "Running": "mean (a tensor with other values)",
     "Generator": "noise (a Generator in another state)",
+    "Held": "memory (calls: 9 here, 1 after loading)",
     "History": "history (9 entries here, 1 after loading)",
 }
-GOOD = ["CounterInBuffer", "Seen", "Unsaved", "Remembering", "Typed"]
+GOOD = ["CounterInBuffer", "Seen", "Hooked", "Unsaved", "Remembering", "Typed"]
 
 
 def hidden(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
@@ -57,13 +58,12 @@ def about(told: list[str]) -> list[str]:
 
 
 @pytest.mark.single
-@pytest.mark.parametrize("model", ["Counter", "Running", "Generator", "History"])
+@pytest.mark.parametrize("model", OFFENDERS)
 def test_state_beside_the_state_is_named(pool: ProcessPool, tmp_path: Path, model: str) -> None:
     _, told = pool.run(observe_messages, 1, hidden(tmp_path, model))[0]
     (warning,) = about(told)
-    name = OFFENDERS[model].partition(" ")[0]
     assert "a run that goes on from a checkpoint would not be this one" in warning
-    assert f"model.{name} (" in warning
+    assert f"model.{OFFENDERS[model]}" in warning
     assert ("one slot's loss is" in warning) == (model != "Counter")
 
 
@@ -96,9 +96,9 @@ def test_what_an_optimizer_keeps_beside_its_state_is_named(
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
-@pytest.mark.parametrize("model", ["Seen", "Generator", "Counter", "Cached"])
+@pytest.mark.parametrize("model", ["Seen", "Generator", "Running", "History", "Held", "Hooked", "Cached"])
 def test_the_proof_leaves_no_trace(pool: ProcessPool, tmp_path: Path, world_size: int, model: str) -> None:
-    args = {"how": "saved"} if model == "Cached" else {}
+    args = {"Cached": {"how": "saved"}, "Hooked": {"counts": True}, "Generator": {"kind": "numpy"}}.get(model, {})
     more = {"args": args, "averaging": {"decay": 0.9}, "schedule": {"target": "StepLR", "args": {"step_size": 2}}}
     off, on = (
         pool.run(observe, world_size, hidden(tmp_path / checks, model, checks=checks, **more))[0]
@@ -140,6 +140,24 @@ def test_with_sharded_state_it_is_told_that_nothing_is_tried(pool: ProcessPool, 
     assert about(told) == [
         "The first checkpoint is not tried out with strategy.kind: fsdp; one run with ddp and without compile tells more."
     ]
+
+
+@pytest.mark.single
+def test_a_run_whose_first_checkpoint_is_its_last_for_now_says_that_it_was_not_tried(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    _, told = pool.run(observe_stopped_messages, 1, hidden(tmp_path, "Counter"))[0]
+    assert about(told) == ["The first checkpoint was not tried out (the run is being stopped)."]
+
+
+def observe_stopped_messages(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    from tests import test_resumption
+
+    observed, test_resumption.observe = test_resumption.observe, observe_messages  # type: ignore[assignment]
+    try:
+        return test_resumption.observe_stopping(config, 2)  # type: ignore[return-value]
+    finally:
+        test_resumption.observe = observed
 
 
 @pytest.mark.single

@@ -139,6 +139,7 @@ LAYERS = [
         "strategies.fully_sharded",
         "strategies.factory",
         "training.buffer_values",
+        "training.still_buffers",
         "training.buffers",
         "evaluation.class_results",
         "evaluation.metric_inputs",

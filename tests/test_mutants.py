@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,26 @@ def test_a_mutant_whose_tests_are_gone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "law.py").write_text("x = 1\n")
     mutant = Mutant("one", "law.py", "x = 1", "x = 2", ("tests/test_gone.py::test_it",))
     assert str(mutant.problem(tmp_path)) == "one: there is no tests/test_gone.py::test_it"
+
+
+def test_a_runner_that_is_killed_leaves_no_tests_behind() -> None:
+    """The session's first process has ended already; what it started has not."""
+    tests = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid, flush=True)"
+    )
+    runner = (
+        "import subprocess, sys\nfrom tests.mutants.workplace import ended\n"
+        f"line = [sys.executable, '-S', '-c', {tests!r}]\n"
+        "process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True)\n"
+        "with ended(process):\n    print(process.stdout.readline(), flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", runner], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        sleeping = os.pidfd_open(int(process.stdout.readline()))
+        process.kill()
+    try:
+        assert select.select([sleeping], [], [], 60)[0]
+    finally:
+        os.close(sleeping)

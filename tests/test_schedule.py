@@ -55,6 +55,11 @@ def sequential(o: Optimizer) -> Any:
     return lr_scheduler.SequentialLR(o, inner, milestones=[3, 9])
 
 
+def chain_of_a_sequence(o: Optimizer) -> Any:
+    inner = [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.ExponentialLR(o, 0.9)]
+    return lr_scheduler.ChainedScheduler([lr_scheduler.SequentialLR(o, inner, [3]), lr_scheduler.StepLR(o, 5)])
+
+
 def within(name: str, **args: Any) -> dict[str, Any]:
     return {"target": name, "args": args}
 
@@ -105,6 +110,20 @@ SCHEDULES: list[tuple[str, dict[str, Any], Callable[[Optimizer], Any] | None]] =
             "milestones": [3, 9],
         },
         sequential,
+    ),
+    (
+        "ChainedScheduler",
+        {
+            "schedulers": [
+                within(
+                    "SequentialLR",
+                    schedulers=[within("ConstantLR", factor=0.5, total_iters=2), within("ExponentialLR", gamma=0.9)],
+                    milestones=[3],
+                ),
+                within("StepLR", step_size=5),
+            ]
+        },
+        chain_of_a_sequence,
     ),
     ("tiny_schedules:as_a_function", {"steps": 20}, lambda o: tiny.as_a_function(o, 20)),
 ]  # fmt: skip
@@ -282,6 +301,43 @@ def test_a_mistake_is_found_without_calling_anything(
 ) -> None:
     found = schedulers.check(target, args)
     assert any(mistake.path == path and words in mistake.what for mistake in found), [(m.path, m.what) for m in found]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("milestones", [[2, 4], [2, 6], [3, 9]])
+def test_a_sequence_within_a_sequence_gives_the_rates_of_one_sequence(place: int, milestones: list[int]) -> None:
+    """Torch's own begins the inner one at another count, or raises. The expected rates follow from each scheduler alone."""
+    parts = [within("ConstantLR", factor=0.1, total_iters=20), within("ExponentialLR", gamma=0.5)]
+    others = [within("LinearLR", start_factor=0.2, total_iters=3), within("StepLR", step_size=2)]
+    inner = within("SequentialLR", schedulers=parts, milestones=[3])
+    outer = [*others[:place], inner, *others[place:]]
+    ours = optimizer()
+    nested = schedulers.build("SequentialLR", {"schedulers": outer, "milestones": milestones}, ours)
+
+    def alone(part: dict[str, Any], count: int) -> float:
+        its = optimizer()
+        scheduler = schedulers.build(part["target"], part["args"], its)
+        for _ in range(count):
+            quiet(scheduler.step)
+        return float(its.param_groups[0]["lr"])
+
+    for step in range(12):
+        which = sum(step >= milestone for milestone in milestones)
+        count = step - [0, *milestones][which]
+        if which == place:
+            second = count >= 3
+            expected = alone(parts[second], count - 3 * second)
+        else:
+            expected = alone(outer[which], count)
+        assert ours.param_groups[0]["lr"] == pytest.approx(expected), step
+        quiet(nested.step)
+
+
+def test_a_chain_within_a_sequence_is_refused() -> None:
+    args = {"schedulers": [within("ChainedScheduler", schedulers=[within("StepLR", step_size=2)])], "milestones": []}
+    (mistake,) = schedulers.check("SequentialLR", args)
+    assert mistake.path == ("args", "schedulers", "0", "target")
+    assert "Chain sequences instead" in mistake.what
 
 
 def test_a_scheduler_within_that_raises_is_named_by_its_place() -> None:

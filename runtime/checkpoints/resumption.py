@@ -241,6 +241,29 @@ def check_identity(
         )
 
 
+def cursor_on_resumption(training: Mapping[str, Any], loaded: LoadedConfiguration) -> list[int]:
+    """Return the epoch and the batch that a resumed run goes on with, where ``batch.global_size`` was allowed to change.
+
+    Raises:
+        RunFolderError: the samples of the epoch that were trained are no whole number of such batches.
+    """
+    epoch, batch = training["progress"]["cursor"]
+    before, now = training["identity"]["configuration"]["batch"]["global_size"], loaded.values.batch.global_size
+    if before == now or not batch or not _allowed("batch.global_size", loaded.values.resume.allow_changes):
+        return [epoch, batch]
+    data = loaded.values.data
+    own_batches = (data.batch_sampler, data.group_by_length, data.budget, data.balance)
+    by_samples = training["identity"]["data"].get("samples") is not None and not any(own_batches)
+    left_out = any(list(cursor) >= [epoch, batch] for cursor in training["progress"]["skipped_batches"])
+    if by_samples and not left_out and batch * before % now == 0:
+        return [epoch, batch * before // now]
+    raise RunFolderError(
+        f"{loaded.output} holds a run that stands within epoch {epoch + 1}, behind {batch} batches of {before}: with "
+        f"batch.global_size {now} some of its samples would come twice or not at all. Change it where an epoch ends"
+        + (f", or to a divisor of {batch * before}" if by_samples and not left_out else "")
+    )
+
+
 def slots_on_resumption(stored: int, loaded: LoadedConfiguration) -> int:
     """Return K for a resumed run: the stored one, unless a change is allowed.
 

@@ -18,23 +18,47 @@ from runtime.training.buffer_values import same_bits
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_SCHEDULERS = {"step", "_opt_called", "_step_count"}
+_COLLECTIONS = (list, tuple, deque, set, frozenset, Mapping)
 _PLAIN = (bool, int, float, complex, str, bytes)
 
 
+def attributes_with_tensors(module: nn.Module) -> set[tuple[str, str]]:
+    """Return which plain attributes hold tensors, by module and name."""
+    return {
+        (path, name)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if name not in _OF_MODULES and _holds_tensor(value)
+    }
+
+
 def differing_attributes(
-    running: nn.Module, built: nn.Module, running_optimizer: Optimizer, built_optimizer: Optimizer, *, caches: bool
+    running: nn.Module,
+    built: nn.Module,
+    running_optimizer: Optimizer,
+    built_optimizer: Optimizer,
+    *,
+    with_tensors: set[tuple[str, str]],
+    caches: bool,
 ) -> list[str]:
     """Describe the plain attributes that differ, by module and name.
 
     Args:
-        caches: whether what may be a cache is told as well: a tensor of another shape, or where there was nothing.
+        with_tensors: those that held tensors before the built module's first forward pass. What a forward pass makes is mostly
+            an activation or a cache, which the next one makes anew.
+        caches: whether what may be one of these is told as well: such tensors, and those of another shape.
     """
     found, parts = [], dict(built.named_modules())
     for path, part in running.named_modules():
         name = ".".join(filter(None, (path.removeprefix("model").removeprefix("."), "")))
         if path in parts and path:  # the whole is ours, and strategies put marks on it
             prefix = f"{name}." if name else "model."
-            found += _differing(prefix, vars(part), vars(parts[path]), _OF_MODULES, caches)
+            here = {
+                name: value
+                for name, value in vars(part).items()
+                if caches or (path, name) in with_tensors or not _holds_tensor(value)
+            }
+            found += _differing(prefix, here, vars(parts[path]), _OF_MODULES, caches)
     for one, other in zip(members(running_optimizer), members(built_optimizer), strict=True):
         found += _differing(f"{type(one).__name__}.", vars(one), vars(other), _of_optimizers(), caches)
     return found
@@ -43,6 +67,14 @@ def differing_attributes(
 @cache
 def _of_optimizers() -> frozenset[str]:
     return frozenset(vars(SGD([torch.zeros(1)]))) | _OF_SCHEDULERS | {"members"}  # the first one imports torch._dynamo
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(inner) for inner in value.values())
+    if isinstance(value, list | tuple | deque):
+        return any(_holds_tensor(inner) for inner in value)
+    return isinstance(value, Tensor)
 
 
 def _differing(
@@ -68,8 +100,20 @@ def _difference(one: Any, other: Any, caches: bool) -> str:
     if isinstance(one, _PLAIN):
         same = one == other or repr(one) == repr(other)
         return "" if same else f"{_short(one)} here, {_short(other)} after loading"
-    if isinstance(one, list | tuple | deque | set | frozenset | Mapping):
+    if isinstance(one, _COLLECTIONS):
         return _difference_of_collections(one, other, caches)
+    if caches and type(one) is type(other) and hasattr(one, "__dict__") and not isinstance(one, nn.Module | type):
+        return _difference_of_objects(one, other)
+    return ""
+
+
+def _difference_of_objects(one: Any, other: Any) -> str:
+    """Compare what an object of the user's own keeps in plain attributes."""
+    there = vars(other)
+    for name, value in vars(one).items():
+        plain = _generator_state(value) is not None or isinstance(value, (*_PLAIN, Tensor, np.ndarray, *_COLLECTIONS))
+        if plain and (told := _difference(value, there.get(name), caches=False)):
+            return f"{name}: {told}"
     return ""
 
 

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from runtime import assembly
 from runtime.checkpoints.reading import load_state
 from runtime.checkpoints.resumption import RunState, load_module
-from runtime.checks.attributes import differing_attributes
+from runtime.checks.attributes import attributes_with_tensors, differing_attributes
 from runtime.checks.copies import copy_of, enough_memory
 from runtime.checks.objective import mark_coupled
+from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
 from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
@@ -35,7 +36,6 @@ from runtime.randomness import Purpose, derive, preserved_random_state, seed_eve
 from runtime.strategies import Strategy
 from runtime.strategies.layouts import adopt_layouts
 from runtime.training.buffer_values import same_bits
-from runtime.training.held_buffers import preserved_buffers
 
 _CURE = "Keep such state in a buffer (register_buffer) or return it from get_extra_state; an optimizer's belongs in its state"
 _RELATIVE = 1e-3  # what two passes may differ by where kernels are not deterministic
@@ -89,9 +89,11 @@ def prove_checkpoint(
 def _differences(loaded: LoadedConfiguration, strategy: Strategy, state: RunState, path: Path, batch: Any) -> list[str]:
     device, key = strategy.device, derive(loaded.values.seed, Purpose.SLOT, state.progress.step, 0)
     batch = strategy.to_device(batch)
-    with preserved_random_state(device), preserved_buffers(state.module):
+    # A copy's hooks may still write to the original's attributes: they were made with it.
+    with preserved_random_state(device), left_as_it_was(state.module, training=True):
         running, running_optimizer = copy_of(state.module, state.optimizer)
         built, built_optimizer = _built(loaded, strategy, state, path)
+        with_tensors = attributes_with_tensors(built)
         before, after = (
             _acted(module, optimizer, strategy, batch, key)
             for module, optimizer in ((running, running_optimizer), (built, built_optimizer))
@@ -105,7 +107,9 @@ def _differences(loaded: LoadedConfiguration, strategy: Strategy, state: RunStat
     moved = [name for name, p in running.named_parameters() if not _equal(p, weights[name])]
     if moved and not results:
         results.append(f"{moved[0].removeprefix('model.')} is another after one update")
-    named = differing_attributes(running, built, running_optimizer, built_optimizer, caches=bool(results))
+    named = differing_attributes(
+        running, built, running_optimizer, built_optimizer, with_tensors=with_tensors, caches=bool(results)
+    )
     return [*named, *results]
 
 

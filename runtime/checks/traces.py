@@ -2,53 +2,105 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from runtime.training.held_buffers import preserved_buffers
+from runtime.training.held_buffers import overlaps, preserved_buffers
 
-_PLAIN = (int, float, str, bool, tuple, list, dict, set, type(None))
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+_OF_WRAPPERS = ("_fsdp", "_ds", "ds_", "_external")
+_LIBRARIES = ("torch", "accelerate", "deepspeed")
+_CODE = (FunctionType, MethodType, BuiltinFunctionType, ModuleType, partial)
+Restore = Callable[[], object]
 
 
 @contextmanager
 def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set a mode; afterwards put back modes, buffers, plain attributes (counters) and generators of a module and its parts."""
+    """Set a mode; afterwards put back modes, buffers and what a module and its parts keep in attributes.
+
+    Attributes of plain data, tensors, generators and objects of these are put back, in place: others may hold them as well.
+    """
     parts = list(module.modules())
-    plain = [{key: copy.deepcopy(value) for key, value in _own(part).items()} for part in parts]
-    drawn = [
-        (value, value.get_state())
-        for part in parts
-        for value in vars(part).values()
-        if isinstance(value, torch.Generator)
-    ]
+    before = [_own(part) for part in parts]
+    seen: set[int] = set()
+    restoring = [restore for attributes in before for restore in _restoring(attributes, seen)]
     module.train(training)
     try:
         with preserved_buffers(module):
             yield
     finally:
-        for part, attributes in zip(parts, plain, strict=True):
+        for part, attributes in zip(parts, before, strict=True):
             for key in _own(part).keys() - attributes.keys():
-                delattr(part, key)
+                if not key.startswith("_"):  # which may be torch's, made in a first pass
+                    delattr(part, key)
             vars(part).update(attributes)  # 'training' among them
-        for generator, state in drawn:
-            generator.set_state(state)
+        for restore in restoring:
+            restore()
 
 
 def _own(part: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes of plain data, torch's own tables excepted."""
+    """Return a module's attributes, except for torch's own tables and what libraries that wrap a module put there."""
     return {
-        key: value for key, value in vars(part).items() if _is_plain(value) and (key == "training" or key[0] != "_")
+        key: value for key, value in vars(part).items() if key not in _OF_MODULES and not key.startswith(_OF_WRAPPERS)
     }
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(inner) for inner in value.values())
-    if isinstance(value, list | tuple | set):
-        return all(_is_plain(inner) for inner in value)
-    return isinstance(value, _PLAIN)
+def _restoring(value: Any, seen: set[int]) -> Iterator[Restore]:
+    """Yield what puts a value and all within it back as they are now."""
+    if id(value) in seen or _is_code(value):
+        return
+    seen.add(id(value))
+    generator = _restoring_generator(value)
+    inner: Iterable[Any] = ()
+    if generator is not None:
+        yield generator
+    elif isinstance(value, Tensor):
+        if value.is_leaf and not overlaps(value):
+            yield partial(value.detach().copy_, value.detach().clone())
+    elif isinstance(value, np.ndarray):
+        yield partial(np.copyto, value, value.copy())
+    elif isinstance(value, dict):
+        yield partial(_refill, value, value.update, dict(value))
+        inner = value.values()
+    elif isinstance(value, list | deque | set):
+        yield partial(_refill, value, value.update if isinstance(value, set) else value.extend, list(value))
+        inner = value
+    elif isinstance(value, tuple):
+        inner = value
+    elif hasattr(value, "__dict__"):
+        inner = (vars(value),)
+    for each in inner:
+        yield from _restoring(each, seen)
+
+
+def _is_code(value: Any) -> bool:
+    """Tell whether a value is no data of the user's: functions, modules, and what belongs to a library's own machinery."""
+    if isinstance(value, (nn.Module, nn.Parameter, type, *_CODE)):
+        return True
+    return not isinstance(value, Tensor | torch.Generator) and type(value).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _refill(collection: Any, fill: Callable[[Any], object], kept: Any) -> None:
+    collection.clear()
+    fill(kept)
+
+
+def _restoring_generator(value: Any) -> Restore | None:
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from runtime.config import component
 from runtime.config.component import ComponentError
@@ -18,6 +18,7 @@ NAMESPACES = ("torch.optim.lr_scheduler", "runtime.optimization.schedulers")
 LENGTHS = ("T_max", "total_steps", "total_iters")
 _FUNCTIONS = ("lr_lambda", "scale_fn")
 _INNER = "schedulers"
+_Within = tuple[tuple[str, ...], str, Mapping[str, Any]]  # path, target and arguments of a scheduler in another
 
 
 class WarmupStableDecay(LRScheduler):
@@ -123,6 +124,12 @@ def check(
         return mistakes + component.check(target, others, namespaces=NAMESPACES, **options)
     mistakes += component.check_arguments(found, args, positional=0 if _takes_optimizer_by_name(found) else 1)
     for path, inner_target, inner_args in _inner(args, mistakes):
+        if found is SequentialLR and _is(ChainedScheduler, inner_target, code):
+            what = (
+                "cannot be a ChainedScheduler: torch's SequentialLR begins it at another count. Chain sequences instead: "
+                "ChainedScheduler of one SequentialLR each"
+            )
+            mistakes.append(ComponentError(what, (*path, "target")))
         mistakes += [ComponentError(m.what, path + m.path) for m in check(inner_target, inner_args, code=code)]
     return mistakes
 
@@ -142,8 +149,13 @@ def build(target: str, args: Mapping[str, Any], optimizer: Optimizer, *, code: P
             except ComponentError as mistake:
                 raise ComponentError(mistake.what, path + mistake.path) from mistake.__cause__
         return component.build(target, _replaced(args, built), optimizer, namespaces=NAMESPACES, code=code)
+    if found is SequentialLR:
+        listed, milestones = _in_sequence(args, code)
+        args = {**args, "milestones": milestones}
+    else:
+        listed = _inner(args, [])
     made = []
-    for path, inner_target, inner_args in _inner(args, []):
+    for path, inner_target, inner_args in listed:
         try:
             made.append(build(inner_target, inner_args, optimizer, code=code))
         except ComponentError as mistake:
@@ -180,6 +192,35 @@ def _replaced(args: Mapping[str, Any], values: Mapping[tuple[str, ...], Any]) ->
     return {key: copy(value, ("args", key)) for key, value in args.items()}
 
 
+def _in_sequence(args: Mapping[str, Any], code: Path | None) -> tuple[list[_Within], Any]:
+    """Return the schedulers of a SequentialLR and its milestones, with those of sequences within it in their place.
+
+    Torch's own counts a sequence within a sequence wrongly if it comes first, and raises if it comes later (2.11 to 2.13).
+    """
+    inner, ends = _inner(args, []), args.get("milestones")
+    if not isinstance(ends, list) or not all(type(end) is int for end in ends) or len(ends) != len(inner) - 1:
+        return inner, ends  # torch says what is wrong
+    listed: list[_Within] = []
+    milestones: list[int] = []
+    for (path, target, its_args), start, end in zip(inner, [0, *ends], [*ends, math.inf], strict=True):
+        milestones += [start] if start else []
+        if not _is(SequentialLR, target, code):
+            listed.append((path, target, its_args))
+            continue
+        within, its_milestones = _in_sequence(its_args, code)
+        before_end = [start + milestone for milestone in its_milestones if start + milestone < end]
+        milestones += before_end
+        listed += [(path + inner_path, its, given) for inner_path, its, given in within[: len(before_end) + 1]]
+    return listed, milestones
+
+
+def _is(scheduler: type, target: str, code: Path | None) -> bool:
+    try:
+        return component.locate(target, namespaces=NAMESPACES, code=code) is scheduler
+    except ComponentError:
+        return False
+
+
 def _is_made_of_schedulers(scheduler: Any) -> bool:
     return callable(scheduler) and _INNER in inspect.signature(scheduler).parameters
 
@@ -188,15 +229,13 @@ def _takes_optimizer_by_name(scheduler: Any) -> bool:
     return next(iter(inspect.signature(scheduler).parameters)) != "optimizer"
 
 
-def _inner(
-    args: Mapping[str, Any], mistakes: list[ComponentError]
-) -> list[tuple[tuple[str, ...], str, Mapping[str, Any]]]:
+def _inner(args: Mapping[str, Any], mistakes: list[ComponentError]) -> list[_Within]:
     """Return path, target and arguments of the schedulers within; add to the mistakes what is none."""
     listed = args.get(_INNER, [])
     if not isinstance(listed, list):
         mistakes.append(ComponentError("is a list of schedulers, each {target: …, args: {…}}", ("args", _INNER)))
         return []
-    found: list[tuple[tuple[str, ...], str, Mapping[str, Any]]] = []
+    found: list[_Within] = []
     for number, value in enumerate(listed):
         path = ("args", _INNER, str(number))
         if (

@@ -1,4 +1,4 @@
-"""What all ranks must agree on before the first step: configuration, code, versions, data, the model's shapes.
+"""What all ranks must agree on before the first step: configuration, code, versions, data, shapes; and the weights at a save.
 
 A rank that differs (another version on one host, a data set that another rank draws otherwise) would train something that is
 nobody's model, without a word.
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.errors import RanksDifferError
 from runtime.processes.control import gather_bytes
+
+_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compare(
@@ -104,6 +107,33 @@ def shapes(module: nn.Module) -> str:
         for name, value in module.state_dict().items()
     ]
     return sha256(repr(listed).encode()).hexdigest()[:12]
+
+
+def compare_values(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Compare tensors that all ranks hold alike, bit for bit but for their order. Collective: every rank must call this.
+
+    One pass over them, on their device, and one message of 16 bytes each.
+
+    Raises:
+        RanksDifferError: naming those that differ; on every rank alike.
+    """
+    sums = torch.stack([_sum_of_bits(tensor).to(device) for tensor in tensors.values()])
+    largest = torch.cat([sums, -sums])  # the largest and, below zero, the smallest are the same where all are
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    most, least = largest.cpu().chunk(2)
+    differing = [name for name, differs in zip(tensors, (most != -least).tolist(), strict=True) if differs]
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise RanksDifferError(
+            f"{', '.join(differing[:4])}{more}: not the same on all ranks, so nothing was saved. Gradients are, so something "
+            "else wrote to them: a forward pass that changes weights, or an optimizer whose steps draw from a generator of "
+            "their own or ask for their rank. Training with one process is not affected"
+        )
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return real.view(_OF_SIZE[real.itemsize]).sum(dtype=torch.int64)
 
 
 def code_digest(folder: Path) -> str:

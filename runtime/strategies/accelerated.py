@@ -42,8 +42,8 @@ from runtime.strategies.mixed_precision import (
     Precision,
     forward_context,
     make_accelerator,
-    refuse_half_weights,
     refuse_lost_scale,
+    refuse_weights,
     wrapped_module,
 )
 from runtime.strategies.placement import moved
@@ -130,8 +130,7 @@ class AcceleratedStrategy:
         """
         if self.world_size > 1:
             refuse_hook(self._hook, self.device)
-        if self._scaler is not None:
-            refuse_half_weights(module)
+        refuse_weights(module, scaled=self._scaler is not None, clamped=self._max_grad_value is not None)
         self._module = module
         module.silent_fillers = True
         self._wrap()

@@ -34,7 +34,7 @@ from runtime.optimization.latecomers import Latecomers
 from runtime.strategies.accelerated import AcceleratedStrategy
 from runtime.strategies.bare_step import bare_step
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
-from runtime.strategies.mixed_precision import Precision, refuse_half_weights
+from runtime.strategies.mixed_precision import Precision, refuse_weights
 from runtime.strategies.sharded_tensors import (
     ShardedWeights,
     from_store,
@@ -100,8 +100,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
         Raises:
             ConfigurationError: the module cannot be sharded in this way.
         """
-        if self._scaler is not None:
-            refuse_half_weights(module)
+        refuse_weights(module, scaled=self._scaler is not None, clamped=self._max_grad_value is not None)
         before = optimizer.state_dict()
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.prepare_evaluation(module)

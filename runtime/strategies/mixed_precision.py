@@ -62,20 +62,32 @@ def wrapped_module(accelerator: Accelerator, module: nn.Module) -> nn.Module:
         accelerator.native_amp = native_amp
 
 
-def refuse_half_weights(module: nn.Module) -> None:
-    """Refuse float16 weights under fp16: their gradients are float16, which no loss scale can be taken out of.
+def refuse_weights(module: nn.Module, *, scaled: bool, clamped: bool) -> None:
+    """Refuse weights with whose gradients torch cannot do what is asked for.
+
+    Args:
+        scaled: fp16, whose loss scale cannot be taken out of float16 gradients, nor out of complex ones.
+        clamped: ``optimizer.max_grad_value``, and complex numbers have no order.
 
     Raises:
         ConfigurationError: naming a weight.
     """
-    named = ((name.removeprefix("model."), p) for name, p in module.named_parameters() if p.requires_grad)
-    name = next((name for name, parameter in named if parameter.dtype == torch.float16), None)
-    if name is not None:
-        what = (
-            f"fp16 scales the loss, and the gradients of float16 weights ({name}) cannot be scaled back: build the model in "
-            "float32, which fp16 computes with in half precision, or take precision: bf16"
-        )
-        raise ConfigurationError([Problem("configuration", "precision", what)])
+    for full, parameter in module.named_parameters():
+        name = full.removeprefix("model.")
+        if not parameter.requires_grad:
+            continue
+        if scaled and parameter.dtype == torch.float16:
+            what = (
+                f"fp16 scales the loss, and the gradients of float16 weights ({name}) cannot be scaled back: build the model "
+                "in float32, which fp16 computes with in half precision, or take precision: bf16"
+            )
+            raise ConfigurationError([Problem("configuration", "precision", what)])
+        if scaled and parameter.is_complex():
+            what = f"fp16 scales the loss, and torch cannot scale complex gradients ({name}) back: take bf16 or fp32"
+            raise ConfigurationError([Problem("configuration", "precision", what)])
+        if clamped and parameter.is_complex():
+            what = f"complex gradients ({name}) cannot be clamped to a value: take optimizer.max_grad_norm"
+            raise ConfigurationError([Problem("configuration", "optimizer.max_grad_value", what)])
 
 
 def refuse_lost_scale(scaler: torch.amp.GradScaler) -> None:

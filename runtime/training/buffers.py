@@ -5,8 +5,10 @@ changes, in one reduction; so the statistics depend on K alone, and fillers leav
 advances alike, advance once.
 
 Persistent numbers follow the rule from the start. All other buffers (masks, tables, caches, counters that are not saved) are
-mostly constants, which would cost much at every step: they are looked at in the 1st, 2nd, 4th, 8th, … step, and from the step
-on that changes one it follows the rule. A buffer that a forward pass makes is rank 0's on every rank.
+mostly constants, which would cost much at every step: they follow it from the step on that first changes one. One process
+sees that at once. Of several, small ones are reduced along with those that follow from the start; if there are none, the ranks
+agree in the 1st, 2nd, 4th, … step and in every 64th. Until then each rank applies the rule to its own slots, and goes on from
+the ranks' mean: a counter is the same on all of them anyway. A buffer that a forward pass makes is rank 0's on every rank.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ from torch import Tensor, nn
 
 from runtime.processes.control import gather_bytes
 from runtime.strategies import DeviceFlag, Strategy
-from runtime.training.buffer_values import addable, advanced, base, change, narrow, numbers, same_bits, wide
+from runtime.training.buffer_values import addable, advanced, base, change, narrow, numbers, wide
 from runtime.training.held_buffers import Place, places_of
+from runtime.training.still_buffers import StillBuffer
+
+_SMALL = 1024  # numbers
+_STEPS_BETWEEN = 64  # a millisecond or two each, on several processes
 
 
-def buffer_rule(module: nn.Module, strategy: Strategy, moving: list[str]) -> BufferRule:
+def buffer_rule(module: nn.Module, strategy: Strategy, moving: list[str], *, step: int) -> BufferRule:
     """Return the rule for a strategy's ranks; see :class:`BufferRule`."""
     if strategy.world_size == 1:
-        return BufferRule(module, lambda change: None, moving=moving)
-    return BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, strategy.device), moving)
+        return BufferRule(module, moving=moving, step=step)
+    return BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, strategy.device), moving, step=step)
 
 
 class BufferRule:
@@ -38,40 +44,48 @@ class BufferRule:
 
     Args:
         module: the bare TrainingModule.
-        sum_over_ranks: reduces a tensor on the module's device in place. Collective.
+        sum_over_ranks: reduces a tensor on the module's device in place. Default: there is one process. Collective.
         exchange: returns every rank's bytes, in rank order. Collective.
         moving: names of buffers that follow the rule besides those that always do; gets those that begin to. Sums are the
             same bits after a resumption only if what is summed together is the same.
+        step: how many steps the run has made.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        sum_over_ranks: Callable[[Tensor], object],
+        sum_over_ranks: Callable[[Tensor], object] | None = None,
         exchange: Callable[[bytes], list[bytes]] = lambda told: [told],
         moving: list[str] | None = None,
+        *,
+        step: int = 0,
     ) -> None:
-        self._module, self._sum_over_ranks, self._exchange = module, sum_over_ranks, exchange
-        self._known = self._agreed({})[0]
+        self._module, self._exchange = module, exchange
+        self._alone = sum_over_ranks is None
+        self._sum_over_ranks = sum_over_ranks or (lambda change: None)
+        self._known = self._agreed([], [])[0]
         self._moving: list[Place] = []
         self._likes: list[Tensor] = []  # what all ranks agree to reduce, whatever becomes of a buffer
         self._move([place for place in self._known.values() if _always_moves(place)])
+        if self._moving and not self._alone:  # there is a reduction at every step, and a little more costs nothing
+            self._move([place for place in self._known.values() if not _always_moves(place) and _is_small(place)])
         self._names = [] if moving is None else moving
-        self._move([self._known[name] for name in self._names if name in self._known])
-        self._steps = 0
+        there = {place.name for place in self._moving}
+        self._move([self._known[name] for name in self._names if name in self._known and name not in there])
+        self._still: dict[str, StillBuffer] = {}
+        self._remember()
+        self._step, self._first_step = step, step + 1
+        self._own_slots = 0
         self._start: list[Tensor] = []
         self._base: list[Tensor] = []
         self._change = torch.zeros(())
-        self._watched: list[tuple[Place, Tensor]] = []
-        self._seen: dict[str, Tensor] = {}
 
     def begin_step(self) -> None:
         """Remember the buffers as they are."""
-        self._steps += 1
-        if self._looks:
-            moving = {place.name for place in self._moving}
-            still = [place for place in self._known.values() if place.name not in moving]
-            self._watched = [(place, held.detach().clone()) for place in still if (held := place.held) is not None]
+        self._step += 1
+        self._own_slots = 0
+        for still in self._still.values():
+            still.begin_step(compare=self._looks)
         if not self._moving:
             return
         self._start = [_copied(place, like) for place, like in zip(self._moving, self._likes, strict=True)]
@@ -81,8 +95,9 @@ class BufferRule:
 
     def end_slot(self, *, filler: bool) -> None:
         """Note what a slot changed, and put the buffers back."""
-        if self._watched:
-            self._watch(filler=filler)
+        self._own_slots += not filler
+        for still in self._still.values():
+            still.end_slot(filler=filler, compare=self._looks)
         if not self._moving:
             return
         with torch.no_grad():
@@ -97,25 +112,20 @@ class BufferRule:
 
         Collective, unless the host knows that it was skipped.
         """
-        watched, seen = {place.name: start for place, start in self._watched}, self._seen
-        self._watched, self._seen = [], {}
         if skipped is True:
             return
         if self._moving:
             self._sum_over_ranks(self._change)
             _advance(self._moving, self._start, self._change / real_slots, skipped)
         if self._looks:
-            self._follow(watched, seen, real_slots, skipped)
-
-    def _watch(self, *, filler: bool) -> None:
-        for place, start in self._watched:
-            held = place.held
-            if held is None or not _alike(held, start) or same_bits(held, start):
-                continue
-            if not filler:
-                its = change(held, base(wide(start))).to(torch.float64)
-                self._seen[place.name] = its + self._seen[place.name] if place.name in self._seen else its
-            place.put(start)
+            self._follow(real_slots, skipped)
+            return
+        begun = [still for still in self._still.values() if still.changes is not None]
+        for still in begun:
+            assert still.changes is not None
+            _advance([still.place], [still.start], still.changes / self._own_slots, skipped)
+        if self._alone and begun:
+            self._begin([still.place for still in begun])
 
     def _move(self, places: list[Place]) -> None:
         """Let buffers follow the rule at every step."""
@@ -123,36 +133,53 @@ class BufferRule:
         self._likes += [torch.empty_like(held, device="meta") for p in places if (held := p.held) is not None]
         self._dtype = _reduced_dtype(self._likes)
 
+    def _begin(self, places: list[Place]) -> None:
+        """Let buffers that were still follow the rule at every step from the next on."""
+        self._move(places)
+        self._names += [place.name for place in places]
+        for place in places:
+            del self._still[place.name]
+
+    def _remember(self) -> None:
+        """Watch what does not follow the rule; what is watched already goes on as it is."""
+        before, self._still = self._still, {}
+        moving = {place.name for place in self._moving}
+        for name, place in self._known.items():
+            if name not in moving and (held := place.held) is not None:
+                as_it_was = name in before and _alike(held, before[name].start)
+                self._still[name] = before[name] if as_it_was else StillBuffer(place)
+
     @property
     def _looks(self) -> bool:
-        """Whether this step looks at all buffers: the 1st, 2nd, 4th, … of this process do."""
-        return self._steps & (self._steps - 1) == 0
+        """Whether this step compares all values and lets the ranks agree; the same on all of them."""
+        step = self._step
+        return step & (step - 1) == 0 or step % _STEPS_BETWEEN == 0 or step == self._first_step
 
-    def _follow(
-        self, watched: dict[str, Tensor], seen: dict[str, Tensor], real_slots: int, skipped: bool | DeviceFlag
-    ) -> None:
-        """Let what was seen to change on any rank follow the rule from this step on, and share what was made. Collective."""
-        known, changed = self._agreed(seen)
-        begin = [known[name] for name in watched if name in changed and name in known]
+    def _follow(self, real_slots: int, skipped: bool | DeviceFlag) -> None:
+        """Let what has changed on any rank follow the rule, from one value for all, and share what was made. Collective."""
+        still = self._still
+        changed = [name for name, buffer in still.items() if buffer.changes is not None]
+        self._known, changes = self._agreed(changed, [name for name, buffer in still.items() if buffer.is_private])
+        begin = {name: privates for name, privates in changes.items() if name in still and name in self._known}
         if begin:
-            starts = [watched[place.name] for place in begin]
-            nothing = [torch.zeros(numbers(start), dtype=torch.float64, device=start.device) for start in starts]
-            sums = torch.cat([seen.get(place.name, none) for place, none in zip(begin, nothing, strict=True)])
+            parts = [_share(still[name], privates, real_slots) for name, privates in begin.items()]
+            sums = torch.cat(parts)
             self._sum_over_ranks(sums)
-            _advance(begin, starts, sums / real_slots, skipped)
-            self._move(begin)
-            self._names += [place.name for place in begin]
-        self._known = known
+            places = [still[name].place for name in begin]
+            starts = [still[name].agreed if privates else still[name].start for name, privates in begin.items()]
+            _advance(places, starts, sums, skipped)
+            self._begin(places)
+        self._remember()
 
-    def _agreed(self, seen: dict[str, Tensor]) -> tuple[dict[str, Place], set[str]]:
-        """Return the buffers that all ranks have alike, and which of them any rank saw change. Collective.
+    def _agreed(self, changed: list[str], private: list[str]) -> tuple[dict[str, Place], dict[str, int]]:
+        """Return the buffers that all ranks have alike, and of those that any rank saw change how many had before this step.
 
-        Buffers that have come since the last time are made rank 0's on every rank.
+        Buffers that have come since the last time are made rank 0's on every rank. Collective.
         """
         there = {place.name: place for place in places_of(self._module) if _follows(place)}
         known = getattr(self, "_known", there)
         new = {name: place for name, place in there.items() if name not in known}
-        header = {"all": [[n, *_facts(p)] for n, p in there.items()], "changed": list(seen)}
+        header = {"all": [[n, *_facts(p)] for n, p in there.items()], "changed": changed, "private": private}
         header |= {"new": {name: place.persistent for name, place in new.items()}}
         text = json.dumps(header).encode()
         made = save({name: p.held.detach().cpu().contiguous() for name, p in new.items() if p.held is not None})
@@ -165,8 +192,9 @@ class BufferRule:
         for other in headers[1:]:
             mine &= {json.dumps(entry) for entry in other["all"]}
         alike = {json.loads(entry)[0] for entry in mine} | set(headers[0]["new"])
-        changed = {name for each in headers for name in each["changed"]}
-        return {name: place for name, place in there.items() if name in alike}, changed
+        known = {name: place for name, place in there.items() if name in alike}
+        seen = {name for each in headers for name in [*each["changed"], *each["private"]]}
+        return known, {name: sum(name in each["private"] for each in headers) for name in known if name in seen}
 
     def _take_over(self, persistent: dict[str, bool], made: bytes) -> None:
         for name, value in load(made).items():
@@ -175,6 +203,16 @@ class BufferRule:
             held = owner._buffers.get(key)
             device = held.device if held is not None else next(self._module.parameters()).device
             Place(owner, key, name, persistent[name]).put(value.to(device))
+
+
+def _share(still: StillBuffer, privates: int, real_slots: int) -> Tensor:
+    """Return this rank's share of a buffer's change: of the steps since the ranks agreed, and of the slots of this one."""
+    share = torch.zeros(numbers(still.start), dtype=torch.float64, device=still.start.device)
+    if privates:
+        share += still.went() / privates
+    if still.changes is not None:
+        share += still.changes / real_slots
+    return share
 
 
 @torch.no_grad()
@@ -213,6 +251,11 @@ def _alike(first: Tensor, second: Tensor) -> bool:
 def _always_moves(place: Place) -> bool:
     held = place.held
     return place.persistent and held is not None and not (held.dtype == torch.bool or held.is_complex())
+
+
+def _is_small(place: Place) -> bool:
+    held = place.held
+    return held is not None and held.numel() <= _SMALL
 
 
 def _follows(place: Place) -> bool:

@@ -25,6 +25,7 @@ class Parts:
     """What the loop drives. The callables are told the progress and are called on every rank.
 
     Args:
+        seeds_updates: whether an update may draw random numbers, which are then the same on every rank.
         stop_wished: whether this process was asked to stop.
         will_report: tells, before a step is counted, whether figures will be due after it; equal on all ranks.
         is_due: tells, after a step was counted, whether anything follows it; equal on all ranks.
@@ -47,6 +48,7 @@ class Parts:
     meter: TrainingMeter
     garbage: GarbageCollection
     times: PhaseTimes
+    seeds_updates: bool
     stop_wished: Callable[[], bool]
     will_report: Callable[[Window], bool]
     is_due: Callable[[Window], bool]
@@ -129,4 +131,6 @@ def _apply(window: Window, parts: Parts) -> Update:
         strategy.discard()
         divergence.decide(spike, window, parts.progress.step + 1, spike=True)
         return Update(skipped=True)
+    if parts.seeds_updates:
+        seed_everything(derive(parts.seed, Purpose.UPDATE, parts.progress.step), strategy.device)
     return strategy.step(parts.max_grad_norm, measure_norm=will_report)

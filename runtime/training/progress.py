@@ -17,6 +17,7 @@ class Progress:
         step: global batches consumed, whether or not their update was applied.
         updates: updates applied.
         samples: samples consumed.
+        epoch: of the last step, counted from 1; the cursor may be past batches of the next that are left out.
         skipped_steps: steps whose update was not applied.
         skipped_batches: global batches that rollbacks have left out.
         cursor: the next global batch.
@@ -28,6 +29,7 @@ class Progress:
     step: int = 0
     updates: int = 0
     samples: int = 0
+    epoch: int = 1
     skipped_steps: list[int] = field(default_factory=list)
     skipped_batches: list[Cursor] = field(default_factory=list)
     cursor: Cursor = field(default_factory=Cursor)
@@ -35,15 +37,11 @@ class Progress:
     evaluation_due: bool = False
     evaluation_extra: bool = False
 
-    @property
-    def epoch(self) -> int:
-        """The epoch of the last step, counted from 1."""
-        return max(1, self.cursor.epoch + (self.cursor.batch > 0))
-
     def advance(self, window: Window) -> None:
         """Count one step."""
         self.step += 1
         self.samples += window.samples
+        self.epoch = window.cursor.epoch + 1
         self.cursor = window.next_cursor
 
     def settle(self, step: int, *, applied: bool) -> None:

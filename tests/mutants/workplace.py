@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,14 @@ from tests.mutants.mutant import Mutant
 ROOT = Path(__file__).parents[2]
 _LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", ".hypothesis")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+_END_SESSION = """
+import os, signal, sys
+sys.stdin.read()  # until its other end is closed, by hand or by the kernel
+try:
+    os.killpg(int(sys.argv[1]), signal.SIGKILL)
+except ProcessLookupError:
+    pass
+"""
 _PASSED, _FAILURES = 0, 1  # pytest's exit codes
 
 
@@ -35,6 +43,20 @@ class Verdict:
     by: str
     seconds: float
     output: str
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End the session of a process behind this block, or when this process ends, killed or not: tests start many others."""
+    line = [sys.executable, "-S", "-c", _END_SESSION, str(process.pid)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        try:
+            yield
+        finally:
+            assert guard.stdin is not None
+            guard.stdin.close()
+            guard.wait()
+            process.wait()
 
 
 class Workplace:
@@ -75,14 +97,11 @@ class Workplace:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            output, _ = process.communicate(timeout=self._limit_seconds if limited else None)
-        except subprocess.TimeoutExpired:
-            return Verdict(True, "the time limit", time.monotonic() - began, "")
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what the tests started and a mutant kept alive
-            process.wait()
+        with ended(process):
+            try:
+                output, _ = process.communicate(timeout=self._limit_seconds if limited else None)
+            except subprocess.TimeoutExpired:
+                return Verdict(True, "the time limit", time.monotonic() - began, "")
         seconds = time.monotonic() - began
         if process.returncode not in (_PASSED, _FAILURES):
             raise RuntimeError(f"pytest ended with code {process.returncode}:\n{output[-2000:]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,18 @@ class History(Net):
         return sum(self.history[-3:])
 
 
+class Held(Net):
+    """Counts in an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = SimpleNamespace(calls=0, name="memory")
+
+    def kept(self, inputs: Tensor) -> Any:
+        self.memory.calls += self.training
+        return 0.01 * self.memory.calls
+
+
 class Seen(Net):
     """What good models do: keep the last output with its graph, an auxiliary loss, shapes, a callable."""
 
@@ -89,6 +102,22 @@ class Seen(Net):
         self.last = self.net[0](inputs)
         self.auxiliary, self.size = self.last.square().mean(), len(inputs)
         return self.activation(self.dropout(self.batch_norm(inputs)))
+
+
+class Hooked(Net):
+    """Hooks keep activations, in a dictionary that their closures know; and, if asked for, count."""
+
+    def __init__(self, counts: bool = False) -> None:
+        super().__init__()
+        self.activations: dict[str, Tensor] = {}
+        self.calls = 0
+        self.net[0].register_forward_hook(lambda _, __, output: self.activations.update(first=output.detach()))
+        self.net[2].register_forward_hook(lambda _, __, output: self.activations.update(last=output))
+        if counts:
+            self.net[2].register_forward_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
 
 
 class Warming(AdamW):
