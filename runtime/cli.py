@@ -238,7 +238,7 @@ def _train(options: argparse.Namespace) -> int:
     loaded = load(options.config, options.overrides)
 
     from runtime.assembly import check_components
-    from runtime.processes.launching import examine_locally, num_gpus, train_locally
+    from runtime.processes.launching import num_gpus, train_locally
     from runtime.strategies.zero_launch import check_start
 
     gpus = num_gpus()
@@ -254,14 +254,14 @@ def _train(options: argparse.Namespace) -> int:
     )
     check_components(loaded)
     check_start(loaded)
-    start = train_locally if options.act == "train" else examine_locally
-    return start(
+    return train_locally(
         loaded,
         options.config,
         [*options.overrides, *adopted],
         processes=processes,
         use_gpus=gpus >= processes,
         place=_place(options, processes),
+        act=options.act,
     )
 
 

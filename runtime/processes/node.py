@@ -47,7 +47,11 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         limit = load(options.config, options.overrides).values.limit
         _check(options)
-        token = _meet(options, patience_seconds=limit.start_seconds)
+        token = secrets.token_hex(8)
+        if options.nodes > 1:  # all get the same: none joins a start that has failed elsewhere
+            place = Place(options.nodes, options.node_rank, options.main_address, options.main_port, options.processes)
+            met, token = meet(place, patience_seconds=limit.start_seconds)
+            options.main_address = met.address
         arguments = [str(options.config), *options.overrides]
         return _run(arguments, options, token=token, patience_seconds=limit.silence_seconds)
     except LockstepError as error:
@@ -89,14 +93,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.gpus and (found := num_gpus()) < options.processes:
         # Not a mistake in the configuration: a driver that is not up, say. Processes without one would train on the CPU.
         raise LockstepError(f"{options.processes} GPUs were asked for, and torch can use {found} on this machine")
-
-
-def _meet(options: argparse.Namespace, *, patience_seconds: float) -> str:
-    """Wait for the other machines; return a token of this start that all have: none joins one that is about to leave."""
-    if options.nodes == 1:
-        return secrets.token_hex(8)
-    place = Place(options.nodes, options.node_rank, options.main_address, options.main_port, options.processes)
-    return meet(place, patience_seconds=patience_seconds)
 
 
 def _run(arguments: Sequence[str], options: argparse.Namespace, *, token: str, patience_seconds: float) -> int:
