@@ -13,6 +13,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from runtime.config.metric_tasks import with_tasks
 from runtime.config.output_name import TemplateError, escaped, filled
 from runtime.config.plain import ContainsItselfError, plain, put
 from runtime.config.sections import RunConfiguration
@@ -95,8 +96,10 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
     if problems:
         raise ConfigurationError(problems)
+    values, incomplete = with_tasks(values)
     loaded = LoadedConfiguration(values, path, lines)
     problems = [
+        *(loaded.problem(key, what) for key, what in incomplete),
         *zero_problems(values, lambda key: _where(lines, tuple(key)), loaded.beside),
         *(loaded.problem(("output",), what) for what in _wrong_output(loaded)),
         *_wrong_changes(loaded),
