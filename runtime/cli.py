@@ -45,6 +45,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     except LockstepError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # Ctrl-C while this process imports or reads
+        print("lockstep: interrupted", file=sys.stderr)
+        return 75
     return code
 
 

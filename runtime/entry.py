@@ -58,6 +58,9 @@ def guarded(act: Callable[[], int]) -> int:
         if told is None:
             raise
         return _tell(told)
+    except KeyboardInterrupt:  # before a run has taken over the signals, or after
+        print("lockstep: interrupted", file=sys.stderr)
+        return 75
     finally:
         # Python ends the loader's workers that are left, and torch's handler would raise that they were killed.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

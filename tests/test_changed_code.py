@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from runtime.processes import user_code
 
 pytestmark = pytest.mark.single
 NET = """
@@ -69,3 +72,16 @@ def test_a_changed_module_of_a_sub_package_is_named(project: Path) -> None:
     continued = train(project, "limit.epochs=2")
     assert "the code has changed since the checkpoint: layers/inner/block.py has changed. From here on" in continued
     assert "warning" not in train(project, "limit.epochs=3")
+
+
+@pytest.mark.parametrize("name", ["fast.so", "fast.pyc", "fast.cpython-311-x86_64-linux-gnu.so"])
+def test_a_changed_extension_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(user_code, "_SUFFIXES", (*user_code._SUFFIXES, ".cpython-311-x86_64-linux-gnu.so"))
+    module = ModuleType("fast")
+    module.__file__ = str(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "fast", module)
+    (tmp_path / name).write_bytes(b"one")
+    before = user_code.loaded_code(tmp_path, {})
+    monkeypatch.setattr(user_code, "_first_seen", {})  # another start
+    (tmp_path / name).write_bytes(b"two")
+    assert user_code.changes_of(before, tmp_path, {}) == [f"{name} has changed"]
