@@ -27,6 +27,7 @@ from runtime.optimization.patterns import matches
 from runtime.optimization.schedule import Schedule
 
 _MOST_STEPS = 20_000  # of a schedule that are looked at: 0.2 s
+_MOST_GROWTH = 100  # times the optimizer's own rate
 _HIGHER_IS_BETTER = (
     "accuracy",
     "auroc",
@@ -111,7 +112,11 @@ def _rates(
 ) -> Iterator[Finding]:
     """Drive the schedule through the run, on a stand-in for the optimizer."""
     section = loaded.values.schedule
-    key, name = (("optimizer", "args"), "") if section is None else (("schedule",), section.target or "the warm-up")
+    key, name = (
+        (("optimizer", "args"), "the optimizer")
+        if section is None
+        else (("schedule",), section.target or "the warm-up")
+    )
     if length.steps is None:
         return
     try:
@@ -138,9 +143,16 @@ def _rates(
             )
             return
     highest = [max(column) for column in zip(*curve.rates, strict=True)]
+    constant = all(min(rates) == max(rates) for rates in curve.rates)
     if not any(highest):
         yield Finding(key, "all learning rates are 0 through the whole run, so nothing is trained")
+    elif section is not None and section.target is not None and constant and 1 < length.steps == steps:
+        if not section.watches:
+            yield Finding(key, f"{name} never changes the rate: the run has {steps:,} steps; see schedule.interval")
     elif section is not None:
+        full = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        if highest[-1] > _MOST_GROWTH * full:
+            yield Finding(key, f"{name} makes the rate grow from {full:.3g} to {highest[-1]:.3g} at the run's end")
         yield from _shape(key, name, highest, steps, warmup=section.warmup_steps)
 
 
@@ -171,6 +183,7 @@ def _optimizer(loaded: LoadedConfiguration) -> Iterator[Finding]:
             continue  # a class of the user's own may mean anything by such names
         rate, decay = (default_of(made, args, name) for name in ("lr", "weight_decay"))
         for name, wrong, what, refused in (
+            ("lr", _number(args.get("lr")) < 0, "is {}: it must not be negative", True),
             ("momentum", _number(args.get("momentum")) >= 1, "is {}: from 1 on the update grows without end", True),
             ("momentum", _number(args.get("momentum")) < 0, "is {}: it must not be negative", True),
             ("weight_decay", _number(args.get("weight_decay")) < 0, "is {}: weights would grow", True),
@@ -250,6 +263,9 @@ def _never(loaded: LoadedConfiguration, length: Length) -> Iterator[Finding]:
         what = f"{stopping.patience} evaluations, and the run has {evaluations}: it can never stop early"
         yield Finding(("limit", "early_stopping", "patience"), what)
     schedule = values.schedule
+    if schedule is not None and schedule.watches and _number(schedule.args.get("factor")) <= 0:
+        what = f"is {schedule.args['factor']}: the rate would be 0 once {schedule.monitor} no longer improves"
+        yield Finding(("schedule", "args", "factor"), what, refused=True)
     if schedule is not None and schedule.watches and evaluations is not None:
         patience = schedule.args.get("patience", 10)
         if isinstance(patience, int) and evaluations <= patience:
