@@ -29,7 +29,7 @@ from runtime.preparation import Prepared, prepare, tell_of_component
 from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
-from runtime.processes.user_code import changes_of, warning_of
+from runtime.processes.user_code import changes_of, explained_by, warning_of
 from runtime.processes.watch import Position
 from runtime.reporting.assembly import build_meter, build_trackers, restore_meter
 from runtime.reporting.facts import start_facts
@@ -165,7 +165,8 @@ class Run:
         return model, training
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        self._state.restore(*stored)
+        with explained_by(self._changed_code):
+            self._state.restore(*stored)
         mark_coupled(self._state.module.objective, stored[1].get("coupled", []))
         self._state.follow(found.rollbacks)
         self._places = places_of(stored[1].get("stream", {}), self._strategy.rank)

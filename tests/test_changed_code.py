@@ -44,7 +44,7 @@ def project(tmp_path: Path) -> Path:
     return code
 
 
-def train(project: Path, *overrides: str) -> str:
+def train(project: Path, *overrides: str, succeeds: bool = True) -> str:
     """Train in a new interpreter, which alone reads a module anew."""
     script = "import sys; from runtime.session import train; train(*sys.argv[1:])"
     told = subprocess.run(
@@ -53,7 +53,7 @@ def train(project: Path, *overrides: str) -> str:
         cwd=project,
         capture_output=True,
         text=True,
-        check=True,
+        check=succeeds,
     )
     return told.stdout + told.stderr
 
@@ -72,6 +72,11 @@ def test_a_changed_module_of_a_sub_package_is_named(project: Path) -> None:
     continued = train(project, "limit.epochs=2")
     assert "the code has changed since the checkpoint: layers/inner/block.py has changed. From here on" in continued
     assert "warning" not in train(project, "limit.epochs=3")
+    block.write_text(
+        block.read_text().replace("return torch.nn.Linear(8, 6)", "return torch.nn.Sequential(torch.nn.Linear(8, 6))")
+    )
+    misfit = train(project, "limit.epochs=4", succeeds=False)
+    assert "The code has changed since the checkpoint: layers/inner/block.py has changed\n" in misfit
 
 
 @pytest.mark.parametrize("name", ["fast.so", "fast.pyc", "fast.cpython-311-x86_64-linux-gnu.so"])

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib import metadata
 from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import Any
+
+from runtime.errors import CheckpointError
 
 _SUFFIXES = tuple(all_suffixes())  # of sources, of compiled sources without them, of extensions in C
 _OURS = ("runtime", "launch")
@@ -108,10 +111,24 @@ def _version(name: str, module: Any) -> str:
 
 def warning_of(changes: Sequence[str], *, finished: bool) -> str:
     """Return the warning for a run whose code has changed since its checkpoint, which may have been its last."""
-    listed = ", ".join(changes[:8]) + (", …" if len(changes) > 8 else "")
     if finished:
         return (
-            f"the code is not what this run was trained with: {listed}. Its results are those of the code before; "
+            f"the code is not what this run was trained with: {_listed(changes)}. Its results are those of the code before; "
             "to train with the new code, choose another output"
         )
-    return f"the code has changed since the checkpoint: {listed}. From here on the new code is trained"
+    return f"the code has changed since the checkpoint: {_listed(changes)}. From here on the new code is trained"
+
+
+@contextmanager
+def explained_by(changes: Sequence[str]) -> Iterator[None]:
+    """Add to the message of a checkpoint that does not fit what has changed in the code since: the likely reason."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not changes:
+            raise
+        raise CheckpointError(f"{error}\n  The code has changed since the checkpoint: {_listed(changes)}") from error
+
+
+def _listed(changes: Sequence[str]) -> str:
+    return ", ".join(changes[:8]) + (", …" if len(changes) > 8 else "")
