@@ -163,6 +163,18 @@ def test_a_launcher_is_known_by_its_command_line(line: str, is_launcher: bool) -
     assert _is_launcher(line.split(" ")) == is_launcher
 
 
+def test_a_launcher_of_a_launcher_is_watched_too(tmp_path: Path) -> None:
+    """As with ``deepspeed``, whose second process starts the ranks, and lives on when the first is killed."""
+    rank = f"{sys.executable} -c 'from runtime.processes.orphans import _launching_ancestors as a; print(*a())'"
+    for name, line in (("torchrun", f"{sys.executable} {tmp_path}/deepspeed"), ("deepspeed", rank)):
+        (tmp_path / name).write_text(f"import os\nprint(os.getpid(), flush=True)\nos.system({'exec ' + line!r})\n")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "torchrun")], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    first, second, ancestors = done.stdout.splitlines()
+    assert ancestors.split() == [second, first]
+
+
 def test_this_process_has_no_launcher_that_has_ended() -> None:
     assert not launcher_ended()()
 

@@ -203,6 +203,9 @@ def test_a_run_warns_at_its_first_start_and_not_with_checks_off(tmp_path: Path) 
     assert warned(tmp_path) == [line]
     train(configuration(tmp_path / "off", checks="off", **changes))
     assert warned(tmp_path / "off") == []
+    changes["checkpoint"] = {"best": [{"metric": "loss", "mode": "max"}]}  # a key that may change
+    with pytest.raises(ConfigurationError, match="write mode: min"):
+        train(configuration(tmp_path, **{**changes, "limit": {"steps": 4}}))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -92,10 +92,22 @@ def check_settings(
         *_never(loaded, length),
         *_loader(loaded, processes),
     ]
-    refused = [loaded.problem(finding.key, finding.what) for finding in found if finding.refused]
-    if refused:
-        raise ConfigurationError(refused)
+    _refuse(loaded, found)
     yield from (f"{'.'.join(finding.key)}: {finding.what}" for finding in found)
+
+
+def check_changed_settings(loaded: LoadedConfiguration) -> None:
+    """Refuse what may have been changed when a run is resumed, and cannot be meant: what 'min' and 'max' say.
+
+    Raises:
+        ConfigurationError: all together; alike on every rank.
+    """
+    _refuse(loaded, _directions(loaded))
+
+
+def _refuse(loaded: LoadedConfiguration, found: Iterable[Finding]) -> None:
+    if refused := [loaded.problem(finding.key, finding.what) for finding in found if finding.refused]:
+        raise ConfigurationError(refused)
 
 
 def _length(loaded: LoadedConfiguration, data: TrainingData) -> Length:

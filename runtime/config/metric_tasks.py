@@ -29,7 +29,8 @@ _OUTPUTS = ("num_classes", "num_labels", "n_classes", "out_features")
 
 def with_tasks(values: RunConfiguration) -> tuple[RunConfiguration, list[tuple[tuple[str, ...], str]]]:
     """Return the configuration with the tasks of its metrics filled in; and by key, what is wrong with those that have none."""
-    metrics, problems = dict(values.evaluation.metrics), []
+    metrics = dict(values.evaluation.metrics)
+    problems: list[tuple[tuple[str, ...], str]] = []
     for name, metric in metrics.items():
         if class_name(metric.target) not in _BY_TASK or not _is_torchmetrics(metric.target):
             continue
@@ -58,7 +59,7 @@ def _known(values: RunConfiguration, task: Any) -> dict[str, Any]:
         task = "multilabel" if outputs > 1 else "binary"
     names = values.evaluation.class_names
     size = outputs or (len(names) if names is not None and task == "multiclass" else None)
-    known = {"task": task, _size_key(task): size if size != 1 else None}
+    known: dict[Any, Any] = {"task": task, _size_key(task): size if size != 1 else None}
     return {key: value for key, value in known.items() if key is not None and value is not None}
 
 
@@ -69,7 +70,7 @@ def _outputs(values: RunConfiguration) -> int | None:
 
 
 def _asked(name: str, metric: ComponentSection, task: Any) -> str:
-    args = {"task": task, _size_key(task): "N", **metric.args}
+    args: dict[Any, Any] = {"task": task, _size_key(task): "N", **metric.args}
     line = f"{{target: {metric.target}, args: {{{', '.join(f'{key}: {value}' for key, value in args.items())}}}}}"
     binary = "" if "task" in metric.args else ", or {task: binary} for a model of one output"
     return f"write {name}: {line}, with the number of the model's outputs for N{binary}"

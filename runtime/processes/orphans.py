@@ -1,15 +1,15 @@
 """Whether the launcher of this process still lives: a rank whose launcher was killed would train on, watched by nobody.
 
 Kinds of launchers: ``lockstep train`` and the node launcher say which process they are (LOCKSTEP_LAUNCHER); those of other
-libraries are known by the command line of the parent process. A shell or a script that starts a process is none: it may end,
-and leave the process to train on. Imports the standard library alone.
+libraries are known by their command lines, among this process's ancestors. A shell or a script that starts a process is none:
+it may end, and leave the process to train on. Imports the standard library alone.
 """
 
 from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -29,18 +29,18 @@ _MODULES = (
 
 def launcher_ended() -> Callable[[], bool]:
     """Return what tells whether a launcher of this process has ended since, however that happened."""
-    pids = [pid for pid in (environment.launcher(), _launching_parent()) if pid is not None]
-    watched = [_ended(pid) for pid in pids]
+    own = environment.launcher()
+    watched = [_ended(pid) for pid in (*_launching_ancestors(), *([own] if own is not None else []))]
     return lambda: any(ended() for ended in watched)
 
 
-def _launching_parent() -> int | None:
-    parent = os.getppid()
+def _launching_ancestors() -> Iterator[int]:
+    """Yield the parent, its parent and so on, as far as they are launchers: ``deepspeed`` and ``mpirun`` are two processes."""
+    pid = os.getppid()
     with suppress(OSError):
-        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        if _is_launcher(words):
-            return parent
-    return None
+        while _is_launcher(Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")):
+            yield pid
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _is_launcher(words: Sequence[str]) -> bool:
