@@ -145,7 +145,9 @@ def build_model(loaded: LoadedConfiguration) -> nn.Module:
 def refuse_sparse(loaded: LoadedConfiguration, model: nn.Module) -> None:
     """Refuse embeddings whose gradients are sparse, which are neither judged, clipped nor reduced over processes."""
     sparse = [
-        name for name, part in model.named_modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        name or "the model itself"
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
     ]
     if sparse:
         what = f"{', '.join(sparse)}: gradients of embeddings with sparse=True are not reduced; build with sparse=False"
@@ -154,7 +156,7 @@ def refuse_sparse(loaded: LoadedConfiguration, model: nn.Module) -> None:
 
 def _refuse_lazy(loaded: LoadedConfiguration, model: nn.Module) -> None:
     lazy = [
-        f"{name} ({type(part).__name__})"
+        f"{name or 'the model itself'} ({type(part).__name__})"
         for name, part in model.named_modules()
         if any(is_lazy(value) for value in (*part._parameters.values(), *part._buffers.values()))
     ]

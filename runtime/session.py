@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime import environment, json_files
+from runtime.config.building import located
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
@@ -230,6 +231,7 @@ def _together(
     requested = environment.requested_world_size(world_size)
     stop_wish = StopWish(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
+        stack.enter_context(located(loaded))
         stack.enter_context(protected_output())
         stack.enter_context(hidden())
         stop_wish.install()  # before torch is imported, which takes seconds

@@ -55,6 +55,10 @@ class RaisingOptimizer(SGD):
         raise KeyError("mine")
 
 
+def half() -> torch.nn.Module:
+    return torch.nn.Linear(6, 4).half()
+
+
 def late(step: int) -> float:
     if step > 7:
         raise ValueError("late")
@@ -120,6 +124,8 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
      "optimizer.groups.0.args.lr", ["must not be negative"]),
     ({"optimizer": section("SGD", lr=True)}, "optimizer.args.lr", ["takes float", "not true"]),
     ({"schedule": section("ReduceLROnPlateau", factor=0) | {"monitor": "loss"}}, "schedule.args.factor", ["would be 0"]),
+    ({"model": {"target": f"{HERE}:half"}, "precision": "fp16"}, "precision", ["float16 weights (weight)"]),
+    ({"model": {"target": "torch.nn.LazyLinear", "args": {"out_features": 4}}}, "model", ["the model itself (LazyLinear)"]),
     # min and max
     ({"evaluation": {"metrics": {"accuracy": ACCURACY}}, "checkpoint": {"best": [{"metric": "accuracy", "mode": "min"}]}},
      "checkpoint.best.0.mode", ["higher is better of 'accuracy'", "write mode: max"]),
