@@ -274,10 +274,10 @@ def _with_settings(
     """Adopt settings from this shell's environment, which the launcher's own flags would hide from the processes."""
     from runtime.config.launcher import load_with_settings, overrides
 
-    loaded, wishes, notes = load_with_settings(read, os.environ, world_size=world_size)
+    loaded, settings, notes = load_with_settings(read, os.environ, world_size=world_size)
     for text in notes:
         print(f"lockstep: {text}", file=sys.stderr)
-    return loaded, overrides(wishes)
+    return loaded, overrides(settings)
 
 
 def _infer(options: argparse.Namespace) -> int:
