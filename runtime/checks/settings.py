@@ -142,7 +142,7 @@ def _rates(
         raise
     except Exception as error:
         if section is not None and section.target is not None and not schedulers.is_known(section.target, loaded.code):
-            return  # a class of the user's own may need the optimizer itself; what it raises is told when it does
+            return  # a class of the user's own may need the optimizer itself, and raises when it is stepped
         yield Finding(key, f"{name} raised {described(error)}", refused=True)
         return
     for rates in curve.rates:
@@ -188,7 +188,7 @@ def _optimizer(loaded: LoadedConfiguration) -> Iterator[Finding]:
     for number, group in enumerate(section.groups):
         args = group.args if group.target else {**section.args, **group.args}
         parts.append((("optimizer", "groups", str(number)), group.target or section.target, args))
-    told: set[str] = set()
+    named: set[str] = set()
     for key, target, args in parts:
         made = component.locate(target, namespaces=NAMESPACES, code=loaded.code)
         if not getattr(made, "__module__", "").startswith("torch.optim"):
@@ -204,8 +204,8 @@ def _optimizer(loaded: LoadedConfiguration) -> Iterator[Finding]:
             ("weight_decay", class_name(target) == "AdamW" and _number(rate) * _number(decay) >= 1,
              "is {}, times the rate " + f"{rate}: each update takes all of a weight away, or more", True),
         ):  # fmt: skip
-            if wrong and name not in told:
-                told.add(name)
+            if wrong and name not in named:
+                named.add(name)
                 yield Finding((*key, "args", name), what.format(args.get(name, decay)), refused)
 
 

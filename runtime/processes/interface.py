@@ -32,7 +32,7 @@ def choose_interface(address: str) -> None:
 
 
 def interface_to(address: str) -> str | None:
-    """Return the name of the interface that packets to an address take; None for loopback, or if it cannot be told."""
+    """Return the name of the interface that packets to an address take; None for loopback, or where there is no way to it."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing

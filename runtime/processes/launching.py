@@ -128,10 +128,10 @@ def _run(line: Sequence[str], variables: dict[str, str]) -> int:
     def signal_all(number: int, frame: object) -> None:
         _signal_group(process.pid, number)
 
-    wishes = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    passed_on = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        wishes.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, signal_all) for number in wishes}
+        passed_on.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, signal_all) for number in passed_on}
     try:
         code = process.wait()
         # A launcher of one process dies of the signal that its child saves after.
@@ -147,7 +147,7 @@ def _run(line: Sequence[str], variables: dict[str, str]) -> int:
 def _pass_on(stream: Iterable[str]) -> None:
     """Copy what the processes say to stderr, without the launcher's own traceback.
 
-    ``accelerate launch`` ends with a traceback of itself whenever a process fails or is interrupted. It tells nothing, and
+    ``accelerate launch`` ends with a traceback of itself whenever a process fails or is interrupted. It says nothing, and
     hides the one message that does. A traceback of the user's code passes.
     """
     block: list[str] = []

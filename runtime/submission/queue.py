@@ -195,7 +195,7 @@ def _stopped(run: Path, timeout: int, *, over: Callable[[], bool]) -> int:
         outcome = json_files.read(run / OUTCOME)
         print(f"{outcome['outcome']} at step {outcome.get('step', last_step(run))}: {run}")
         return 0 if outcome["outcome"] in ("stopped", "finished") else 1
-    print(f"ended without a word: {run}")
+    print(f"ended, and no outcome was written: {run}")
     return 1
 
 
