@@ -23,6 +23,7 @@ from runtime.config.building import wrong as _wrong
 from runtime.config.component import ComponentError, described
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import Weights
+from runtime.config.metric_tasks import incomplete
 from runtime.config.types import ComponentSection
 from runtime.data import sources
 from runtime.data.batches import Sharing
@@ -124,11 +125,18 @@ def check_components(loaded: LoadedConfiguration) -> None:
         found = schedulers.check(target, args, code=loaded.code, filled_in=filled_in)
         mistakes.extend((("schedule",), mistake) for mistake in found)
     for name, metric in values.evaluation.metrics.items():
-        check(("evaluation", "metrics", name), metric, METRICS)
+        mistakes += [(("evaluation", "metrics", name), m) for m in _metric_mistakes(loaded, name, metric)]
     if values.reporting.wandb is not None and find_spec("wandb") is None:
         raise MissingDependencyError("wandb", "reporting.wandb", "wandb")
     if mistakes:
         raise ConfigurationError([loaded.problem(key + mistake.path, mistake.what) for key, mistake in mistakes])
+
+
+def _metric_mistakes(loaded: LoadedConfiguration, name: str, metric: ComponentSection) -> list[ComponentError]:
+    what = incomplete(name, metric)
+    if what is not None:
+        return [ComponentError(what, ())]
+    return component.check(metric.target, metric.args, namespaces=METRICS, code=loaded.code)
 
 
 def build_model(loaded: LoadedConfiguration) -> nn.Module:

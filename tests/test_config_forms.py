@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from runtime import cli, entry
+from runtime.assembly import check_components
 from runtime.config.file import load, load_run
 from runtime.errors import ConfigurationError
 from runtime.session import train
@@ -199,9 +200,11 @@ def test_a_metric_whose_task_nothing_tells_is_one_message_with_the_line_to_write
     objective: str, args: dict[str, Any], line: str
 ) -> None:
     metrics = {"accuracy": {"target": "Accuracy", "args": args}}
-    message = refused({**BASE, "objective": objective, "model": "mine:net", "evaluation": {"metrics": metrics}})
-    assert message.startswith("configuration evaluation.metrics.accuracy: write ")
-    assert line in message
+    changes = {"objective": objective, "model": "tests.test_additivity:Net", "evaluation": {"metrics": metrics}}
+    loaded = load({**BASE, **changes})
+    with pytest.raises(ConfigurationError, match=r"^configuration evaluation\.metrics\.accuracy: write ") as caught:
+        check_components(loaded)
+    assert line in str(caught.value)
 
 
 def test_two_metrics_of_one_class_in_a_list_are_refused_with_the_cure() -> None:

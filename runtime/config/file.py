@@ -96,10 +96,9 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
     if problems:
         raise ConfigurationError(problems)
-    values, incomplete = with_tasks(values)
+    values = with_tasks(values)
     loaded = LoadedConfiguration(values, path, lines)
     problems = [
-        *(loaded.problem(key, what) for key, what in incomplete),
         *zero_problems(values, lambda key: _where(lines, tuple(key)), loaded.beside),
         *(loaded.problem(("output",), what) for what in _wrong_output(loaded)),
         *_wrong_changes(loaded),

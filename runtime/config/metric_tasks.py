@@ -27,23 +27,27 @@ _OUTPUTS = ("num_classes", "num_labels", "n_classes", "out_features")
 """Arguments of models that say how many outputs there are."""
 
 
-def with_tasks(values: RunConfiguration) -> tuple[RunConfiguration, list[tuple[tuple[str, ...], str]]]:
-    """Return the configuration with the tasks of its metrics filled in; and by key, what is wrong with those that have none."""
-    metrics = dict(values.evaluation.metrics)
-    problems: list[tuple[tuple[str, ...], str]] = []
-    for name, metric in metrics.items():
-        if class_name(metric.target) not in _BY_TASK or not _is_torchmetrics(metric.target):
-            continue
-        args = {**_known(values, metric.args.get("task")), **metric.args}
-        if "task" not in args or _size_key(args["task"]) not in (None, *args):
-            problems.append((("evaluation", "metrics", name), _asked(name, metric, args.get("task", "multiclass"))))
-        metrics[name] = metric.model_copy(update={"args": args})
-    evaluation = values.evaluation.model_copy(update={"metrics": metrics})
-    return values.model_copy(update={"evaluation": evaluation}), problems
+def with_tasks(values: RunConfiguration) -> RunConfiguration:
+    """Return the configuration with the tasks of its metrics filled in, where they are known."""
+    metrics = {
+        name: metric.model_copy(update={"args": {**_known(values, metric.args.get("task")), **metric.args}})
+        if _has_task(metric)
+        else metric
+        for name, metric in values.evaluation.metrics.items()
+    }
+    return values.model_copy(update={"evaluation": values.evaluation.model_copy(update={"metrics": metrics})})
 
 
-def _is_torchmetrics(target: str) -> bool:
-    return target == class_name(target) or target.startswith("torchmetrics")
+def incomplete(name: str, metric: ComponentSection) -> str | None:
+    """Return the line to write for a metric that has no task or number of classes; None for all others."""
+    if not _has_task(metric) or ("task" in metric.args and _size_key(metric.args["task"]) in (None, *metric.args)):
+        return None
+    return _asked(name, metric, metric.args.get("task", "multiclass"))
+
+
+def _has_task(metric: ComponentSection) -> bool:
+    name = class_name(metric.target)
+    return name in _BY_TASK and (metric.target == name or metric.target.startswith("torchmetrics"))
 
 
 def _size_key(task: Any) -> str | None:
