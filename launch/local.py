@@ -40,7 +40,7 @@ def command(
         num_threads: of each process.
         address: of the first machine.
         node_rank: which machine this is.
-        agent: script that runs the launcher, in a way of its own. Default: Python does.
+        agent: script that runs the launcher (``runtime/processes/agent.py``). Default: Python does.
     """
     several = job.processes > 1
     return [

@@ -23,6 +23,7 @@ from runtime.config.building import wrong as _wrong
 from runtime.config.component import ComponentError, described
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import Weights
+from runtime.config.metric_tasks import incomplete
 from runtime.config.types import ComponentSection
 from runtime.data import sources
 from runtime.data.batches import Sharing
@@ -124,11 +125,18 @@ def check_components(loaded: LoadedConfiguration) -> None:
         found = schedulers.check(target, args, code=loaded.code, filled_in=filled_in)
         mistakes.extend((("schedule",), mistake) for mistake in found)
     for name, metric in values.evaluation.metrics.items():
-        check(("evaluation", "metrics", name), metric, METRICS)
+        mistakes += [(("evaluation", "metrics", name), m) for m in _metric_mistakes(loaded, name, metric)]
     if values.reporting.wandb is not None and find_spec("wandb") is None:
         raise MissingDependencyError("wandb", "reporting.wandb", "wandb")
     if mistakes:
         raise ConfigurationError([loaded.problem(key + mistake.path, mistake.what) for key, mistake in mistakes])
+
+
+def _metric_mistakes(loaded: LoadedConfiguration, name: str, metric: ComponentSection) -> list[ComponentError]:
+    what = incomplete(name, metric)
+    if what is not None:
+        return [ComponentError(what, ())]
+    return component.check(metric.target, metric.args, namespaces=METRICS, code=loaded.code)
 
 
 def build_model(loaded: LoadedConfiguration) -> nn.Module:
@@ -145,7 +153,9 @@ def build_model(loaded: LoadedConfiguration) -> nn.Module:
 def refuse_sparse(loaded: LoadedConfiguration, model: nn.Module) -> None:
     """Refuse embeddings whose gradients are sparse, which are neither judged, clipped nor reduced over processes."""
     sparse = [
-        name for name, part in model.named_modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+        name or "the model itself"
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
     ]
     if sparse:
         what = f"{', '.join(sparse)}: gradients of embeddings with sparse=True are not reduced; build with sparse=False"
@@ -154,7 +164,7 @@ def refuse_sparse(loaded: LoadedConfiguration, model: nn.Module) -> None:
 
 def _refuse_lazy(loaded: LoadedConfiguration, model: nn.Module) -> None:
     lazy = [
-        f"{name} ({type(part).__name__})"
+        f"{name or 'the model itself'} ({type(part).__name__})"
         for name, part in model.named_modules()
         if any(is_lazy(value) for value in (*part._parameters.values(), *part._buffers.values()))
     ]

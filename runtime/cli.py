@@ -45,6 +45,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     except LockstepError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # Ctrl-C while this process imports or reads
+        print("lockstep: interrupted", file=sys.stderr)
+        return 75
     return code
 
 
@@ -238,7 +241,7 @@ def _train(options: argparse.Namespace) -> int:
     loaded = load(options.config, options.overrides)
 
     from runtime.assembly import check_components
-    from runtime.processes.launching import examine_locally, num_gpus, train_locally
+    from runtime.processes.launching import num_gpus, train_locally
     from runtime.strategies.zero_launch import check_start
 
     gpus = num_gpus()
@@ -254,14 +257,14 @@ def _train(options: argparse.Namespace) -> int:
     )
     check_components(loaded)
     check_start(loaded)
-    start = train_locally if options.act == "train" else examine_locally
-    return start(
+    return train_locally(
         loaded,
         options.config,
         [*options.overrides, *adopted],
         processes=processes,
         use_gpus=gpus >= processes,
         place=_place(options, processes),
+        act=options.act,
     )
 
 
@@ -271,10 +274,10 @@ def _with_settings(
     """Adopt settings from this shell's environment, which the launcher's own flags would hide from the processes."""
     from runtime.config.launcher import load_with_settings, overrides
 
-    loaded, wishes, notes = load_with_settings(read, os.environ, world_size=world_size)
+    loaded, settings, notes = load_with_settings(read, os.environ, world_size=world_size)
     for text in notes:
         print(f"lockstep: {text}", file=sys.stderr)
-    return loaded, overrides(wishes)
+    return loaded, overrides(settings)
 
 
 def _infer(options: argparse.Namespace) -> int:

@@ -54,10 +54,13 @@ def guarded(act: Callable[[], int]) -> int:
     try:
         return act()
     except OSError as error:
-        told = open_files_error(error)  # before a run has begun
-        if told is None:
+        in_words = open_files_error(error)  # before a run has begun
+        if in_words is None:
             raise
-        return _tell(told)
+        return _tell(in_words)
+    except KeyboardInterrupt:  # before a run has taken over the signals, or after
+        print("lockstep: interrupted", file=sys.stderr)
+        return 75
     finally:
         # Python ends the loader's workers that are left, and torch's handler would raise that they were killed.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

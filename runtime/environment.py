@@ -266,8 +266,8 @@ def check_world_size(requested: int, actual: int) -> None:
     )
     if actual == 1:
         message += (
-            "Each process would train alone. On a machine without GPUs `accelerate launch --multi_gpu` needs "
-            f"ACCELERATE_USE_CPU=true. {_HOW}"
+            "Each process would train alone. On a machine without GPUs set ACCELERATE_USE_CPU=true for the processes of "
+            f"accelerate launch --multi_gpu, torchrun, mpirun or deepspeed. {_HOW}"
         )
     else:
         message += f"Change strategy.world_size, or s{_HOW[1:]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
+from runtime.checks.settings import check_changed_settings
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
 from runtime.evaluation.evaluator import Evaluator
@@ -47,6 +48,7 @@ class Evaluations:
         stop_wished: Callable[[], bool],
         closing: ExitStack,
     ) -> None:
+        self._loaded = loaded
         self._every = loaded.values.evaluation.every
         self._milestones, self._state, self._progress = milestones, prepared.state, prepared.state.progress
         self._reporter, self._times, self._garbage, self._stop_wished = reporter, times, garbage, stop_wished
@@ -61,7 +63,13 @@ class Evaluations:
         self._step = -1
 
     def go_on_from(self, results: Mapping[str, Result], *, judged: bool) -> None:
-        """Take over what a checkpoint's step was found to give; empty where it was not evaluated."""
+        """Take over what a checkpoint's step was found to give; empty where it was not evaluated.
+
+        Raises:
+            ConfigurationError: what is judged was changed to what cannot be meant (``checks: on``).
+        """
+        if self._loaded.values.checks == "on":
+            check_changed_settings(self._loaded)
         self.results, self.judged = dict(results), judged
         self._step = self._progress.step if results else -1
 

@@ -30,7 +30,7 @@ from runtime.preparation import Prepared, prepare, tell_of_component
 from runtime.processes.control import Agreement, begin_sum_over_ranks
 from runtime.processes.garbage import GarbageCollection
 from runtime.processes.stopping import StopWish
-from runtime.processes.user_code import changes_of, told_changes
+from runtime.processes.user_code import changes_of, explained_by, warning_of
 from runtime.processes.watch import Position
 from runtime.reporting.assembly import build_meter, build_trackers, restore_meter
 from runtime.reporting.facts import start_facts
@@ -167,7 +167,8 @@ class Run:
         return model, training
 
     def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        self._state.restore(*stored)
+        with explained_by(self._changed_code):
+            self._state.restore(*stored)
         mark_coupled(self._state.module.objective, stored[1].get("coupled", []))
         self._state.follow(found.rollbacks)
         self._places = places_of(stored[1].get("stream", {}), self._strategy.rank)
@@ -183,7 +184,7 @@ class Run:
         self._epoch = -1  # of the step that is being made
         was_over = self._milestones.over and not progress.evaluation_due
         if self._changed_code:
-            self._warn(told_changes(self._changed_code, finished=was_over))
+            self._warn(warning_of(self._changed_code, finished=was_over))
         if was_over:
             self._reporter.message(self._milestones.how_to_go_on)
         elif self._values.divergence.rolls_back and progress.step == 0:

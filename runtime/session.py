@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime import environment, json_files
+from runtime.config.building import located
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
@@ -68,7 +69,7 @@ class Processes:
     """The processes that have come together, as one of them sees them.
 
     Attributes:
-        may_tell: whether rank 0 may leave word of another rank's failure; the run folder may be another job's by then.
+        may_tell: whether rank 0 may write another rank's failure to the run folder, which may be another job's by then.
     """
 
     strategy: Strategy
@@ -182,7 +183,7 @@ def _with_settings(
     *,
     trains: bool,
 ) -> tuple[LoadedConfiguration, list[str]]:
-    """Read a configuration and adopt the launcher's settings, alike on all ranks; return it and what to tell of that."""
+    """Read a configuration and adopt the launcher's settings, alike on all ranks; return it and a line about each."""
     environment.check_launch()
     world_size = environment.requested_world_size(None)
     loaded, _, notes = load_with_settings(
@@ -230,19 +231,22 @@ def _together(
     requested = environment.requested_world_size(world_size)
     stop_wish = StopWish(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
+        stack.enter_context(located(loaded))
         stack.enter_context(protected_output())
         stack.enter_context(hidden())
         stop_wish.install()  # before torch is imported, which takes seconds
         stack.callback(stop_wish.uninstall)
         stop_wish.watch_for("the end of the launcher", launcher_ended())
-        stop_wish.on_leave = lambda: _leave_word({**_stopped(stop_wish), "message": "left before the first step"})
+        stop_wish.on_leave = lambda: _write_launchers_outcome(
+            {**_stopped(stop_wish), "message": "left before the first step"}
+        )
         processes = _joined(loaded, requested, stop_wish, stack)
         strategy, watch = processes.strategy, processes.watch
 
         def tell(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
             if strategy.rank == 0 and in_folder:
                 _write_outcome(outcome_file, outcome)
-            _leave_word(outcome)
+            _write_launchers_outcome(outcome)
 
         def tell_of_others(reason: str) -> None:
             from runtime.processes.watch import raised
@@ -361,7 +365,7 @@ def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
 
 
 def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
-    """Return what became of one launch, or None if it left no word."""
+    """Return the outcome of one launch, None if it has written none."""
     try:
         outcome: dict[str, Any] = json_files.read(path)
     except (OSError, ValueError):
@@ -369,14 +373,14 @@ def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
     return outcome if isinstance(outcome, dict) and outcome.get("launch") == launch else None
 
 
-def _leave_word(outcome: dict[str, Any]) -> None:
-    """Leave word in the launcher's own file, as the first process of its machine."""
+def _write_launchers_outcome(outcome: dict[str, Any]) -> None:
+    """Write the outcome to the launcher's own file, as the first process of its machine."""
     if environment.local_rank() == 0:
         _write_outcome(environment.outcome_file(), outcome)
 
 
 def _write_outcome(path: Path | None, outcome: dict[str, Any]) -> None:
-    """Leave word for the launcher: exit codes do not survive ``accelerate launch``."""
+    """Write the outcome for the launcher: exit codes do not survive ``accelerate launch``."""
     if path is None or not path.parent.is_dir():
         return
     from runtime.checkpoints.serialization import replace_file

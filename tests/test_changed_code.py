@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from runtime.processes import user_code
 
 pytestmark = pytest.mark.single
 NET = """
@@ -41,7 +44,7 @@ def project(tmp_path: Path) -> Path:
     return code
 
 
-def train(project: Path, *overrides: str) -> str:
+def train(project: Path, *overrides: str, succeeds: bool = True) -> str:
     """Train in a new interpreter, which alone reads a module anew."""
     script = "import sys; from runtime.session import train; train(*sys.argv[1:])"
     told = subprocess.run(
@@ -50,7 +53,7 @@ def train(project: Path, *overrides: str) -> str:
         cwd=project,
         capture_output=True,
         text=True,
-        check=True,
+        check=succeeds,
     )
     return told.stdout + told.stderr
 
@@ -69,3 +72,21 @@ def test_a_changed_module_of_a_sub_package_is_named(project: Path) -> None:
     continued = train(project, "limit.epochs=2")
     assert "the code has changed since the checkpoint: layers/inner/block.py has changed. From here on" in continued
     assert "warning" not in train(project, "limit.epochs=3")
+    block.write_text(
+        block.read_text().replace("return torch.nn.Linear(8, 6)", "return torch.nn.Sequential(torch.nn.Linear(8, 6))")
+    )
+    misfit = train(project, "limit.epochs=4", succeeds=False)
+    assert "The code has changed since the checkpoint: layers/inner/block.py has changed\n" in misfit
+
+
+@pytest.mark.parametrize("name", ["fast.so", "fast.pyc", "fast.cpython-311-x86_64-linux-gnu.so"])
+def test_a_changed_extension_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(user_code, "_SUFFIXES", (*user_code._SUFFIXES, ".cpython-311-x86_64-linux-gnu.so"))
+    module = ModuleType("fast")
+    module.__file__ = str(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "fast", module)
+    (tmp_path / name).write_bytes(b"one")
+    before = user_code.loaded_code(tmp_path, {})
+    monkeypatch.setattr(user_code, "_first_seen", {})  # another start
+    (tmp_path / name).write_bytes(b"two")
+    assert user_code.changes_of(before, tmp_path, {}) == [f"{name} has changed"]

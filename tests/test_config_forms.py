@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from runtime import cli, entry
+from runtime.assembly import check_components
 from runtime.config.file import load, load_run
 from runtime.errors import ConfigurationError
 from runtime.session import train
@@ -153,9 +154,57 @@ def test_an_optimizer_may_be_its_name_alone_and_its_default_rate_is_told(
     ],
 )
 def test_metrics_may_be_a_list_and_are_named_by_their_classes(target: str, name: str) -> None:
-    for entry_of_list in (target, {"target": target, "args": {"task": "binary"}}):
+    for entry_of_list in (target, {"target": target, "args": {}}):
         metrics = load({**BASE, "evaluation": {"metrics": [entry_of_list]}}).values.evaluation.metrics
         assert {key: metric.target for key, metric in metrics.items()} == {name: target}
+
+
+MULTICLASS = {"task": "multiclass", "num_classes": 4}
+LINEAR = "torch.nn.Linear"
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "metric", "args"),
+    [
+        ("CrossEntropyLoss", {"num_classes": 4}, "Accuracy", MULTICLASS),
+        ("CrossEntropyLoss", {"in_features": 6, "out_features": 4}, "torchmetrics.AUROC", MULTICLASS),
+        ("torch.nn:NLLLoss", {"num_labels": 4}, "torchmetrics.classification:F1Score", MULTICLASS),
+        ("CrossEntropyLoss", {"num_classes": 3}, {"target": "Accuracy", "args": {"num_classes": 4}}, MULTICLASS),
+        ("CrossEntropyLoss", {"num_classes": 4}, {"target": "Recall", "args": {"top_k": 2}}, {**MULTICLASS, "top_k": 2}),
+        ("MSELoss", {"num_classes": 4}, {"target": "Accuracy", "args": {"task": "multiclass"}}, MULTICLASS),
+        ("CrossEntropyLoss", {"num_classes": 2}, {"target": "Accuracy", "args": {"task": "binary"}}, {"task": "binary"}),
+        ("BCEWithLogitsLoss", {"out_features": 1}, "Accuracy", {"task": "binary"}),
+        ("BCEWithLogitsLoss", {"out_features": 3}, "Accuracy", {"task": "multilabel", "num_labels": 3}),
+        ("MSELoss", {}, "MeanSquaredError", {}),
+        ("MSELoss", {"num_classes": 4}, "mine:Accuracy", {}),
+    ],
+)  # fmt: skip
+def test_a_metric_takes_its_task_and_number_of_classes_from_objective_and_model(
+    objective: str, model: dict[str, Any], metric: Any, args: dict[str, Any]
+) -> None:
+    changes = {"objective": objective, "model": {"target": LINEAR, "args": model}, "evaluation": {"metrics": [metric]}}
+    (found,) = load({**BASE, **changes}).values.evaluation.metrics.values()
+    assert found.args == args
+
+
+@pytest.mark.parametrize(
+    ("objective", "args", "line"),
+    [
+        ("MSELoss", {}, "accuracy: {target: Accuracy, args: {task: multiclass, num_classes: N}}"),
+        ("CrossEntropyLoss", {"top_k": 2}, "args: {task: multiclass, num_classes: N, top_k: 2}}"),
+        ("CrossEntropyLoss", {"task": "multilabel"}, "args: {task: multilabel, num_labels: N}}"),
+        ("BCEWithLogitsLoss", {}, "or {task: binary} for a model of one output"),
+    ],
+)
+def test_a_metric_whose_task_nothing_tells_is_one_message_with_the_line_to_write(
+    objective: str, args: dict[str, Any], line: str
+) -> None:
+    metrics = {"accuracy": {"target": "Accuracy", "args": args}}
+    changes = {"objective": objective, "model": "tests.test_additivity:Net", "evaluation": {"metrics": metrics}}
+    loaded = load({**BASE, **changes})
+    with pytest.raises(ConfigurationError, match=r"^configuration evaluation\.metrics\.accuracy: write ") as caught:
+        check_components(loaded)
+    assert line in str(caught.value)
 
 
 def test_two_metrics_of_one_class_in_a_list_are_refused_with_the_cure() -> None:

@@ -31,6 +31,7 @@ LAYERS = [
         "config.zero_json",
         "config.zero_rules",
         "config.output_name",
+        "config.metric_tasks",
         "config.plain",
         "config.file",
         "config.launcher_table",

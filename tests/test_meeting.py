@@ -12,7 +12,7 @@ import pytest
 from runtime.cli import main
 from runtime.environment import slurm_step
 from runtime.errors import MeetingError
-from runtime.processes.interface import interface_to
+from runtime.processes.interface import _addresses, interface_to
 from runtime.processes.meeting import Place, meet
 from runtime.processes.slurm_step import place_in_step
 from tests.chaos.processes import free_port
@@ -24,7 +24,7 @@ def met(*places: Place, patience_seconds: float = 20.0) -> list[str]:
 
     def one(place: Place) -> str:
         try:
-            return meet(place, patience_seconds=patience_seconds)
+            return meet(place, patience_seconds=patience_seconds)[1]
         except MeetingError as error:
             return f"error: {error}"
 
@@ -103,7 +103,7 @@ def test_who_else_knocks_is_no_machine_of_ours() -> None:
             with connected(port) as knocking:
                 knocking.sendall(text)
         second = threads.submit(meet, Place(2, 1, "127.0.0.1", port, 1), patience_seconds=20.0)
-        assert first.result() == second.result()
+        assert first.result()[1] == second.result()[1]
 
 
 def connected(port: int) -> socket.socket:
@@ -225,6 +225,24 @@ def test_a_meeting_that_fails_is_one_message(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().err
     assert said.startswith("lockstep: the main host 127.0.0.1:")
     assert said.count("\n") == 1
+
+
+def test_a_main_host_whose_own_name_means_loopback_is_met_at_the_address_that_others_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port, (outward, *_) = free_port(), [a for a in _addresses().values() if not a.startswith("127.")] or [None]
+    if outward is None:
+        pytest.skip("this machine has no address but loopback")
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *more, **options: real("127.0.1.1" if host == "main" else host, *more, **options),
+    )
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(meet, Place(2, 0, "main", port, 1), patience_seconds=20.0)
+        second = threads.submit(meet, Place(2, 1, outward, port, 1), patience_seconds=20.0)
+        assert first.result() == (Place(2, 0, outward, port, 1), second.result()[1])
 
 
 def test_loopback_is_left_to_gloo() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from runtime.processes.orphans import _is_launcher, launcher_ended
 from tests.chaos.processes import processes
 from tests.observed import configuration
 from tests.test_launch import ACCELERATE, clean_environment
@@ -138,19 +139,43 @@ def test_a_terminal_that_closes_is_a_wish_to_stop_unless_nohup_says_otherwise(tm
     assert outcome(tmp_path)["reason"] == ("SIGTERM" if nohup else "SIGHUP")
 
 
-def test_a_shell_that_ends_is_no_launcher(tmp_path: Path) -> None:
-    with launched(tmp_path, [sys.executable, TRAIN, "CONFIG"]):
-        pass  # started by a Python that is called pytest; a launcher would be known by its name
-    from runtime.processes.orphans import launcher_ended
+@pytest.mark.parametrize(
+    ("line", "is_launcher"),
+    [
+        ("/v/bin/python /v/bin/accelerate launch --cpu run.py", True),
+        ("python /w/runtime/processes/agent.py -m accelerate.commands.launch run.py", True),
+        ("python -u -X dev -m torch.distributed.run run.py", True),
+        ("python3.12 /v/lib/torch/distributed/launch.py run.py", True),
+        ("python -W error /v/bin/torchrun run.py", True),
+        ("python -u -m deepspeed.launcher.launch --world_info=x run.py", True),
+        ("/usr/bin/mpirun -n 2 python run.py", True),
+        ("/usr/bin/hydra_pmi_proxy --control-port h:1", True),
+        ("bash /home/me/accelerate/run.sh torchrun", False),
+        ("bash /home/me/torchrun.sh", False),
+        ("python -m pytest tests/accelerate/torch/distributed", False),
+        ("python /home/torch.distributed/run_all.py torchrun", False),
+        ("make -C accelerate", False),
+        ("tmux new -s deepspeed", False),
+        ("", False),
+    ],
+)
+def test_a_launcher_is_known_by_its_command_line(line: str, is_launcher: bool) -> None:
+    assert _is_launcher(line.split(" ")) == is_launcher
 
-    script = (
-        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from runtime.processes.orphans import _launching_parent\nprint(_launching_parent())"
-    )
+
+def test_a_launcher_of_a_launcher_is_watched_too(tmp_path: Path) -> None:
+    """As with ``deepspeed``, whose second process starts the ranks, and lives on when the first is killed."""
+    rank = f"{sys.executable} -c 'from runtime.processes.orphans import _launching_ancestors as a; print(*a())'"
+    for name, line in (("torchrun", f"{sys.executable} {tmp_path}/deepspeed"), ("deepspeed", rank)):
+        (tmp_path / name).write_text(f"import os\nprint(os.getpid(), flush=True)\nos.system({'exec ' + line!r})\n")
     done = subprocess.run(
-        ["sh", "-c", f'{sys.executable} -c "$0" {ROOT}; true', script], capture_output=True, text=True, check=True
+        [sys.executable, str(tmp_path / "torchrun")], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert done.stdout == "None\n"
+    first, second, ancestors = done.stdout.splitlines()
+    assert ancestors.split() == [second, first]
+
+
+def test_this_process_has_no_launcher_that_has_ended() -> None:
     assert not launcher_ended()()
 
 

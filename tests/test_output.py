@@ -17,6 +17,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from runtime import cli
+from runtime.config import file as config_file
 from runtime.processes.output import UnfailingStream, protected_output
 from tests.observed import configuration
 from tests.test_launch import clean_environment
@@ -133,3 +135,19 @@ def test_what_a_terminal_cannot_show_is_replaced() -> None:
     UnfailingStream(shown).write("epoch 1 ━ …\n")
     shown.flush()
     assert shown.buffer.getvalue() == b"epoch 1 ? ?\n"  # type: ignore[attr-defined]
+
+
+def test_ctrl_c_before_a_run_has_begun_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config_file, "load", interrupted)
+    assert cli.main(["show", str(tmp_path / "x.yaml")]) == 75
+    assert capsys.readouterr().err == "lockstep: interrupted\n"
+    script = (
+        "import sys\nfrom runtime.entry import guarded\ndef act():\n    raise KeyboardInterrupt\nsys.exit(guarded(act))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (75, "lockstep: interrupted\n")

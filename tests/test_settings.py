@@ -13,7 +13,14 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from runtime import cli
+from runtime.assembly import build_model, build_training_data
+from runtime.checks.settings import check_settings
+from runtime.config.file import load
 from runtime.errors import ConfigurationError
+from runtime.losses.assembly import build_objective
+from runtime.objective import TrainingModule
+from runtime.optimization.assembly import build_freezing, build_optimizer, build_schedule, schedule_length
+from runtime.optimization.rehearsal import StandIn
 from runtime.session import train
 
 HERE = "tests.test_settings"
@@ -46,6 +53,10 @@ class Raising(LRScheduler):
 class RaisingOptimizer(SGD):
     def step(self, closure: Any = None) -> Any:
         raise KeyError("mine")
+
+
+def half() -> torch.nn.Module:
+    return torch.nn.Linear(6, 4).half()
 
 
 def late(step: int) -> float:
@@ -109,6 +120,12 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"optimizer": section("AdamW", lr=0.1, weight_decay=10.0)}, "optimizer.args.weight_decay", ["times the rate 0.1"]),
     ({"optimizer": section("SGD", lr=0.1) | {"groups": [{"match": ["*"]}, {"match": ["bias"], "args": {"lr": 0.2}}]}},
      "optimizer.groups.1.match", ["optimizer.groups.0 already"]),
+    ({"optimizer": section("SGD", lr=0.1) | {"groups": [{"match": ["bias"], "args": {"lr": -0.1}}]}},
+     "optimizer.groups.0.args.lr", ["must not be negative"]),
+    ({"optimizer": section("SGD", lr=True)}, "optimizer.args.lr", ["takes float", "not true"]),
+    ({"schedule": section("ReduceLROnPlateau", factor=0) | {"monitor": "loss"}}, "schedule.args.factor", ["would be 0"]),
+    ({"model": {"target": f"{HERE}:half"}, "precision": "fp16"}, "precision", ["float16 weights (weight)"]),
+    ({"model": {"target": "torch.nn.LazyLinear", "args": {"out_features": 4}}}, "model", ["the model itself (LazyLinear)"]),
     # min and max
     ({"evaluation": {"metrics": {"accuracy": ACCURACY}}, "checkpoint": {"best": [{"metric": "accuracy", "mode": "min"}]}},
      "checkpoint.best.0.mode", ["higher is better of 'accuracy'", "write mode: max"]),
@@ -144,6 +161,10 @@ TOLD: list[tuple[dict[str, Any], list[str]]] = [
     ({"schedule": {"warmup_steps": 41}}, ["schedule.warmup_steps", "never reaches"]),
     ({"schedule": section("PolynomialLR")}, ["schedule", "rate 0 after step"]),
     ({"schedule": section("CosineAnnealingLR", T_max=15)}, ["rises again"]),
+    ({"schedule": section("MultiStepLR", milestones=[41])}, ["never changes the rate", "40 steps"]),
+    ({"schedule": section("MultiStepLR", milestones="5")}, ["never changes the rate"]),
+    ({"schedule": section("StepLR", step_size=14) | {"interval": "epoch"}}, ["never changes the rate", "interval"]),
+    ({"schedule": section("ExponentialLR", gamma=2.0)}, ["makes the rate grow from 0.1 to 5.5e+10"]),
     ({"optimizer": section("SGD", lr=0.0)}, ["nothing is trained"]),
     ({"optimizer": section("Adam", eps=0)}, ["optimizer.args.eps", "NaN"]),
     ({"optimizer": section("SGD", lr=1e-3, maximize=True)}, ["optimizer.args.maximize"]),
@@ -162,15 +183,35 @@ TOLD: list[tuple[dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
+def found(changes: dict[str, Any]) -> list[str]:
+    """Return what the check says of a configuration, whose parts are built and not run."""
+    loaded = load(configuration(Path("unused"), **changes))
+    data = build_training_data(loaded)
+    module = TrainingModule(build_model(loaded), build_objective(loaded))
+    build_freezing(loaded, module).unfreeze_all()
+    optimizer = StandIn(build_optimizer(loaded, module))
+    schedule = build_schedule(loaded, optimizer, schedule_length(loaded, data))
+    return list(check_settings(loaded, module, optimizer, schedule, data, processes=1))
+
+
 @pytest.mark.parametrize(("changes", "words"), TOLD, ids=lambda value: value[0] if isinstance(value, list) else "")
-def test_what_might_not_be_meant_is_one_line_and_checks_off_is_silent(
-    tmp_path: Path, changes: dict[str, Any], words: list[str]
-) -> None:
+def test_what_might_not_be_meant_is_one_line(changes: dict[str, Any], words: list[str]) -> None:
+    (line,) = found(changes)
+    assert all(word in line for word in words)
+
+
+def test_a_run_warns_at_its_first_start_and_not_with_checks_off(tmp_path: Path) -> None:
+    changes = {"optimizer": section("SGD", lr=0.0), "limit": {"steps": 2}}
     train(configuration(tmp_path, **changes))
     (line,) = warned(tmp_path)
-    assert all(word in line for word in words)
+    assert "nothing is trained" in line
+    train(configuration(tmp_path, **{**changes, "limit": {"steps": 3}}))
+    assert warned(tmp_path) == [line]
     train(configuration(tmp_path / "off", checks="off", **changes))
     assert warned(tmp_path / "off") == []
+    changes["checkpoint"] = {"best": [{"metric": "loss", "mode": "max"}]}  # a key that may change
+    with pytest.raises(ConfigurationError, match="write mode: min"):
+        train(configuration(tmp_path, **{**changes, "limit": {"steps": 4}}))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +223,15 @@ def test_what_might_not_be_meant_is_one_line_and_checks_off_is_silent(
         {"reporting": {"every": "41 steps"}},
         {"schedule": section("CosineAnnealingLR") | {"warmup_steps": 4}, "averaging": {}},
         {"schedule": section("CosineAnnealingLR") | {"warmup_steps": 30}},
+        {"schedule": {"warmup_steps": 10}},
         {"schedule": section("OneCycleLR", max_lr=0.1)},
+        {"schedule": section("OneCycleLR", max_lr=10.0, div_factor=1000.0)},
         {"schedule": section("WarmupStableDecay")},
         {"schedule": section("CosineAnnealingWarmRestarts", T_0=10)},
         {"schedule": section("StepLR", step_size=3) | {"interval": "epoch"}},
+        {"schedule": section("StepLR", step_size=3), "limit": {"steps": 1}, "evaluation": {}},
         {"schedule": section("ReduceLROnPlateau", patience=1) | {"monitor": "loss"}},
+        {"schedule": section("LinearLR", start_factor=0.01, total_iters=39)},
         {"averaging": {"kind": "swa", "start": "10 epochs", "learning_rate": 0.05, "anneal": {"epochs": 2}}},
         {
             "optimizer": section("SGD", lr=0.1, momentum=0.9)
@@ -199,9 +244,8 @@ def test_what_might_not_be_meant_is_one_line_and_checks_off_is_silent(
     ],
     ids=lambda changes: next(iter(changes), "plain"),
 )
-def test_ordinary_settings_are_not_warned_of(tmp_path: Path, changes: dict[str, Any]) -> None:
-    train(configuration(tmp_path, **changes))
-    assert warned(tmp_path) == []
+def test_ordinary_settings_are_not_warned_of(changes: dict[str, Any]) -> None:
+    assert found(changes) == []
 
 
 def test_many_workers_on_few_cores_are_told_by_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -27,6 +27,7 @@ from runtime.optimization.patterns import matches
 from runtime.optimization.schedule import Schedule
 
 _MOST_STEPS = 20_000  # of a schedule that are looked at: 0.2 s
+_MOST_GROWTH = 100  # times the optimizer's own rate
 _HIGHER_IS_BETTER = (
     "accuracy",
     "auroc",
@@ -91,10 +92,22 @@ def check_settings(
         *_never(loaded, length),
         *_loader(loaded, processes),
     ]
-    refused = [loaded.problem(finding.key, finding.what) for finding in found if finding.refused]
-    if refused:
-        raise ConfigurationError(refused)
+    _refuse(loaded, found)
     yield from (f"{'.'.join(finding.key)}: {finding.what}" for finding in found)
+
+
+def check_changed_settings(loaded: LoadedConfiguration) -> None:
+    """Refuse what may have been changed when a run is resumed, and cannot be meant: what 'min' and 'max' say.
+
+    Raises:
+        ConfigurationError: all together; alike on every rank.
+    """
+    _refuse(loaded, _directions(loaded))
+
+
+def _refuse(loaded: LoadedConfiguration, found: Iterable[Finding]) -> None:
+    if refused := [loaded.problem(finding.key, finding.what) for finding in found if finding.refused]:
+        raise ConfigurationError(refused)
 
 
 def _length(loaded: LoadedConfiguration, data: TrainingData) -> Length:
@@ -111,7 +124,11 @@ def _rates(
 ) -> Iterator[Finding]:
     """Drive the schedule through the run, on a stand-in for the optimizer."""
     section = loaded.values.schedule
-    key, name = (("optimizer", "args"), "") if section is None else (("schedule",), section.target or "the warm-up")
+    key, name = (
+        (("optimizer", "args"), "the optimizer")
+        if section is None
+        else (("schedule",), section.target or "the warm-up")
+    )
     if length.steps is None:
         return
     try:
@@ -125,7 +142,7 @@ def _rates(
         raise
     except Exception as error:
         if section is not None and section.target is not None and not schedulers.is_known(section.target, loaded.code):
-            return  # a class of the user's own may need the optimizer itself; what it raises is told when it does
+            return  # a class of the user's own may need the optimizer itself, and raises when it is stepped
         yield Finding(key, f"{name} raised {described(error)}", refused=True)
         return
     for rates in curve.rates:
@@ -138,9 +155,16 @@ def _rates(
             )
             return
     highest = [max(column) for column in zip(*curve.rates, strict=True)]
+    constant = all(min(rates) == max(rates) for rates in curve.rates)
     if not any(highest):
         yield Finding(key, "all learning rates are 0 through the whole run, so nothing is trained")
+    elif section is not None and section.target is not None and constant and 1 < length.steps == steps:
+        if not section.watches:
+            yield Finding(key, f"{name} never changes the rate: the run has {steps:,} steps; see schedule.interval")
     elif section is not None:
+        full = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        if highest[-1] > _MOST_GROWTH * full:
+            yield Finding(key, f"{name} makes the rate grow from {full:.3g} to {highest[-1]:.3g} at the run's end")
         yield from _shape(key, name, highest, steps, warmup=section.warmup_steps)
 
 
@@ -164,13 +188,14 @@ def _optimizer(loaded: LoadedConfiguration) -> Iterator[Finding]:
     for number, group in enumerate(section.groups):
         args = group.args if group.target else {**section.args, **group.args}
         parts.append((("optimizer", "groups", str(number)), group.target or section.target, args))
-    told: set[str] = set()
+    named: set[str] = set()
     for key, target, args in parts:
         made = component.locate(target, namespaces=NAMESPACES, code=loaded.code)
         if not getattr(made, "__module__", "").startswith("torch.optim"):
             continue  # a class of the user's own may mean anything by such names
         rate, decay = (default_of(made, args, name) for name in ("lr", "weight_decay"))
         for name, wrong, what, refused in (
+            ("lr", _number(args.get("lr")) < 0, "is {}: it must not be negative", True),
             ("momentum", _number(args.get("momentum")) >= 1, "is {}: from 1 on the update grows without end", True),
             ("momentum", _number(args.get("momentum")) < 0, "is {}: it must not be negative", True),
             ("weight_decay", _number(args.get("weight_decay")) < 0, "is {}: weights would grow", True),
@@ -179,8 +204,8 @@ def _optimizer(loaded: LoadedConfiguration) -> Iterator[Finding]:
             ("weight_decay", class_name(target) == "AdamW" and _number(rate) * _number(decay) >= 1,
              "is {}, times the rate " + f"{rate}: each update takes all of a weight away, or more", True),
         ):  # fmt: skip
-            if wrong and name not in told:
-                told.add(name)
+            if wrong and name not in named:
+                named.add(name)
                 yield Finding((*key, "args", name), what.format(args.get(name, decay)), refused)
 
 
@@ -250,6 +275,9 @@ def _never(loaded: LoadedConfiguration, length: Length) -> Iterator[Finding]:
         what = f"{stopping.patience} evaluations, and the run has {evaluations}: it can never stop early"
         yield Finding(("limit", "early_stopping", "patience"), what)
     schedule = values.schedule
+    if schedule is not None and schedule.watches and _number(schedule.args.get("factor")) <= 0:
+        what = f"is {schedule.args['factor']}: the rate would be 0 once {schedule.monitor} no longer improves"
+        yield Finding(("schedule", "args", "factor"), what, refused=True)
     if schedule is not None and schedule.watches and evaluations is not None:
         patience = schedule.args.get("patience", 10)
         if isinstance(patience, int) and evaluations <= patience:

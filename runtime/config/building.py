@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from runtime.config import component
@@ -56,3 +57,18 @@ def wrong(loaded: LoadedConfiguration, key: tuple[str, ...], what: str) -> Confi
     """Make an error of a key that is wrong, with the line it was written in."""
     problem: Problem = loaded.problem(key, what)
     return ConfigurationError([problem])
+
+
+@contextmanager
+def located(loaded: LoadedConfiguration) -> Iterator[None]:
+    """Add file and line to mistakes that are found by parts which know the key alone, such as strategies."""
+    try:
+        yield
+    except ConfigurationError as error:
+        problems = [
+            loaded.problem(problem.key.split("."), problem.what) if problem.where == "configuration" else problem
+            for problem in error.problems
+        ]
+        if problems == error.problems:
+            raise
+        raise ConfigurationError(problems) from error

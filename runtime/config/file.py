@@ -13,6 +13,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from runtime.config.metric_tasks import with_tasks
 from runtime.config.output_name import TemplateError, escaped, filled
 from runtime.config.plain import ContainsItselfError, plain, put
 from runtime.config.sections import RunConfiguration
@@ -95,6 +96,7 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
     if problems:
         raise ConfigurationError(problems)
+    values = with_tasks(values)
     loaded = LoadedConfiguration(values, path, lines)
     problems = [
         *zero_problems(values, lambda key: _where(lines, tuple(key)), loaded.beside),

@@ -25,8 +25,12 @@ _TRAINING_ONLY = ("optimizer.max_grad_norm", ACCUMULATION)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A value that somebody gave outside the YAML, and where: as a sentence's subject."""
+class Given:
+    """A value of a key that was given outside the YAML.
+
+    Args:
+        where: it was given, as the subject of a sentence.
+    """
 
     key: str
     value: Any
@@ -38,8 +42,8 @@ _NAMES = {setting.variable for setting in SETTINGS} | {name for name, *_ in (*RE
 
 def load_with_settings(
     read: Callable[[list[str]], LoadedConfiguration], variables: Variables, *, world_size: int, trains: bool = True
-) -> tuple[LoadedConfiguration, list[Wish], list[str]]:
-    """Return the configuration with the settings of the environment in it, those that were adopted, and lines that tell of it.
+) -> tuple[LoadedConfiguration, list[Given], list[str]]:
+    """Return the configuration with the settings of the environment in it, those that were adopted, and a line about each.
 
     Args:
         read: reads the configuration with more overrides.
@@ -50,13 +54,13 @@ def load_with_settings(
         ConfigurationError: of the configuration, and of settings that cannot be adopted.
     """
     loaded = read([])
-    wishes = adopt(loaded, variables, world_size=world_size, trains=trains)
-    if wishes:
-        loaded = read(overrides(wishes))
-    return loaded, wishes, [*map(_in_words, wishes), *_without_effect(variables)]
+    adopted = adopt(loaded, variables, world_size=world_size, trains=trains)
+    if adopted:
+        loaded = read(overrides(adopted))
+    return loaded, adopted, [*map(_in_words, adopted), *_without_effect(variables)]
 
 
-def adopt(loaded: LoadedConfiguration, variables: Variables, *, world_size: int, trains: bool = True) -> list[Wish]:
+def adopt(loaded: LoadedConfiguration, variables: Variables, *, world_size: int, trains: bool = True) -> list[Given]:
     """Return the settings on which the YAML is silent, to be added to it.
 
     Args:
@@ -67,24 +71,24 @@ def adopt(loaded: LoadedConfiguration, variables: Variables, *, world_size: int,
     Raises:
         ConfigurationError: settings that differ from the YAML, or that no key stands for; all at once.
     """
-    found, problems = _wishes(loaded, variables)
-    adopted: dict[str, Wish] = {}
-    for wish in found:
-        if wish.key in _TRAINING_ONLY and not trains:
+    found, problems = _given(loaded, variables)
+    adopted: dict[str, Given] = {}
+    for given in found:
+        if given.key in _TRAINING_ONLY and not trains:
             continue
-        silent = not _written(loaded.values, wish.key)
-        if wish.key == ACCUMULATION:
+        silent = not _written(loaded.values, given.key)
+        if given.key == ACCUMULATION:
             silent = loaded.values.batch.slots is None and loaded.values.batch.micro_size is None
-            problem, wish = _accumulation(loaded, wish, world_size)
+            problem, given = _accumulation(loaded, given, world_size)
         else:
-            problem = _difference(loaded, wish)
-        before = adopted.get(wish.key)
-        if problem is None and before is not None and before.value != wish.value:
-            problem = Problem(wish.where, "", f"says {wish.value!r}, and {before.where} says {before.value!r}")
+            problem = _difference(loaded, given)
+        before = adopted.get(given.key)
+        if problem is None and before is not None and before.value != given.value:
+            problem = Problem(given.where, "", f"says {given.value!r}, and {before.where} says {before.value!r}")
         if problem is not None:
             problems.append(problem)
         elif silent:
-            adopted[wish.key] = wish
+            adopted[given.key] = given
     if problems:
         raise ConfigurationError(problems)
     return list(adopted.values())
@@ -110,18 +114,18 @@ def hidden() -> Iterator[None]:
         os.environ.update(before)
 
 
-def overrides(wishes: list[Wish]) -> list[str]:
-    """Return what to add to the command line for the YAML to say what the launcher was told."""
-    return [f"{wish.key}={json.dumps(wish.value)}" for wish in wishes]
+def overrides(adopted: list[Given]) -> list[str]:
+    """Return adopted settings as overrides, for processes that the launcher's own flags would hide them from."""
+    return [f"{given.key}={json.dumps(given.value)}" for given in adopted]
 
 
-def _in_words(wish: Wish) -> str:
+def _in_words(given: Given) -> str:
     """Return the line that tells a user of it."""
-    return f"{wish.key}: {wish.value} is adopted from {wish.where}; the YAML does not say"
+    return f"{given.key}: {given.value} is adopted from {given.where}; the YAML does not say"
 
 
-def _wishes(loaded: LoadedConfiguration, variables: Variables) -> tuple[list[Wish], list[Problem]]:
-    wishes, problems = [], []
+def _given(loaded: LoadedConfiguration, variables: Variables) -> tuple[list[Given], list[Problem]]:
+    found, problems = [], []
     for variable, option, counts, cure in REFUSED:
         if variables.get(variable, "").lower() not in _OFF and counts(variables):
             problems.append(Problem("environment", variable, f"is set (accelerate launch {option}): {cure}"))
@@ -136,13 +140,13 @@ def _wishes(loaded: LoadedConfiguration, variables: Variables) -> tuple[list[Wis
             problems.append(Problem("environment", setting.variable, what))
             continue
         if value is not None:
-            wishes.append(Wish(setting.key, value, f"{setting.variable} (accelerate launch {setting.option})"))
+            found.append(Given(setting.key, value, f"{setting.variable} (accelerate launch {setting.option})"))
             if setting.key == "strategy.zero.file":
-                wishes += _wishes_in_file(Path(value))
-    return wishes, problems
+                found += _given_in_file(Path(value))
+    return found, problems
 
 
-def _wishes_in_file(path: Path) -> Iterator[Wish]:
+def _given_in_file(path: Path) -> Iterator[Given]:
     """Yield what a JSON file of DeepSpeed's says that keys of the YAML stand for; a file that is wrong is told later."""
     try:
         content = json.loads(path.read_text())
@@ -157,57 +161,57 @@ def _wishes_in_file(path: Path) -> Iterator[Wish]:
     zero = content.get("zero_optimization")
     for precision in ("bf16", "fp16"):
         if inner(precision, "enabled") is True:
-            yield Wish("precision", precision, f"{path} {precision}.enabled")
+            yield Given("precision", precision, f"{path} {precision}.enabled")
     if isinstance(stage := inner("zero_optimization", "stage"), int):
-        yield Wish("strategy.zero.stage", stage, f"{path} zero_optimization.stage")
+        yield Given("strategy.zero.stage", stage, f"{path} zero_optimization.stage")
     for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         offload = zero.get(name) if isinstance(zero, dict) else None
         if isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme"):
             parts = {"device": offload["device"], "path": offload.get("nvme_path")}
             parts |= {"pin_memory": offload["pin_memory"]} if isinstance(offload.get("pin_memory"), bool) else {}
             value = {name: part for name, part in parts.items() if part is not None}
-            yield Wish(f"strategy.zero.{key}", value, f"{path} zero_optimization.{name}")
+            yield Given(f"strategy.zero.{key}", value, f"{path} zero_optimization.{name}")
     clipping = content.get("gradient_clipping")
     if isinstance(clipping, int | float) and clipping > 0:
-        yield Wish("optimizer.max_grad_norm", float(clipping), f"{path} gradient_clipping")
+        yield Given("optimizer.max_grad_norm", float(clipping), f"{path} gradient_clipping")
     steps = content.get("gradient_accumulation_steps")
     if isinstance(steps, int) and steps > 1:
-        yield Wish(ACCUMULATION, steps, f"{path} gradient_accumulation_steps")
+        yield Given(ACCUMULATION, steps, f"{path} gradient_accumulation_steps")
 
 
-def _difference(loaded: LoadedConfiguration, wish: Wish) -> Problem | None:
+def _difference(loaded: LoadedConfiguration, given: Given) -> Problem | None:
     """Return what is wrong where the YAML says something else."""
-    written = wish.key.split(".")
-    if wish.key == "optimizer.max_grad_norm" and loaded.values.optimizer.max_grad_value is not None:
+    written = given.key.split(".")
+    if given.key == "optimizer.max_grad_norm" and loaded.values.optimizer.max_grad_value is not None:
         written = ["optimizer", "max_grad_value"]
         same = False
-    elif not _written(loaded.values, wish.key):
+    elif not _written(loaded.values, given.key):
         return None
     else:
-        same = _same(loaded, wish)
+        same = _same(loaded, given)
     if same:
         return None
-    said, value = _value(loaded.values, ".".join(written)), wish.value
+    said, value = _value(loaded.values, ".".join(written)), given.value
     said = said.model_dump() if isinstance(said, BaseModel) else said
-    what = f"is {said!r}, and {wish.where} says {value!r}: let both say the same, or leave one of them out"
+    what = f"is {said!r}, and {given.where} says {value!r}: let both say the same, or leave one of them out"
     return loaded.problem(written, what)
 
 
-def _same(loaded: LoadedConfiguration, wish: Wish) -> bool:
-    said = _value(loaded.values, wish.key)
-    if wish.key == "strategy.zero.file":
-        return said is not None and loaded.beside(said).resolve() == Path(wish.value).resolve()
-    if wish.key.startswith("strategy.zero.offload_"):
-        device = wish.value["device"] if isinstance(wish.value, dict) else wish.value
+def _same(loaded: LoadedConfiguration, given: Given) -> bool:
+    said = _value(loaded.values, given.key)
+    if given.key == "strategy.zero.file":
+        return said is not None and loaded.beside(said).resolve() == Path(given.value).resolve()
+    if given.key.startswith("strategy.zero.offload_"):
+        device = given.value["device"] if isinstance(given.value, dict) else given.value
         return said is not None and said.device == device
-    return bool(said == wish.value)
+    return bool(said == given.value)
 
 
-def _accumulation(loaded: LoadedConfiguration, wish: Wish, world_size: int) -> tuple[Problem | None, Wish]:
+def _accumulation(loaded: LoadedConfiguration, given: Given, world_size: int) -> tuple[Problem | None, Given]:
     """Return what is wrong with an accumulation of so many microbatches on each rank, or the microbatch that makes it."""
-    batch, steps = loaded.values.batch, wish.value
+    batch, steps = loaded.values.batch, given.value
     micro_size = -(-batch.global_size // (steps * world_size))
-    adopted = Wish(ACCUMULATION, micro_size, f"{steps} microbatches on each rank, by {wish.where}")
+    adopted = Given(ACCUMULATION, micro_size, f"{steps} microbatches on each rank, by {given.where}")
     key = next((name for name in ("slots", "micro_size") if getattr(batch, name) is not None), None)
     if key is None or batch.micro_size == micro_size:
         return None, adopted
@@ -215,7 +219,7 @@ def _accumulation(loaded: LoadedConfiguration, wish: Wish, world_size: int) -> t
     if -(-slots // world_size) == steps:
         return None, adopted
     what = (
-        f"is {getattr(batch, key)!r}, and {wish.where} says {steps} microbatches on each of {world_size} ranks: leave that "
+        f"is {getattr(batch, key)!r}, and {given.where} says {steps} microbatches on each of {world_size} ranks: leave that "
         "out; the YAML's batch says how an update is shared out"
     )
     return loaded.problem(("batch", key), what), adopted

@@ -81,7 +81,7 @@ class Evaluation(Section):
     """Samples in one forward pass. Default: the largest slot of training."""
     metrics: Annotated[dict[str, Component], NAMED_BY_CLASS] = free({})
     """Name in the results to torchmetrics class. A list of classes names each by its class: ``MeanSquaredError`` is
-    ``mean_squared_error``."""
+    ``mean_squared_error``. ``task`` and ``num_classes`` are taken from objective and model where these say them."""
     class_names: Annotated[list[str], Field(min_length=1)] | None = free(None)
     """What tables, pictures and predictions call the classes. Default: what the training data calls them, else their
     numbers."""

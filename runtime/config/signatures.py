@@ -48,6 +48,8 @@ def argument_mistakes(
             yield ("args", key), f"{name} has no argument {key!r}{did_you_mean(key, by_keyword)}{_listed(by_keyword)}"
         elif key in by_keyword and isinstance(value, str) and takes_no_text(by_keyword[key]):
             yield ("args", key), f"{name} takes {annotated(by_keyword[key])} for {key!r}, not the text {value!r}"
+        elif key in by_keyword and isinstance(value, bool) and _takes_fractions(by_keyword[key]):
+            yield ("args", key), f"{name} takes {annotated(by_keyword[key])} for {key!r}, not {str(value).lower()}"
     missing = [key for key, p in by_keyword.items() if p.default is p.empty and key not in args]
     if missing:
         words = ", ".join(repr(key) for key in missing)
@@ -80,6 +82,12 @@ def takes_no_text(parameter: inspect.Parameter) -> bool:
     """Tell whether an annotation allows numbers alone."""
     names = set(re.findall(r"\w+", annotated(parameter)))
     return bool(names & {"int", "float", "complex", "bool"}) and names <= _NUMERIC
+
+
+def _takes_fractions(parameter: inspect.Parameter) -> bool:
+    """Tell whether an annotation allows floats and tensors alone: true and false are no such thing, if numbers to Python."""
+    names = set(re.findall(r"\w+", annotated(parameter)))
+    return "float" in names and names <= _NUMERIC - {"int", "bool"}
 
 
 def _listed(by_keyword: Mapping[str, inspect.Parameter]) -> str:

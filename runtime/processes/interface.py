@@ -17,6 +17,7 @@ from contextlib import suppress
 from runtime import environment
 
 _BACKLOG = 2048  # as torch's own
+_ELSEWHERE = "192.0.2.1"  # an address of no machine (RFC 5737), so what leads to it is the default route
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
@@ -24,13 +25,14 @@ def choose_interface(address: str) -> None:
     """Let gloo use loopback on one machine, else the interface that leads to an address, unless the user has chosen."""
     if environment.has_chosen_interface():
         return
-    name = _interface_of("127.0.0.1") if environment.on_one_machine() else interface_to(address)
+    one_machine = environment.on_one_machine()
+    name = _interface_of("127.0.0.1") if one_machine else interface_to(address) or _outward_interface()
     if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def interface_to(address: str) -> str | None:
-    """Return the name of the interface that packets to an address take; None for loopback, or if it cannot be told."""
+    """Return the name of the interface that packets to an address take; None for loopback, or where there is no way to it."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing
@@ -61,10 +63,21 @@ def listening_socket(address: str, port: int, *, one_machine: bool) -> socket.so
     return listener
 
 
+def _outward_interface() -> str | None:
+    """Return the interface to other machines, for one whose own name means loopback: its only one, else the default route's."""
+    outward = [name for name, address in _addresses().items() if not ipaddress.ip_address(address).is_loopback]
+    return outward[0] if len(outward) == 1 else interface_to(_ELSEWHERE)
+
+
 def _interface_of(own: str) -> str | None:
+    return next((name for name, address in _addresses().items() if address == own), None)
+
+
+def _addresses() -> dict[str, str]:
+    """Return the IPv4 address of each interface that has one."""
+    found = {}
     for _, name in socket.if_nameindex():
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
             answer = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            if socket.inet_ntoa(answer[20:24]) == own:
-                return name
-    return None
+            found[name] = socket.inet_ntoa(answer[20:24])
+    return found

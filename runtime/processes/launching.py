@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import runtime
 from launch.job import JobSpec
@@ -41,39 +42,18 @@ def train_locally(
     processes: int,
     use_gpus: bool,
     place: Place | None = None,
+    act: Literal["train", "doctor"] = "train",
 ) -> int:
     """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure.
 
     Args:
         place: of this machine among several.
+        act: what the processes do; ``doctor`` leaves the run folder alone.
 
     Raises:
         MeetingError: the machines did not come together.
     """
-    job = _job("train", config, overrides, processes=processes, use_gpus=use_gpus, place=place)
-    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
-    return _launched(job, loaded.output / OUTCOME, place=place, token=token)
-
-
-def examine_locally(
-    loaded: LoadedConfiguration,
-    config: Path,
-    overrides: Sequence[str],
-    *,
-    processes: int,
-    use_gpus: bool,
-    place: Place | None = None,
-) -> int:
-    """Like :func:`train_locally` for ``doctor``: the same processes, which leave the run folder alone."""
-    job = _job("doctor", config, overrides, processes=processes, use_gpus=use_gpus, place=place)
-    token = meet(place, patience_seconds=loaded.values.limit.start_seconds) if place is not None else None
-    return _launched(job, None, place=place, token=token)
-
-
-def _job(
-    act: str, config: Path, overrides: Sequence[str], *, processes: int, use_gpus: bool, place: Place | None
-) -> JobSpec:
-    return JobSpec(
+    job = JobSpec(
         script=_script(act),
         config=config,
         overrides=overrides,
@@ -81,6 +61,10 @@ def _job(
         processes_per_node=processes,
         use_gpus=use_gpus,
     )
+    token = None
+    if place is not None:
+        place, token = meet(place, patience_seconds=loaded.values.limit.start_seconds)
+    return _launched(job, loaded.output / OUTCOME if act == "train" else None, place=place, token=token)
 
 
 def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes: int, use_gpus: bool) -> int:
@@ -90,7 +74,9 @@ def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes
         source: YAML file or run folder.
         arguments: ``key.path=value``, and options.
     """
-    job = _job(act, source, arguments, processes=processes, use_gpus=use_gpus, place=None)
+    job = JobSpec(
+        script=_script(act), config=source, overrides=arguments, processes_per_node=processes, use_gpus=use_gpus
+    )
     return _launched(job, None)
 
 
@@ -142,10 +128,10 @@ def _run(line: Sequence[str], variables: dict[str, str]) -> int:
     def signal_all(number: int, frame: object) -> None:
         _signal_group(process.pid, number)
 
-    wishes = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    passed_on = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        wishes.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, signal_all) for number in wishes}
+        passed_on.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, signal_all) for number in passed_on}
     try:
         code = process.wait()
         # A launcher of one process dies of the signal that its child saves after.
@@ -161,7 +147,7 @@ def _run(line: Sequence[str], variables: dict[str, str]) -> int:
 def _pass_on(stream: Iterable[str]) -> None:
     """Copy what the processes say to stderr, without the launcher's own traceback.
 
-    ``accelerate launch`` ends with a traceback of itself whenever a process fails or is interrupted. It tells nothing, and
+    ``accelerate launch`` ends with a traceback of itself whenever a process fails or is interrupted. It says nothing, and
     hides the one message that does. A traceback of the user's code passes.
     """
     block: list[str] = []

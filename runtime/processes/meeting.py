@@ -1,20 +1,21 @@
 """The machines of one ``lockstep train --nodes`` meet before any of them starts a process.
 
-``accelerate launch`` on several machines waits minutes for one that does not come, and then ends in a traceback of itself; one
-that was told another number of processes it takes along. Here the first machine listens at the address and port that the
-processes will meet at, the others say who they are, and all leave with the same word: go, or what is wrong, and where.
+``accelerate launch`` on several machines waits minutes for one that does not come, and then ends in a traceback of its own; it
+does not notice that a machine was given another number of processes. Here the first machine listens at the address and port
+that the processes will meet at, the others say who they are, and all get the same answer: start, or what is wrong, and where.
 """
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import json
 import secrets
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from runtime.errors import MeetingError
 
@@ -46,18 +47,19 @@ class Place:
         return f"{self.address}:{self.port}"
 
 
-def meet(place: Place, *, patience_seconds: float) -> str:
-    """Wait for all machines; return a token that all have got.
+def meet(place: Place, *, patience_seconds: float) -> tuple[Place, str]:
+    """Wait for all machines; return a token that all have got, and the place, whose address is one that others can reach.
 
     Raises:
-        MeetingError: one did not come, or says otherwise than the first; on every machine that came.
+        MeetingError: one did not come, or was started differently than the first; on every machine that came.
     """
+    until = time.monotonic() + patience_seconds
     if place.node_rank == 0:
-        return _receive(place, time.monotonic() + patience_seconds, patience_seconds)
-    return _join(place, time.monotonic() + patience_seconds, patience_seconds)
+        return _receive(place, until, patience_seconds)
+    return place, _join(place, until, patience_seconds)
 
 
-def _receive(place: Place, until: float, patience_seconds: float) -> str:
+def _receive(place: Place, until: float, patience_seconds: float) -> tuple[Place, str]:
     with ExitStack() as stack:
         server = stack.enter_context(_listening(place))
         came: dict[int, tuple[str, socket.socket]] = {}
@@ -89,7 +91,9 @@ def _receive(place: Place, until: float, patience_seconds: float) -> str:
         for connection in connections:
             with suppress(OSError):  # they hang up first: the port is free for the processes at once
                 connection.recv(1)
-        return token
+        reached = [ipaddress.ip_address(connection.getsockname()[0]) for connection in connections]
+        own = next((str(address) for address in reached if address.version == 4 and not address.is_loopback), None)
+        return replace(place, address=own or place.address), token
 
 
 def _checked(place: Place, hello: dict[str, object], came: dict[int, tuple[str, socket.socket]]) -> int:
@@ -140,7 +144,7 @@ def _listening(place: Place) -> Iterator[socket.socket]:
     with socket.socket(found[0], found[1]) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            server.bind(found[4])
+            server.bind(("", place.port) if _is_loopback_here_alone(place.address, found[4][0]) else found[4])
             server.listen(place.nodes)
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
@@ -150,6 +154,14 @@ def _listening(place: Place) -> Iterator[socket.socket]:
             hint = "; choose another --main-port on all machines" if in_use else ""
             raise MeetingError(f"{place} cannot be listened at: {_why(error)}{hint}") from error
         yield server
+
+
+def _is_loopback_here_alone(name: str, address: str | int) -> bool:
+    """Tell whether a machine's name means loopback on that machine only, as in Debian's /etc/hosts (``127.0.1.1 NAME``).
+
+    The others know it by another address, which is the one that their connections come to.
+    """
+    return ipaddress.ip_address(address).is_loopback and name not in ("localhost", address)
 
 
 def _heard(connection: socket.socket) -> dict[str, object] | None:

@@ -30,8 +30,8 @@ from runtime.processes.launching import num_gpus, num_threads
 from runtime.processes.meeting import Place, meet
 from runtime.session import OUTCOME, read_outcome
 
-_WISHES = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
-_WATCHED = _WISHES | {signal.SIGCHLD}
+_REQUESTS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
+_WATCHED = _REQUESTS | {signal.SIGCHLD}
 _POLL_SECONDS = 1.0
 _MARGIN_SECONDS = 10.0  # for the others to tell which rank was lost, once they know
 
@@ -40,14 +40,18 @@ def main(given: Sequence[str] | None = None) -> int:
     """Start this machine's processes and wait for them; return the exit code that the module's docstring lists."""
     options = parsed(_parser(), given)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
-        _WISHES.discard(signal.SIGHUP)
+        _REQUESTS.discard(signal.SIGHUP)
         _WATCHED.discard(signal.SIGHUP)
-    for number in _WISHES:  # until there is something to save
+    for number in _REQUESTS:  # until there is something to save
         signal.signal(number, lambda number, frame: sys.exit(75))
     try:
         limit = load(options.config, options.overrides).values.limit
         _check(options)
-        token = _meet(options, patience_seconds=limit.start_seconds)
+        token = secrets.token_hex(8)
+        if options.nodes > 1:  # all get the same: none joins a start that has failed elsewhere
+            place = Place(options.nodes, options.node_rank, options.main_address, options.main_port, options.processes)
+            met, token = meet(place, patience_seconds=limit.start_seconds)
+            options.main_address = met.address
         arguments = [str(options.config), *options.overrides]
         return _run(arguments, options, token=token, patience_seconds=limit.silence_seconds)
     except LockstepError as error:
@@ -91,14 +95,6 @@ def _check(options: argparse.Namespace) -> None:
         raise LockstepError(f"{options.processes} GPUs were asked for, and torch can use {found} on this machine")
 
 
-def _meet(options: argparse.Namespace, *, patience_seconds: float) -> str:
-    """Wait for the other machines; return a token of this start that all have: none joins one that is about to leave."""
-    if options.nodes == 1:
-        return secrets.token_hex(8)
-    place = Place(options.nodes, options.node_rank, options.main_address, options.main_port, options.processes)
-    return meet(place, patience_seconds=patience_seconds)
-
-
 def _run(arguments: Sequence[str], options: argparse.Namespace, *, token: str, patience_seconds: float) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # waited for, one by one
     with TemporaryDirectory(prefix="lockstep-") as folder:
@@ -126,7 +122,7 @@ def _environment(options: argparse.Namespace, local_rank: int, token: str) -> di
     if not options.gpus:
         added["ACCELERATE_USE_CPU"] = "true"  # without it, processes on CPUs know nothing of each other
     if world_size > 1:
-        added |= {  # one process alone is not told: Accelerate would look for the others
+        added |= {  # one process alone gets none of these: Accelerate would look for the others
             "LOCAL_RANK": str(local_rank),
             "RANK": str(options.node_rank * options.processes + local_rank),
             "WORLD_SIZE": str(world_size),
@@ -139,7 +135,7 @@ def _environment(options: argparse.Namespace, local_rank: int, token: str) -> di
 
 def _let_signals_in() -> None:
     """Ignore signals until the process has handlers of its own, and then get them: runs in the child, before Python starts."""
-    for number in _WISHES:
+    for number in _REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
 
@@ -150,18 +146,18 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], patience_seconds: float)
     Args:
         patience_seconds: for the others, once one has left in failure: they leave by themselves, unless they never met.
     """
-    wished, deadline = False, float("inf")
+    asked, deadline = False, float("inf")
     while running := [process for process in processes if process.poll() is None]:
         if any(process.returncode for process in processes):
             deadline = min(deadline, time.monotonic() + patience_seconds)
-        if wished:  # again and again: a process that is only starting still ignores it
+        if asked:  # again and again: a process that is only starting still ignores it
             for process in running:
                 process.send_signal(signal.SIGTERM)
         if time.monotonic() > deadline:
             for process in running:
                 process.kill()
         noticed = signal.sigtimedwait(_WATCHED, _POLL_SECONDS)
-        wished |= noticed is not None and noticed.si_signo in _WISHES
+        asked |= noticed is not None and noticed.si_signo in _REQUESTS
     return [process.returncode for process in processes]
 
 

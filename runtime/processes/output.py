@@ -101,7 +101,7 @@ def protect_output() -> None:
 
 
 def settle_output() -> None:
-    """Let the process end without a word about output that nobody reads."""
+    """Let the process end without an error about output that nobody reads."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, UnfailingStream):
             stream.settle()

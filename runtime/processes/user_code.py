@@ -9,12 +9,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib import metadata
+from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import CheckpointError
+
+_SUFFIXES = tuple(all_suffixes())  # of sources, of compiled sources without them, of extensions in C
 _OURS = ("runtime", "launch")
 _INSTALLED = f"{os.sep}site-packages{os.sep}"
 _first_seen: dict[str, str] = {}
@@ -48,7 +53,7 @@ def loaded_code(folder: Path, configuration: Mapping[str, Any]) -> dict[str, dic
 
 
 def changes_of(stored: Mapping[str, Mapping[str, str]], folder: Path, configuration: Mapping[str, Any]) -> list[str]:
-    """Return what of a run's code is another now: its files by name, packages with both versions."""
+    """Return what of a run's code has changed: its files by name, packages with both versions."""
     now, changed = loaded_code(folder, configuration), []
     for name, digest in stored["files"].items():
         path = folder.resolve() / name  # an absolute name replaces the folder
@@ -78,7 +83,7 @@ def _targets(value: Any) -> Iterator[str]:
 @cache
 def _source(file: str) -> str | None:
     """Return a module's file, by the real path of its folder; torch gives some of its modules files that are none."""
-    if not file.endswith(".py") or not Path(file).is_absolute():
+    if not file.endswith(_SUFFIXES) or not Path(file).is_absolute():
         return None
     return str(_real(Path(file).parent) / Path(file).name)
 
@@ -104,12 +109,26 @@ def _version(name: str, module: Any) -> str:
         return str(getattr(module, "__version__", "unknown"))
 
 
-def told_changes(changes: Sequence[str], *, finished: bool) -> str:
-    """Return the line for a run whose code has changed since its checkpoint, which may have been its last."""
-    listed = ", ".join(changes[:8]) + (", …" if len(changes) > 8 else "")
+def warning_of(changes: Sequence[str], *, finished: bool) -> str:
+    """Return the warning for a run whose code has changed since its checkpoint, which may have been its last."""
     if finished:
         return (
-            f"the code is not what this run was trained with: {listed}. Its results are those of the code before; "
+            f"the code is not what this run was trained with: {_listed(changes)}. Its results are those of the code before; "
             "to train with the new code, choose another output"
         )
-    return f"the code has changed since the checkpoint: {listed}. From here on the new code is trained"
+    return f"the code has changed since the checkpoint: {_listed(changes)}. From here on the new code is trained"
+
+
+@contextmanager
+def explained_by(changes: Sequence[str]) -> Iterator[None]:
+    """Add to the message of a checkpoint that does not fit what has changed in the code since: the likely reason."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not changes:
+            raise
+        raise CheckpointError(f"{error}\n  The code has changed since the checkpoint: {_listed(changes)}") from error
+
+
+def _listed(changes: Sequence[str]) -> str:
+    return ", ".join(changes[:8]) + (", …" if len(changes) > 8 else "")

@@ -30,7 +30,7 @@ class Tracker(Protocol):
         ...
 
     def rewind(self, step: int) -> None:
-        """Take back what was told of later steps: the run goes on from here another way."""
+        """Drop the figures of later steps: the run goes back to this one and takes others."""
         ...
 
     def message(self, text: str) -> None:

@@ -19,7 +19,7 @@ _FINISH_SECONDS = 60.0  # to upload what is left at the end; W&B's own is withou
 
 
 class WandbTracker:
-    """Sends figures to W&B. Its loss never ends a run: what fails is told once, and ``metrics.jsonl`` has everything.
+    """Sends figures to W&B, whose failure never ends a run: it is warned of once, and ``metrics.jsonl`` has everything.
 
     Args:
         section: the configuration's section.
@@ -27,7 +27,7 @@ class WandbTracker:
         run_id: the same at every start of one run.
         folder: the run folder.
         configuration: the resolved configuration.
-        warn: told what W&B could not do.
+        warn: takes a line about what W&B could not do.
         classes: finds the results per class.
         pictures: returns the pictures of the evaluation of a split after a step.
     """
@@ -117,7 +117,7 @@ class WandbTracker:
             self._run.log({**figures, "step": step})
 
     def rewind(self, step: int) -> None:
-        """Nothing: W&B keeps what it was told, and shows what is logged for a step again beside it."""
+        """Nothing: W&B keeps what was logged, and shows beside it what is logged for a step again."""
 
     def message(self, text: str) -> None:
         """Nothing: W&B keeps the console's output itself."""

@@ -102,7 +102,8 @@ def queued() -> list[QueuedJob]:
     except OSError as error:
         raise SchedulerError(f"squeue cannot be asked: {error}") from error
     if done.returncode != 0:
-        raise SchedulerError(f"squeue does not answer: {done.stderr.strip()}")
+        reason = (done.stderr.strip().splitlines() or ["no reason is given"])[-1]
+        raise SchedulerError(f"squeue does not answer: {reason}")
     rows = [row.split("|", 6) for row in done.stdout.splitlines() if row.count("|") >= 6]
     return [
         QueuedJob(number, state, elapsed, limit, nodes, reason, Path(comment.removeprefix(COMMENT)))
@@ -194,7 +195,7 @@ def _stopped(run: Path, timeout: int, *, over: Callable[[], bool]) -> int:
         outcome = json_files.read(run / OUTCOME)
         print(f"{outcome['outcome']} at step {outcome.get('step', last_step(run))}: {run}")
         return 0 if outcome["outcome"] in ("stopped", "finished") else 1
-    print(f"ended without a word: {run}")
+    print(f"ended, and no outcome was written: {run}")
     return 1
 
 
