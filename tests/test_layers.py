@@ -140,6 +140,7 @@ LAYERS = [
         "strategies.fully_sharded",
         "strategies.factory",
         "training.buffer_values",
+        "training.buffer_group",
         "training.still_buffers",
         "training.buffers",
         "evaluation.class_results",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _INTEGERS = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32)
+_WIDE = {torch.float32, torch.float64, torch.int64, torch.complex64, torch.complex128}
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -25,7 +26,7 @@ def numbers(tensor: Tensor) -> int:
 
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in a type that torch adds and subtracts, and in which no change of it is rounded away."""
-    if tensor.dtype == torch.float32:
+    if tensor.dtype in _WIDE:
         return tensor
     if tensor.dtype in _INTEGERS:
         return tensor.to(torch.int64)
@@ -40,6 +41,8 @@ def wide(tensor: Tensor) -> Tensor:
 
 def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo :func:`wide`."""
+    if values.dtype == dtype:
+        return values
     if dtype == torch.bool:
         return values > 0
     return values.view(dtype) if dtype == torch.uint64 else values.to(dtype)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from runtime.processes.control import gather_bytes
 from runtime.strategies import DeviceFlag, Strategy
-from runtime.training.buffer_values import addable, advanced, base, change, narrow, numbers, wide
+from runtime.training.buffer_group import BufferGroup, alike
+from runtime.training.buffer_values import addable, advanced, narrow, numbers, wide
 from runtime.training.held_buffers import Place, places_of
 from runtime.training.still_buffers import StillBuffer
 
@@ -65,6 +66,7 @@ class BufferRule:
         self._sum_over_ranks = sum_over_ranks or (lambda change: None)
         self._known = self._agreed([], [])[0]
         self._moving: list[Place] = []
+        self._groups: list[BufferGroup] = []
         self._likes: list[Tensor] = []  # what all ranks agree to reduce, whatever becomes of a buffer
         self._move([place for place in self._known.values() if _always_moves(place)])
         if self._moving and not self._alone:  # there is a reduction at every step, and a little more costs nothing
@@ -76,9 +78,6 @@ class BufferRule:
         self._remember()
         self._step, self._first_step = step, step + 1
         self._own_slots = 0
-        self._start: list[Tensor] = []
-        self._base: list[Tensor] = []
-        self._change = torch.zeros(())
 
     def begin_step(self) -> None:
         """Remember the buffers as they are."""
@@ -86,26 +85,23 @@ class BufferRule:
         self._own_slots = 0
         for still in self._still.values():
             still.begin_step(compare=self._looks)
-        if not self._moving:
+        if not self._groups:
             return
-        self._start = [_copied(place, like) for place, like in zip(self._moving, self._likes, strict=True)]
-        self._base = [base(wide(start)) for start in self._start]
-        size = sum(numbers(start) for start in self._start)
-        self._change = torch.zeros(size, dtype=self._dtype, device=self._start[0].device)
+        with torch.no_grad():
+            for group in self._groups:
+                group.begin_step()
+            self._change.zero_()
 
     def end_slot(self, *, filler: bool) -> None:
         """Note what a slot changed, and put the buffers back."""
         self._own_slots += not filler
         for still in self._still.values():
             still.end_slot(filler=filler, compare=self._looks)
-        if not self._moving:
+        if not self._groups:
             return
         with torch.no_grad():
-            if not filler:
-                each = zip(self._moving, self._start, self._base, strict=True)
-                self._change += torch.cat([_changed(place, start, b).to(self._dtype) for place, start, b in each])
-            for place, start in zip(self._moving, self._start, strict=True):
-                _put(place, start)
+            for group, change_so_far in zip(self._groups, self._changes, strict=True):
+                group.end_slot(None if filler else change_so_far)
 
     def end_step(self, *, real_slots: int, skipped: bool | DeviceFlag) -> None:
         """Advance by the mean change, or not at all where the update was skipped.
@@ -114,16 +110,16 @@ class BufferRule:
         """
         if skipped is True:
             return
-        if self._moving:
+        if self._groups:
             self._sum_over_ranks(self._change)
-            _advance(self._moving, self._start, self._change / real_slots, skipped)
+            self._advance(self._change / real_slots, skipped)
         if self._looks:
             self._follow(real_slots, skipped)
             return
         begun = [still for still in self._still.values() if still.changes is not None]
         for still in begun:
             assert still.changes is not None
-            _advance([still.place], [still.start], still.changes / self._own_slots, skipped)
+            _advance_each([still.place], [still.start], still.changes / self._own_slots, skipped)
         if self._alone and begun:
             self._begin([still.place for still in begun])
 
@@ -131,7 +127,20 @@ class BufferRule:
         """Let buffers follow the rule at every step."""
         self._moving += places
         self._likes += [torch.empty_like(held, device="meta") for p in places if (held := p.held) is not None]
-        self._dtype = _reduced_dtype(self._likes)
+        pairs: dict[torch.dtype, list[tuple[Place, Tensor]]] = {}
+        for place, like in zip(self._moving, self._likes, strict=True):
+            pairs.setdefault(like.dtype, []).append((place, like))
+        self._groups = [BufferGroup(*map(list, zip(*group, strict=True))) for group in pairs.values()]
+        sizes = [group.numbers for group in self._groups]
+        device = self._groups[0].device if self._groups else None
+        self._change = torch.zeros(sum(sizes), dtype=_reduced_dtype(self._likes), device=device)
+        self._changes = torch.split(self._change, sizes)  # each group's part of what is reduced
+
+    @torch.no_grad()
+    def _advance(self, means: Tensor, skipped: bool | DeviceFlag) -> None:
+        flag = skipped.on_device.bool() if isinstance(skipped, DeviceFlag) else None
+        for group, mean in zip(self._groups, torch.split(means, [g.numbers for g in self._groups]), strict=True):
+            group.advance(mean, flag)
 
     def _begin(self, places: list[Place]) -> None:
         """Let buffers that were still follow the rule at every step from the next on."""
@@ -146,7 +155,7 @@ class BufferRule:
         moving = {place.name for place in self._moving}
         for name, place in self._known.items():
             if name not in moving and (held := place.held) is not None:
-                as_it_was = name in before and _alike(held, before[name].start)
+                as_it_was = name in before and alike(held, before[name].start)
                 self._still[name] = before[name] if as_it_was else StillBuffer(place)
 
     @property
@@ -167,7 +176,7 @@ class BufferRule:
             self._sum_over_ranks(sums)
             places = [still[name].place for name in begin]
             starts = [still[name].agreed if privates else still[name].start for name, privates in begin.items()]
-            _advance(places, starts, sums, skipped)
+            _advance_each(places, starts, sums, skipped)
             self._begin(places)
         self._remember()
 
@@ -216,7 +225,7 @@ def _share(still: StillBuffer, privates: int, real_slots: int) -> Tensor:
 
 
 @torch.no_grad()
-def _advance(places: list[Place], starts: list[Tensor], means: Tensor, skipped: bool | DeviceFlag) -> None:
+def _advance_each(places: list[Place], starts: list[Tensor], means: Tensor, skipped: bool | DeviceFlag) -> None:
     parts = torch.split(means, [numbers(start) for start in starts])
     for place, start, mean in zip(places, starts, parts, strict=True):
         values = advanced(start, mean)
@@ -225,27 +234,10 @@ def _advance(places: list[Place], starts: list[Tensor], means: Tensor, skipped: 
         _put(place, narrow(values, start.dtype))
 
 
-def _copied(place: Place, like: Tensor) -> Tensor:
-    """Return a buffer's copy; zeros where a forward pass has put something of another shape in its place."""
-    held = place.held
-    if held is not None and _alike(held, like):
-        return held.detach().clone()
-    return torch.zeros_like(like, device=next(iter(place.owner.parameters()), torch.zeros(())).device)
-
-
-def _changed(place: Place, start: Tensor, its_base: Tensor) -> Tensor:
-    held = place.held
-    return change(held if held is not None and _alike(held, start) else start, its_base)
-
-
 def _put(place: Place, value: Tensor) -> None:
     held = place.held
-    if held is not None and _alike(held, value):
+    if held is not None and alike(held, value):
         place.put(value)
-
-
-def _alike(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and first.dtype == second.dtype
 
 
 def _always_moves(place: Place) -> bool:
