@@ -277,18 +277,17 @@ def build_loader(
     device: torch.device,
     closing: ExitStack | None = None,
     *,
-    most_workers: int | None = None,
+    workers: int | None = None,
 ) -> MakeLoader:
     """Return the maker of loaders; memory is pinned by default where there is a GPU.
 
     Args:
         closing: where the same data is read again and again: workers then live until this is closed.
-        most_workers: start no more, where little is read.
+        workers: how many to start, where little is read. Default: as configured.
     """
     section = loaded.values.data.loader
-    workers = section.num_workers if most_workers is None else min(section.num_workers, most_workers)
     return loader_factory(
-        num_workers=workers,
+        num_workers=section.num_workers if workers is None else workers,
         prefetch_factor=section.prefetch_factor,
         pin_memory=device.type == "cuda" if section.pin_memory is None else section.pin_memory,
         timeout_seconds=section.timeout_seconds,

@@ -78,7 +78,10 @@ def contents_of(
     """
     if loaded.values.checks == "off":
         return Contents()
-    make_loader = assembly.build_loader(loaded, strategy.device, most_workers=1)
+    few_workers = min(1, loaded.values.data.loader.num_workers)
+    make_loader = assembly.build_loader(loaded, strategy.device, workers=few_workers)
+    # What is read of a stream in this process may be gone, so that a process of its own reads it.
+    read_apart = assembly.build_loader(loaded, strategy.device, workers=1)
     known: dict[str, dict[str, str]] = {}
     differing: dict[str, Differing] = {}
     memory: dict[str, str] = {}
@@ -101,7 +104,7 @@ def contents_of(
                 memory[name] = f"{samples.name_of(at_fault)} ({at_fault}) {fault}"
             stage = next((one.differs for one in found.values() if one.differs is not None), None)
         else:
-            first = probe_stream(samples, times=1 if stored is not None else 2, make_loader=make_loader)
+            first = probe_stream(samples, times=1 if stored is not None else 2, make_loader=read_apart)
             if first.content is not None and samples.sharded_by == "runtime":  # otherwise each rank has another one
                 known[name] = {_BEGINNING: first.content}
             stage = first.differs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -262,26 +262,27 @@ class SamplerOrder(EpochOrder):
         return zlib.crc32(repr([item for item in sorted(self._digests.items()) if item[0] <= epoch]).encode())
 
     def _draw(self, epoch: int) -> list[Ids]:
-        batches = self._drawn_now(epoch)
+        drawn = self._drawn_now(epoch)
         told = 0
-        for batch in batches:
-            told = zlib.crc32(batch.tobytes(), told ^ len(batch))
-        self._digests[epoch] = told
-        return batches
+        for ids in drawn:
+            told = zlib.crc32(ids.tobytes(), told ^ len(ids))
+        self._digests[epoch] = (
+            told  # of indices, as the sampler gave them: another global batch does not change what is drawn
+        )
+        return [batch for batch in (drawn if self._batch_size is None else self._cut(drawn[0])) if batch.size]
 
     def _drawn_now(self, epoch: int) -> list[Ids]:
+        """Return the batches of a batch sampler, or all indices of a sampler as one."""
         with preserved_random_state(_CPU):
             seed_everything(derive(self._seed, Purpose.ORDER, epoch), _CPU)
             if hasattr(self._sampler, "set_epoch"):
                 self._sampler.set_epoch(epoch)
             drawn = list(self._sampler)
-        batches = [self._checked(batch) for batch in self._cut(drawn)]
-        return [batch for batch in batches if batch.size]
+        return [self._checked(batch) for batch in (drawn if self._batch_size is None else [drawn])]
 
-    def _cut(self, drawn: list[Any]) -> Sequence[Any]:
-        if self._batch_size is None:
-            return drawn
-        batches = [drawn[start : start + self._batch_size] for start in range(0, len(drawn), self._batch_size)]
+    def _cut(self, ids: Ids) -> list[Ids]:
+        assert self._batch_size is not None
+        batches = [ids[start : start + self._batch_size] for start in range(0, len(ids), self._batch_size)]
         return batches[:-1] if self._drop_last and batches and len(batches[-1]) < self._batch_size else batches
 
     def _checked(self, batch: Any) -> Ids:

@@ -6,6 +6,7 @@ must not be open before workers are forked.
 
 from __future__ import annotations
 
+import multiprocessing
 from copy import copy
 from typing import Any, Literal, NamedTuple
 
@@ -53,15 +54,30 @@ def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoad
 
 
 def probe_stream(samples: StreamSamples, *, times: int, make_loader: MakeLoader) -> Probed:
-    """Look at the first samples of a stream; at none where it is its own iterator, since what is read of it is gone.
+    """Look at the first samples of a stream; at none where what is read of it may be gone.
 
     Args:
         times: how often it is read; once tells nothing but its content.
+        make_loader: of a loader with a worker. The worker has a copy of the stream, of which nothing is taken in this process.
     """
-    if hasattr(samples.source, "__next__"):
+    if _is_used_up(samples.source) or _default_start_method() != "fork":
         return Probed(None)
-    found: Probed = next(iter(read(_StreamProbe(samples, times), iter([None]), make_loader)))
+    try:
+        found: Probed = next(iter(read(_StreamProbe(samples, times), iter([None]), make_loader)))
+    except Exception:  # training reports it
+        return Probed(None)
     return found
+
+
+def _default_start_method() -> str:
+    """Return how workers are started by default, without settling it: a user may still choose another."""
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+
+
+def _is_used_up(source: object) -> bool:
+    """Tell whether a stream is, or holds, an iterator, an open file or a connection, whose place a forked worker shares."""
+    held = [source, *getattr(source, "__dict__", {}).values()]
+    return any(hasattr(value, "__next__") or hasattr(value, "fileno") for value in held)
 
 
 def few_of(size: int) -> list[int]:
