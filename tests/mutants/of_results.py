@@ -150,7 +150,7 @@ MUTANTS = (
     Mutant(
         "metrics: a rank's update count is taken for everybody's",
         _METRICS,
-        "return _Merged(states, sum(told.updates[key] for told in gathered))",
+        "return _Merged(states, sum(rank.updates[key] for rank in gathered))",
         "return _Merged(states, gathered[0].updates[key])",
         (
             "tests/test_evaluation.py::test_fewer_samples_than_ranks_work_with_every_kind_of_state",
@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "metrics: ranks without data are merged, too",
         _METRICS,
-        "[told.states for told in gathered if told.updates[key]]",
-        "[told.states for told in gathered]",
+        "[rank.states for rank in gathered if rank.updates[key]]",
+        "[rank.states for rank in gathered]",
         (
             "tests/test_evaluation.py::test_fewer_samples_than_ranks_work_with_every_kind_of_state",
             "tests/test_metrics.py",
