@@ -11,8 +11,8 @@ MUTANTS = (
     Mutant(
         "buffers: fillers change the statistics",
         _BUFFERS,
-        "            if not filler:\n                each",
-        "            if True:\n                each",
+        "group.end_slot(None if filler else change_so_far)",
+        "group.end_slot(change_so_far)",
         (
             "tests/test_accumulation.py::test_dropout_and_batch_norm_give_the_same_run_for_any_world_size",
             "tests/test_accumulation.py",
@@ -20,9 +20,9 @@ MUTANTS = (
     ),
     Mutant(
         "buffers: a slot begins with what the one before left",
-        _BUFFERS,
-        "                _put(place, start)\n",
-        "                pass\n",
+        "runtime/training/buffer_group.py",
+        "        self._write(self._start_values)\n",
+        "        pass\n",
         ("tests/test_accumulation.py::test_batch_norm_statistics_are_the_mean_over_slots",),
     ),
     Mutant(
