@@ -28,8 +28,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from runtime.checkpoints.async_save import BackgroundSaving
 from runtime.checkpoints.checkpoint import CheckpointFolder
-from runtime.checkpoints.saving import BackgroundSaving
 from runtime.data.batches import Cursor, Sharing, Windows
 from runtime.data.loading import loader_factory
 from runtime.data.order import IndexOrder

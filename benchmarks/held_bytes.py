@@ -12,7 +12,7 @@ from torch import Tensor
 @contextmanager
 def held_bytes() -> Iterator[dict[str, int]]:
     """Let runs note what this rank holds of them: parameters and optimizer in the end, gradients at their most."""
-    from runtime.run import Run
+    from runtime.run.run import Run
 
     found = {"gradients": 0}
     prepare, close = Run._parts, Run._close

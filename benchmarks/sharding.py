@@ -45,7 +45,7 @@ def strategies() -> dict[str, dict[str, Any]]:
         "fsdp, no_sync": {"kind": "fsdp", "fsdp": {"wrap": ["Block"], "no_sync": True}},
         "fsdp, kept gathered": {"kind": "fsdp", "fsdp": {"wrap": ["Block"], "reshard_after_forward": False}},
     }
-    if find_spec("deepspeed") is not None and find_spec("runtime.strategies.zero") is not None:
+    if find_spec("deepspeed") is not None and find_spec("runtime.strategies.zero.strategy") is not None:
         found |= {f"zero {stage}": {"kind": "zero", "zero": {"stage": stage}} for stage in (1, 2, 3)}
     return found
 
@@ -90,7 +90,7 @@ def run(rank: int, world: tuple[int, int], config: dict[str, Any]) -> None:
     }  # fmt: skip
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    from runtime.run import Run
+    from runtime.run.run import Run
     from runtime.session import train
 
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)

@@ -154,7 +154,7 @@ class Container:
         self._reader.join(60)
 
 
-TRAIN = ["python", "-m", "runtime.processes.node", "configs/digits.yaml", "reporting.progress=false"]
+TRAIN = ["python", "-m", "launch.node", "configs/digits.yaml", "reporting.progress=false"]
 
 
 @pytest.mark.parametrize("which", ["image", "gpu_image"])

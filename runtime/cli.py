@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.node_rendezvous import Place
 from runtime.entry import DESCRIPTIONS, add_inference, chosen_options, parsed
 from runtime.environment import SlurmStep, slurm_step
 from runtime.errors import ConfigurationError, LockstepError, Problem
-from runtime.processes.meeting import Place
-from runtime.processes.output import protected_output
+from runtime.output import protected_output
 
 if TYPE_CHECKING:
     from runtime.config.file import LoadedConfiguration
@@ -95,8 +95,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         inference.set_defaults(run=_infer, act=act)
 
     if command in _ON_A_CLUSTER:
-        from runtime.submission.queue import add_jobs
-        from runtime.submission.schedulers import add_submit
+        from launch.slurm.queue import add_jobs
+        from runtime.commands.submit import add_submit
 
         add_submit(commands)
         add_jobs(commands)
@@ -197,7 +197,7 @@ def _place(options: argparse.Namespace, processes: int) -> Place | None:
     """
     nodes, rank, address = options.nodes or 1, options.node_rank, options.main_address
     if (step := _step(options)) is not None:
-        from runtime.processes.slurm_step import place_in_step
+        from launch.slurm.step import place_in_step
 
         return place_in_step(step, processes=processes, port=options.main_port)
     if nodes == 1:
@@ -240,9 +240,9 @@ def _train(options: argparse.Namespace) -> int:
 
     loaded = load(options.config, options.overrides)
 
-    from runtime.assembly import check_components
-    from runtime.processes.launching import num_gpus, train_locally
-    from runtime.strategies.zero_launch import check_start
+    from launch.local import num_gpus, train_locally
+    from runtime.build.components import check_components
+    from runtime.strategies.zero.launch_check import check_start
 
     gpus = num_gpus()
     configured = loaded.values.strategy.world_size
@@ -285,9 +285,9 @@ def _infer(options: argparse.Namespace) -> int:
 
     loaded = load_run(options.source, options.overrides)
 
-    from runtime.assembly import check_components
+    from launch.local import infer_locally, num_gpus
+    from runtime.build.components import check_components
     from runtime.inference.request import Request, check_request
-    from runtime.processes.launching import infer_locally, num_gpus
 
     check_components(loaded)
     chosen = chosen_options(options)
@@ -306,7 +306,7 @@ def _show(options: argparse.Namespace) -> int:
 
     loaded = load(options.config, options.overrides)
 
-    from runtime.show import show
+    from runtime.commands.show import show
 
     processes = options.processes or loaded.values.strategy.world_size or 1
     show(loaded, processes, picture=options.curve, all_parameters=options.parameters)
@@ -317,7 +317,7 @@ def _checkpoints(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from runtime.checkpoints.inspection import inspect
-    from runtime.checkpoints.table import print_listing
+    from runtime.commands.checkpoints import print_listing
 
     listing = inspect(options.folder)
     if options.json:
@@ -331,7 +331,7 @@ def _checkpoints(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from runtime.checkpoints.export import export
+    from runtime.commands.export import export
 
     done = export(
         options.checkpoint,
@@ -349,7 +349,7 @@ def _describe(options: argparse.Namespace) -> int:
 
     code = load(options.config).code if options.config is not None else Path.cwd()
 
-    from runtime.describe import describe
+    from runtime.commands.describe import describe
 
     for line in describe(options.target, code):
         print(line)

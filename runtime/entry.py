@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from runtime import environment
 from runtime.errors import EQUAL_ON_ALL_RANKS, ConfigurationError, LockstepError, Problem
-from runtime.processes.open_files import open_files_error, raise_open_files_limit
-from runtime.processes.output import protect_output, settle_output
+from runtime.open_files import open_files_error, raise_open_files_limit
+from runtime.output import protect_output, settle_output
 
 _USAGE = "usage: accelerate launch runtime/{}.py CONFIG [key.path=value …]"
 
@@ -39,7 +39,7 @@ def examine(arguments: Sequence[str]) -> int:
 
         examined = session.examine(source, *overrides)
         if environment.rank() == 0:
-            from runtime.processes.examination import table
+            from runtime.commands.doctor import table
 
             print(table(examined), flush=True)
         return 0

@@ -22,21 +22,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime import environment, json_files
-from runtime.config.building import located
+from runtime.build.resolver import located
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
+from runtime.distributed.launcher_watch import launcher_ended
+from runtime.distributed.network_interface import choose_interface
+from runtime.distributed.stopping import StopWish
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
-from runtime.processes.interface import choose_interface
-from runtime.processes.open_files import open_files_error
-from runtime.processes.orphans import launcher_ended
-from runtime.processes.output import protected_output
-from runtime.processes.stopping import StopWish
+from runtime.open_files import open_files_error
+from runtime.output import protected_output
 
 if TYPE_CHECKING:
-    from runtime.inference.on_checkpoint import Inferred
-    from runtime.processes.examination import Examined
-    from runtime.processes.watch import Watch
-    from runtime.run_result import RunResult
+    from runtime.commands.doctor import Examined
+    from runtime.distributed.watchdog import Watch
+    from runtime.inference.checkpoint_inference import Inferred
+    from runtime.run.result import RunResult
     from runtime.strategies import Strategy
 
 OUTCOME = "outcome.json"
@@ -92,7 +92,7 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
     loaded, notes = _with_settings(load, source, overrides, trains=True)
 
     def act(processes: Processes) -> RunResult:
-        from runtime.run import Run
+        from runtime.run.run import Run
 
         run = Run(loaded, processes.strategy, processes.stop_wish, processes.watch.position, *notes)
         processes.may_tell = run.owns_folder
@@ -166,7 +166,7 @@ def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined
     loaded, _ = _with_settings(load, source, overrides, trains=True)
 
     def act(processes: Processes) -> Examined:
-        from runtime.processes.examination import examine as examine_ranks
+        from runtime.commands.doctor import examine as examine_ranks
 
         examined = examine_ranks(loaded, processes.strategy)
         processes.strategy.barrier()
@@ -204,7 +204,7 @@ def _infer(
     def infer(processes: Processes) -> Inferred:
         if processes.strategy.rank == 0:
             sys.stderr.writelines(f"lockstep: {text}\n" for text in notes)
-        from runtime.inference.on_checkpoint import Inference
+        from runtime.inference.checkpoint_inference import Inference
         from runtime.inference.request import Request
 
         request = Request(act, output=Path(output) if output is not None else None, **asked)
@@ -249,7 +249,7 @@ def _together(
             _write_launchers_outcome(outcome)
 
         def tell_of_others(reason: str) -> None:
-            from runtime.processes.watch import raised
+            from runtime.distributed.watchdog import raised
 
             repeats = raised(reason) and not _lost_contact(reason)
             outcome = {"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats}
@@ -316,9 +316,9 @@ def _stopped(stop_wish: StopWish) -> dict[str, Any]:
 
 def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack) -> Processes:
     """Check the components, join the process group, and make the watch over it, which is not started yet."""
-    from runtime.assembly import check_components
+    from runtime.build.components import check_components
     from runtime.determinism import default_determinism, determinism
-    from runtime.strategies.zero_launch import check_start
+    from runtime.strategies.zero.launch_check import check_start
 
     check_components(loaded)
     check_start(loaded)
@@ -327,7 +327,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
     from torch.distributed import DistError
 
-    from runtime.strategies.factory import build_strategy
+    from runtime.build.strategy import build_strategy
 
     if not environment.has_chosen_interface():
         choose_interface(environment.store_address()[0])
@@ -349,8 +349,8 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
 
 def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
     """Make the watch over the other ranks, which says what it must know of the launch."""
-    from runtime.processes.rendezvous import groups_joined
-    from runtime.processes.watch import Watch
+    from runtime.distributed.process_groups import groups_joined
+    from runtime.distributed.watchdog import Watch
 
     limit = loaded.values.limit
     return Watch(

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build import sources
+from runtime.build.objective import build_objective
 from runtime.config.file import load, load_run
-from runtime.data import sources
-from runtime.losses.assembly import build_objective
 from runtime.objective import Loss, TrainingModule
 
 ROUNDING_OF_ZERO = (

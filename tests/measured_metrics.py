@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build.objective import build_objective
 from runtime.config.file import load
 from runtime.data.batches import slots_of_rank
 from runtime.evaluation.metrics import MetricSet
-from runtime.losses.assembly import build_objective
 from tests.observed import configuration
 
 SIZE = 1003

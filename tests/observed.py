@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from runtime.evaluation.evaluator import Evaluator
-from runtime.run import Run
+from runtime.run.run import Run
 from runtime.session import train
 
 PROJECT = str(Path(__file__).parent / "project")

@@ -44,7 +44,7 @@ def relative_difference(
 
 def initial(config: dict[str, Any], tmp_path: Path) -> torch.nn.Module:
     """The model as a run would initialise it."""
-    from runtime import assembly
+    from runtime.build import components as assembly
     from runtime.config.file import load
 
     loaded = load(config)
@@ -54,9 +54,9 @@ def initial(config: dict[str, Any], tmp_path: Path) -> torch.nn.Module:
 
 def batches_of(config: dict[str, Any], steps: int) -> list[Any]:
     """The global batches of the first steps, as the order draws them."""
-    from runtime import assembly
+    from runtime.build import components as assembly
+    from runtime.build import sources
     from runtime.config.file import load
-    from runtime.data import sources
 
     loaded = load(config)
     assembly.check_components(loaded)
@@ -197,7 +197,7 @@ def test_a_window_without_any_target_updates_nothing(
 
 
 def saved_state(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
 

@@ -262,7 +262,7 @@ def test_arguments_that_became_buffers_change_and_what_was_learnt_stays(
     sections = {"model": {"target": "tiny_changes:Scaled", "args": {}}}
     resumed(pool, tmp_path, {**sections, section: before}, {**sections, section: after}, key=section)
     assert name in saved(tmp_path)["built"]["digests"]
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     model, training = load_state(next((tmp_path / "checkpoints").glob("step-00000006*")))
     assert model["scale"].unique().item() == (4.0 if section == "model" else 1.0)
@@ -299,6 +299,6 @@ def test_a_later_start_of_an_average_forgets_what_came_before_it() -> None:
 
 
 def saved(folder: Path, step: int = 6) -> dict[str, Any]:
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     return load_state(next((folder / "checkpoints").glob(f"step-{step:08}*")))[1]

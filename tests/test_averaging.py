@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler, swa_utils
 
-from runtime.checkpoints.export import export
-from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.load import load_state
 from runtime.cli import main
+from runtime.commands.export import export
 from runtime.config.learning import Averaging
 from runtime.data.batches import cut
 from runtime.data.order import IndexOrder
@@ -247,9 +247,9 @@ def test_statistics_come_back_with_the_average_that_they_are_of() -> None:
 
 def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second global batch of the pass for statistics after a step."""
-    from runtime.evaluations import Evaluations
-    from runtime.processes import control
-    from runtime.processes.stopping import StopWish
+    from runtime.distributed import collectives as control
+    from runtime.distributed.stopping import StopWish
+    from runtime.run.evaluations import Evaluations
 
     seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
     go_on, bool_of, seen = Evaluations._statistics_go_on, StopWish.__bool__, []

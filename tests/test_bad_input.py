@@ -21,12 +21,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import runtime.processes.launching
+import launch.local
 from runtime import cli, entry
 from runtime.checkpoints.checkpoint import CheckpointFolder
 from runtime.config.file import load
 from runtime.errors import CheckpointError, LockstepError
-from runtime.run_result import RunResult
+from runtime.run.result import RunResult
 from runtime.session import train
 from tests.process_pool import ProcessPool
 
@@ -281,7 +281,7 @@ def was_started(*args: Any, **kwargs: Any) -> int:
 def test_a_mistake_in_the_configuration_starts_nothing_and_leaves_nothing(
     config: Path, told: Told, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: list[str]
 ) -> None:
-    monkeypatch.setattr(runtime.processes.launching, "train_locally", was_started)
+    monkeypatch.setattr(launch.local, "train_locally", was_started)
     messages = {told(command, config, *overrides, code=2) for command in (cli.main, entry.main)}
     (message,) = messages
     for word in words:
@@ -293,7 +293,7 @@ def test_a_mistake_in_the_configuration_starts_nothing_and_leaves_nothing(
 def test_an_argument_that_a_sampler_lacks_is_told_before_anything_is_started(
     config: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.processes.launching, "train_locally", was_started)
+    monkeypatch.setattr(launch.local, "train_locally", was_started)
     text = config.read_text().replace("  shuffle: false\n", "")
     config.write_text(text)
     message = told(cli.main, config, "data.sampler={target: RandomSampler, args: {num_sample: 9}}", code=2)
@@ -327,7 +327,7 @@ def test_wandb_that_is_not_installed_is_told_with_how_to_install_it(
     config: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # how Python itself marks a module as not there
-    monkeypatch.setattr(runtime.processes.launching, "train_locally", was_started)
+    monkeypatch.setattr(launch.local, "train_locally", was_started)
     for command in (cli.main, entry.main):
         message = told(command, config, "reporting.wandb=true", code=2)
         assert "reporting.wandb" in message

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from runtime.strategies.bare_step import bare_step
+from runtime.strategies.unhooked_step import bare_step
 
 pytestmark = pytest.mark.single
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.errors import ConfigurationError, ObjectiveError
-from runtime.strategies.accelerated import moved as moved_to
+from runtime.strategies.ddp import moved as moved_to
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.test_accumulation import TOLERANCE, batches_of, initial, plain_update, relative_difference
@@ -194,9 +194,9 @@ WRONG: list[Any] = [
 @pytest.mark.single
 @pytest.mark.parametrize(("changes", "key", "words"), WRONG)
 def test_mistakes_are_told_with_their_key(tmp_path: Path, changes: dict[str, Any], key: str, words: str) -> None:
-    from runtime import assembly
+    from runtime.build import components as assembly
+    from runtime.build.objective import build_objective
     from runtime.config.file import load
-    from runtime.losses.assembly import build_objective
 
     with pytest.raises(ConfigurationError) as raised:
         loaded = load(configuration(tmp_path, **(BASE | changes)))
@@ -219,8 +219,8 @@ def test_a_part_that_the_batch_has_not_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.single
 def test_show_says_what_each_loss_is_divided_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from runtime.commands.show import show
     from runtime.config.file import load
-    from runtime.show import show
 
     losses = {
         "kind": {"target": "CrossEntropyLoss", "weight": 0.3, "output": "label", "fields": {"target": "label"}},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from runtime.state.module_buffers import overlaps, preserved_buffers
 from runtime.training.buffers import BufferRule
-from runtime.training.held_buffers import overlaps, preserved_buffers
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool, RemoteError
 from tests.test_resumption import observe_stopping
@@ -156,7 +156,7 @@ def late_values(steps: int) -> tuple[list[float], list[float]]:
     """Return what a buffer is after each step that begins to change in the fifth, and differently on each rank."""
     import torch.distributed as dist
 
-    from runtime.processes.control import gather_bytes
+    from runtime.distributed.collectives import gather_bytes
 
     dist.init_process_group("gloo")
     try:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from runtime.processes import user_code
+from runtime import code_digests as user_code
 
 pytestmark = pytest.mark.single
 NET = """

@@ -12,7 +12,7 @@ import torch
 
 from runtime.checkpoints import serialization
 from runtime.checkpoints.checkpoint import CheckpointFolder, listed
-from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.load import load_state
 from runtime.checkpoints.snapshot import HostBuffers, Snapshot
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError

@@ -14,7 +14,7 @@ from tests.process_pool import ProcessPool
 
 
 def started_otherwise(config: dict[str, Any], changes: dict[str, Any], patched_version: bool = False) -> str:
-    from runtime import preparation
+    from runtime.build import preparation
 
     versions = preparation.versions
     if os.environ["RANK"] == "1":
@@ -63,7 +63,7 @@ def test_what_does_not_change_the_result_may_differ(pool: ProcessPool, tmp_path:
 
 def imported_by_rank_1_alone(config: dict[str, Any], *, changed: bool) -> str:
     """Train with another module imported on rank 1 only, or with another content of one that both have."""
-    from runtime import preparation
+    from runtime.build import preparation
 
     loaded_code = preparation.loaded_code
 

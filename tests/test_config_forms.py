@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from runtime import cli, entry
-from runtime.assembly import check_components
+from runtime.build.components import check_components
 from runtime.config.file import load, load_run
 from runtime.errors import ConfigurationError
 from runtime.session import train

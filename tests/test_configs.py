@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.assembly import check_components
+from runtime.build.components import check_components
 from runtime.config.file import json_schema, load
 from runtime.session import train
 

@@ -16,8 +16,8 @@ def gather_all(cases: list[list[int]]) -> list[list[bytes]]:
     import torch.distributed as dist
 
     from runtime.config.strategy import DistributedDataParallel
-    from runtime.processes.control import gather_bytes
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.distributed.collectives import gather_bytes
+    from runtime.strategies.ddp import AcceleratedStrategy
 
     strategy = AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())  # makes the group
     try:
@@ -40,8 +40,8 @@ def sum_two_at_once() -> list[float]:
     import torch.distributed as dist
 
     from runtime.config.strategy import DistributedDataParallel
-    from runtime.processes.control import begin_sum_over_ranks
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.distributed.collectives import begin_sum_over_ranks
+    from runtime.strategies.ddp import AcceleratedStrategy
 
     strategy = AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())
     own = float(dist.get_rank() + 1)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runtime import json_files
-from runtime.checkpoints.reading import damage_of
+from runtime.checkpoints.load import damage_of
 from runtime.cli import main
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.assembly import build_samples as build_samples_of
-from runtime.assembly import check_components
+from runtime.build.components import build_samples as build_samples_of
+from runtime.build.components import check_components
+from runtime.build.sources import build_order
 from runtime.config.file import load
 from runtime.data.hugging_face import adapted
-from runtime.data.sources import build_order
 from runtime.errors import ConfigurationError, LockstepError
 from runtime.session import train
 from tests.observed import configuration, largest_difference, observe

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.load import load_state
 from runtime.checkpoints.serialization import split_state
 from runtime.data.batches import Cursor, Window
 from runtime.errors import DivergenceError
@@ -170,8 +170,8 @@ def test_the_last_step_can_be_rolled_back_too(pool: ProcessPool, tmp_path: Path,
 def test_a_kill_during_a_rollback_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
-    from runtime.checkpoints.attempts import Attempts
-    from runtime.run import Run
+    from runtime.checkpoints.rollback_history import Attempts
+    from runtime.run.run import Run
     from runtime.training.loop import Progress
 
     changes = {"divergence": {"non_finite": "rollback", "learning_rate_factor": 0.5}}
@@ -209,7 +209,7 @@ def kill(*args: Any) -> None:
 @single
 def test_a_poisoned_checkpoint_is_never_gone_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The NaN is in the checkpoints of steps 3 and 4 and is noticed at step 5; then the replay is killed."""
-    from runtime.run import Run
+    from runtime.run.run import Run
 
     changes = {
         "model": {"target": "tiny_divergence:PoisonedBuffer", "args": {}},

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import node
 from runtime.config.file import load
 from runtime.entry import parsed
-from runtime.processes import node
 from tests.test_kubernetes import tool
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def test_the_two_machines_of_compose_are_started_alike_and_with_time_to_save() -
     asked = []
     for name, service in composed["services"].items():
         *program, config, rest = service["command"].split(maxsplit=4)
-        assert program == ["python", "-m", "runtime.processes.node"]
+        assert program == ["python", "-m", "launch.node"]
         options = vars(parsed(node._parser(), [config, *rest.split()]))
         asked.append({key: value for key, value in options.items() if key != "node_rank"})
         assert name == f"node-{options['node_rank']}"

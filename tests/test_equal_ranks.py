@@ -54,8 +54,8 @@ def test_one_bit_is_noticed_in_every_type_and_layout(pool: ProcessPool, dtype: s
 def comparing(dtype: str, transposed: bool) -> list[str]:
     import torch.distributed as dist
 
+    from runtime.distributed.rank_consistency import compare_values
     from runtime.errors import RanksDifferError
-    from runtime.processes.comparison import compare_values
 
     dist.init_process_group("gloo")
     try:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import runtime.evaluation.metrics
+from runtime.build.objective import build_objective
 from runtime.evaluation.metric_inputs import feed_of
 from runtime.evaluation.metrics import MetricSet
-from runtime.losses.assembly import build_objective
 from tests.measured_metrics import CPU, data, load_task
 
 SIZE = 101

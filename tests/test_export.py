@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.checkpoints import export as module
-from runtime.checkpoints.export import export
 from runtime.checkpoints.snapshot import HostBuffers
 from runtime.cli import main
+from runtime.commands import export as module
+from runtime.commands.export import export
 from runtime.config.learning import Averaging
 from runtime.errors import CheckpointError, ConfigurationError
 from runtime.objective import TrainingModule

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from runtime import environment
-from runtime.checkpoints.fence import Fence
+from runtime.checkpoints.run_lock import Fence
 from runtime.errors import RunFolderError
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ JOB = """
 import sys
 from pathlib import Path
 from runtime.errors import RunFolderError
-from runtime.checkpoints.fence import Fence
+from runtime.checkpoints.run_lock import Fence
 
 class Waits(Exception):
     pass
@@ -283,7 +283,7 @@ def test_time_in_which_the_contender_slept_does_not_count(
 ) -> None:
     lock(tmp_path)
     clock = iter(range(0, 100_000, 100))
-    monkeypatch.setattr("runtime.checkpoints.fence.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("runtime.checkpoints.run_lock.time.monotonic", lambda: next(clock))
     fence = make(wait=[].append)
     looks: list[int] = []
     look = fence._look

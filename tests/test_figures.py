@@ -16,8 +16,8 @@ from sklearn import metrics as sk
 from torchmetrics.classification import MultilabelConfusionMatrix
 
 from runtime.evaluation.class_results import ClassResults
-from runtime.evaluation.figures import FiguresTracker, confusion_figure, curves_figure, label_confusions_figure
 from runtime.reporting.console import ConsoleTracker
+from runtime.reporting.figures import FiguresTracker, confusion_figure, curves_figure, label_confusions_figure
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.project.tiny import Mlp, points

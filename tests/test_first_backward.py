@@ -68,7 +68,7 @@ def test_deepspeed_is_said_to_update_them_all_the_same(
 
 
 def warnings_of(config: dict[str, Any]) -> list[str]:
-    from runtime.run import Run
+    from runtime.run.run import Run
 
     told: list[str] = []
     warn = Run._warn
@@ -108,7 +108,7 @@ def test_the_checks_leave_no_trace(pool: ProcessPool, tmp_path: Path, world_size
 
 def state_around_the_checks(config: dict[str, Any]) -> bool:
     """Tell whether module, attributes, gradients, optimizer and random states are afterwards what they were."""
-    from runtime import run as module
+    from runtime.run import run as module
 
     config["model"] = {"target": "tiny_branches:Normed", "args": {"kind": "1d"}}
     seen: list[str] = []

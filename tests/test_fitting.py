@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.load import load_state
 from runtime.errors import OutOfMemoryError, PeerError
 from runtime.model_calls import is_out_of_memory
 from tests.observed import assert_bitwise_equal, configuration, observe

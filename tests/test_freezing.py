@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoints.reading import load_state
+from runtime.build.objective import build_objective
+from runtime.build.optimizer import build_freezing
+from runtime.checkpoints.load import load_state
 from runtime.config.file import load
 from runtime.errors import ConfigurationError
-from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
-from runtime.optimization.assembly import build_freezing
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_optimizers import BATCH, SIZE, as_observed, batches, built, take_gradient, whole_batches
@@ -116,7 +116,7 @@ def wrappers_alive(config: dict[str, Any]) -> list[int]:
     """Train, and return how many of the earlier wrappers are alive whenever the module is wrapped."""
     import weakref
 
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.strategies.ddp import AcceleratedStrategy
 
     wrap, made, alive = AcceleratedStrategy._wrap, [], []
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.checkpoints.export import export
 from runtime.checkpoints.inspection import inspect
-from runtime.checkpoints.reading import damage_of, load_state
+from runtime.checkpoints.load import damage_of, load_state
+from runtime.commands.export import export
 from runtime.errors import ConfigurationError
 from tests.compared_weights import assert_weights_agree
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -61,7 +61,7 @@ def assert_alike(run: Path, expected: dict[str, Any], got: dict[str, Any]) -> No
 
 def divide_wrongly(config: dict[str, Any]) -> dict[str, Any]:
     """Train with gradients that are averaged over the ranks instead of summed."""
-    from runtime.strategies import fully_sharded
+    from runtime.strategies import fsdp as fully_sharded
 
     sum_gradients = fully_sharded._sum_gradients
     fully_sharded._sum_gradients = lambda unit: None
@@ -291,8 +291,8 @@ def test_bf16_gathering_stays_within_its_rounding(pool: ProcessPool, tmp_path: P
 
 def measure_state(config: dict[str, Any]) -> dict[str, int]:
     """Train, and return the bytes that this rank holds in the end."""
-    from runtime.run import Run
-    from runtime.strategies.sharded_tensors import local
+    from runtime.run.run import Run
+    from runtime.strategies.fsdp_tensors import local
 
     found: dict[str, int] = {}
     close = Run._close
@@ -510,7 +510,7 @@ def write_whole_tensors_together(folder: Path) -> bool:
 
     from runtime.checkpoints.checkpoint import CheckpointFolder, write_along
     from runtime.checkpoints.snapshot import HostBuffers
-    from runtime.checkpoints.together import Writers
+    from runtime.checkpoints.writer_group import Writers
 
     dist.init_process_group("gloo")
     writers = Writers(rank=dist.get_rank(), world_size=dist.get_world_size(), timeout_seconds=10)

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from runtime.processes.garbage import GarbageCollection
+from runtime.training.garbage import GarbageCollection
 
 pytestmark = pytest.mark.single
 

@@ -77,7 +77,7 @@ def test_an_output_that_no_loss_looks_at_is_no_use_of_its_parameters(
 
 def incomplete(config: dict[str, Any]) -> tuple[str, int]:
     """Train, and return the error and how many updates were made."""
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.strategies.ddp import AcceleratedStrategy
 
     updates: list[bool] = []
     prepare = AcceleratedStrategy.prepare

@@ -34,7 +34,7 @@ def half(folder: Path, precision: str, **changes: Any) -> dict[str, Any]:
 
 def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
     """Train, and return a digest of each slot's gradient, as the backward pass hands it to the parameters, by step and slot."""
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.strategies.ddp import AcceleratedStrategy
     from runtime.training import loop
 
     found: dict[tuple[int, int], Any] = {}
@@ -116,7 +116,7 @@ def test_fp16_trains_sharded_what_it_trains_whole_with_any_optimizer(
 @pytest.mark.single
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_accelerate_does_the_mixed_precision(tmp_path: Path, precision: str) -> None:
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.strategies.ddp import AcceleratedStrategy
 
     seen: list[Any] = []
     step, forward = AcceleratedStrategy.step, AcceleratedStrategy.forward

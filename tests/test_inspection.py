@@ -18,11 +18,11 @@ import pytest
 from rich.console import Console
 
 from runtime.checkpoints import inspection
-from runtime.checkpoints.attempts import Attempts, Rollback
 from runtime.checkpoints.inspection import Inspected, Listing, inspect, newest_whole
-from runtime.checkpoints.reading import damage_of
-from runtime.checkpoints.table import print_listing
+from runtime.checkpoints.load import damage_of
+from runtime.checkpoints.rollback_history import Attempts, Rollback
 from runtime.cli import main
+from runtime.commands.checkpoints import print_listing
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError, RunFolderError
 from tests.observed import configuration, observe

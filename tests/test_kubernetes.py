@@ -22,13 +22,13 @@ import kubernetes_validate
 from kubeflow_trainer_api import models
 from kubernetes_validate.utils import all_versions, major_minor
 
+from launch import node
 from launch.job import JobSpec
-from launch.kubernetes import manifests, object_name
-from launch.manifest import manifest_text
-from launch.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
+from launch.kubernetes.manifests import manifests, object_name
+from launch.kubernetes.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
+from launch.kubernetes.yaml_text import manifest_text
 from runtime.entry import parsed
 from runtime.errors import ConfigurationError, LockstepError
-from runtime.processes import node
 from tests.kubeflow_trainer import jobset_spec
 
 ROOT = Path(__file__).parent.parent
@@ -338,7 +338,7 @@ def test_pods_find_the_first_one_by_a_name_that_dns_knows_before_it_is_ready() -
 @pytest.mark.parametrize("kind", MADE)
 def test_the_command_of_a_pod_is_understood_by_what_it_starts(kind: str) -> None:
     args = container(KINDS[kind])["args"]
-    assert args[:3] == ["python", "-m", "runtime.processes.node"]
+    assert args[:3] == ["python", "-m", "launch.node"]
     options = parsed(node._parser(), [filled_in(argument, {"JOB_COMPLETION_INDEX": "3"}) for argument in args[3:]])
     expected = job(**ON_CPUS) if kind == "one-machine" else job()
     assert options.config == expected.config

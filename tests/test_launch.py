@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.accelerate_command import command, environment
 from launch.job import JobSpec
-from launch.local import command, environment
+from launch.local import num_threads
 from runtime.environment import check_world_size, requested_world_size
 from runtime.errors import WorldSizeError
-from runtime.processes.launching import num_threads
 from tests.observed import configuration
 
 ROOT = Path(__file__).parent.parent

@@ -333,7 +333,13 @@ def test_another_package_called_runtime_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["runtime.config.file", "runtime.config.component", "runtime.cli", "runtime.processes.stopping", "launch.local"],
+    [
+        "runtime.config.file",
+        "runtime.config.component",
+        "runtime.cli",
+        "runtime.distributed.stopping",
+        "launch.accelerate_command",
+    ],
 )
 def test_what_a_login_node_needs_imports_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
@@ -341,5 +347,5 @@ def test_what_a_login_node_needs_imports_no_torch(module: str) -> None:
 
 
 def test_training_without_metrics_imports_no_torchmetrics() -> None:
-    code = "import runtime.run, sys; sys.exit('torchmetrics' in sys.modules or 'wandb' in sys.modules)"
+    code = "import runtime.run.run, sys; sys.exit('torchmetrics' in sys.modules or 'wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

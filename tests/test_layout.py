@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoints.layout import is_dense, laid_out
-from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.load import load_state
 from runtime.checkpoints.serialization import join_state, split_state
 from runtime.errors import ConfigurationError
+from runtime.state.memory_layout import is_dense, laid_out
 from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool, RemoteError
 from tests.test_resumption import observe_stopping

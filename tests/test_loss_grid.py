@@ -105,19 +105,19 @@ TASKS = [
 
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
-    from runtime import assembly
+    from runtime.build import components as assembly
+    from runtime.build import sources
+    from runtime.build.objective import build_objective
+    from runtime.build.optimizer import build_optimizer
     from runtime.config import component
     from runtime.config.file import load
     from runtime.config.strategy import DistributedDataParallel
-    from runtime.data import sources
     from runtime.data.batches import Cursor, Sharing
     from runtime.data.loading import read_here
     from runtime.data.training_data import How, MappedData
-    from runtime.losses.assembly import build_objective
+    from runtime.distributed.collectives import begin_sum_over_ranks
     from runtime.objective import TrainingModule
-    from runtime.optimization.assembly import build_optimizer
-    from runtime.processes.control import begin_sum_over_ranks
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.strategies.ddp import AcceleratedStrategy
 
     def new_strategy() -> AcceleratedStrategy:
         return AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())

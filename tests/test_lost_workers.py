@@ -13,7 +13,7 @@ import yaml
 
 from runtime.data.loading import lost_worker
 from runtime.errors import EvaluationError
-from runtime.processes.open_files import open_files_error
+from runtime.open_files import open_files_error
 from tests.observed import configuration
 from tests.test_launch import clean_environment
 

@@ -15,12 +15,12 @@ from sklearn import metrics as sk
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build.objective import build_objective
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, EvaluationError
 from runtime.evaluation.class_results import MOST_POINTS
 from runtime.evaluation.metrics import MetricSet
-from runtime.losses.assembly import build_objective
 from runtime.losses.by_name import torch_loss
 from tests.measured_metrics import CPU, MANY, SIZE, TASKS, data, load_task, measure, metric
 from tests.observed import configuration

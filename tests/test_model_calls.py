@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from runtime.commands.show import show
 from runtime.config.file import load
 from runtime.errors import ForwardError
 from runtime.session import evaluate, predict, train
-from runtime.show import show
 from tests.observed import PROJECT, configuration
 
 pytestmark = pytest.mark.single

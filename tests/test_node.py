@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from runtime.processes.node import _environment, _parser, exit_code
+from launch.node import _environment, _parser, exit_code
 from tests.chaos.processes import free_port
 from tests.test_failure import endless
 from tests.test_launch import clean_environment, written
@@ -25,7 +25,7 @@ _TIMEOUT_SECONDS = 300
 
 
 def line(config: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "runtime.processes.node", str(config), *arguments]
+    return [sys.executable, "-m", "launch.node", str(config), *arguments]
 
 
 class Node:
@@ -138,7 +138,7 @@ def listens(port: int) -> bool:
 
 WAITS = """
 import signal, subprocess, sys
-from runtime.processes import node
+from launch import node
 
 signal.pthread_sigmask(signal.SIG_BLOCK, node._WATCHED)
 line = [sys.executable, "-S", "-c"]

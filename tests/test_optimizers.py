@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_value_
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build.objective import build_objective
+from runtime.build.optimizer import build_optimizer
 from runtime.config.component import add_code_folder
 from runtime.config.file import LoadedConfiguration, load
 from runtime.errors import ConfigurationError
-from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
 from runtime.optimization import optimizer as optimizer_building
-from runtime.optimization.assembly import build_optimizer
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping
@@ -355,7 +355,7 @@ def test_schedule_free_weights_are_averaged_where_they_are_evaluated_and_saved(
     whole = pool.run(observe, world_size, config)[0]
     assert largest_difference(as_observed(by_hand), whole) < 1e-10  # what the caller gets
     assert whole["results"]["loss"] == pytest.approx(expected, rel=1e-10)
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     model, state = load_state(tmp_path / "whole" / "checkpoints" / "step-00000004")
     for name, value in by_hand.state_dict().items():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from runtime.processes.orphans import _is_launcher, launcher_ended
+from runtime.distributed.launcher_watch import _is_launcher, launcher_ended
 from tests.chaos.processes import processes
 from tests.observed import configuration
 from tests.test_launch import ACCELERATE, clean_environment
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "runtime" / "train.py")
 LAUNCHERS = {
     "lockstep train": [sys.executable, "-m", "runtime.cli", "train", "CONFIG", "--processes", "2"],
-    "the node launcher": [sys.executable, "-m", "runtime.processes.node", "CONFIG", "--processes", "2"],
+    "the node launcher": [sys.executable, "-m", "launch.node", "CONFIG", "--processes", "2"],
     "accelerate launch": [*ACCELERATE, "--cpu", "--num_processes", "1", "--num_machines", "1", TRAIN, "CONFIG"],
 }
 
@@ -143,7 +143,7 @@ def test_a_terminal_that_closes_is_a_wish_to_stop_unless_nohup_says_otherwise(tm
     ("line", "is_launcher"),
     [
         ("/v/bin/python /v/bin/accelerate launch --cpu run.py", True),
-        ("python /w/runtime/processes/agent.py -m accelerate.commands.launch run.py", True),
+        ("python /w/launch/agent.py -m accelerate.commands.launch run.py", True),
         ("python -u -X dev -m torch.distributed.run run.py", True),
         ("python3.12 /v/lib/torch/distributed/launch.py run.py", True),
         ("python -W error /v/bin/torchrun run.py", True),
@@ -165,7 +165,9 @@ def test_a_launcher_is_known_by_its_command_line(line: str, is_launcher: bool) -
 
 def test_a_launcher_of_a_launcher_is_watched_too(tmp_path: Path) -> None:
     """As with ``deepspeed``, whose second process starts the ranks, and lives on when the first is killed."""
-    rank = f"{sys.executable} -c 'from runtime.processes.orphans import _launching_ancestors as a; print(*a())'"
+    rank = (
+        f"{sys.executable} -c 'from runtime.distributed.launcher_watch import _launching_ancestors as a; print(*a())'"
+    )
     for name, line in (("torchrun", f"{sys.executable} {tmp_path}/deepspeed"), ("deepspeed", rank)):
         (tmp_path / name).write_text(f"import os\nprint(os.getpid(), flush=True)\nos.system({'exec ' + line!r})\n")
     done = subprocess.run(

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from runtime import cli
 from runtime.config import file as config_file
-from runtime.processes.output import UnfailingStream, protected_output
+from runtime.output import UnfailingStream, protected_output
 from tests.observed import configuration
 from tests.test_launch import clean_environment
 

@@ -531,7 +531,7 @@ def test_ids_that_do_not_match_are_told_and_nothing_is_written(
 def test_ids_that_are_missing_among_named_samples_or_predicted_twice_are_told(
     run: Path, tmp_path: Path, sample: Any
 ) -> None:
-    from runtime.inference.submission import SubmissionFile
+    from runtime.inference.sample_submission import SubmissionFile
 
     path = Path(sample(["c", "a", "b", "d"]).partition("=")[2])
 
@@ -574,13 +574,13 @@ def test_columns_of_a_sample_that_are_not_predicted_are_told(run: Path, tmp_path
 def test_lockstep_checks_before_it_starts_anything(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import runtime.processes.launching
+    import launch.local
     from runtime import cli
 
     def was_started(*args: Any, **options: Any) -> int:
         raise AssertionError("was started")
 
-    monkeypatch.setattr(runtime.processes.launching, "infer_locally", was_started)
+    monkeypatch.setattr(launch.local, "infer_locally", was_started)
     (tmp_path / "there.csv").write_text("")
     for arguments, code, words in (
         (["evaluate", str(run), "--checkpoint", "best:accuracy"], 2, "kept by 'accuracy'"),
@@ -642,7 +642,7 @@ def test_what_came_of_it_gets_through_the_launcher(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, code: int
 ) -> None:
     """``accelerate launch`` turns every code but 0 into 1."""
-    from runtime.processes import launching
+    from launch import local as launching
 
     def launcher(line: list[str], variables: dict[str, str]) -> int:
         assert variables["LOCKSTEP_WORLD_SIZE"] == "1"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from runtime import assembly
+from runtime.build import components as assembly
 from runtime.checkpoints.pretrained import WeightsReport, weights_digest
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, RanksDifferError, RunFolderError

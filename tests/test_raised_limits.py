@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.load import load_state
 from runtime.checkpoints.serialization import split_state
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool

@@ -115,7 +115,7 @@ def test_several_losses_train_as_written(tmp_path: Path) -> None:
 
 
 def test_the_metrics_are_built_as_written(tmp_path: Path) -> None:
-    from runtime import assembly
+    from runtime.build import components as assembly
 
     (tmp_path / "metrics.py").write_text("from torchmetrics import MeanMetric\n\nclass Lift(MeanMetric):\n    pass\n")
     text = block("yaml", "data:\n  fields: {group: query}")

@@ -31,7 +31,7 @@ def run(folder: Path, kind: str) -> dict[str, Any]:
 
 def act_after_act(config: dict[str, Any], output: str, agent_port: int | None) -> tuple[list[Any], list[bool]]:
     """Train, evaluate and predict; return what came of it, and whether each was watched over until its end."""
-    from runtime.processes.watch import Watch
+    from runtime.distributed.watchdog import Watch
     from runtime.session import evaluate, predict, train
 
     watched: list[bool] = []

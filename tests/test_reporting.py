@@ -109,7 +109,7 @@ def test_wandb_gets_one_run_for_a_run_that_was_resumed(tmp_path: Path, monkeypat
     folders = sorted(p.name for p in (tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert len({name.rsplit("-", 1)[1] for name in folders}) == 1
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     state = load_state(tmp_path / "run" / "checkpoints" / "step-00000004")[1]
     assert folders[0].endswith(state["identity"]["tracker_id"])

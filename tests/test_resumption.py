@@ -34,8 +34,8 @@ def deep(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any]:
     """Train, asked to stop after a step (each rank's own wish is what the ranks agree on)."""
-    from runtime.processes import control
-    from runtime.processes.stopping import StopWish
+    from runtime.distributed import collectives as control
+    from runtime.distributed.stopping import StopWish
     from runtime.training.progress import Progress
 
     if after is None:
@@ -162,10 +162,10 @@ def plateau(folder: Path) -> dict[str, Any]:
 def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second round of the evaluation after a step."""
     from runtime.data.batches import Window
+    from runtime.distributed import collectives as control
+    from runtime.distributed.stopping import StopWish
     from runtime.evaluation.evaluator import Evaluator
-    from runtime.processes import control
-    from runtime.processes.stopping import StopWish
-    from runtime.run import Run
+    from runtime.run.run import Run
 
     seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
     run_share, bool_of = Evaluator._run_share, StopWish.__bool__
@@ -321,7 +321,7 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def weights_of(folder: Path, step: int) -> bytes:
-    from runtime.checkpoints.reading import damage_of
+    from runtime.checkpoints.load import damage_of
 
     (checkpoint,) = (folder / "checkpoints").glob(f"step-{step:08d}-epoch-*")
     assert damage_of(checkpoint) is None
@@ -353,7 +353,7 @@ def averages(folder: Path) -> dict[str, bytes]:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     (path,) = (folder / "checkpoints").glob(f"step-{step:08d}*")
     return load_state(path)[1]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from runtime.checkpoints import checkpoint, serialization
-from runtime.checkpoints.attempts import Attempts, Rollback
+from runtime.checkpoints.async_save import BackgroundSaving
 from runtime.checkpoints.checkpoint import CheckpointFolder, listed
-from runtime.checkpoints.reading import load_state
-from runtime.checkpoints.saving import BackgroundSaving
+from runtime.checkpoints.load import load_state
+from runtime.checkpoints.rollback_history import Attempts, Rollback
 from runtime.checkpoints.snapshot import HostBuffers
 from runtime.config.sections import Best
 from runtime.data.batches import Cursor

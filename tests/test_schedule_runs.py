@@ -15,8 +15,8 @@ import yaml
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
-from runtime.assembly import check_components
-from runtime.checkpoints.reading import load_state
+from runtime.build.components import check_components
+from runtime.checkpoints.load import load_state
 from runtime.cli import main
 from runtime.config.file import load
 from runtime.optimization.curve import Curve, drawn, simulate

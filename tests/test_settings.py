@@ -13,13 +13,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from runtime import cli
-from runtime.assembly import build_model, build_training_data
+from runtime.build.components import build_model, build_training_data
+from runtime.build.objective import build_objective
+from runtime.build.optimizer import build_freezing, build_optimizer, build_schedule, schedule_length
 from runtime.checks.settings import check_settings
 from runtime.config.file import load
 from runtime.errors import ConfigurationError
-from runtime.losses.assembly import build_objective
 from runtime.objective import TrainingModule
-from runtime.optimization.assembly import build_freezing, build_optimizer, build_schedule, schedule_length
 from runtime.optimization.rehearsal import StandIn
 from runtime.session import train
 

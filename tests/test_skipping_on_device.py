@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.strategies.accelerated import AcceleratedStrategy
-from runtime.training.verdicts import Verdicts
+from runtime.strategies.ddp import AcceleratedStrategy
+from runtime.training.step_outcomes import Verdicts
 from tests.observed import assert_bitwise_equal, observe
 from tests.process_pool import ProcessPool
 from tests.test_divergence import failure, run, state, tensors

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from runtime.checkpoints.reading import load_state
+from runtime.checkpoints.load import load_state
 from runtime.config.file import load
 from runtime.config.output_name import escaped
 from tests.observed import PROJECT, configuration, observe

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.job import JobSpec
-from launch.slurm import SlurmOptions, script, secrets_text, warning_seconds
+from launch.slurm.script import SlurmOptions, script, secrets_text, warning_seconds
 from runtime.errors import ConfigurationError
 
 GOLDEN = Path(__file__).parent / "golden"

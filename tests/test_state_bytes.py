@@ -76,7 +76,7 @@ def test_weights_that_are_not_trained_are_counted_too(pool: ProcessPool, tmp_pat
 
 def bucket(config: dict[str, Any]) -> int:
     """Train, and return how many elements DeepSpeed makes room for to reduce gradients."""
-    from runtime.strategies.zero import ZeroStrategy
+    from runtime.strategies.zero.strategy import ZeroStrategy
 
     found = []
     step = ZeroStrategy.step

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm import queue
 from runtime.cli import main
-from runtime.submission import queue
 
 AWAY = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
 SILENT = "#!/bin/sh\nexec sleep 60\n"

@@ -21,16 +21,16 @@ from typing import Any
 
 import pytest
 
-from runtime.processes import stopping
-from runtime.processes.stopping import StopWish
+from runtime.distributed import stopping
+from runtime.distributed.stopping import StopWish
 
 ROOT = Path(__file__).parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PRELUDE = '''
 import ctypes, signal, sys, threading, time
 from pathlib import Path
-from runtime.processes import stopping
-from runtime.processes.stopping import StopWish
+from runtime.distributed import stopping
+from runtime.distributed.stopping import StopWish
 
 stopping._POLL_SECONDS = 0.02
 
@@ -456,7 +456,7 @@ def test_importing_it_imports_the_standard_library_alone() -> None:
     code = """
 import sys
 before = set(sys.modules)
-import runtime.processes.stopping
+import runtime.distributed.stopping
 print({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) - {"runtime"})
 """
     line = [sys.executable, "-c", code]

@@ -29,8 +29,8 @@ def deep(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
     """Train one reporting-free run; count gradient buckets through a communication hook, and other collectives."""
-    from runtime.processes import control
-    from runtime.strategies.accelerated import AcceleratedStrategy
+    from runtime.distributed import collectives as control
+    from runtime.strategies.ddp import AcceleratedStrategy
 
     buckets: list[int] = []
     others: list[int] = []
@@ -250,13 +250,13 @@ def test_compiled_models_give_the_same_losses(tmp_path: Path) -> None:
 
 
 def saved(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[1]
 
 
 def saved_model(folder: Path, step: int) -> dict[str, Any]:
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     return load_state(folder / "checkpoints" / f"step-{step:08d}")[0]
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from runtime.commands.show import show
 from runtime.config.file import load
 from runtime.data.fields import Fields
 from runtime.data.yielded_batches import rows_from, rows_of
 from runtime.errors import ConfigurationError, DataError, LockstepError
 from runtime.session import evaluate
-from runtime.show import show
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 from tests.project.batch_streams import SIZES, VALIDATION, Fixed, FixedBag, packed, ragged

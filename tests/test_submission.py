@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.code_copy import code_files, revision, snapshot
+from launch.options import seconds, variables
+from launch.slurm.requeue import Ended, first_ended, judge
+from launch.slurm.requeue import main as judge_job
 from runtime.cli import main
 from runtime.config.file import load
+from runtime.distributed.watchdog import raised
 from runtime.errors import ConfigurationError
-from runtime.processes.watch import raised
-from runtime.submission.options import seconds, variables
-from runtime.submission.requeueing import Ended, first_ended, judge
-from runtime.submission.requeueing import main as judge_job
-from runtime.submission.snapshot import code_files, revision, snapshot
 from tests.observed import configuration
 
 FINISHED = {"outcome": "finished", "exit_code": 0}
@@ -240,7 +240,7 @@ def test_the_commit_and_what_is_not_committed_are_recorded(project: Path) -> Non
 
 
 def test_a_code_folder_full_of_data_is_refused(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.submission.snapshot._MAX_BYTES", 100)
+    monkeypatch.setattr("launch.code_copy._MAX_BYTES", 100)
     (project / "big.npy").write_bytes(b"\0" * 5000)
     with pytest.raises(ConfigurationError, match=r"run.yaml:\d+ code: .* most in big.npy"):
         snapshot(load(project / "run.yaml"), tmp_path / "copy")

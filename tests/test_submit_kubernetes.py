@@ -35,7 +35,7 @@ def test_what_is_submitted_is_what_was_asked_for(here: Path, capsys: pytest.Capt
     assert {document["metadata"]["namespace"] for document in found.values()} == {"lab"}
     assert (found["Job"]["spec"]["completions"], found["Job"]["spec"]["parallelism"]) == (2, 2)
     overrides = ["limit.epochs=7", "limit.time=3600s"]
-    assert only["args"][:6] == ["python", "-m", "runtime.processes.node", "/workspace/configs/digits.yaml", *overrides]
+    assert only["args"][:6] == ["python", "-m", "launch.node", "/workspace/configs/digits.yaml", *overrides]
     assert {"name": "A", "value": "1"} in only["env"]
     reference = {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}
     assert {"name": "HF_TOKEN", "valueFrom": reference} in only["env"]

@@ -14,7 +14,7 @@ import pytest
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from runtime.data.reading_ahead import summed_ahead
-from runtime.processes import control
+from runtime.distributed import collectives as control
 from runtime.reporting import meters
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
@@ -102,7 +102,7 @@ def test_a_step_whose_update_was_left_out_has_no_norm_of_another_and_the_rate_it
         optimizer={"target": "SGD", "args": {"lr": 0.1}, "max_grad_norm": 1.0},
     )
     pool.run(observe, 1, config)
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     skipped = load_state(tmp_path / "checkpoints" / "step-00000012")[1]["progress"]["skipped_steps"]
     assert any(step % 3 == 0 for step in skipped)

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("kubeflow_trainer_api", reason="needs the extra dev")
 from kubeflow_trainer_api import models
 
-from launch.kubernetes import manifests
-from launch.pods import Kind, TrainingRuntime, Volume
+from launch import node
+from launch.kubernetes.manifests import manifests
+from launch.kubernetes.pods import Kind, TrainingRuntime, Volume
 from runtime.cli import main
 from runtime.entry import parsed
-from runtime.processes import node
 from tests.kubeflow_trainer import ANCESTOR, TORCH_DISTRIBUTED, jobset_spec, pod
 from tests.test_kubernetes import KINDS, documents, filled_in, job, pods
 from tests.test_submit_kubernetes import COMMAND, VOLUME, here, with_kubectl
@@ -108,7 +108,7 @@ def test_pods_of_an_installed_runtime_train_what_was_submitted_where_it_was_aske
     assert container["command"] == ["tini", "--", "env", "--chdir=/workspace"]
     assert container["image"] == job().image
     args = [filled_in(argument, {"JOB_COMPLETION_INDEX": "3"}) for argument in container["args"]]
-    assert args[:3] == ["python", "-m", "runtime.processes.node"]
+    assert args[:3] == ["python", "-m", "launch.node"]
     options = parsed(node._parser(), args[3:])
     assert (options.config, options.nodes, options.node_rank) == (job().config, 4, 3)
     assert options.main_address == "digits-node-0-0.digits"

@@ -22,8 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from runtime.distributed.watchdog import Heartbeat, Position, Watch, laggards
 from runtime.errors import PeerError
-from runtime.processes.watch import Heartbeat, Position, Watch, laggards
 
 _SILENCE_SECONDS = 1.0
 _STALL_SECONDS = 1.0

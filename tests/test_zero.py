@@ -60,7 +60,7 @@ def gpt(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest checkpoint's model and training state."""
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     path = max(path for path in (folder / "checkpoints").glob("step-????????"))
     return load_state(path)
@@ -142,7 +142,7 @@ def test_each_stage_trains_what_ddp_trains(
 
 def divided_wrongly(config: dict[str, Any], mistake: str) -> dict[str, Any]:
     """Train with a classic mistake in the strategy."""
-    from runtime.strategies import zero as module
+    from runtime.strategies.zero import strategy as module
 
     right, backward = module.starting_gradient, module.ZeroStrategy.backward
     if mistake == "mean over ranks":
@@ -172,7 +172,7 @@ def trained_wrongly(config: dict[str, Any], mistake: str) -> None:
     """Train with DistributedDataParallel and a small mistake in what it does with gradients."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from runtime.strategies import accelerated
+    from runtime.strategies import ddp as accelerated
 
     right, wrap = accelerated.starting_gradient, accelerated.wrapped_module
 
@@ -256,7 +256,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
         "limit": {"steps": 4},
     }
     pool.run(observe, 2, configuration(tmp_path, **changes))
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     second, third, fourth = (load_state(tmp_path / "checkpoints" / f"step-0000000{n}") for n in (2, 3, 4))
     assert third[1]["progress"]["skipped_steps"] == [3]
@@ -311,7 +311,7 @@ def test_a_loss_that_jumps_is_left_out_and_gone_round_as_with_ddp(
 
 
 def load_model(path: Path) -> dict[str, Any]:
-    from runtime.checkpoints.reading import load_state
+    from runtime.checkpoints.load import load_state
 
     return load_state(path)[0]
 
@@ -400,7 +400,7 @@ def test_what_cannot_be_sharded_is_refused_with_the_reason(
 
 
 def elementwise(name: str, **args: Any) -> str | None:
-    from runtime.strategies.zero_optimizers import unshardable
+    from runtime.strategies.zero.optimizers import unshardable
 
     parameters = [torch.nn.Parameter(torch.randn(3, 4))]
     return unshardable(getattr(torch.optim, name)(parameters, **{"lr": 0.01, **args}))
@@ -509,7 +509,7 @@ def test_hooks_of_the_users_see_the_runs_optimizer_and_none_that_is_tried_out(
 def bytes_of_what_is_saved(config: dict[str, Any]) -> int:
     """Train, and return the most that this rank held of a state that is saved."""
     from runtime.checkpoints.serialization import split_state
-    from runtime.state_saver import StateSaver
+    from runtime.run.state_saver import StateSaver
 
     collected, held = StateSaver._collected, []
 
@@ -564,7 +564,7 @@ def overflowing(config: dict[str, Any]) -> dict[str, Any]:
     """Train in fp16 on the CPU, which DeepSpeed and so Lockstep refuse: DeepSpeed's loss scale is the same anywhere."""
     from deepspeed.accelerator import get_accelerator
 
-    from runtime.strategies import zero as module
+    from runtime.strategies.zero import strategy as module
 
     kind = type(get_accelerator())
     supported, check = kind.is_fp16_supported, module.check_machine

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime import json_files
-from runtime.checkpoints.attempts import Attempts
 from runtime.checkpoints.best import ranked
-from runtime.checkpoints.reading import damage_of
+from runtime.checkpoints.load import damage_of
+from runtime.checkpoints.rollback_history import Attempts
 from runtime.checkpoints.serialization import (
     make_folder,
     replace_file,
@@ -42,7 +42,7 @@ from runtime.checkpoints.serialization import (
 )
 from runtime.checkpoints.sharded_files import INDEX, Receipt, index_of, write_pieces
 from runtime.checkpoints.snapshot import Snapshot
-from runtime.checkpoints.together import ALONE, Writers
+from runtime.checkpoints.writer_group import ALONE, Writers
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError
 

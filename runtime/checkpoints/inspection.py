@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
 from runtime import json_files
-from runtime.checkpoints.attempts import Attempts
 from runtime.checkpoints.checkpoint import Checkpoint, listed
-from runtime.checkpoints.reading import damage_of
+from runtime.checkpoints.load import damage_of
+from runtime.checkpoints.rollback_history import Attempts
 from runtime.errors import CheckpointError, RunFolderError
 
 State = Literal["whole", "damaged", "newer format", "moved aside", "partial"]

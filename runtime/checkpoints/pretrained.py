@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from runtime import json_files
-from runtime.checkpoints.reading import damage_of, load_model
+from runtime.checkpoints.load import damage_of, load_model
 from runtime.checkpoints.serialization import checksum
 from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from runtime import environment
-from runtime.checkpoints.attempts import Rollback
+from runtime.checkpoints.async_save import BackgroundSaving
 from runtime.checkpoints.best import BestResults
 from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder
-from runtime.checkpoints.fence import Fence
-from runtime.checkpoints.saving import BackgroundSaving
+from runtime.checkpoints.rollback_history import Rollback
+from runtime.checkpoints.run_lock import Fence
 from runtime.checkpoints.serialization import make_folder
 from runtime.checkpoints.sharded_files import tensors_on_disk
-from runtime.checkpoints.shards import whole
-from runtime.checkpoints.together import Writers
+from runtime.checkpoints.writer_group import Writers
 from runtime.config.sections import Checkpoint as CheckpointSection
 from runtime.config.sections import Resume
+from runtime.distributed.collectives import on_rank_0
 from runtime.errors import CheckpointError, DivergenceError, RunFolderError
-from runtime.processes.control import on_rank_0
+from runtime.state.shards import whole
 from runtime.training.divergence import RollbackWanted
 
 STOP_FILE = "STOP"

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.checkpoints.layout import laid_out, strides_to_keep
-from runtime.checkpoints.shards import Shard
 from runtime.errors import CheckpointError
+from runtime.state.memory_layout import laid_out, strides_to_keep
+from runtime.state.shards import Shard
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

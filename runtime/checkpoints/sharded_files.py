@@ -20,9 +20,9 @@ from safetensors import safe_open
 
 from runtime import json_files
 from runtime.checkpoints.serialization import dtype_called, dtype_name, write_tensors
-from runtime.checkpoints.shards import Piece, Shard, TensorOnDisk
 from runtime.checkpoints.snapshot import Snapshot
 from runtime.errors import CheckpointError
+from runtime.state.shards import Piece, Shard, TensorOnDisk
 
 INDEX = "shards.json"
 

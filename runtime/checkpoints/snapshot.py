@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoints.serialization import split_state
-from runtime.checkpoints.shards import Shard
+from runtime.state.shards import Shard
 
 
 @dataclass(frozen=True)

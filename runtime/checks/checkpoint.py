@@ -16,25 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime import assembly
-from runtime.checkpoints.reading import load_state
-from runtime.checkpoints.resumption import RunState, load_module
+from runtime.build import components as assembly
+from runtime.build.objective import build_objective
+from runtime.build.optimizer import build_freezing, build_optimizer
+from runtime.checkpoints.load import load_state
+from runtime.checkpoints.run_state import RunState, load_module
 from runtime.checks.attributes import attributes_with_tensors, differing_attributes
 from runtime.checks.copies import copy_of, enough_memory
 from runtime.checks.objective import mark_coupled
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
-from runtime.losses.assembly import build_objective
+from runtime.distributed.collectives import gather_bytes
 from runtime.objective import TrainingModule
-from runtime.optimization.assembly import build_freezing, build_optimizer
 from runtime.optimization.combined import load_exactly
-from runtime.optimization.evaluation_weights import begin_training, load_training_weights
-from runtime.optimization.held_weights import WholeWeights
+from runtime.optimization.optimizer_eval_mode import begin_training, load_training_weights
 from runtime.optimization.trial_steps import trial_step
-from runtime.processes.control import gather_bytes
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.state.adopted_layouts import adopt_layouts
+from runtime.state.local_weights import WholeWeights
 from runtime.strategies import Strategy
-from runtime.strategies.layouts import adopt_layouts
 from runtime.training.buffer_values import same_bits
 
 _CURE = "Keep such state in a buffer (register_buffer) or return it from get_extra_state; an optimizer's belongs in its state"

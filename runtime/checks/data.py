@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from runtime.build.data_contents import Differing
+from runtime.build.preparation import Prepared
+from runtime.build.sources import split_key
 from runtime.config.file import LoadedConfiguration
 from runtime.data.order import SamplerOrder
-from runtime.data.sources import split_key
 from runtime.data.training_data import MappedData
-from runtime.data_contents import Differing
+from runtime.distributed.collectives import gather_bytes
 from runtime.errors import ConfigurationError
-from runtime.preparation import Prepared
-from runtime.processes.control import gather_bytes
 from runtime.strategies import Strategy
 
 _GLOBAL = "Python's, NumPy's or torch's global generator"

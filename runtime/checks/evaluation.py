@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build import sources
 from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
 from runtime.config.sections import Prediction
-from runtime.data import sources
 from runtime.data.training_data import MappedData, TrainingData
+from runtime.distributed.collectives import gather_bytes
 from runtime.errors import (
     ConfigurationError,
     DataError,
@@ -35,10 +36,9 @@ from runtime.evaluation.evaluator import Evaluator, Tried
 from runtime.evaluation.metric_inputs import feed_of
 from runtime.inference.columns import ColumnBuilder, model_arguments
 from runtime.inference.request import columns_of_sample
-from runtime.inference.submission import header_of
+from runtime.inference.sample_submission import header_of
 from runtime.model_calls import is_out_of_memory
 from runtime.objective import Objective, full_precision
-from runtime.processes.control import gather_bytes
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from runtime import environment
+from runtime.build.preparation import Prepared
 from runtime.checks.data import check_sampler, check_samples_repeat
 from runtime.checks.evaluation import check_evaluation
 from runtime.checks.gradients import check_gradients
@@ -18,7 +19,6 @@ from runtime.checks.objective import check_additivity
 from runtime.checks.settings import check_settings
 from runtime.config.file import LoadedConfiguration
 from runtime.evaluation.evaluator import Evaluator
-from runtime.preparation import Prepared
 from runtime.strategies import Strategy
 
 

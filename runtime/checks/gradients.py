@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build.preparation import Prepared
 from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
@@ -14,7 +15,6 @@ from runtime.data.loading import read
 from runtime.data.samples import SlotIndex
 from runtime.data.training_data import MappedData, TrainingData
 from runtime.errors import ConfigurationError, LockstepError
-from runtime.preparation import Prepared
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 from runtime.strategies.reduction import listed

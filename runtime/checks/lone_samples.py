@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build.preparation import Prepared
 from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
@@ -22,7 +23,6 @@ from runtime.data.loading import read
 from runtime.data.samples import SlotIndex
 from runtime.data.training_data import MappedData
 from runtime.errors import ConfigurationError
-from runtime.preparation import Prepared
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build.preparation import Prepared
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Cursor
@@ -26,11 +27,10 @@ from runtime.data.samples import SlotIndex
 from runtime.data.stream_pieces import StreamIndex
 from runtime.data.training_data import MappedData, StreamedData, TrainingData
 from runtime.data.yielded_batches import rows_from
+from runtime.distributed.collectives import gather_bytes
 from runtime.errors import ConfigurationError, ForwardError, LockstepError
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Loss, Objective, TrainingModule
-from runtime.preparation import Prepared
-from runtime.processes.control import gather_bytes
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from runtime import assembly
+from runtime.build import components as assembly
+from runtime.build.optimizer import rehearsed_schedule, schedule_length
 from runtime.config import component
 from runtime.config.component import described
 from runtime.config.file import LoadedConfiguration
@@ -19,7 +20,6 @@ from runtime.data.training_data import TrainingData
 from runtime.errors import ConfigurationError, DivergenceError, LockstepError
 from runtime.objective import TrainingModule
 from runtime.optimization import schedulers
-from runtime.optimization.assembly import rehearsed_schedule, schedule_length
 from runtime.optimization.curve import simulate
 from runtime.optimization.optimizer import NAMESPACES
 from runtime.optimization.parameter_groups import default_of

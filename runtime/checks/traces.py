@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.training.held_buffers import overlaps, preserved_buffers
+from runtime.state.module_buffers import overlaps, preserved_buffers
 
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
 _OF_WRAPPERS = ("_fsdp", "_ds", "ds_", "_external")

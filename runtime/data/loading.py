@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from runtime.data.samples import SampleFailure
 from runtime.errors import DataError, causes
-from runtime.processes.output import protect_output
+from runtime.output import protect_output
 
 MakeLoader = Callable[..., Iterable[Any]]
 """Makes what yields batches, of a data set and a ``batch_sampler`` of :class:`SlotIndex`."""

@@ -19,8 +19,8 @@ from runtime.data.samples import Samples, SlotIndex, fingerprint
 from runtime.data.stream_pieces import FIRST, Place, ShardedBy, StreamIndex, fits_json
 from runtime.data.stream_windows import StreamWindows
 from runtime.data.streams import StreamSamples
+from runtime.distributed.collectives import gather_bytes
 from runtime.errors import DataError
-from runtime.processes.control import gather_bytes
 
 
 @dataclass(frozen=True)

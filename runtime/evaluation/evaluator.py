@@ -19,14 +19,14 @@ from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import Samples, SlotIndex
 from runtime.data.stream_rounds import evaluation_rounds
 from runtime.data.streams import StreamSamples
+from runtime.distributed.collectives import Agreement, sum_by_name, sum_over_ranks
 from runtime.errors import EvaluationError
 from runtime.evaluation.metrics import MetricSet, Result
 from runtime.losses.rows import miscounted
 from runtime.objective import Weight, add_weights
-from runtime.processes.control import Agreement, sum_by_name, sum_over_ranks
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
-from runtime.training.held_buffers import preserved_buffers
 
 _WEIGHT = "weight/"  # no loss may be called "weight"
 

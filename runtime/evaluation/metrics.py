@@ -19,12 +19,12 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from runtime.config.component import described
+from runtime.distributed.collectives import gather_bytes
 from runtime.errors import EvaluationError, LockstepError, MetricError
 from runtime.evaluation.class_results import kind_of, thinned
+from runtime.evaluation.compute_groups import sharing_state
 from runtime.evaluation.metric_inputs import MetricInputs, feed_of, parts_of
-from runtime.evaluation.shared_states import sharing_state
 from runtime.objective import Objective, shown
-from runtime.processes.control import gather_bytes
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

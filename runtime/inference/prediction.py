@@ -17,12 +17,12 @@ from runtime.config.component import described
 from runtime.data.fields import Name
 from runtime.data.loading import read, read_here
 from runtime.data.samples import Samples, SlotIndex
+from runtime.distributed.collectives import Agreement, gather_on_rank_0
 from runtime.errors import LockstepError, ObjectiveError
 from runtime.inference.batch_rows import check_count, check_order
 from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, model_arguments
 from runtime.model_calls import explained, is_out_of_memory
 from runtime.objective import Objective, full_precision, shown
-from runtime.processes.control import Agreement, gather_on_rank_0
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from runtime.checkpoints.unfinished import hidden_folder, put_in_place
 from runtime.errors import ConfigurationError, MissingDependencyError, PredictionError, Problem
 from runtime.inference.columns import Columns, Values
+from runtime.state.atomic_folder import hidden_folder, put_in_place
 
 _FAILURES = (OSError, ValueError, sqlite3.Error)  # pyarrow's are of the first two kinds; a submission is kept in SQLite
 _ROWS_PER_GROUP = 1 << 16  # of Parquet; as many are held in memory

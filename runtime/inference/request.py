@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime.checkpoints.selection import check_choice
+from runtime.build import sources
+from runtime.checkpoints.resolve import check_choice
 from runtime.config.file import LoadedConfiguration
-from runtime.data import sources
 from runtime.errors import ConfigurationError, Problem
 from runtime.inference.predictions_file import check_target, format_of
-from runtime.inference.submission import header_of
+from runtime.inference.sample_submission import header_of
 
 Which = Literal["raw", "averaged"]
 _DEFAULT_SPLITS = {"evaluate": ("validation", "test"), "predict": ("predict", "test")}

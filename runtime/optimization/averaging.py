@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from runtime.checkpoints.shards import whole
 from runtime.config.learning import Averaging
 from runtime.errors import CheckpointError
-from runtime.optimization.held_weights import HeldWeights, WholeWeights
+from runtime.state.local_weights import HeldWeights, WholeWeights
+from runtime.state.shards import whole
 
 
 class WeightAverage:
@@ -28,7 +28,7 @@ class WeightAverage:
     step of the average in bfloat16 is smaller than half of its last bit, so that it would stand still.
 
     Buffers are not averaged. With ``ema`` they are the raw ones: the average is never far from the weights that they belong
-    to. With ``swa`` the average has BatchNorm statistics of its own, computed by :mod:`runtime.optimization.batch_statistics`.
+    to. With ``swa`` the average has BatchNorm statistics of its own, computed by :mod:`runtime.evaluation.batch_statistics`.
 
     Args:
         module: the bare TrainingModule.

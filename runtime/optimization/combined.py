@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from runtime.checkpoints.layout import is_dense, laid_out, same_layout
+from runtime.state.memory_layout import is_dense, laid_out, same_layout
 
 
 class CombinedOptimizer(Optimizer):

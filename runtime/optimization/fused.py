@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from runtime.checkpoints.layout import is_dense
 from runtime.config.component import ComponentError
+from runtime.state.memory_layout import is_dense
 
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

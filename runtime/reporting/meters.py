@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from runtime.data.batches import Window
+from runtime.distributed.collectives import gather_bytes, sum_in_order
+from runtime.distributed.watchdog import Position
 from runtime.evaluation.metrics import MetricSet, Result
 from runtime.objective import Loss, Objective, Weight, add_weights, starting_gradient
-from runtime.processes.control import gather_bytes, sum_in_order
-from runtime.processes.watch import Position
 
 _HELD = 64
 _ALONE = ("data", "forward")  # phases in which no rank waits for another
@@ -36,7 +36,7 @@ class PhaseTimes:
         self.seconds: dict[str, float] = {}
 
     def enter(self, phase: str, step: int) -> None:
-        """See :meth:`runtime.processes.watch.Position.enter`."""
+        """See :meth:`runtime.distributed.watchdog.Position.enter`."""
         now = time.perf_counter()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now

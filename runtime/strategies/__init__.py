@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.objective import Loss, TrainingModule, Weight
-from runtime.optimization.held_weights import HeldWeights
+from runtime.state.local_weights import HeldWeights
 
 
 class Update(NamedTuple):

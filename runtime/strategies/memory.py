@@ -13,7 +13,7 @@ from runtime.config.strategy import Strategy
 from runtime.config.zero_json import generate
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
 from runtime.strategies.state_size import StateBytes, optimizer_bytes
-from runtime.strategies.zero_memory import state_bytes_of_zero
+from runtime.strategies.zero.memory import state_bytes_of_zero
 
 
 def state_bytes(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer, world_size: int) -> StateBytes:

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.errors import ConfigurationError, Problem
-from runtime.training.held_buffers import overlaps, places_of
+from runtime.state.module_buffers import overlaps, places_of
 
 _SENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _WITHOUT_GRADIENT = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")

@@ -8,8 +8,8 @@ from operator import is_
 import torch
 from torch import Tensor
 
+from runtime.state.module_buffers import Place, overlaps
 from runtime.training.buffer_values import advanced, base, change, narrow, numbers, wide
-from runtime.training.held_buffers import Place, overlaps
 
 
 class BufferGroup:

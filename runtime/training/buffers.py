@@ -22,11 +22,11 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from runtime.processes.control import gather_bytes
+from runtime.distributed.collectives import gather_bytes
+from runtime.state.module_buffers import Place, places_of
 from runtime.strategies import DeviceFlag, Strategy
 from runtime.training.buffer_group import BufferGroup, alike
 from runtime.training.buffer_values import addable, advanced, narrow, numbers, wide
-from runtime.training.held_buffers import Place, places_of
 from runtime.training.still_buffers import StillBuffer
 
 _SMALL = 1024  # numbers

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from runtime.distributed.collectives import sum_over_ranks
 from runtime.errors import OutOfMemoryError
 from runtime.model_calls import is_out_of_memory
 from runtime.objective import TrainingModule
-from runtime.processes.control import sum_over_ranks
 from runtime.randomness import preserved_random_state
+from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
-from runtime.training.held_buffers import preserved_buffers
 
 _STATE_COPIES = 2  # Adam's two moments, which do not exist before the first update
 

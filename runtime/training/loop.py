@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.data.batches import Window
+from runtime.distributed.collectives import Agreement
 from runtime.evaluation.metrics import Result
 from runtime.optimization.schedule import Schedule
-from runtime.processes.control import Agreement
-from runtime.processes.garbage import GarbageCollection
 from runtime.randomness import Purpose, derive, seed_everything
 from runtime.reporting.meters import PhaseTimes, TrainingMeter
 from runtime.strategies import Strategy, Update
 from runtime.training.buffers import BufferRule
 from runtime.training.divergence import Divergence
+from runtime.training.garbage import GarbageCollection
 from runtime.training.progress import Progress
-from runtime.training.verdicts import Verdicts
+from runtime.training.step_outcomes import Verdicts
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.state.module_buffers import Place
 from runtime.training.buffer_values import base, change, same_bits, wide
-from runtime.training.held_buffers import Place
 
 
 class StillBuffer:

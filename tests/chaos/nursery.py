@@ -71,11 +71,11 @@ def nurse() -> int:
         "accelerate",
         "torch.distributed",
         "torch._inductor",  # strict determinism imports it, which takes a second
-        "runtime.assembly",
+        "runtime.build.components",
         "runtime.entry",
-        "runtime.run",
+        "runtime.run.run",
         "runtime.session",
-        "runtime.strategies.accelerated",
+        "runtime.strategies.ddp",
     ):
         importlib.import_module(module)
     gc.freeze()  # no garbage collection in a child touches, and so copies, what it shares with us

@@ -90,7 +90,7 @@ sleep 1 # for the last lines
 kill "$tail" 2>/dev/null
 
 trap "" TERM USR1 # what is decided here is carried out whole
-"$python" -m runtime.submission.requeueing "$run" --logs "$logs" --launch "$LOCKSTEP_LAUNCH" --job "$SLURM_JOB_ID" \
+"$python" -m launch.slurm.requeue "$run" --logs "$logs" --launch "$LOCKSTEP_LAUNCH" --job "$SLURM_JOB_ID" \
   --code "$code" --warned "$warned" --max-requeues 3
 verdict=$?
 # 75: it is to go on, and stays in the queue.

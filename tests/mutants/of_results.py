@@ -2,14 +2,14 @@
 
 from tests.mutants.mutant import Mutant, remembers
 
-_CHECKPOINT, _RESUMPTION = "runtime/checkpoints/checkpoint.py", "runtime/checkpoints/resumption.py"
+_CHECKPOINT, _RESUMPTION = "runtime/checkpoints/checkpoint.py", "runtime/checkpoints/run_state.py"
 _FOLDER, _ATTEMPTS, _BEST = (
     "runtime/checkpoints/run_folder.py",
-    "runtime/checkpoints/attempts.py",
+    "runtime/checkpoints/rollback_history.py",
     "runtime/checkpoints/best.py",
 )
 _METRICS, _EVALUATOR = "runtime/evaluation/metrics.py", "runtime/evaluation/evaluator.py"
-_EVALUATIONS = "runtime/evaluations.py"
+_EVALUATIONS = "runtime/run/evaluations.py"
 
 MUTANTS = (
     Mutant(

@@ -2,9 +2,13 @@
 
 from tests.mutants.mutant import Mutant, remembers
 
-_BUFFERS, _LOOP, _VERDICTS = "runtime/training/buffers.py", "runtime/training/loop.py", "runtime/training/verdicts.py"
+_BUFFERS, _LOOP, _VERDICTS = (
+    "runtime/training/buffers.py",
+    "runtime/training/loop.py",
+    "runtime/training/step_outcomes.py",
+)
 _DIVERGENCE, _PROGRESS = "runtime/training/divergence.py", "runtime/training/progress.py"
-_STRATEGY, _SCHEDULE = "runtime/strategies/accelerated.py", "runtime/optimization/schedule.py"
+_STRATEGY, _SCHEDULE = "runtime/strategies/ddp.py", "runtime/optimization/schedule.py"
 _AVERAGING = "runtime/optimization/averaging.py"
 
 MUTANTS = (

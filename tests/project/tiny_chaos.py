@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
-from runtime.checkpoints.fence import Fence
+from runtime.checkpoints.run_lock import Fence
 from runtime.objective import Loss, Objective
 
 INFINITE = 0.5344699239871201  # what sample 17 draws in the third epoch
@@ -278,9 +278,9 @@ class Moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
-        from runtime.evaluations import Evaluations
-        from runtime.processes.watch import Position
-        from runtime.run import Run
+        from runtime.distributed.watchdog import Position
+        from runtime.run.evaluations import Evaluations
+        from runtime.run.run import Run
         from runtime.training.progress import Progress
 
         advance, enter = Progress.advance, Position.enter

@@ -1,0 +1,1 @@
+"""Kubernetes: manifests of Jobs, JobSets and TrainJobs, and their submission."""

@@ -1,0 +1,177 @@
+"""The job script for Slurm: pure text from a job's description. The template beside it reads as the script it becomes.
+
+Every value is quoted for the shell; the ``#SBATCH`` lines too, whose quotes Slurm reads as a shell would.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from launch.job import JobSpec, refuse_control_characters
+from launch.slurm import pyxis
+from runtime.errors import ConfigurationError, Problem
+
+COMMENT = "lockstep:"  # followed by the run folder: by it, the queue's jobs are known as ours
+_OURS = (
+    "array", "comment", "error", "export", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue",
+    "no-requeue", "signal", "wait", "wrap",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmOptions:
+    """What only Slurm knows.
+
+    Args:
+        cpus_per_process: cores of each process. Default: what the partition gives.
+        interface: network interface that the ranks talk over. Default: the one of the address they meet at.
+        container: image that the ranks run in, by the pyxis plugin of srun.
+        mounts: that the container gets besides, as ``PATH[:PATH[:ro]]``.
+        extra: further options of sbatch, such as ``--mem=64G``.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus_per_process: int | None = None
+    interface: str | None = None
+    container: str | None = None
+    mounts: Sequence[str] = ()
+    extra: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise ConfigurationError(problems)
+
+    def _problems(self) -> Iterator[Problem]:
+        for name in ("partition", "account", "qos", "constraint", "interface", "container"):
+            value = getattr(self, name)
+            if value is not None:
+                yield from refuse_control_characters(f"--{name}", value)
+                if not value:
+                    yield Problem("command line", f"--{name}", "is empty")
+        for text in self.mounts:
+            yield from refuse_control_characters("--container-mount", text)
+        yield from pyxis.problems_of_options(self.container, self.mounts)
+        for text in self.extra:
+            yield from refuse_control_characters("--sbatch", text)
+            name = text.removeprefix("--").partition("=")[0]
+            if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.+)?", text, re.DOTALL):
+                yield Problem("command line", "--sbatch", f"{text!r} is not of the form --option or --option=value")
+            elif name.startswith("container"):
+                what = (
+                    f"--{name} would put the job script itself into a container; for its processes there is --container"
+                )
+                yield Problem("command line", "--sbatch", what)
+            elif name in _OURS:
+                yield Problem("command line", "--sbatch", f"--{name} is set by Lockstep, which could not work without")
+
+
+_PLACE = re.compile(r"@\{([a-z_]+)\}")
+
+
+def script(
+    job: JobSpec, options: SlurmOptions, *, python: str, secrets_file: Path | None, module: str | None = None
+) -> str:
+    """Return the job script.
+
+    Args:
+        job: with an absolute run folder and working folder.
+        python: the interpreter on the nodes.
+        secrets_file: shell file that sets the secret variables; readable by its owner alone.
+        module: the entry point as a module, for where the script's path does not hold, as in a container.
+
+    Raises:
+        ConfigurationError: the run folder is one that Slurm cannot write a log to, or that no container can mount.
+    """
+    assert job.run_folder is not None
+    assert job.working_folder is not None
+    folder = str(job.run_folder)
+    if "\\" in folder:
+        what = f"{folder!r} holds a backslash, which turns off the job's number in Slurm's names of logs"
+        raise ConfigurationError([Problem("command line", "output", what)])
+    if options.container is not None and (found := list(pyxis.problems_of_folders(job))):
+        raise ConfigurationError(found)
+    log = f"{folder.replace('%', '%%')}/logs/slurm-%j.log"  # Slurm fills in %j, and would also fill in a folder's %
+    entry = ["-m", module] if module is not None else [str(job.script)]
+    line = ["python3" if options.container else python, *entry, str(job.config), *job.overrides]
+    template = files("launch").joinpath("templates", "slurm.sh").read_text()
+    values = {
+        "nodes": job.nodes,
+        "processes": job.processes,
+        "processes_per_node": job.processes_per_node,
+        "job_name": shlex.quote(job.name),
+        "comment": shlex.quote(f"{COMMENT}{folder}"),
+        "log": shlex.quote(log),
+        "warning_seconds": warning_seconds(job),
+        "directives": "".join(f"#SBATCH {line}\n" for line in _directives(job, options)),
+        "python": shlex.quote(python),
+        "run_folder": shlex.quote(folder),
+        "working_folder": shlex.quote(str(job.working_folder)),
+        "secrets_file": shlex.quote(str(secrets_file)) if secrets_file is not None else "",
+        "environment": "\n".join(_exports(job, options)),
+        "wait_seconds": round(job.silence_seconds + 10),
+        "step_options": "".join(f"{option} " for option in _step_options(job, options)),
+        "command": shlex.join(line),
+        "max_requeues": job.max_requeues,
+    }
+    return _PLACE.sub(lambda place: str(values[place[1]]), template)  # in one go: a value may look like a place
+
+
+def secrets_text(values: dict[str, str]) -> str:
+    """Return the shell file that sets secret variables."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(values.items()))
+
+
+def warning_seconds(job: JobSpec) -> int:
+    """Return how long before the time limit the run is asked to leave: its grace time and a margin, at most half the limit."""
+    wanted = round(job.grace_seconds) + 30
+    return wanted if job.time_limit_seconds is None else min(wanted, job.time_limit_seconds // 2)
+
+
+def _directives(job: JobSpec, options: SlurmOptions) -> Iterator[str]:
+    if job.time_limit_seconds is not None:
+        yield f"--time={_time(job.time_limit_seconds)}"
+    if job.use_gpus:
+        yield f"--gpus-per-node={job.processes_per_node}"
+    if options.cpus_per_process is not None:
+        yield f"--cpus-per-task={options.cpus_per_process}"
+    for name in ("partition", "account", "qos", "constraint"):
+        if (value := getattr(options, name)) is not None:
+            yield f"--{name}={shlex.quote(value)}"
+    for text in options.extra:
+        name, equals, value = text.partition("=")
+        yield f"{name}{equals}{shlex.quote(value) if equals else ''}"
+
+
+def _time(seconds: int) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}-{hours:02}:{minutes:02}:{seconds:02}"
+
+
+def _exports(job: JobSpec, options: SlurmOptions) -> Iterator[str]:
+    if not job.use_gpus:
+        yield "export ACCELERATE_USE_CPU=true  # without it, processes on CPUs know nothing of each other"
+    if options.interface is not None:
+        # gloo takes the interface that the host's own name resolves to, which is loopback on many clusters; NCCL the first
+        # one that looks fast.
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            yield f"export {name}={shlex.quote(options.interface)}"
+    if options.container is not None:
+        yield "export PYTHONNOUSERSITE=1  # the home folder, if it is mounted, has packages for another Python"
+    for name, value in job.environment.items():
+        yield f"export {name}={shlex.quote(value)}"
+
+
+def _step_options(job: JobSpec, options: SlurmOptions) -> Iterator[str]:
+    if options.container is not None:
+        names = [line.removeprefix("export ").partition("=")[0] for line in _exports(job, options)]
+        yield from pyxis.step_options(job, options.container, options.mounts, variables=names)

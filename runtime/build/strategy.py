@@ -1,0 +1,43 @@
+"""The one place where the configuration's ``strategy.kind`` becomes a strategy."""
+
+from __future__ import annotations
+
+from runtime.config.file import LoadedConfiguration
+from runtime.strategies import Strategy
+
+
+def build_strategy(loaded: LoadedConfiguration) -> Strategy:
+    """Bring the processes together and return how they share the work. Collective.
+
+    Raises:
+        torch.distributed.DistError: they did not come together within ``limit.stall_seconds``.
+        ConfigurationError: this machine, or the process group, cannot do what is asked for.
+    """
+    values = loaded.values
+    if values.strategy.kind == "zero":
+        from runtime.config.zero_json import generate
+        from runtime.strategies.zero.strategy import ZeroStrategy
+
+        return ZeroStrategy(
+            precision=values.precision,
+            generated=generate(values, loaded.beside),
+            timeout_seconds=values.limit.stall_seconds,
+        )
+
+    if values.strategy.kind == "fsdp":
+        from runtime.strategies.fsdp import FullyShardedStrategy
+
+        return FullyShardedStrategy(
+            precision=values.precision,
+            section=values.strategy.fsdp,
+            max_grad_value=values.optimizer.max_grad_value,
+            timeout_seconds=values.limit.stall_seconds,
+        )
+    from runtime.strategies.ddp import AcceleratedStrategy
+
+    return AcceleratedStrategy(
+        precision=values.precision,
+        options=values.strategy.ddp,
+        max_grad_value=values.optimizer.max_grad_value,
+        timeout_seconds=values.limit.stall_seconds,
+    )

@@ -1,0 +1,82 @@
+"""Saving behind the training loop: one copy to host memory is waited for, files are written by a thread.
+
+The next save waits for the last, the end of the run for all. What goes wrong in the thread is kept until the loop asks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.checkpoints.checkpoint import CheckpointFolder, write_along
+from runtime.checkpoints.snapshot import HostBuffers, Snapshot
+from runtime.checkpoints.writer_group import ALONE, Writers
+from runtime.errors import LockstepError
+
+
+class BackgroundSaving:
+    """Saves one checkpoint at a time. For rank 0, and for every rank that holds a part of the state.
+
+    Args:
+        checkpoints: of the run; None on other ranks than 0, which write along.
+        writers: the ranks that save together.
+
+    Attributes:
+        problem: why the last checkpoint could not be written, once that is known.
+        saved: the last checkpoint that was written, on rank 0.
+        longest_seconds: the longest a save has taken, from the copy to the final name.
+    """
+
+    def __init__(self, checkpoints: CheckpointFolder | None, writers: Writers = ALONE) -> None:
+        self._checkpoints = checkpoints
+        self._writers = writers
+        self._buffers = HostBuffers()
+        self._thread: threading.Thread | None = None
+        self.problem: str | None = None
+        self.longest_seconds = 0.0
+        self.saved: Path | None = None
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Begin to make room for a state like this one."""
+        self._buffers.prepare(state)
+
+    def save(self, state: Mapping[str, Any], **of_snapshot: Any) -> None:
+        """Copy a state and begin to write it; nothing is saved any more once a save has failed.
+
+        Raises:
+            CheckpointError: something in the state cannot be saved.
+        """
+        self.wait()
+        if self.problem is None:
+            started = time.monotonic()
+            snapshot = self._buffers.copy(state, **of_snapshot)
+            self._thread = threading.Thread(
+                target=self._write, args=(snapshot, started), name="lockstep-checkpoint", daemon=True
+            )
+            self._thread.start()
+
+    @property
+    def writing(self) -> bool:
+        """Tell whether files are being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snapshot: Snapshot, started: float) -> None:
+        try:
+            if self._checkpoints is not None:
+                self.saved = self._checkpoints.write(snapshot, self._writers)
+            else:
+                write_along(snapshot, self._writers)
+        except LockstepError as error:
+            self.problem = str(error)
+        except Exception as error:
+            self.problem = f"step {snapshot.step} could not be saved: {type(error).__name__}: {error}"
+        self.longest_seconds = max(self.longest_seconds, time.monotonic() - started)

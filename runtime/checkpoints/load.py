@@ -1,0 +1,165 @@
+"""A checkpoint's files, verified and read; what they are is told in checkpoint.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from runtime import json_files
+from runtime.checkpoints.serialization import checksum, join_state
+from runtime.checkpoints.sharded_files import INDEX, tensors_on_disk
+from runtime.errors import CheckpointError
+from runtime.state.shards import in_memory, whole
+
+FORMAT_VERSION = 2  # 1 is that of a checkpoint without shards, still written where there are none
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, OverflowError, SafetensorError, RuntimeError)
+_FILES = ("model.safetensors", "training.safetensors", "state.json")
+_SHARDED_FILES = (INDEX, "state.json")
+
+
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the model's state dict and the training state of a verified checkpoint, on the CPU."""
+    tree = json_files.read(path / "state.json")
+    return join_state(tree["model"], load_tensors(path, "model")), join_state(
+        tree["training"], load_tensors(path, "training")
+    )
+
+
+def open_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Like :func:`load_state`; tensors are read when they are asked for, and no more of them than is asked for."""
+    tree = json_files.read(path / "state.json")
+    return join_state(tree["model"], tensors_on_disk(path, "model")), join_state(
+        tree["training"], tensors_on_disk(path, "training")
+    )
+
+
+def load_tensors(path: Path, part: str) -> dict[str, Tensor]:
+    """Return all tensors of a verified checkpoint, whole.
+
+    Args:
+        part: ``model`` or ``training``.
+    """
+    if (path / INDEX).is_file():
+        return {name: whole(tensor) for name, tensor in tensors_on_disk(path, part).items()}
+    return load_file(path / f"{part}.safetensors")
+
+
+def load_model(path: Path) -> dict[str, Any]:
+    """Return the model's state dict of a verified checkpoint, on the CPU; tied weights are one tensor."""
+    tree = json_files.read(path / "state.json")["model"]
+    return cast(dict[str, Any], join_state(tree, load_tensors(path, "model")))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of a checkpoint is needed to call its model.
+
+    Args:
+        model: its state dict, the raw weights.
+        objective: the objective's own.
+        averaging: state of the running average; None where there was none.
+        buffers: what the state dicts leave out (:class:`runtime.state.module_buffers.BufferState`).
+        identity: what the run was, with ``slots`` and ``configuration``.
+        preparation: what the training data said about preparing data and naming classes; empty where it is not told.
+        code: of the user's, as :mod:`runtime.code_digests` describes it.
+    """
+
+    model: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    averaging: Mapping[str, Any] | None
+    buffers: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    preparation: Mapping[str, Any]
+    code: Mapping[str, Mapping[str, str]]
+
+
+def load_weights(path: Path) -> Weights:
+    """Return what is needed to call the model of a verified checkpoint, on the CPU; the optimizer's state is not read.
+
+    Raises:
+        CheckpointError: a file of it is gone.
+    """
+    try:
+        tree = json_files.read(path / "state.json")
+        training = tree["training"]
+        model = join_state(tree["model"], load_tensors(path, "model"))
+        lazy = tensors_on_disk(path, "training")
+        parts = {part: in_memory(join_state(training[part], lazy)) for part in ("objective", "averaging", "buffers")}
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
+        ) from error
+    return Weights(
+        model,
+        parts["objective"],
+        parts["averaging"],
+        parts["buffers"],
+        training["identity"],
+        training.get("preparation", {}),
+        training["code"],
+    )
+
+
+def damage_of(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None if every byte is as it was written.
+
+    Raises:
+        CheckpointError: it was written by a newer version of Lockstep.
+    """
+    try:
+        manifest = json_files.read(path / "manifest.json")
+        version = int(manifest["version"])
+        files = {
+            name: (int(expected["bytes"]), str(expected["sha256"])) for name, expected in manifest["files"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return "manifest.json is missing or unreadable"
+    strange = next((name for name in files if Path(name).name != name), None)
+    if strange is not None:
+        return f"manifest.json names {strange!r}, which is no file of it"
+    if version > FORMAT_VERSION and _version_of_state(path) == version:  # else it is the number that is damaged
+        raise CheckpointError(
+            f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
+        )
+    for name in _SHARDED_FILES if INDEX in files else _FILES:
+        if name not in files:
+            return f"{name} is not in manifest.json"
+    for name, (size, digest) in files.items():
+        file = path / name
+        try:
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{name} is missing or cut short"
+            if checksum(file) != digest:
+                return f"{name} does not match its checksum"
+        except OSError as error:  # a bad sector
+            return f"{name} cannot be read: {error.strerror or error}"
+    if version != _version_of_state(path):
+        return "manifest.json and state.json name different formats"
+    return _misfit(path)
+
+
+def _misfit(path: Path) -> str | None:
+    """Return why files with the right checksums cannot be a checkpoint of ours, or None."""
+    try:
+        tree = json_files.read(path / "state.json")
+        int(tree["step"]), int(tree["attempt"]), int(tree["epoch"]), dict(tree["results"])
+        for part in ("model", "training"):
+            tensors = tensors_on_disk(path, part)
+            if not isinstance(join_state(tree.get(part, {}), tensors), dict):
+                return f"state.json holds no state of the {part}"
+    except (OSError, *_WRONG) as error:
+        return f"its files do not describe a state ({type(error).__name__}: {error})"
+    return None
+
+
+def _version_of_state(path: Path) -> int | None:
+    try:
+        return int(json_files.read(path / "state.json")["version"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return None

@@ -1,0 +1,146 @@
+"""BatchNorm statistics of given weights: the mean over the slots of one pass over the training data.
+
+What torch.optim.swa_utils.update_bn gives depends on how the data was cut up. This is its result on one process over the
+epoch's slots in order (momentum None: a cumulative mean), whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from runtime.data.batches import Cursor, Sharing, Windows
+from runtime.data.loading import MakeLoader
+from runtime.data.order import Order
+from runtime.data.samples import Samples
+from runtime.distributed.collectives import Agreement, sum_over_ranks
+from runtime.optimization.averaging import batch_norms
+from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.state.module_buffers import preserved_buffers
+from runtime.strategies import Strategy
+
+
+class BatchStatistics:
+    """Computes statistics over the training data, in training mode as torch does: dropout is on, under the slot's seed.
+
+    Args:
+        samples: the training data.
+        order: its global batches.
+        sharing: how each is cut into slots, and which of them this rank takes.
+        seed: of the run.
+        enter: told each global batch, so that a long pass is not taken for a hang.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        *,
+        sharing: Sharing,
+        strategy: Strategy,
+        make_loader: MakeLoader,
+        seed: int,
+        enter: Callable[[], None],
+    ) -> None:
+        self._samples = samples
+        self._order = order
+        self._sharing = sharing
+        self._strategy = strategy
+        self._make_loader = make_loader
+        self._seed = seed
+        self._enter = enter
+
+    @torch.no_grad()
+    def compute(
+        self, epoch: int, *, skipped: Collection[Cursor], stop_wished: Callable[[], bool]
+    ) -> dict[str, Tensor] | None:
+        """Return the buffers of each BatchNorm by name, of the weights that the module holds, and leave it as it was.
+
+        None if it was cut short, after the same global batch on every rank, because a rank wished to stop.
+        Collective: every rank must call this.
+
+        Args:
+            epoch: whose order and transforms are taken, counted from 0.
+            skipped: global batches that are left out.
+        """
+        module, device = self._strategy.unwrapped, self._strategy.device
+        norms = list(batch_norms(module).items())
+        totals = [torch.zeros(_length(norm), dtype=torch.float64, device=device) for _, norm in norms]
+        agreement = Agreement(world_size=self._sharing.world_size, device=device)
+        windows = Windows(
+            self._samples,
+            self._order,
+            start=Cursor(epoch, 0),
+            stop=lambda cursor, steps: cursor.epoch > epoch,
+            skipped=skipped,
+            sharing=self._sharing,
+            make_loader=self._make_loader,
+        )
+        with preserved_random_state(device), _cumulative(module, [norm for _, norm in norms]):
+            for window in windows:
+                self._enter()
+                agreement.begin(stop_wished())
+                if agreement.end():
+                    return None
+                for microbatch in window.microbatches:
+                    if microbatch.filler and not self._strategy.forwards_together:
+                        continue
+                    for _, norm in norms:
+                        norm.reset_running_stats()
+                    seed_everything(
+                        derive(self._seed, Purpose.STATISTICS, window.cursor.batch, microbatch.slot), device
+                    )
+                    with self._strategy.autocast():
+                        module(self._strategy.to_device(microbatch.batch))
+                    for total, (_, norm) in zip(totals, norms, strict=True):
+                        total += 0 if microbatch.filler else _weighted(norm)
+        summed = sum_over_ranks(torch.cat(totals).cpu(), device)
+        parts = torch.split(summed, [len(total) for total in totals])
+        return {
+            f"{name}.{key}": value.to(device)
+            for (name, norm), part in zip(norms, parts, strict=True)
+            for key, value in _mean(norm, part).items()
+        }
+
+
+@contextmanager
+def _cumulative(module: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
+    """Let BatchNorm keep plain means in training mode; put modes, momenta and all buffers back in the end."""
+    momenta = [norm.momentum for norm in norms]
+    modes = [(part, part.training) for part in module.modules()]
+    module.train()
+    try:
+        with preserved_buffers(module):
+            for norm in norms:
+                norm.momentum = None
+            yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for part, training in modes:
+            part.training = training
+
+
+def _length(norm: _BatchNorm) -> int:
+    return 2 * norm.num_features + 1
+
+
+def _weighted(norm: _BatchNorm) -> Tensor:
+    """Return mean and variance of a slot, times how often the module was called in it, and that number."""
+    calls = cast(Tensor, norm.num_batches_tracked).double()
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return torch.cat([mean.double() * calls, variance.double() * calls, calls.reshape(1)])
+
+
+def _mean(norm: _BatchNorm, total: Tensor) -> dict[str, Tensor]:
+    calls = total[-1]
+    mean, variance = torch.split(total[:-1] / calls, norm.num_features)
+    if calls == 0:  # a module that is never called stays as torch resets it
+        mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
+    dtype = cast(Tensor, norm.running_mean).dtype
+    return {"running_mean": mean.to(dtype), "running_var": variance.to(dtype), "num_batches_tracked": calls.long()}

@@ -1,0 +1,379 @@
+"""A checkpoint's model called on a split: evaluation and prediction apart from training. Nothing in the run folder changes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from runtime.build import components as assembly
+from runtime.build import sources
+from runtime.build.data_contents import contents_of
+from runtime.build.preparation import build_averaging, build_module, compare_ranks, evaluation_micro_size, evaluator_of
+from runtime.checkpoints.checkpoint import Checkpoint
+from runtime.checkpoints.load import Weights, load_weights
+from runtime.checkpoints.resolve import chosen
+from runtime.checkpoints.run_state import load_module
+from runtime.checkpoints.serialization import replace_file
+from runtime.checks.data import does_not_repeat
+from runtime.code_digests import changes_of
+from runtime.config.file import LoadedConfiguration, exact_keys
+from runtime.data.fields import Name
+from runtime.data.samples import Samples, fingerprint
+from runtime.data.streams import StreamSamples
+from runtime.distributed.collectives import gather_bytes, on_rank_0
+from runtime.distributed.stopping import StopWish
+from runtime.distributed.watchdog import Position
+from runtime.errors import CheckpointError, DataError, PredictionError
+from runtime.evaluation.metrics import Result
+from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData
+from runtime.inference.prediction import Predictor
+from runtime.inference.predictions_file import Format, PredictionsFile, check_target, format_of
+from runtime.inference.request import Request, Which, columns_of_sample
+from runtime.inference.sample_submission import SubmissionFile, header_of
+from runtime.model_calls import is_out_of_memory
+from runtime.optimization.averaging import WeightAverage, checked
+from runtime.strategies import Strategy
+from runtime.training.fitting import out_of_memory
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """The result of an evaluation or a prediction; equal on every rank.
+
+    Args:
+        outcome: ``finished``, or ``stopped`` when it was asked to stop: then there are no results, and no file is written.
+        checkpoint: folder of the checkpoint.
+        step: of the checkpoint.
+        epoch: of the checkpoint.
+        split: which data.
+        weights: which of the checkpoint's weights.
+        samples: in the data.
+        results: of an evaluation.
+        output: the file that was written, if any.
+        message: always empty; what a run's result has there, an inference has not.
+    """
+
+    outcome: Literal["finished", "stopped"]
+    checkpoint: Path
+    step: int
+    epoch: int
+    split: str
+    weights: Which
+    samples: int
+    results: Mapping[str, Result] = field(default_factory=dict)
+    output: Path | None = None
+    message: str = ""
+
+    def __str__(self) -> str:
+        data = ".".join(sources.split_key(self.split))
+        return (
+            f"{self.checkpoint.name} (step {self.step}, epoch {self.epoch}), {self.weights} weights, on {self.samples:,} "
+            f"samples of {data}"
+        )
+
+
+class Inference:
+    """One evaluation or prediction, whose processes are up.
+
+    Args:
+        loaded: the checked configuration.
+        request: what is asked for.
+        strategy: how the processes share the work.
+        stop_wish: set by signals.
+        position: where this rank is, for its heartbeats.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedConfiguration,
+        request: Request,
+        strategy: Strategy,
+        stop_wish: StopWish,
+        position: Position,
+    ) -> None:
+        self._loaded = loaded
+        self._request = request
+        self._strategy = strategy
+        self._stop_wish = stop_wish
+        self._position = position
+        self._target = request.target(loaded)
+
+    def run(self) -> Inferred:
+        """Evaluate or predict. Collective: every rank must call this."""
+        loaded, request, strategy = self._loaded, self._request, self._strategy
+        split, which = request.split_in(loaded), request.weights_in(loaded)
+        if request.act == "predict" and self._target is not None:
+            format_of(self._target)
+        self._checkpoint = self._chosen()
+        module = build_module(loaded, strategy, training=False)
+        weights = self._loaded_weights()
+        loaded.preparation.update(weights.preparation)  # of the training data, which need not be here
+        self._slots = int(weights.identity["slots"])
+        self._micro_size = evaluation_micro_size(loaded, self._slots)
+        samples = assembly.build_samples(loaded, split, batch_size=self._micro_size)
+        assert samples is not None
+        if isinstance(samples, StreamSamples) and (request.act == "predict" or samples.sharded_by == "dataset"):
+            raise DataError(
+                f"{split}: it is a stream, which can be evaluated where sharded_by is runtime, and not be predicted; give "
+                "prediction.data a map-style data set"
+            )
+        more = {"--split": split, "--weights": which, "command": request.act}
+        compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
+        for part, differing in contents_of(loaded, strategy, {split: samples}).differing.items():
+            if strategy.rank == 0:
+                _warn(does_not_repeat(part, differing))
+        if request.weights is None and not (weights.averaging or {}).get("count"):
+            which = "raw"  # as the run's own evaluations did before averaging.start
+        strategy.prepare_evaluation(module)
+        averaging = _restored(strategy, weights, build_averaging(loaded, strategy) if which == "averaged" else None)
+        done = Inferred(
+            "finished",
+            self._checkpoint.path,
+            self._checkpoint.step,
+            self._checkpoint.epoch,
+            split,
+            which,
+            0 if isinstance(samples, StreamSamples) else len(samples),
+        )
+        self._unchanged = self._tell_changes(weights)
+        try:
+            with averaging.swapped_in() if averaging is not None else nullcontext():
+                if isinstance(samples, StreamSamples) or request.act == "evaluate":
+                    return self._evaluate(done, samples)
+                return self._predict(done, samples)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            key = "evaluation.micro_size"
+            raise out_of_memory(error, rank=strategy.rank, where=request.act, key=key, size=self._micro_size) from error
+
+    def _evaluate(self, done: Inferred, samples: Samples | StreamSamples) -> Inferred:
+        evaluator = evaluator_of(samples, self._loaded, self._strategy, done.split, slots=self._slots)
+        with self._rounds(done) as next_round:
+            results = evaluator.evaluate(next_round)
+        if results is None:
+            return self._stopped(done)
+        done = replace(done, results=results, samples=int(float(str(results["samples"]))), output=self._target)
+        if self._target is not None:
+            self._on_rank_0(lambda: self._write_results(done))
+        if self._strategy.rank == 0:
+            print_results(done, self._reported(done))
+        return done
+
+    def _predict(self, done: Inferred, samples: Samples) -> Inferred:
+        assert self._target is not None
+        target, section = self._target, self._loaded.values.prediction
+        wanted, id_part, encode, make = self._format(target, samples)
+        predictor = Predictor(
+            samples,
+            micro_size=self._micro_size,
+            strategy=self._strategy,
+            columns=ColumnBuilder(
+                section,
+                wanted,
+                self._loaded.problem,
+                self._class_names() or (),
+                sources.preparation(self._loaded).get("target_scale"),
+            ),
+            id_part=id_part,
+            encode=encode,
+            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
+            seed=self._loaded.values.seed,
+        )
+        file = PredictionsFile(target, make, force=self._request.force)
+        try:
+            self._on_rank_0(file.open)
+            with self._rounds(done, lambda: file.problem is not None) as next_round:
+                complete = predictor.predict(file.append, next_round)
+            self._on_rank_0(file.commit if complete else file.refuse_problem)
+        finally:
+            file.close()
+        if not complete:
+            return self._stopped(done)
+        done = replace(done, output=target)
+        if self._strategy.rank == 0:
+            Console(highlight=False).print(f"{done}: {target}", soft_wrap=True, markup=False)
+        return done
+
+    def _class_names(self) -> list[str] | None:
+        """Return what the classes are called: as the configuration says, or the training data."""
+        return self._loaded.values.evaluation.class_names or sources.preparation(self._loaded)["classes"]
+
+    def _format(
+        self, target: Path, samples: Samples
+    ) -> tuple[Mapping[str, str], Name | None, Callable[[Columns], bytes], Callable[[BinaryIO], Format]]:
+        """Return the columns that are wanted, where ids are, how a microbatch is encoded, and what makes the file of it.
+
+        Without ``data.fields.id`` the ids are the data's column that is called as the sample submission's.
+        """
+        section, id_part = self._loaded.values.prediction, self._loaded.values.data.fields.id
+        if section.sample_submission is None:
+            kind = format_of(target)
+            return section.columns, id_part, kind.encode, kind
+        sample = Path(section.sample_submission)
+        wanted = columns_of_sample(self._loaded, target, self._on_rank_0(lambda: header_of(sample)))
+        (id_column,) = (name for name, kind in wanted.items() if kind == "id")
+        if id_part is None and PartsOfData(samples.source).has_column(id_column):
+            id_part = id_column
+
+        def make(file: BinaryIO) -> SubmissionFile:
+            size, labels = len(samples), section.labels
+            return SubmissionFile(
+                file, sample, id_column, num_samples=size, ids_are_index=id_part is None, labels=labels
+            )
+
+        return wanted, id_part, SubmissionFile.encode, make
+
+    @contextmanager
+    def _rounds(self, done: Inferred, failing: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
+        """Yield what is called before every round: a sign of life, a step of the bar, and whether this rank wishes to stop."""
+        console = Console(stderr=True)
+        shown = self._strategy.rank == 0 and console.is_terminal and self._loaded.values.reporting.progress
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        per_round = self._micro_size * self._strategy.world_size
+        with Progress(*columns, *times, console=console, transient=True, disable=not shown) as bar:
+            task = bar.add_task(f"{self._request.act} {done.split}", total=done.samples)
+            rounds = count()
+
+            def next_round() -> bool:
+                number = next(rounds)
+                bar.update(task, completed=min(number * per_round, done.samples))
+                self._position.enter(self._request.act, number)
+                return bool(self._stop_wish) or failing()
+
+            yield next_round
+
+    def _chosen(self) -> Checkpoint:
+        """Let rank 0 choose and verify the checkpoint."""
+
+        def choose() -> dict[str, Any]:
+            best = self._loaded.values.checkpoint.best
+            found = chosen(self._loaded.output, self._request.checkpoint, best, warn=_warn)
+            return {**vars(found), "path": str(found.path.absolute())}
+
+        checkpoint = self._on_rank_0(choose)
+        return Checkpoint(**{**checkpoint, "path": Path(checkpoint["path"])})
+
+    def _loaded_weights(self) -> Weights:
+        """Read the checkpoint on every rank; what fails on one is raised on all."""
+        problem, weights = "", None
+        try:
+            weights = load_weights(self._checkpoint.path)
+        except CheckpointError as error:
+            problem = str(error)
+        for rank, found in enumerate(gather_bytes(problem.encode() or b" ", self._strategy.device)):
+            if found != b" ":
+                raise CheckpointError(f"rank {rank}: {found.decode()}")
+        assert weights is not None
+        return weights
+
+    def _tell_changes(self, weights: Weights) -> bool:
+        """Say where the configuration is not the one that the checkpoint was made with; return whether it is."""
+        old, new = exact_keys(weights.identity["configuration"]), exact_keys(self._loaded.resolved())
+        changed = [key for key in sorted(set(old) | set(new)) if repr(old.get(key)) != repr(new.get(key))]
+        for key in changed if self._strategy.rank == 0 else ():
+            _warn(f"{key} is {new.get(key)!r}; the checkpoint was made with {old.get(key)!r}")
+        code = changes_of(weights.code, self._loaded.code, self._loaded.resolved())
+        if code and self._strategy.rank == 0:
+            _warn(f"the code is not what the checkpoint was trained with: {', '.join(code[:8])}")
+        return not changed
+
+    def _reported(self, done: Inferred) -> Mapping[str, Result]:
+        """Return what training reported for the same step, if it evaluated the same split and weights."""
+        same = done.split == "validation" and done.weights == Request("evaluate").weights_in(self._loaded)
+        return self._checkpoint.results if same and self._unchanged else {}
+
+    def _write_results(self, done: Inferred) -> None:
+        assert done.output is not None
+        check_target(done.output, force=self._request.force)
+        facts = {
+            "checkpoint": str(done.checkpoint),
+            "step": done.step,
+            "epoch": done.epoch,
+            "weights": done.weights,
+            "split": done.split,
+            "class_names": self._class_names(),
+            "results": _without_nan(dict(done.results)),
+        }
+        try:
+            replace_file(done.output, json.dumps(facts, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise PredictionError(f"{done.output} cannot be written: {error.strerror or error}") from error
+
+    def _stopped(self, done: Inferred) -> Inferred:
+        if self._strategy.rank == 0:
+            _warn(
+                f"stopped by {self._stop_wish.reason or 'another rank'}; nothing was written, the same command begins anew"
+            )
+        return replace(done, outcome="stopped")
+
+    def _on_rank_0(self, act: Callable[[], Any]) -> Any:
+        return on_rank_0(act, rank=self._strategy.rank, device=self._strategy.device)
+
+
+def print_results(done: Inferred, reported: Mapping[str, Result]) -> None:
+    """Print what was evaluated and the results, beside those that training reported for the same step."""
+    console = Console(highlight=False)
+    console.print(str(done), soft_wrap=True, markup=False)
+    table = Table()
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    if reported:
+        table.add_column("in training", justify="right")
+    for name, value in done.results.items():
+        if isinstance(value, float) and name != "samples":
+            before = reported.get(name)
+            in_training = f"{before:.6g}" if isinstance(before, float) else ""
+            table.add_row(name, f"{value:.6g}", *([in_training] if reported else []))
+    console.print(table)
+    lists = [name for name, value in done.results.items() if not isinstance(value, float)]
+    if lists and done.output is None:
+        console.print(f"with --output FILE also: {', '.join(lists)}", soft_wrap=True, markup=False)
+    if done.output is not None:
+        console.print(f"written to {done.output}", soft_wrap=True, markup=False)
+
+
+def _restored(strategy: Strategy, weights: Weights, averaging: WeightAverage | None) -> WeightAverage | None:
+    """Give the prepared module the checkpoint's raw weights, and the average its own, to be swapped in.
+
+    Raises:
+        CheckpointError: they do not fit, or there is no average.
+    """
+    try:
+        load_module(strategy.load_module_state, strategy.unwrapped, weights.model, weights.objective, weights.buffers)
+        if averaging is not None:
+            averaging.load_state_dict(_usable(weights.averaging))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint does not fit the configuration's model or objective: {error}") from error
+    return averaging
+
+
+def _usable(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    try:
+        return checked(stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {error}; evaluate the raw weights: --weights raw") from None
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _warn(text: str) -> None:
+    print(f"lockstep: {text}", file=sys.stderr, flush=True)

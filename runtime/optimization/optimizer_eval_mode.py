@@ -1,0 +1,94 @@
+"""Optimizers that train other weights than those to be evaluated, as schedule-free ones do: ``train()`` and ``eval()``.
+
+Defazio et al., "The Road Less Scheduled" (2024). Their switch computes one kind of weights from the other and rounds on the
+way, so that evaluating more often would change a run. Here training's weights are kept and put back bit for bit. A checkpoint
+holds the weights to be evaluated as the model's, and training's beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from runtime.optimization.combined import members
+from runtime.state.local_weights import HeldWeights
+from runtime.state.shards import Shard, Stored
+
+
+def switches(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer has other weights for evaluation than for training."""
+    return bool(_switching(optimizer))
+
+
+def begin_training(optimizer: Optimizer) -> None:
+    """Let the module hold training's weights; before the first step, and after a state was loaded."""
+    for member in _switching(optimizer):
+        member.train()
+
+
+def end_training(optimizer: Optimizer) -> None:
+    """Let the module hold the weights to be evaluated, for good."""
+    for member in _switching(optimizer):
+        member.eval()
+
+
+@contextmanager
+def evaluated_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Let the module hold the weights to be evaluated for a while; does nothing where there are no others."""
+    switching = _switching(optimizer)
+    kept = [(p, p.detach().clone()) for member in switching for group in member.param_groups for p in group["params"]]
+    try:
+        for member in switching:
+            member.eval()
+        yield
+    finally:
+        for member in switching:
+            member.train()
+        with torch.no_grad():
+            for parameter, weight in kept:
+                parameter.copy_(weight)
+
+
+def training_weights(optimizer: Optimizer, module: nn.Module, held: HeldWeights) -> dict[str, Tensor | Shard] | None:
+    """Return training's weights by name, for a checkpoint; None where they are the model's."""
+    if not switches(optimizer):
+        return None
+    switched = {id(p) for member in _switching(optimizer) for group in member.param_groups for p in group["params"]}
+    names = [name for name, p in module.named_parameters() if id(p) in switched]
+    return {name: held.to_store(name, held.pieces()[name]) for name in names}
+
+
+@torch.no_grad()
+def load_training_weights(weights: Mapping[str, Stored] | None, held: HeldWeights) -> None:
+    """Put training's weights into the module, after its state and the optimizer's were loaded."""
+    for name, weight in (weights or {}).items():
+        held.pieces()[name].copy_(held.from_store(name, weight))
+    if weights:
+        held.written()
+
+
+def cloned(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a state dict's tensors; those that share their memory (tied weights) share it in the copy."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(name: str, value: Tensor) -> Tensor:
+        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
+        return copies.setdefault(identity, value.detach().clone())
+
+    copied = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            value = copy(name, value)
+        elif isinstance(value, Shard) and value.part is not None:
+            value = value._replace(part=copy(name, value.part))
+        copied[name] = value
+    return copied
+
+
+def _switching(optimizer: Optimizer) -> list[Any]:
+    return [m for m in members(optimizer) if callable(getattr(m, "train", None)) and callable(getattr(m, "eval", None))]

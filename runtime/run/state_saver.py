@@ -1,0 +1,135 @@
+"""What a run saves: all that it needs to go on, collected from its parts; and the proof of its first checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, get_num_threads, nn
+
+from runtime.build.preparation import Prepared
+from runtime.build.sources import preparation
+from runtime.checkpoints.run_folder import RunFolder
+from runtime.checks.checkpoint import prove_checkpoint
+from runtime.checks.objective import coupled_parts
+from runtime.code_digests import loaded_code
+from runtime.config.file import LoadedConfiguration
+from runtime.data.order import SamplerOrder
+from runtime.data.stream_pieces import Place
+from runtime.data.training_data import MappedData, StreamedData, saved_places
+from runtime.distributed.rank_consistency import compare_values
+from runtime.reporting.facts import versions
+from runtime.reporting.meters import TrainingMeter
+from runtime.run.evaluations import Evaluations
+from runtime.state.module_buffers import places_of
+from runtime.strategies import Strategy
+
+
+class StateSaver:
+    """Saves a run's state to its folder. Collective: every rank calls its methods alike.
+
+    Args:
+        unproven: whether the run's first checkpoint is still to be compared with what is running.
+        tell: takes a line that informs.
+        warn: takes a line that warns.
+
+    Attributes:
+        slot: a batch of the last step, with which the first checkpoint is tried out; kept by whoever reads the data.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedConfiguration,
+        strategy: Strategy,
+        folder: RunFolder,
+        prepared: Prepared,
+        *,
+        meter: TrainingMeter,
+        evaluations: Evaluations,
+        unproven: bool,
+        tell: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._loaded, self._strategy, self._folder = loaded, strategy, folder
+        self._data, self._identity, self._state = prepared.data, prepared.identity, prepared.state
+        self._meter, self._evaluations = meter, evaluations
+        self._tell, self._warn = tell, warn
+        self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
+        self._compares = loaded.values.checks == "on" and strategy.world_size > 1 and not strategy.sharded
+        self.unproven = unproven
+        self.slot: Any = None
+
+    def prepare(self) -> None:
+        """Allocate what a save copies into, once the optimizer has its state."""
+        if not self._folder.saving_prepared:
+            self._folder.prepare_saving(self._collecting())
+
+    def save(self, places: Mapping[int, Place], check_drawn: Callable[[], None]) -> None:
+        """Save the state as it is between two steps.
+
+        Args:
+            places: where the readers of a stream stand.
+            check_drawn: compares what a sampler has drawn on the ranks. Collective.
+
+        Raises:
+            RanksDifferError: the ranks have other weights, or have drawn other samples.
+        """
+        progress, results = self._state.progress, self._evaluations.results_of_this_step
+        if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
+            check_drawn()  # what is saved is what all ranks have trained
+        if self._compares:
+            compare_values(_held_alike(self._state.module), self._strategy.device)
+        if isinstance(self._data, StreamedData):
+            self._of_reading["stream"] = saved_places(places, self._data.samples.sharded_by, self._strategy.device)
+        self._of_reading["meter"] = self._meter.state()
+        place: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
+        judged = self._evaluations.judged or not results
+        self._folder.save(self._collecting(), results=results, judged=judged, **place)
+
+    def prove_first(self, *, leaving: bool) -> None:
+        """Compare the run's first checkpoint with what is running, unless that was done or the process is to end soon."""
+        if not self.unproven or not self._state.progress.updates:
+            return
+        self.unproven = False
+        if leaving:
+            self._tell("The first checkpoint was not tried out (the run is being stopped).")
+            return
+        batch, self.slot = self.slot, None
+
+        def saved() -> Path | None:
+            self._folder.finish_saving()
+            return self._folder.last_saved()
+
+        prove_checkpoint(
+            self._loaded, self._strategy, self._state, saved=saved, batch=batch, warn=self._warn, tell=self._tell
+        )
+
+    def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
+        """Return what collects the state. Where ranks hold it together and rank 0 writes it, all take part, at once."""
+        if not self._strategy.sharded or self._strategy.writes_together:
+            return self._collected
+        collected = self._collected()
+        return lambda: collected
+
+    def _collected(self) -> dict[str, dict[str, Any]]:
+        state = self._state.collect()
+        state["training"] |= {
+            "identity": asdict(self._identity),
+            "coupled": coupled_parts(self._state.module.objective),
+            "preparation": preparation(self._loaded),
+            "code": loaded_code(self._loaded.code, self._loaded.resolved()),
+            **self._of_reading,
+            "made_by": {**versions(), "threads": get_num_threads()},
+        }
+        return state
+
+
+def _held_alike(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and saved buffers by name, which every rank has alike where none is sharded."""
+    buffers = [
+        (place.name, held) for place in places_of(module) if place.persistent and (held := place.held) is not None
+    ]
+    floating = [(name, held) for name, held in buffers if held.is_floating_point() and held.itemsize > 1]
+    return {name.removeprefix("model."): tensor for name, tensor in [*module.named_parameters(), *floating]}

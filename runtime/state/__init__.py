@@ -1,0 +1,1 @@
+"""Tensors and files that hold state: shards, layouts in memory, durable writes."""

@@ -1,0 +1,399 @@
+"""One process, or DistributedDataParallel over several, set up by Accelerate.
+
+Accelerate makes the process group, chooses the device and wraps the module. Accumulation, autocast, the loss scale,
+clipping and the optimizer's step are driven here: Accelerate's own would average ranks, divide by a fixed number of
+microbatches, and cost 0.1 to 0.2 ms a step.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as WrappedInDDP
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+from torch.optim import Optimizer
+
+from runtime.config.strategy import DistributedDataParallel
+from runtime.distributed.process_groups import init_method
+from runtime.errors import GradientError
+from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
+from runtime.optimization.combined import load_exactly
+from runtime.optimization.latecomers import Latecomers
+from runtime.randomness import preserved_random_state
+from runtime.state.adopted_layouts import adopt_layouts
+from runtime.state.local_weights import HeldWeights, WholeWeights
+from runtime.state.module_buffers import preserved_buffers
+from runtime.state.shards import in_memory
+from runtime.strategies import DeviceFlag, Update
+from runtime.strategies.finite import all_finite, norm_of
+from runtime.strategies.mixed_precision import (
+    HALF,
+    Precision,
+    forward_context,
+    make_accelerator,
+    refuse_lost_scale,
+    refuse_weights,
+    wrapped_module,
+)
+from runtime.strategies.placement import moved
+from runtime.strategies.reduction import (
+    keep_buffers_from_being_sent,
+    not_reduced,
+    refuse_hook,
+    refuse_sparse,
+    sum_gradients,
+    unreduced,
+)
+from runtime.strategies.unhooked_step import bare_step
+
+_NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
+
+
+class AcceleratedStrategy:
+    """Data parallelism in which every process holds the whole model.
+
+    Args:
+        precision: of forward and backward passes.
+        options: of DistributedDataParallel.
+        max_grad_value: what elements of the gradient are clamped to, on either side of zero.
+        timeout_seconds: longest wait for the other ranks, to come together and in a collective.
+
+    Raises:
+        PeerError: the ranks did not come together in time.
+
+    Attributes:
+        skipping_devices: kinds of device whose judgement of a gradient the host would have to wait for.
+    """
+
+    skipping_devices: tuple[str, ...] = ("cuda",)
+    sharded = False
+    writes_together = False
+    forwards_together = False
+
+    def __init__(
+        self,
+        *,
+        precision: Precision,
+        options: DistributedDataParallel,
+        max_grad_value: float | None = None,
+        timeout_seconds: float = 1800.0,
+    ) -> None:
+        self._owns_state = not PartialState._shared_state
+        self._owns_group = not dist.is_initialized()
+        self._accelerator = make_accelerator(
+            precision,
+            [
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,  # the loop keeps buffers equal by a rule of its own
+                    bucket_cap_mb=cast(int, options.bucket_mb),
+                    find_unused_parameters=options.find_unused_parameters,
+                    gradient_as_bucket_view=options.gradient_as_bucket_view,
+                    static_graph=options.static_graph,
+                ),
+                InitProcessGroupKwargs(init_method=init_method(), timeout=timedelta(seconds=timeout_seconds)),
+            ],
+        )
+        self.device: torch.device = self._accelerator.device
+        self.world_size: int = self._accelerator.num_processes
+        self.rank: int = self._accelerator.process_index
+        self._scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+        self._forward_context = forward_context(self._accelerator)
+        self._module: TrainingModule | None = None
+        self._parameters, self._names = list[nn.Parameter](), list[str]()
+        self._uniform = self._all_fp32 = False
+        self._wrapped: nn.Module | None = None
+        self._optimizer: Optimizer | None = None
+        self._optimizer_step: Callable[[], Any] | None = None
+        self._hook = options.communication_hook
+        self._max_grad_value = max_grad_value
+
+    def place(self, module: TrainingModule) -> TrainingModule:
+        """Move a module to this rank's device."""
+        return module.to(self.device)
+
+    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
+        """Wrap module and optimizer. Collective.
+
+        Raises:
+            ConfigurationError: the process group cannot do what the options ask for.
+        """
+        if self.world_size > 1:
+            refuse_hook(self._hook, self.device)
+        refuse_weights(module, scaled=self._scaler is not None, clamped=self._max_grad_value is not None)
+        self._module = module
+        module.silent_fillers = True
+        self._wrap()
+        # It is on the device already; placing it again would load its state again, and cast it.
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer, device_placement=False).optimizer
+        assert self._optimizer is not None
+        self._optimizer_step = bare_step(self._optimizer)
+        self._latecomers = Latecomers(self._optimizer)
+
+    def rewrap(self) -> None:
+        """Wrap the module anew, after what is trainable has changed. Collective.
+
+        DDP reduces what was trainable when it was made. The one before is collected first, so that its buckets and its hooks on
+        the parameters do not stay.
+        """
+        self.discard()
+        self._wrapped = None
+        gc.unfreeze()  # what existed when the training loop began would not be searched
+        self._accelerator.free_memory()
+        gc.freeze()
+        self._wrap()
+
+    def _wrap(self) -> None:
+        assert self._module is not None
+        self._keep_trainable(self._module)
+        self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
+        self._all_fp32 = self._uniform and self._parameters[0].dtype == torch.float32
+        keep_buffers_from_being_sent(self._module)
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; Accelerate 1.15 has no other way to turn it off.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._wrapped = wrapped_module(self._accelerator, self._module)
+        if isinstance(self._wrapped, WrappedInDDP):
+            sum_gradients(self._wrapped, sent_as=None if self._hook is None else HALF[self._hook])
+
+    def _keep_trainable(self, module: TrainingModule) -> None:
+        """Keep the trainable parameters and their names: walking the module at each step would cost 50 µs."""
+        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self._names = [name.removeprefix("model.") for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+
+    def prepare_evaluation(self, module: TrainingModule) -> None:
+        """Take a module that is called and not trained."""
+        self._module = module
+
+    def warm_up(self, filler: Any) -> None:
+        """Run one filler through forward and backward. Collective.
+
+        DDP rebuilds its buckets after its first backward pass; without this, the first step of a resumed run would add in
+        another order than the same step of an uninterrupted one.
+        """
+        if self.world_size == 1:
+            return
+        preserved = preserved_random_state(self.device), preserved_buffers(self.unwrapped)
+        with preserved[0], preserved[1], self.microbatch(last=True), warnings.catch_warnings():
+            # Of a model that changes its layout in its first pass; the buckets are rebuilt after it.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+            self.backward(self.forward(self.to_device(filler), filler=True).sum, weight=1.0)
+        self.discard()
+
+    def without_gradient(self, batch: Any) -> list[str]:
+        """Return the names of parameters that a batch gives no gradient.
+
+        The module is called without its wrapper, and nothing accumulates, so that DDP takes no notice.
+        """
+        with self.autocast():
+            loss = self.unwrapped(self.to_device(batch)).sum
+        gradients = torch.autograd.grad(loss.sum(), self._parameters, allow_unused=True)
+        refuse_sparse(self._names, gradients)
+        return [name for name, gradient in zip(self._names, gradients, strict=True) if gradient is None]
+
+    def to_device(self, batch: Any) -> Any:
+        """Move a batch's tensors to this rank's device, from pinned memory without waiting."""
+        if self.device.type == "cpu":
+            return batch
+        return moved(batch, self.device)
+
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
+        if last or self.world_size == 1:
+            return _NOTHING
+        return cast(AbstractContextManager[None], self._accelerator.no_sync(self._wrapped))
+
+    def forward(self, batch: Any, *, filler: bool) -> Loss:
+        """Call the wrapped module under autocast."""
+        assert self._wrapped is not None
+        with self._forward_context:
+            loss: Loss = self._wrapped(batch, filler)
+        return loss
+
+    def backward(self, loss: Tensor, *, weight: Weight) -> None:
+        """Add the gradient of ``loss / weight``.
+
+        The factor is where the backward pass starts, which costs less than operations of its own. It does not know the number
+        of processes: what overflows or is rounded in half precision is the same for a slot on any number of them.
+        """
+        factor = starting_gradient(loss, weight)
+        if self._scaler is not None:
+            factor = self._scaler.scale(factor)
+        loss.backward(factor)  # type: ignore[no-untyped-call]
+
+    def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:
+        """Judge, clip and apply the gradient, and clear it.
+
+        Reduced gradients are judged, so every rank judges alike. A GPU skips by itself where torch's optimizer can. For all
+        others this waits for the device: the host reads one flag before the update.
+        """
+        assert self._optimizer is not None and self._optimizer_step is not None
+        self._require_reduced()
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        gradients = self._gradients()
+        # Judged in one way at every step: the norm of finite gradients can overflow, so how often it is reported must not
+        # decide whether a step is applied.
+        judged_by_norm = max_grad_norm is not None or not self._all_fp32
+        grad_norm = self._norm(gradients) if judged_by_norm or measure_norm else None
+        if self._skips_on_device():
+            return self._step_on_device(gradients, max_grad_norm, grad_norm, judged_by_norm=judged_by_norm)
+        finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else all_finite(gradients)
+        if finite:
+            self._clip(gradients, max_grad_norm, grad_norm)
+            self._latecomers.update()
+            # Not the scaler's step: it would hand its factors to the kernel once more, which only fused ones take.
+            self._optimizer_step()
+        self._clear()
+        if self._scaler is not None:
+            self._scaler.update()
+            refuse_lost_scale(self._scaler)
+        return Update(skipped=not finite, judged=True, grad_norm=grad_norm)
+
+    def _step_on_device(
+        self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None, *, judged_by_norm: bool
+    ) -> Update:
+        """Queue judgement and update, as :meth:`step` does them, without a look at either."""
+        optimizer: Any = self._optimizer
+        assert self._optimizer_step is not None
+        found = gradients[0].new_zeros((), dtype=torch.float32)
+        if judged_by_norm and grad_norm is not None:
+            found += ~torch.isfinite(grad_norm)
+        else:
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, found.new_ones(()))
+        self._clip(gradients, max_grad_norm, grad_norm)
+        optimizer.found_inf = found
+        self._optimizer_step()
+        del optimizer.found_inf
+        self._clear()
+        return Update(skipped=DeviceFlag(found), judged=True, grad_norm=grad_norm)
+
+    def _gradients(self) -> list[Tensor]:
+        """Return what this rank holds of the reduced gradient."""
+        return [grad for p in self._parameters if (grad := p.grad) is not None]
+
+    def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
+        if max_grad_norm is not None and grad_norm is not None:
+            clip_grads_with_norm_(self._parameters, max_grad_norm, grad_norm)
+        elif self._max_grad_value is not None:
+            clip_grad_value_(self._parameters, self._max_grad_value)
+
+    def _skips_on_device(self) -> bool:
+        """Tell whether the optimizer leaves everything bit for bit as it is when told of a non-finite gradient.
+
+        Torch's fused optimizers do, once their state is there: skipping the very first step, SGD would keep momentum
+        buffers that it never filled (torch 2.13).
+        """
+        optimizer = self._optimizer
+        return (
+            self.device.type in self.skipping_devices
+            and self._scaler is None
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and type(optimizer).__module__.startswith("torch.optim.")  # not a subclass with a step of its own
+            and optimizer is not None
+            and len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+        )
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Tell whether a non-finite gradient is part of the search for a loss scale rather than a failure."""
+        return self._scaler is not None
+
+    def discard(self) -> None:
+        """Clear the gradient unused."""
+        self._require_reduced()  # the next forward pass would fail, in DDP's words
+        self._clear()
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _require_reduced(self) -> None:
+        """Refuse to go on from gradients that are not summed over the ranks.
+
+        Raises:
+            GradientError: the last microbatch of the window did not use every parameter.
+        """
+        if isinstance(self._wrapped, WrappedInDDP):
+            names = unreduced(self._wrapped, self._names)
+            if names:
+                raise GradientError(not_reduced(names))
+
+    @property
+    def unwrapped(self) -> TrainingModule:
+        """The module as the user made it."""
+        assert self._module is not None
+        return self._module
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Surround a forward pass."""
+        return cast(AbstractContextManager[None], self._accelerator.autocast())
+
+    def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """Call the model alone."""
+        return self.unwrapped.model(*positional, **named)
+
+    def module_state(self, part: nn.Module) -> dict[str, Any]:
+        """Return a part's state dict."""
+        return part.state_dict()
+
+    def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load a part's state dict, and let its tensors lie in memory as those of the state do."""
+        loaded = in_memory(state)
+        part.load_state_dict(loaded)
+        if adopt_layouts(part, loaded) and self._wrapped is not None and self.world_size > 1:
+            self.rewrap()  # DDP's buckets are made for the strides of the parameters
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state."""
+        assert self._optimizer is not None
+        return self._optimizer.state_dict()
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, in its own types."""
+        assert self._optimizer is not None
+        load_exactly(self._optimizer, in_memory(state))
+
+    def weights(self) -> HeldWeights:
+        """Return all weights."""
+        return WholeWeights(self.unwrapped)
+
+    def state(self) -> Mapping[str, Any]:
+        """Return the loss scale's state."""
+        return {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a loss scale."""
+        if self._scaler is not None and "scaler" in state:
+            self._scaler.load_state_dict(dict(state["scaler"]))
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group, if this strategy made it.
+
+        The order matters: a gloo group that is destroyed while DDP's reducer still lives can abort the interpreter at exit,
+        and a finished run would report failure.
+        """
+        self._wrapped = self._optimizer = self._optimizer_step = None
+        if self._owns_group and dist.is_initialized():
+            self._accelerator.free_memory()  # collects garbage, the reducer included
+            dist.destroy_process_group()
+        if self._owns_state:  # the next run in this process may want another world or device
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return norm_of(gradients, uniform=self._uniform)

@@ -1,0 +1,92 @@
+"""Which weights are evaluated: the raw ones, or their average with BatchNorm statistics of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from runtime.evaluation.batch_statistics import BatchStatistics
+from runtime.evaluation.evaluator import Evaluator
+from runtime.evaluation.metrics import Result
+from runtime.optimization.averaging import WeightAverage
+from runtime.training.progress import Progress
+
+
+class AveragedEvaluation:
+    """Evaluates the average where there is one and it is asked for, otherwise the raw weights.
+
+    Args:
+        average: the run's, if it has one.
+        wanted: whether the average is what is evaluated.
+        may_end: whether any evaluation may turn out to be the run's last (early stopping).
+        statistics: computes what the average lacks; None only if that is nothing.
+        tell: called once, with the step from which on the average is evaluated.
+    """
+
+    def __init__(
+        self,
+        average: WeightAverage | None,
+        *,
+        wanted: bool,
+        may_end: bool,
+        statistics: BatchStatistics | None,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._average = average
+        self._wanted, self._may_end = wanted, may_end
+        self._statistics = statistics
+        self._tell: Callable[[str], None] | None = tell
+
+    def evaluate(
+        self,
+        evaluator: Evaluator | None,
+        progress: Progress,
+        *,
+        extra: bool,
+        last: bool,
+        stop_wished: Callable[[], bool],
+    ) -> dict[str, Result] | None:
+        """Return an evaluation's results, none without an evaluator; None if it was cut short.
+
+        Collective: every rank must call this.
+
+        Args:
+            extra: nothing may follow from this evaluation. Statistics that the average gets for it are its own for this
+                state only: a run that goes on from here goes on without them.
+            last: whether the run ends here; the average then gets its statistics even if it is not evaluated.
+            stop_wished: not asked where nothing is evaluated: there would be no evaluation to catch up with.
+        """
+        if evaluator is None:
+            stop_wished = _never
+        average = self._average
+        if average is None or average.count == 0:
+            return evaluator.evaluate(stop_wished) if evaluator is not None else {}
+        always = self._wanted or self._may_end
+        if average.lacks_statistics and (always or last):
+            statistics = self._computed(average, progress, stop_wished)
+            if statistics is None:
+                return None
+            average.take_statistics(statistics, lasting=always and not extra)
+        if evaluator is None:
+            return {}
+        if not self._wanted:
+            return evaluator.evaluate(stop_wished)
+        if self._tell is not None:
+            self._tell(f"From step {progress.step} on the averaged weights are evaluated.")
+            self._tell = None
+        with average.swapped_in():
+            return evaluator.evaluate(stop_wished)
+
+    def _computed(
+        self, average: WeightAverage, progress: Progress, stop_wished: Callable[[], bool]
+    ) -> dict[str, Tensor] | None:
+        assert self._statistics is not None
+        with average.swapped_in():
+            return self._statistics.compute(
+                progress.epoch - 1, skipped=progress.skipped_batches, stop_wished=stop_wished
+            )
+
+
+def _never() -> bool:
+    return False
