@@ -20,7 +20,8 @@ from launch.accelerate_command import command, environment, shown
 from launch.job import JobSpec
 from launch.node_rendezvous import Place, meet
 from runtime.config.file import LoadedConfiguration
-from runtime.session import OUTCOME, read_outcome
+from runtime.outcome import read_outcome
+from runtime.run_files import OUTCOME, RunFiles
 
 _LAUNCHER = str(Path("accelerate", "commands", "launch.py"))
 
@@ -64,7 +65,7 @@ def train_locally(
     token = None
     if place is not None:
         place, token = meet(place, patience_seconds=loaded.values.limit.start_seconds)
-    return _launched(job, loaded.output / OUTCOME if act == "train" else None, place=place, token=token)
+    return _launched(job, RunFiles(loaded.output).outcome if act == "train" else None, place=place, token=token)
 
 
 def infer_locally(act: str, source: Path, arguments: Sequence[str], *, processes: int, use_gpus: bool) -> int:
@@ -97,7 +98,7 @@ def _launched(job: JobSpec, run_outcome: Path | None, *, place: Place | None = N
         if place is None
         else {"port": place.port, "address": place.address, "node_rank": place.node_rank}
     )
-    line = command(job, python=sys.executable, num_threads=threads, agent=_script("processes/agent"), **where)
+    line = command(job, python=sys.executable, num_threads=threads, agent=Path(__file__).with_name("agent.py"), **where)
     with TemporaryDirectory(prefix="lockstep-") as folder:
         own_outcome = Path(folder) / OUTCOME
         added = environment(job, launch=token, num_threads=threads, outcome=own_outcome)

@@ -25,10 +25,12 @@ from typing import Any
 import runtime
 from launch.local import num_gpus, num_threads
 from launch.node_rendezvous import Place, meet
+from runtime.arguments import parsed
 from runtime.config.file import load
-from runtime.entry import guarded, parsed
 from runtime.errors import LockstepError, WorldSizeError
-from runtime.session import OUTCOME, read_outcome
+from runtime.guarded import guarded
+from runtime.outcome import read_outcome
+from runtime.run_files import OUTCOME
 
 _REQUESTS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 _WATCHED = _REQUESTS | {signal.SIGCHLD}

@@ -8,7 +8,6 @@ predict("runs/digits", split="validation", output="digits.csv")
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -16,12 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from runtime import environment, json_files
+from runtime import environment
 from runtime.build.resolver import located
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
@@ -30,16 +29,16 @@ from runtime.distributed.network_interface import choose_interface
 from runtime.distributed.stopping import StopWish
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
 from runtime.open_files import open_files_error
+from runtime.outcome import write_launch_outcome, write_outcome
 from runtime.output import protected_output
+from runtime.run_files import RunFiles
 
 if TYPE_CHECKING:
-    from runtime.commands.doctor import Examined
     from runtime.distributed.watchdog import Watch
-    from runtime.inference.checkpoint_inference import Inferred
+    from runtime.inference.checkpoint_inference import InferenceResult
+    from runtime.run.diagnosis import Examined
     from runtime.run.result import RunResult
     from runtime.strategies import Strategy
-
-OUTCOME = "outcome.json"
 
 
 class Finished(Protocol):
@@ -100,7 +99,9 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
             processes.stop_wish.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)
         return run.train()
 
-    return _together(loaded, act, outcome_file=loaded.output / OUTCOME, world_size=loaded.values.strategy.world_size)
+    return _together(
+        loaded, act, outcome_file=RunFiles(loaded.output).outcome, world_size=loaded.values.strategy.world_size
+    )
 
 
 def evaluate(
@@ -111,7 +112,7 @@ def evaluate(
     weights: Literal["raw", "averaged"] | None = None,
     output: Path | str | None = None,
     force: bool = False,
-) -> Inferred:
+) -> InferenceResult:
     """Evaluate a checkpoint of a run, exactly, in this process or as one of several.
 
     Args:
@@ -138,7 +139,7 @@ def predict(
     weights: Literal["raw", "averaged"] | None = None,
     output: Path | str | None = None,
     force: bool = False,
-) -> Inferred:
+) -> InferenceResult:
     """Write a checkpoint's predictions to a file, in this process or as one of several.
 
     Args:
@@ -166,7 +167,7 @@ def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined
     loaded, _ = _with_settings(load, source, overrides, trains=True)
 
     def act(processes: Processes) -> Examined:
-        from runtime.commands.doctor import examine as examine_ranks
+        from runtime.run.diagnosis import examine as examine_ranks
 
         examined = examine_ranks(loaded, processes.strategy)
         processes.strategy.barrier()
@@ -198,10 +199,10 @@ def _infer(
     overrides: Sequence[str],
     output: Path | str | None,
     asked: Mapping[str, Any],
-) -> Inferred:
+) -> InferenceResult:
     loaded, notes = _with_settings(load_run, source, overrides, trains=False)
 
-    def infer(processes: Processes) -> Inferred:
+    def infer(processes: Processes) -> InferenceResult:
         if processes.strategy.rank == 0:
             sys.stderr.writelines(f"lockstep: {text}\n" for text in notes)
         from runtime.inference.checkpoint_inference import Inference
@@ -237,7 +238,7 @@ def _together(
         stop_wish.install()  # before torch is imported, which takes seconds
         stack.callback(stop_wish.uninstall)
         stop_wish.watch_for("the end of the launcher", launcher_ended())
-        stop_wish.on_leave = lambda: _write_launchers_outcome(
+        stop_wish.on_leave = lambda: write_launch_outcome(
             {**_stopped(stop_wish), "message": "left before the first step"}
         )
         processes = _joined(loaded, requested, stop_wish, stack)
@@ -245,8 +246,8 @@ def _together(
 
         def tell(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
             if strategy.rank == 0 and in_folder:
-                _write_outcome(outcome_file, outcome)
-            _write_launchers_outcome(outcome)
+                write_outcome(outcome_file, outcome)
+            write_launch_outcome(outcome)
 
         def tell_of_others(reason: str) -> None:
             from runtime.distributed.watchdog import raised
@@ -362,31 +363,6 @@ def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
         stall_seconds=limit.stall_seconds,
         prefix=f"{environment.start_token()}-{groups_joined()}",
     )
-
-
-def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
-    """Return the outcome of one launch, None if it has written none."""
-    try:
-        outcome: dict[str, Any] = json_files.read(path)
-    except (OSError, ValueError):
-        return None
-    return outcome if isinstance(outcome, dict) and outcome.get("launch") == launch else None
-
-
-def _write_launchers_outcome(outcome: dict[str, Any]) -> None:
-    """Write the outcome to the launcher's own file, as the first process of its machine."""
-    if environment.local_rank() == 0:
-        _write_outcome(environment.outcome_file(), outcome)
-
-
-def _write_outcome(path: Path | None, outcome: dict[str, Any]) -> None:
-    """Write the outcome for the launcher: exit codes do not survive ``accelerate launch``."""
-    if path is None or not path.parent.is_dir():
-        return
-    from runtime.checkpoints.serialization import replace_file
-
-    with suppress(OSError):  # the disk is full or gone, which the run's own message tells
-        replace_file(path, json.dumps({**outcome, "launch": environment.launch_token()}))
 
 
 def _lost_contact(message: str) -> bool:

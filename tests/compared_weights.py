@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.build import components as assembly
-from runtime.build import sources
+from runtime.build import components, sources
 from runtime.build.objective import build_objective
 from runtime.config.file import load, load_run
 from runtime.objective import Loss, TrainingModule
@@ -62,12 +61,12 @@ class Truth:
 
     def __init__(self, config: Path | Mapping[str, Any], *, num_batches: int = _BATCHES) -> None:
         loaded = load_run(config) if isinstance(config, Path) else load(config)
-        assembly.check_components(loaded)
-        self.module = TrainingModule(assembly.build_model(loaded), build_objective(loaded)).double().eval()
+        components.check_components(loaded)
+        self.module = TrainingModule(components.build_model(loaded), build_objective(loaded)).double().eval()
         for part in self.module.modules():
             if isinstance(part, _BatchNorm):  # in evaluation its statistics would no longer follow a bias before it
                 part.train()
-        samples = assembly.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
+        samples = components.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
         assert samples is not None
         order = sources.build_order(loaded, samples.source)
         ids = (order.batch(0, number) for number in range(min(num_batches, order.num_batches(0))))

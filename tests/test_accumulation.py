@@ -44,23 +44,22 @@ def relative_difference(
 
 def initial(config: dict[str, Any], tmp_path: Path) -> torch.nn.Module:
     """The model as a run would initialise it."""
-    from runtime.build import components as assembly
+    from runtime.build import components
     from runtime.config.file import load
 
     loaded = load(config)
-    assembly.check_components(loaded)
-    return assembly.build_model(loaded)
+    components.check_components(loaded)
+    return components.build_model(loaded)
 
 
 def batches_of(config: dict[str, Any], steps: int) -> list[Any]:
     """The global batches of the first steps, as the order draws them."""
-    from runtime.build import components as assembly
-    from runtime.build import sources
+    from runtime.build import components, sources
     from runtime.config.file import load
 
     loaded = load(config)
-    assembly.check_components(loaded)
-    samples = assembly.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
+    components.check_components(loaded)
+    samples = components.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
     assert samples is not None
     order = sources.build_order(loaded, samples.source)
     per_epoch = order.num_batches(0)

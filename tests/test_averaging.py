@@ -14,7 +14,7 @@ from torch.optim import SGD, lr_scheduler, swa_utils
 
 from runtime.checkpoints.load import load_state
 from runtime.cli import main
-from runtime.commands.export import export
+from runtime.commands.weights_file import export
 from runtime.config.learning import Averaging
 from runtime.data.batches import cut
 from runtime.data.order import IndexOrder
@@ -247,11 +247,11 @@ def test_statistics_come_back_with_the_average_that_they_are_of() -> None:
 
 def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second global batch of the pass for statistics after a step."""
-    from runtime.distributed import collectives as control
+    from runtime.distributed import collectives
     from runtime.distributed.stopping import StopWish
     from runtime.run.evaluations import Evaluations
 
-    seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
+    seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0
     go_on, bool_of, seen = Evaluations._statistics_go_on, StopWish.__bool__, []
 
     def noting(self: Any) -> None:
@@ -264,7 +264,7 @@ def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[st
         return observe(config)
     finally:
         Evaluations._statistics_go_on, StopWish.__bool__ = go_on, bool_of  # type: ignore[method-assign]
-        control._SECONDS_BETWEEN = seconds_between
+        collectives._SECONDS_BETWEEN = seconds_between
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

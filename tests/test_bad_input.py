@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ import yaml
 from safetensors.torch import load_file
 
 import launch.local
-from runtime import cli, entry
+from runtime import cli
 from runtime.checkpoints.checkpoint import CheckpointFolder
 from runtime.config.file import load
 from runtime.errors import CheckpointError, LockstepError
+from runtime.launched import run
 from runtime.run.result import RunResult
 from runtime.session import train
 from tests.process_pool import ProcessPool
+
+launched_train = partial(run, "train")
 
 PARTS = '''\
 """A user's modules: some that work, and many that do not."""
@@ -210,7 +214,7 @@ def told(capfd: pytest.CaptureFixture[str]) -> Told:
 
     def told(command: Callable[[list[str]], int], config: Path, *overrides: str, code: int) -> str:
         capfd.readouterr()
-        before = [str(config), *overrides] if command is entry.main else ["train", str(config), *overrides]
+        before = [str(config), *overrides] if command is launched_train else ["train", str(config), *overrides]
         assert command(before) == code
         out, err = capfd.readouterr()
         return the_message(err, out)
@@ -282,7 +286,7 @@ def test_a_mistake_in_the_configuration_starts_nothing_and_leaves_nothing(
     config: Path, told: Told, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: list[str]
 ) -> None:
     monkeypatch.setattr(launch.local, "train_locally", was_started)
-    messages = {told(command, config, *overrides, code=2) for command in (cli.main, entry.main)}
+    messages = {told(command, config, *overrides, code=2) for command in (cli.main, launched_train)}
     (message,) = messages
     for word in words:
         assert word in message
@@ -317,7 +321,7 @@ def test_keys_that_are_unknown_written_twice_or_of_the_wrong_type_are_told_with_
 
 @single
 def test_a_missing_file_is_named(tmp_path: Path, told: Told) -> None:
-    for command in (cli.main, entry.main):
+    for command in (cli.main, launched_train):
         message = told(command, tmp_path / "missing.yaml", code=2)
         assert message == f"{tmp_path / 'missing.yaml'}: cannot be read: No such file or directory"
 
@@ -328,19 +332,19 @@ def test_wandb_that_is_not_installed_is_told_with_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # how Python itself marks a module as not there
     monkeypatch.setattr(launch.local, "train_locally", was_started)
-    for command in (cli.main, entry.main):
+    for command in (cli.main, launched_train):
         message = told(command, config, "reporting.wandb=true", code=2)
         assert "reporting.wandb" in message
         assert "pip install 'lockstep-train[wandb]'" in message
     assert not (config.parent / "run").exists()
-    assert entry.main([str(config), "reporting.wandb=false", "limit.steps=1"]) == 0
+    assert launched_train([str(config), "reporting.wandb=false", "limit.steps=1"]) == 0
 
 
 @single
 def test_exponent_notation_is_a_number_and_text_in_its_place_is_told(config: Path, told: Told) -> None:
-    assert entry.main([str(config), "optimizer.args.lr=3e-4", "limit.steps=1"]) == 0
+    assert launched_train([str(config), "optimizer.args.lr=3e-4", "limit.steps=1"]) == 0
     assert records(config.parent / "run", "train")[0]["learning_rate"] == 0.0003
-    message = told(entry.main, config, "optimizer.args.lr='3e-4'", "resume.allow_changes=[optimizer]", code=2)
+    message = told(launched_train, config, "optimizer.args.lr='3e-4'", "resume.allow_changes=[optimizer]", code=2)
     assert "optimizer.args" in message
     assert "SGD" in message
 
@@ -381,7 +385,7 @@ def test_what_goes_wrong_in_a_run_is_one_message_and_costs_no_checkpoint(
     run = config.parent / "run"
     shutil.copytree(two_steps, run)
     sections = sorted({override.partition("=")[0].partition(".")[0] for override in overrides})
-    message = told(entry.main, config, *overrides, f"resume.allow_changes=[{','.join(sections)}]", code=exit_code)
+    message = told(launched_train, config, *overrides, f"resume.allow_changes=[{','.join(sections)}]", code=exit_code)
     for word in words:
         assert word in message
     before, after = contents(two_steps / "checkpoints"), contents(run / "checkpoints")
@@ -400,14 +404,14 @@ def test_what_goes_wrong_in_a_run_is_one_message_and_costs_no_checkpoint(
 def test_a_model_whose_output_does_not_fit_the_loss_is_one_message(
     config: Path, told: Told, overrides: list[str], words: list[str]
 ) -> None:
-    message = told(entry.main, config, *overrides, code=1)
+    message = told(launched_train, config, *overrides, code=1)
     for word in words:
         assert word in message
 
 
 @single
 def test_an_empty_test_set_is_told_before_the_first_step(config: Path, told: Told) -> None:
-    message = told(entry.main, config, "data.test=" + yaml_of(section("Points", size=0)), code=1)
+    message = told(launched_train, config, "data.test=" + yaml_of(section("Points", size=0)), code=1)
     assert "data.test" in message
     assert not (config.parent / "run" / "checkpoints").exists()
 
@@ -417,7 +421,7 @@ def test_a_test_set_that_failed_after_training_is_evaluated_when_the_run_is_star
     config: Path, told: Told
 ) -> None:
     failing = "data.test=" + yaml_of(section("Raising"))
-    assert "sample 37" in told(entry.main, config, failing, code=1)
+    assert "sample 37" in told(launched_train, config, failing, code=1)
     mended = "data.test=" + yaml_of(section("Points"))
     results = train(config, mended, "resume.allow_changes=[data.test]").results
     assert results["test/samples"] == 64
@@ -427,8 +431,8 @@ def test_a_test_set_that_failed_after_training_is_evaluated_when_the_run_is_star
 def test_a_collate_function_is_called_or_refused_but_never_ignored(config: Path, told: Told) -> None:
     """A TensorDataset is read a whole slot at a time, without samples to collate."""
     options = [f"data.collate={PARTS_NAME}:never", "data.validation=null"]
-    assert "never called" in told(entry.main, config, *options, code=1)
-    assert entry.main([str(config), *options, f"data.train={PARTS_NAME}:tensors"]) != 0
+    assert "never called" in told(launched_train, config, *options, code=1)
+    assert launched_train([str(config), *options, f"data.train={PARTS_NAME}:tensors"]) != 0
 
 
 @single
@@ -438,14 +442,14 @@ def test_a_loss_that_is_not_a_number_changes_neither_parameters_nor_checkpoints(
     run = config.parent / "run"
     shutil.copytree(two_steps, run)
     # Unshuffled, the third step has samples 32 to 47.
-    message = told(entry.main, config, "data.train.args.nan=40", "resume.allow_changes=[data]", code=1)
+    message = told(launched_train, config, "data.train.args.nan=40", "resume.allow_changes=[data]", code=1)
     assert message.startswith("step 3 (epoch 1, batch 3): the gradient is NaN or infinite")
     assert contents(run / "checkpoints") == contents(two_steps / "checkpoints")
     stored = load_file(two_steps / "checkpoints" / "step-00000002" / "model.safetensors")
     model = sys.modules[PARTS_NAME].made[-1]
     assert {name: p.tolist() for name, p in model.named_parameters()} == {n: t.tolist() for n, t in stored.items()}
     # What the message promises: the same command goes on from the last checkpoint, once the data is mended.
-    assert entry.main([str(config)]) == 0
+    assert launched_train([str(config)]) == 0
     assert [record["step"] for record in records(run, "train")] == [1, 2, 3, 4]
 
 
@@ -472,12 +476,12 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones_whol
     state = (run / "checkpoints" / "step-00000002" / "state.json").stat().st_size
     assert (run / "config.yaml").stat().st_size < state
     with no_file_above(state - 100):
-        message = told(entry.main, config, code=1)
+        message = told(launched_train, config, code=1)
     assert message.startswith("step 3 could not be saved to")
     assert "File too large" in message
     assert "earlier checkpoints are whole" in message
     assert contents(run / "checkpoints") == contents(two_steps / "checkpoints")
-    assert entry.main([str(config)]) == 0
+    assert launched_train([str(config)]) == 0
 
 
 @single
@@ -498,8 +502,8 @@ def test_a_disk_that_is_full_when_a_file_is_synced_costs_no_earlier_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr("runtime.checkpoints.serialization.os.fsync", full)
-    message = told(entry.main, config, "limit.steps=3", code=1)
+    monkeypatch.setattr("runtime.state.durable_files.os.fsync", full)
+    message = told(launched_train, config, "limit.steps=3", code=1)
     monkeypatch.undo()
     assert "No space left on device" in message
     before, after = contents(two_steps / "checkpoints"), contents(run / "checkpoints")
@@ -522,7 +526,7 @@ def test_a_disk_that_is_full_for_figures_alone_does_not_end_the_run(config: Path
 def test_a_run_folder_that_cannot_be_made_is_told(config: Path, told: Told) -> None:
     (config.parent / "file").touch()
     for output in ("file", "file/run"):
-        message = told(entry.main, config, f"output={config.parent / output}", code=1)
+        message = told(launched_train, config, f"output={config.parent / output}", code=1)
         assert str(config.parent / output) in message
         assert "cannot be made" in message
 
@@ -535,7 +539,7 @@ def test_a_run_folder_of_another_configuration_is_refused_with_old_and_new_value
     shutil.copytree(two_steps, run)
     before = contents(run)
     message = told(
-        entry.main, config, "optimizer.args.lr=0.2", "seed=7", "data.train.args.size=60", "limit.steps=9", code=1
+        launched_train, config, "optimizer.args.lr=0.2", "seed=7", "data.train.args.size=60", "limit.steps=9", code=1
     )
     assert str(run) in message
     assert "optimizer.args.lr: was 0.1, is 0.2" in message
@@ -554,7 +558,7 @@ def test_an_allowed_change_that_the_checkpoint_cannot_follow_is_told(config: Pat
     for change in ("model.args.outputs=4", "optimizer={target: AdamW, args: {lr: 0.1}}"):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(two_steps, run)
-        message = told(entry.main, config, change, "resume.allow_changes=[model, optimizer]", code=1)
+        message = told(launched_train, config, change, "resume.allow_changes=[model, optimizer]", code=1)
         assert "the checkpoint does not fit" in message
         assert contents(run / "checkpoints") == contents(two_steps / "checkpoints")
 
@@ -562,12 +566,12 @@ def test_an_allowed_change_that_the_checkpoint_cannot_follow_is_told(config: Pat
 @single
 def test_a_run_must_or_must_not_find_a_checkpoint_if_it_is_told_so(config: Path, told: Told, two_steps: Path) -> None:
     run = config.parent / "run"
-    message = told(entry.main, config, "resume=must", code=1)
+    message = told(launched_train, config, "resume=must", code=1)
     assert str(run) in message
     assert "holds no checkpoint" in message
     shutil.rmtree(run)
     shutil.copytree(two_steps, run)
-    message = told(entry.main, config, "resume=never", code=1)
+    message = told(launched_train, config, "resume=never", code=1)
     assert str(run) in message
     assert "holds a checkpoint" in message
     assert contents(run / "checkpoints") == contents(two_steps / "checkpoints")
@@ -646,7 +650,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_kept(config: Path, told: 
     state = path.with_name("state.json")
     state.write_text(json.dumps({**json.loads(state.read_text()), "version": 3}))
     before = contents(run / "checkpoints")
-    message = told(entry.main, config, code=1)
+    message = told(launched_train, config, code=1)
     assert "step-00000002" in message
     assert "format 3" in message
     assert contents(run / "checkpoints") == before

@@ -194,13 +194,13 @@ WRONG: list[Any] = [
 @pytest.mark.single
 @pytest.mark.parametrize(("changes", "key", "words"), WRONG)
 def test_mistakes_are_told_with_their_key(tmp_path: Path, changes: dict[str, Any], key: str, words: str) -> None:
-    from runtime.build import components as assembly
+    from runtime.build import components
     from runtime.build.objective import build_objective
     from runtime.config.file import load
 
     with pytest.raises(ConfigurationError) as raised:
         loaded = load(configuration(tmp_path, **(BASE | changes)))
-        assembly.check_components(loaded)
+        components.check_components(loaded)
         build_objective(loaded)
     problems = {problem.key: problem.what for problem in raised.value.problems}
     assert key in problems, problems
@@ -219,7 +219,7 @@ def test_a_part_that_the_batch_has_not_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.single
 def test_show_says_what_each_loss_is_divided_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from runtime.commands.show import show
+    from runtime.commands.dry_run import show
     from runtime.config.file import load
 
     losses = {

@@ -274,6 +274,23 @@ def test_each_step_has_the_weight_of_its_own_samples(ahead: int) -> None:
     assert all(weight == expected for weight, expected in found)
 
 
+@pytest.mark.parametrize("num_weights", [None, 2])
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1e17])
+def test_one_process_gives_steps_the_weights_that_a_sum_over_ranks_gives_bit_for_bit(
+    num_weights: int | None, scale: float
+) -> None:
+    def weigh(ids: torch.Tensor, samples: int) -> float | tuple[float, float]:
+        weight = scale * float(ids.sum())
+        return weight if num_weights is None else (weight, weight / 3)
+
+    def weights(begin_sum: Any) -> list[Any]:
+        windows = windows_of(Samples(Ids(200), seed=0), slots=5, world_size=1, rank=0, batch_size=12)
+        read = with_weights(windows, weigh=weigh, num_weights=num_weights, slots=5, begin_sum=begin_sum, ahead=1)
+        return [window.weight for window in read]
+
+    assert weights(None) == weights(lambda block: lambda: block)
+
+
 def test_weights_are_on_their_way_before_the_step_that_needs_them() -> None:
     events: list[str] = []
 

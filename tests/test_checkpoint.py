@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoints import serialization
 from runtime.checkpoints.checkpoint import CheckpointFolder, listed
 from runtime.checkpoints.load import load_state
 from runtime.checkpoints.snapshot import HostBuffers, Snapshot
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError
+from runtime.state import durable_files
 
 pytestmark = pytest.mark.single
 
@@ -129,7 +129,7 @@ def test_a_failing_disk_leaves_earlier_checkpoints_and_no_half_one(
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(serialization.os, "fsync", failing)
+    monkeypatch.setattr(durable_files.os, "fsync", failing)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(checkpoints, 2)
     monkeypatch.undo()

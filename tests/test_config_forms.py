@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from runtime import cli, entry
+from runtime import cli, launched
+from runtime.arguments import parsed, with_flags_as_overrides
 from runtime.build.components import check_components
 from runtime.config.file import load, load_run
 from runtime.errors import ConfigurationError
@@ -246,25 +247,25 @@ def test_keys_may_be_given_like_options_before_and_after_the_file(flags: list[st
     if first and "limit.steps=2" in flags:
         line = ["--optimizer.args.lr", "0.5", "--seed", "-3", "run.yaml", "limit.steps=2"]
     for command in ("train", "show", "doctor"):
-        options = entry.parsed(cli._parser(command), [command, *line, "--processes", "2"])
+        options = parsed(cli._parser(command), [command, *line, "--processes", "2"])
         assert str(options.config) == "run.yaml"
         assert set(options.overrides) == {"optimizer.args.lr=0.5", "limit.steps=2", "seed=-3"}
         assert options.processes == 2
-    assert entry.with_flags_as_overrides(line)[0] == "run.yaml"
+    assert with_flags_as_overrides(line)[0] == "run.yaml"
 
 
 def test_options_of_a_command_stay_its_own() -> None:
     line = ["predict", "run.yaml", "--output", "x.csv", "--checkpoint.keep=3", "--checkpoint", "newest", "--seed=1"]
-    options = entry.parsed(cli._parser("predict"), line)
+    options = parsed(cli._parser("predict"), line)
     assert (str(options.output), options.checkpoint) == ("x.csv", "newest")
     assert options.overrides == ["checkpoint.keep=3", "seed=1"]
-    assert entry.parsed(cli._parser("train"), ["train", "run.yaml", "--output=x"]).overrides == ["output=x"]
+    assert parsed(cli._parser("train"), ["train", "run.yaml", "--output=x"]).overrides == ["output=x"]
 
 
 @pytest.mark.parametrize("line", [["--optimizer.args.lr"], ["--seed", "--limit.steps=2"]])
 def test_a_key_without_a_value_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
     path = str(written(tmp_path))
-    for command in (lambda: cli.main(["train", path, *line]), lambda: entry.main([path, *line])):
+    for command in (lambda: cli.main(["train", path, *line]), lambda: launched.run("train", [path, *line])):
         assert command() == 2
         assert f"command line {line[0][2:]}: has no value" in capsys.readouterr().err
 
@@ -273,19 +274,19 @@ def test_the_entry_point_takes_flags_and_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path)
-    assert entry.main([str(path), "--limit.steps", "2", "--name=flagged"]) == 0
+    assert launched.run("train", [str(path), "--limit.steps", "2", "--name=flagged"]) == 0
     start = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert (start["name"], start["total_steps"]) == ("flagged", 2)
     assert train(path, "--limit.steps=3").step == 3
     capsys.readouterr()
-    for act in (entry.main, entry.examine):
+    for act in ("train", "doctor"):
         for line in ([], ["limit.steps=2"], ["--limit.steps=2"]):
-            assert act(line) == 2
+            assert launched.run(act, line) == 2
             message = capsys.readouterr().err
             assert "CONFIG is missing" in message
             assert "usage:" in message
     monkeypatch.setenv("RANK", "1")
-    assert entry.main([]) == 2
+    assert launched.run("train", []) == 2
     assert capsys.readouterr().err == ""
 
 

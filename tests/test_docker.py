@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from launch import node
+from runtime.arguments import parsed
 from runtime.config.file import load
-from runtime.entry import parsed
 from tests.test_kubernetes import tool
 
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from runtime.commands.doctor import Finding, problems_of
 from runtime.distributed.rank_consistency import code_digest
 from runtime.errors import RanksDifferError
+from runtime.run.diagnosis import Finding, problems_of
 from runtime.session import examine, train
 from tests.observed import PROJECT, configuration
 from tests.process_pool import ProcessPool, RemoteError

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from runtime.checkpoints.snapshot import HostBuffers
 from runtime.cli import main
-from runtime.commands import export as module
-from runtime.commands.export import export
+from runtime.commands import weights_file as module
+from runtime.commands.weights_file import export
 from runtime.config.learning import Averaging
 from runtime.errors import CheckpointError, ConfigurationError
 from runtime.objective import TrainingModule
@@ -346,9 +346,9 @@ def test_a_killed_export_leaves_no_half_file_and_the_next_one_clears_up(
     if there:
         out.write_text("mine")
     code = (
-        "import os, sys, signal\nfrom pathlib import Path\nfrom runtime.checkpoints import export\n"
-        "export._difference = lambda *states: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"export.export(Path({str(checkpoint)!r}), Path({str(out)!r}), force=True, warn=print)"
+        "import os, sys, signal\nfrom pathlib import Path\nfrom runtime.commands import weights_file\n"
+        "weights_file._difference = lambda *states: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"weights_file.export(Path({str(checkpoint)!r}), Path({str(out)!r}), force=True, warn=print)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     left = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("."))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from runtime.checkpoints.inspection import inspect
 from runtime.checkpoints.load import damage_of, load_state
-from runtime.commands.export import export
+from runtime.commands.weights_file import export
 from runtime.errors import ConfigurationError
 from tests.compared_weights import assert_weights_agree
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -61,14 +61,14 @@ def assert_alike(run: Path, expected: dict[str, Any], got: dict[str, Any]) -> No
 
 def divide_wrongly(config: dict[str, Any]) -> dict[str, Any]:
     """Train with gradients that are averaged over the ranks instead of summed."""
-    from runtime.strategies import fsdp as fully_sharded
+    from runtime.strategies import fsdp
 
-    sum_gradients = fully_sharded._sum_gradients
-    fully_sharded._sum_gradients = lambda unit: None
+    sum_gradients = fsdp._sum_gradients
+    fsdp._sum_gradients = lambda unit: None
     try:
         return observe(config)
     finally:
-        fully_sharded._sum_gradients = sum_gradients
+        fsdp._sum_gradients = sum_gradients
 
 
 def test_a_wrong_division_would_be_seen(pool: ProcessPool, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from runtime.checkpoints.inspection import Inspected, Listing, inspect, newest_w
 from runtime.checkpoints.load import damage_of
 from runtime.checkpoints.rollback_history import Attempts, Rollback
 from runtime.cli import main
-from runtime.commands.checkpoints import print_listing
+from runtime.commands.checkpoint_table import print_listing
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError, RunFolderError
 from tests.observed import configuration, observe

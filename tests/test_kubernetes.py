@@ -27,7 +27,7 @@ from launch.job import JobSpec
 from launch.kubernetes.manifests import manifests, object_name
 from launch.kubernetes.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
 from launch.kubernetes.yaml_text import manifest_text
-from runtime.entry import parsed
+from runtime.arguments import parsed
 from runtime.errors import ConfigurationError, LockstepError
 from tests.kubeflow_trainer import jobset_spec
 

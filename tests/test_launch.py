@@ -206,9 +206,10 @@ def test_a_process_group_of_another_size_is_refused() -> None:
         check_world_size(1, 4)
 
 
-@pytest.mark.parametrize("act", ["main(['run.yaml'])", "infer('evaluate', ['run.yaml'])"])
-def test_processes_that_would_train_alone_are_refused_before_torch_is_imported(act: str) -> None:
-    code = f"import sys\nfrom runtime.entry import infer, main\nassert {act} == 2\nassert 'torch' not in sys.modules"
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_processes_that_would_train_alone_are_refused_before_torch_is_imported(command: str) -> None:
+    code = f"import sys; from runtime.launched import run; assert run('{command}', ['run.yaml']) == 2"
+    code += "; assert 'torch' not in sys.modules"
     done = run([sys.executable, "-c", code], LOCKSTEP_WORLD_SIZE="2")
     assert done.returncode == 0, done.stderr
     assert "2 processes were asked for" in done.stderr

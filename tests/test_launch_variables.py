@@ -7,8 +7,8 @@ import os
 import pytest
 
 from runtime import environment
-from runtime.entry import main, without_local_rank
 from runtime.errors import WorldSizeError
+from runtime.launched import run, without_local_rank
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCKSTEP_WORLD_SIZE")
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -60,7 +60,7 @@ def test_what_is_incomplete_or_means_nothing_is_one_message_and_exit_code_2(
         monkeypatch.setenv(name, value)
     with pytest.raises(WorldSizeError, match=said):
         environment.check_launched_world_size()
-    assert main(["run.yaml"]) == 2
+    assert run("train", ["run.yaml"]) == 2
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
@@ -96,7 +96,7 @@ def test_our_own_launcher_within_a_job_of_mpirun_is_believed(monkeypatch: pytest
 def test_a_command_line_without_a_configuration_is_told_how_it_goes(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments) == 2
+    assert run("train", arguments) == 2
     assert "usage: accelerate launch runtime/train.py CONFIG" in capsys.readouterr().err
 
 

@@ -6,284 +6,111 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A module imports only from layers below its own; within a layer, only from those before it in the line.
+# From the ground up: a package imports only from those before it. A name in brackets is a module of its own.
 LAYERS = [
-    [
-        "errors",
-    ],
-    [
-        "config.signatures",
-        "config.component",
-        "config.types",
-        "config.data",
-        "config.yielded_batches",
-        "config.learning",
-        "config.zero",
-        "config.strategy",
-        "config.reporting",
-        "config.sections",
-        "config.yaml_file",
-        "config.zero_json",
-        "config.zero_rules",
-        "config.output_name",
-        "config.metric_tasks",
-        "config.plain",
-        "config.file",
-        "config.launcher_table",
-        "config.launcher",
-        "environment",
-        "files",
-        "processes.output",
-        "processes.open_files",
-        "processes.orphans",
-        "json_files",
-    ],
-    [
-        "randomness",
-        "determinism",
-        "processes.stopping",
-        "checkpoints.layout",
-        "checkpoints.shards",
-        "checkpoints.serialization",
-        "checkpoints.unfinished",
-        "checkpoints.fence",
-        "processes.watch",
-        "processes.interface",
-        "processes.agent",
-        "processes.rendezvous",
-        "processes.meeting",
-        "processes.slurm_step",
-    ],
-    [
-        "data.order",
-        "data.splitting",
-        "data.sample_values",
-        "data.batching",
-        "data.collating",
-        "data.transforms",
-        "data.hugging_face",
-        "data.worker_info",
-        "data.digests",
-        "data.copies",
-        "data.samples",
-        "data.loading",
-        "data.reading_ahead",
-        "data.batches",
-        "data.fields",
-        "data.yielded_batches",
-        "data.class_names",
-        "model_calls",
-        "objective",
-        "losses.mismatch",
-        "losses.supervised",
-        "losses.torch_losses",
-        "losses.rows",
-        "losses.sample_losses",
-        "losses.by_name",
-        "losses.focal",
-        "losses.pairwise",
-        "losses.weighted_sum",
-        "optimization.fused",
-        "optimization.schedule",
-        "optimization.schedulers",
-        "optimization.patterns",
-        "optimization.freezing",
-        "optimization.parameter_groups",
-        "optimization.combined",
-        "optimization.latecomers",
-        "optimization.held_weights",
-        "optimization.evaluation_weights",
-        "optimization.trial_steps",
-        "optimization.rehearsal",
-        "optimization.optimizer",
-        "optimization.averaging",
-        "processes.control",
-        "processes.comparison",
-        "processes.user_code",
-        "training.progress",
-        "training.held_buffers",
-        "processes.garbage",
-    ],
-    [
-        "data.stream_pieces",
-        "data.streams",
-        "data.probing",
-        "data.stream_comparison",
-        "data.stream_windows",
-        "data.stream_rounds",
-        "data.training_data",
-        "strategies",
-        "strategies.bare_step",
-        "strategies.state_keys",
-        "strategies.finite",
-        "strategies.mixed_precision",
-        "strategies.reduction",
-        "strategies.placement",
-        "strategies.layouts",
-        "strategies.accelerated",
-        "processes.examination",
-        "strategies.zero_launch",
-        "strategies.zero_engine",
-        "strategies.zero_optimizers",
-        "strategies.zero_state",
-        "strategies.zero",
-        "strategies.blocks",
-        "strategies.state_size",
-        "strategies.zero_memory",
-        "strategies.memory",
-        "strategies.sharded_tensors",
-        "strategies.fully_sharded",
-        "strategies.factory",
-        "training.buffer_values",
-        "training.buffer_group",
-        "training.still_buffers",
-        "training.buffers",
-        "evaluation.class_results",
-        "evaluation.metric_inputs",
-        "evaluation.shared_states",
-        "evaluation.metrics",
-        "checkpoints.best",
-        "checkpoints.attempts",
-        "checkpoints.snapshot",
-        "checkpoints.sharded_files",
-        "checkpoints.together",
-        "checkpoints.reading",
-        "checkpoints.checkpoint",
-        "checkpoints.pretrained",
-        "checkpoints.saving",
-        "reporting.meters",
-        "training.fitting",
-    ],
-    [
-        "training.divergence",
-        "training.early_stopping",
-        "training.milestones",
-        "reporting.stragglers",
-        "checkpoints.run_folder",
-        "reporting.reporter",
-        "reporting.console",
-        "evaluation.figures",
-        "reporting.wandb_tracker",
-        "evaluation.evaluator",
-        "optimization.batch_statistics",
-        "evaluation.averaged",
-        "inference.batch_rows",
-        "inference.columns",
-        "inference.prediction",
-        "inference.predictions_file",
-        "inference.submission",
-        "training.verdicts",
-        "training.loop",
-    ],
-    [
-        "losses.assembly",
-        "config.building",
-        "data.sources",
-        "optimization.assembly",
-        "assembly",
-        "checkpoints.built",
-        "checkpoints.resumption",
-        "reporting.facts",
-        "reporting.assembly",
-        "data_contents",
-        "preparation",
-        "optimization.curve",
-        "checkpoints.inspection",
-        "checkpoints.selection",
-        "inference.request",
-        "checks.data",
-        "checks.traces",
-        "checks.settings",
-        "checks.objective",
-        "checks.lone_samples",
-        "checks.gradients",
-        "checks.evaluation",
-        "checks.first_start",
-        "checks.attributes",
-        "checks.copies",
-        "checks.checkpoint",
-        "evaluations",
-        "inference.on_checkpoint",
-        "run_result",
-        "state_saver",
-        "run",
-        "session",
-        "describe",
-        "show",
-        "processes.launching",
-        "checkpoints.table",
-        "checkpoints.export",
-    ],
-    [
-        "entry",
-        "processes.node",
-        "submission.options",
-        "submission.requeueing",
-        "submission.queue",
-        "submission.snapshot",
-        "submission.slurm",
-        "submission.kubernetes",
-        "submission.schedulers",
-        "train",
-        "evaluate",
-        "predict",
-        "doctor",
-        "cli",
-    ],
+    "(errors)",
+    "(run_files)",
+    "config",
+    "(arguments)",
+    "(output)",
+    "(json_files)",
+    "(environment)",
+    "(open_files)",
+    "(guarded)",
+    "(code_digests)",
+    "(determinism)",
+    "state",
+    "(model_calls)",
+    "distributed",
+    "(randomness)",
+    "data",
+    "(objective)",
+    "optimization",
+    "strategies",
+    "losses",
+    "evaluation",
+    "reporting",
+    "training",
+    "(files)",
+    "checkpoints",
+    "build",
+    "(outcome)",
+    "launch",
+    "inference",
+    "checks",
+    "commands",
+    "(cli)",
+    "run",
+    "(session)",
+    "(launched)",
+    "(worker)",
 ]
+DOORS = ("train", "evaluate", "predict", "doctor")
 APART = ("model_zoo", "data_sources")  # used by name from a YAML; they may import these alone
-POSITION = {name: (number, place) for number, layer in enumerate(LAYERS) for place, name in enumerate(layer)}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("runtime", "launch")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT / "runtime").with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def layer_of(module: str) -> str:
+    """Return a module's package, or its own name in brackets where it stands alone."""
+    top, *rest = module.split(".")
+    if top == "launch":
+        return top
+    return rest[0] if (ROOT / top / rest[0]).is_dir() else f"({rest[0]})"
 
 
-def own_imports(path: Path, package: str) -> set[str]:
+def own_imports(module: str) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
-            module = ".".join(node.module.split(".")[1:])
-            for alias in node.names:
-                is_module = (ROOT / package / Path(*module.split("."), f"{alias.name}.py")).is_file()
-                found.add(".".join(filter(None, [module, alias.name])) if is_module else module)
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                inner if (inner := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            }
         elif isinstance(node, ast.Import):
-            found |= {n.name.partition(".")[2] for n in node.names if n.name.split(".")[0] == package}
-    return found - {""}
+            found |= {name.name for name in node.names}
+    return {name for name in found if name in MODULES and name != "runtime"}
 
 
-RUNTIME = sorted(p for p in (ROOT / "runtime").rglob("*.py") if module_name(p))
-
-
-@pytest.mark.parametrize("path", RUNTIME, ids=module_name)
-def test_a_module_imports_only_from_lower_layers(path: Path) -> None:
-    name = module_name(path)
-    if name.startswith(APART):
-        allowed = (*APART, "errors", "environment", "files", "json_files")
-        assert all(imported.startswith(allowed) for imported in own_imports(path, "runtime"))
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "runtime"])
+def test_a_package_imports_only_from_those_below_it(module: str) -> None:
+    layer = layer_of(module)
+    if layer in APART:
+        allowed = {*APART, "(errors)", "(environment)", "(files)", "(json_files)"}
+        assert {layer_of(imported) for imported in own_imports(module)} <= allowed
         return
-    if path.name == "__init__.py" and not own_imports(path, "runtime") and name not in POSITION:
-        return  # a folder's docstring
-    assert name in POSITION, f"give {name} its place in LAYERS"
-    for imported in own_imports(path, "runtime"):
-        assert imported in POSITION, f"{name} imports {imported}, which has no layer"
-        assert POSITION[imported] < POSITION[name], f"{name} imports {imported}, which is not below it"
+    if layer.strip("()") in DOORS:
+        assert not own_imports(module)
+        return
+    assert layer in LAYERS, f"give {layer} its place in LAYERS"
+    for imported in own_imports(module):
+        assert layer_of(imported) in LAYERS[: LAYERS.index(layer) + 1], (
+            f"{module} imports {imported}, which is not below it"
+        )
 
 
-def test_launch_imports_nothing_but_configuration_and_errors() -> None:
-    for path in (ROOT / "launch").rglob("*.py"):
-        assert all(name == "errors" or name.startswith("config.") for name in own_imports(path, "runtime"))
-        assert not {"torch", "accelerate", "numpy"} & imported_packages(path)
+def test_no_module_imports_itself_through_others() -> None:
+    graph = TopologicalSorter({module: own_imports(module) for module in MODULES})
+    graph.prepare()  # raises CycleError, which names the modules
 
 
-def imported_packages(path: Path) -> set[str]:
-    tree = ast.walk(ast.parse(path.read_text()))
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("launch.") and name != "launch.agent"])
+def test_what_renders_a_launch_imports_nothing_heavy(module: str) -> None:
+    """Job scripts, manifests and command lines are also written where torch is not installed."""
+    assert not {"torch", "accelerate", "numpy"} & imported_packages(MODULES[module], lazily=module == "launch.local")
+
+
+def imported_packages(path: Path, *, lazily: bool) -> set[str]:
+    """Return the packages that a module imports: all, or without those that its functions import."""
+    tree = ast.parse(path.read_text()).body if lazily else ast.walk(ast.parse(path.read_text()))
     names = [
         n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name
         for n in tree

@@ -105,8 +105,7 @@ TASKS = [
 
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
-    from runtime.build import components as assembly
-    from runtime.build import sources
+    from runtime.build import components, sources
     from runtime.build.objective import build_objective
     from runtime.build.optimizer import build_optimizer
     from runtime.config import component
@@ -126,8 +125,8 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for config in configs:
         loaded = load(config)
         component.add_code_folder(loaded.code)
-        module = TrainingModule(assembly.build_model(loaded), build_objective(loaded))
-        samples, strategy = assembly.build_samples(loaded, "train", batch_size=16), new_strategy()
+        module = TrainingModule(components.build_model(loaded), build_objective(loaded))
+        samples, strategy = components.build_samples(loaded, "train", batch_size=16), new_strategy()
         assert samples is not None
         strategy.prepare(module, build_optimizer(loaded, module))
         how = How(

@@ -15,7 +15,7 @@ from sklearn import metrics as sk
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.objective import build_objective
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, EvaluationError
@@ -206,7 +206,7 @@ def test_a_mean_over_batches_would_be_another_value(name: str) -> None:
     output, batch = data("many", SIZE)
     values = []
     for ids in (slice(start, start + 96) for start in range(0, SIZE, 96)):
-        metrics = MetricSet(assembly.build_metrics(loaded), CPU)
+        metrics = MetricSet(components.build_metrics(loaded), CPU)
         metrics.update(build_objective(loaded), output[ids], {k: v[ids] for k, v in batch.items()})
         values.append(metrics.compute()["it"])
     assert np.mean(values) != pytest.approx(expected("many")[name], rel=1e-3)
@@ -217,7 +217,7 @@ def test_a_mean_over_batches_would_be_another_value(name: str) -> None:
 
 def groups_of(*names: str, task: str = "many") -> list[list[str]]:
     loaded = load_task(task, **{name: TASKS[task][1][name] for name in names})
-    return MetricSet(assembly.build_metrics(loaded), CPU)._groups
+    return MetricSet(components.build_metrics(loaded), CPU)._groups
 
 
 @pytest.mark.single
@@ -240,7 +240,7 @@ def test_metrics_of_one_state_are_updated_and_kept_once() -> None:
 def test_states_that_are_equal_after_the_first_batch_only_are_not_shared() -> None:
     """torchmetrics' MetricCollection would take top-1 for top-2 accuracy from here on."""
     loaded = load_task("many", accuracy=TASKS["many"][1]["accuracy"], top2=TASKS["many"][1]["top2"])
-    objective, metrics = build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
+    objective, metrics = build_objective(loaded), MetricSet(components.build_metrics(loaded), CPU)
     metrics.update(objective, torch.eye(5), {"inputs": None, "target": torch.arange(5)})
     metrics.update(objective, torch.eye(5).roll(1, 0) + torch.eye(5) / 2, {"inputs": None, "target": torch.arange(5)})
     assert metrics.compute() == {"accuracy": 0.5, "top2": 1.0}
@@ -249,7 +249,7 @@ def test_states_that_are_equal_after_the_first_batch_only_are_not_shared() -> No
 @pytest.mark.single
 def test_a_look_at_the_figures_changes_nothing_and_an_evaluation_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_task("many", accuracy=TASKS["many"][1]["accuracy"])
-    objective, ranks = build_objective(loaded), [MetricSet(assembly.build_metrics(loaded), CPU) for _ in range(2)]
+    objective, ranks = build_objective(loaded), [MetricSet(components.build_metrics(loaded), CPU) for _ in range(2)]
     monkeypatch.setattr("runtime.evaluation.metrics.gather_bytes", lambda *_: [rank._encoded() for rank in ranks])
     right, wrong = torch.eye(5), torch.eye(5).roll(1, 0)
 
@@ -303,7 +303,7 @@ def test_a_users_metric_is_fed_by_the_names_of_its_parameters() -> None:
 @pytest.mark.single
 def test_a_batch_without_any_counted_target_is_left_out() -> None:
     loaded = load_task("tokens")
-    objective, metrics = build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
+    objective, metrics = build_objective(loaded), MetricSet(components.build_metrics(loaded), CPU)
     output = torch.randn(1, 2, 11)
     metrics.update(objective, output, {"inputs": None, "target": torch.full((1, 2), -100)})
     assert metrics.compute() == {}
@@ -333,14 +333,14 @@ def test_what_cannot_be_fed_is_said_before_the_run(metrics: Any, changes: dict[s
             section = section[name]
         section[last] = value
     with pytest.raises(ConfigurationError, match=words):
-        assembly.build_metrics(load(config))
+        components.build_metrics(load(config))
 
 
 @pytest.mark.single
 def test_a_group_of_another_shape_is_named() -> None:
     loaded = load_task("two", mrr=metric("RetrievalMRR"))
     batch = {"inputs": None, "target": torch.ones(3), "group": torch.zeros(2)}
-    metrics = MetricSet(assembly.build_metrics(loaded), CPU)
+    metrics = MetricSet(components.build_metrics(loaded), CPU)
     with pytest.raises(EvaluationError, match="whole numbers or names"):
         metrics.update(build_objective(loaded), torch.randn(3), batch)
     batch["group"] = torch.zeros(2, dtype=torch.long)
@@ -375,7 +375,7 @@ def test_the_group_of_a_sample_that_weighs_nothing_is_left_out_with_it(objective
 
 @pytest.mark.single
 def test_what_grows_with_the_data_is_told_with_what_bounds_it() -> None:
-    metrics = MetricSet(assembly.build_metrics(load_task("many")), CPU)
+    metrics = MetricSet(components.build_metrics(load_task("many")), CPU)
     assert metrics.growing == {
         "auroc": "thresholds",
         "average_precision": "thresholds",
@@ -402,7 +402,7 @@ class Largest(TorchDispatchMode):
 def test_binned_curves_take_little_memory_under_deterministic_algorithms() -> None:
     """torchmetrics compares 16 x 5 x 100 values with 2,000 bins there."""
     loaded = load_task("many", binned=metric("AUROC", **MANY, thresholds=100))
-    objective, metrics = build_objective(loaded), MetricSet(assembly.build_metrics(loaded), CPU)
+    objective, metrics = build_objective(loaded), MetricSet(components.build_metrics(loaded), CPU)
     output, batch = data("many", 16)
     torch.use_deterministic_algorithms(True)
     try:
@@ -418,7 +418,7 @@ def test_binned_curves_take_little_memory_under_deterministic_algorithms() -> No
 def test_ranked_queries_take_little_memory_under_deterministic_algorithms() -> None:
     """torchmetrics compares each of 6,000 rows with each of 300 queries there."""
     loaded = load_task("two", recall=metric("RetrievalRecall", top_k=3))
-    metrics = MetricSet(assembly.build_metrics(loaded), CPU)
+    metrics = MetricSet(components.build_metrics(loaded), CPU)
     output = torch.rand(6000, generator=torch.Generator().manual_seed(0)).logit()
     group = torch.arange(300).repeat(20)
     target = torch.zeros(6000)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.commands.show import show
+from runtime.commands.dry_run import show
 from runtime.config.file import load
 from runtime.errors import ForwardError
 from runtime.session import evaluate, predict, train

@@ -146,8 +146,6 @@ def test_ctrl_c_before_a_run_has_begun_is_one_line(
     monkeypatch.setattr(config_file, "load", interrupted)
     assert cli.main(["show", str(tmp_path / "x.yaml")]) == 75
     assert capsys.readouterr().err == "lockstep: interrupted\n"
-    script = (
-        "import sys\nfrom runtime.entry import guarded\ndef act():\n    raise KeyboardInterrupt\nsys.exit(guarded(act))"
-    )
+    script = "import sys\nfrom runtime.guarded import guarded\ndef act():\n    raise KeyboardInterrupt\nsys.exit(guarded(act))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (75, "lockstep: interrupted\n")

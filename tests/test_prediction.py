@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn import metrics as sk
 
-from runtime import entry
+from runtime import launched
 from runtime.errors import (
     CheckpointError,
     ConfigurationError,
@@ -382,7 +382,7 @@ def test_a_killed_prediction_leaves_nothing_visible_and_the_next_one_works(run: 
 
 
 def infer(act: str, *arguments: str) -> int:
-    return entry.infer(act, list(arguments))  # type: ignore[arg-type]
+    return launched.run(act, list(arguments))
 
 
 @pytest.mark.parametrize(("world_size", "at", "rank"), [pytest.param(1, 40, 0, marks=single), (2, 20, 1)])
@@ -642,15 +642,15 @@ def test_what_came_of_it_gets_through_the_launcher(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, code: int
 ) -> None:
     """``accelerate launch`` turns every code but 0 into 1."""
-    from launch import local as launching
+    from launch import local
 
     def launcher(line: list[str], variables: dict[str, str]) -> int:
         assert variables["LOCKSTEP_WORLD_SIZE"] == "1"
         monkeypatch.setattr(os, "environ", {**os.environ, **variables})
         return min(1, infer("predict", *line[line.index(str(run)) :]))
 
-    monkeypatch.setattr(launching, "_run", launcher)
+    monkeypatch.setattr(local, "_run", launcher)
     data = f"prediction.data={{target: tiny_prediction:Inputs, args: {{at: {at}}}}}"
     arguments = [data, f"--output={tmp_path / 'out.csv'}", *(["prediction.columns={x: nothing}"] if at == -2 else [])]
-    assert launching.infer_locally("predict", run, arguments, processes=1, use_gpus=False) == code
+    assert local.infer_locally("predict", run, arguments, processes=1, use_gpus=False) == code
     assert (tmp_path / "out.csv").exists() == (code == 0)

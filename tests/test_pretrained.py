@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.checkpoints.pretrained import WeightsReport, weights_digest
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, RanksDifferError, RunFolderError
@@ -38,7 +38,7 @@ def pretrained(**args: Any) -> dict[str, Tensor]:
 
 def loaded_into(weights: Any, target: str = "tiny_transfer:Plain", **args: Any) -> tuple[WeightsReport, nn.Module]:
     loaded, model = built(fine_tuning(Path("unused"), weights, target, args=args))
-    report = assembly.load_pretrained(loaded, model)
+    report = components.load_pretrained(loaded, model)
     assert report is not None
     return report, model
 

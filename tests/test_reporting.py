@@ -103,7 +103,7 @@ def test_wandb_gets_one_run_for_a_run_that_was_resumed(tmp_path: Path, monkeypat
     for steps in (2, 4):
         path = tmp_path / f"{steps}.yaml"
         path.write_text(yaml.safe_dump({**config, "limit": {"steps": steps}}))
-        script = f"import sys; from runtime.entry import main; sys.exit(main([{str(path)!r}]))"
+        script = f"import sys; from runtime.launched import run; sys.exit(run('train', [{str(path)!r}]))"
         line = [sys.executable, "-c", script]
         subprocess.run(line, env=clean_environment(NETRC=str(tmp_path / "none")), check=True, capture_output=True)
     folders = sorted(p.name for p in (tmp_path / "run" / "wandb").glob("offline-run-*"))

@@ -34,13 +34,13 @@ def deep(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any]:
     """Train, asked to stop after a step (each rank's own wish is what the ranks agree on)."""
-    from runtime.distributed import collectives as control
+    from runtime.distributed import collectives
     from runtime.distributed.stopping import StopWish
     from runtime.training.progress import Progress
 
     if after is None:
         return observe(config)
-    seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0  # agree before every step
+    seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0  # agree before every step
     advance, noted = Progress.advance, []
 
     def noting(self: Any, window: Any) -> None:
@@ -55,7 +55,7 @@ def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any
         return observe(config)
     finally:
         Progress.advance, StopWish.__bool__ = advance, bool_of  # type: ignore[method-assign]
-        control._SECONDS_BETWEEN = seconds_between
+        collectives._SECONDS_BETWEEN = seconds_between
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2, 3])
@@ -162,12 +162,12 @@ def plateau(folder: Path) -> dict[str, Any]:
 def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second round of the evaluation after a step."""
     from runtime.data.batches import Window
-    from runtime.distributed import collectives as control
+    from runtime.distributed import collectives
     from runtime.distributed.stopping import StopWish
     from runtime.evaluation.evaluator import Evaluator
     from runtime.run.run import Run
 
-    seconds_between, control._SECONDS_BETWEEN = control._SECONDS_BETWEEN, 0.0
+    seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0
     run_share, bool_of = Evaluator._run_share, StopWish.__bool__
     evaluate, wished, rounds = Run._evaluate, [], []
 
@@ -185,7 +185,7 @@ def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str
         return observe(config)
     finally:
         Run._evaluate, StopWish.__bool__ = evaluate, bool_of  # type: ignore[method-assign]
-        Evaluator._run_share, control._SECONDS_BETWEEN = run_share, seconds_between
+        Evaluator._run_share, collectives._SECONDS_BETWEEN = run_share, seconds_between
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])

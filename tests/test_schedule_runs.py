@@ -18,8 +18,9 @@ from torch.optim import SGD, lr_scheduler
 from runtime.build.components import check_components
 from runtime.checkpoints.load import load_state
 from runtime.cli import main
+from runtime.commands.learning_rate_curve import drawn
 from runtime.config.file import load
-from runtime.optimization.curve import Curve, drawn, simulate
+from runtime.optimization.planned_rates import Curve, simulate
 from runtime.optimization.schedule import Schedule
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from runtime.checkpoints.serialization import checksum, join_state, split_state, write_tensors
+from runtime.checkpoints.serialization import join_state, split_state, write_tensors
 from runtime.errors import CheckpointError
+from runtime.state.durable_files import checksum
 
 pytestmark = pytest.mark.single
 

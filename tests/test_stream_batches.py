@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from runtime.commands.show import show
+from runtime.commands.dry_run import show
 from runtime.config.file import load
 from runtime.data.fields import Fields
 from runtime.data.yielded_batches import rows_from, rows_of

@@ -14,7 +14,7 @@ import pytest
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from runtime.data.reading_ahead import summed_ahead
-from runtime.distributed import collectives as control
+from runtime.distributed import collectives
 from runtime.reporting import meters
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
@@ -199,11 +199,11 @@ class Clock:
 
 
 def observe_clocked(config: dict[str, Any]) -> None:
-    meters.time = control.time = Clock  # type: ignore[assignment]
+    meters.time = collectives.time = Clock  # type: ignore[assignment]
     try:
         observe(config)
     finally:
-        meters.time = control.time = time
+        meters.time = collectives.time = time
 
 
 def clocked(folder: Path, target: str, every: int, **args: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from kubeflow_trainer_api import models
 from launch import node
 from launch.kubernetes.manifests import manifests
 from launch.kubernetes.pods import Kind, TrainingRuntime, Volume
+from runtime.arguments import parsed
 from runtime.cli import main
-from runtime.entry import parsed
 from tests.kubeflow_trainer import ANCESTOR, TORCH_DISTRIBUTED, jobset_spec, pod
 from tests.test_kubernetes import KINDS, documents, filled_in, job, pods
 from tests.test_submit_kubernetes import COMMAND, VOLUME, here, with_kubectl

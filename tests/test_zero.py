@@ -15,7 +15,7 @@ pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
 from runtime.errors import ConfigurationError, DivergenceError
 from tests.compared_weights import SAME_OUTPUT, Truth
 from tests.observed import configuration, observe
-from tests.process_pool import ProcessPool
+from tests.process_pool import ProcessPool, RemoteError
 from tests.test_resumption import observe_stopping
 
 ROOT = Path(__file__).parents[1]
@@ -172,9 +172,9 @@ def trained_wrongly(config: dict[str, Any], mistake: str) -> None:
     """Train with DistributedDataParallel and a small mistake in what it does with gradients."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from runtime.strategies import ddp as accelerated
+    from runtime.strategies import ddp
 
-    right, wrap = accelerated.starting_gradient, accelerated.wrapped_module
+    right, wrap = ddp.starting_gradient, ddp.wrapped_module
 
     def wrap_without_one(accelerator: Any, module: Any) -> Any:
         name = "model.final_norm.bias"
@@ -182,13 +182,13 @@ def trained_wrongly(config: dict[str, Any], mistake: str) -> None:
         return wrap(accelerator, module)
 
     if mistake == "scaled by 1.001":
-        accelerated.starting_gradient = lambda loss, weight: right(loss, weight, scale=1.001)
+        ddp.starting_gradient = lambda loss, weight: right(loss, weight, scale=1.001)
     else:
-        accelerated.wrapped_module = wrap_without_one
+        ddp.wrapped_module = wrap_without_one
     try:
         observe(config)
     finally:
-        accelerated.starting_gradient, accelerated.wrapped_module = right, wrap
+        ddp.starting_gradient, ddp.wrapped_module = right, wrap
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,10 @@ def test_a_small_mistake_with_gradients_would_be_caught(
 ) -> None:
     changes = {"limit": {"steps": 6}, "optimizer": {"target": "AdamW", "args": {"lr": 0.01}}}
     pool.run(observe, 2, gpt(tmp_path / "right", **changes))
-    pool.run(trained_wrongly, 2, gpt(tmp_path / "wrong", **changes), mistake)
-    with pytest.raises(AssertionError, match=seen):
+    with pytest.raises(
+        (AssertionError, RemoteError), match=seen
+    ):  # the run itself sees ranks that hold different weights
+        pool.run(trained_wrongly, 2, gpt(tmp_path / "wrong", **changes), mistake)
         assert_saved_alike(tmp_path / "right", tmp_path / "wrong")
 
 
@@ -447,7 +449,13 @@ def test_every_sharded_optimizer_trains_what_it_trains_with_ddp(pool: ProcessPoo
 @pytest.mark.single
 def test_the_backend_is_named_in_its_own_files_only() -> None:
     allowed = {
-        f"runtime/config/{name}.py" for name in ("zero", "zero_json", "zero_rules", "launcher", "launcher_table")
+        f"runtime/{name}.py"
+        for name in (
+            *(f"config/{name}" for name in ("zero", "zero_json", "zero_rules", "launcher", "launcher_table")),
+            "checks/traces",  # as a library whose objects are not the user's
+            "environment",  # as a launcher, like the next one
+            "distributed/launcher_watch",
+        )
     }
     for folder in ("runtime", "launch"):
         for path in (ROOT / folder).rglob("*.py"):

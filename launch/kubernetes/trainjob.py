@@ -2,11 +2,10 @@
 
 The Trainer's controller makes a JobSet of the runtime's template: into the container ``node`` of the Job that is labelled as
 the trainer's it puts what the TrainJob says of image, arguments, variables and resources, and as many pods as that has nodes.
-So a runtime of ours is the JobSet of ``launch.kubernetes.workloads`` less these, and pods end and are started again as there. Of an
-installed runtime, what it cannot know is patched: the YAML, volumes, as whom the pods run, the time to save in. Whether and
-how often pods are started again stays its own decision.
-
-References: the custom resource definitions, ``pkg/runtime`` and ``pkg/webhooks`` of https://github.com/kubeflow/trainer, v2.3.
+So a runtime of ours is the JobSet of ``launch.kubernetes.workloads`` less these, and pods end and are started again as there.
+Of an installed runtime, what it cannot know is patched: the YAML, volumes, as whom the pods run, the time to save in. Whether
+and how often pods are started again stays its own decision. References: the custom resource definitions, ``pkg/runtime`` and
+``pkg/webhooks`` of https://github.com/kubeflow/trainer, v2.3.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from launch.options import count
 from launch.slurm.script import COMMENT
 from runtime import json_files
 from runtime.errors import RunFolderError, SchedulerError
-from runtime.session import OUTCOME
+from runtime.run_files import RunFiles
 
 _ACTIVE = (
     "PENDING",
@@ -36,7 +36,6 @@ _ACTIVE = (
 )
 _POLL_SECONDS = 1.0
 _SECONDS = 20.0  # longest wait for squeue; a controller that is away lets it try for minutes
-STOP_FILE = "STOP"
 _TAIL_BYTES = 1 << 16
 
 
@@ -114,7 +113,7 @@ def queued() -> list[QueuedJob]:
 
 def last_step(run: Path) -> int | None:
     """Return the last step that a run has reported, from the end of its record."""
-    with suppress(OSError), (run / "metrics.jsonl").open("rb") as file:
+    with suppress(OSError), RunFiles(run).metrics.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
         found = re.findall(rb'"step": (\d+)', file.read())
         return int(found[-1]) if found else None
@@ -147,7 +146,7 @@ def _stop(options: argparse.Namespace) -> int:
         raise RunFolderError(f"{options.folder} is no run folder")
     released = _is_released(run)
     if not released:
-        (run / STOP_FILE).touch()  # at once: a scheduler that is away takes a while to say so
+        RunFiles(run).stop.touch()  # at once: a scheduler that is away takes a while to say so
     try:
         jobs = _active_jobs(run)
     except SchedulerError as error:
@@ -183,7 +182,7 @@ def _cancel_waiting(run: Path) -> bool:
 
 def _stopped(run: Path, timeout: int, *, over: Callable[[], bool]) -> int:
     """Ask by the file until it is over; again and again, since a run that is only starting takes it for left over."""
-    stop_file = run / STOP_FILE
+    stop_file = RunFiles(run).stop
     until = time.monotonic() + timeout
     while not over():
         if time.monotonic() > until:
@@ -192,7 +191,7 @@ def _stopped(run: Path, timeout: int, *, over: Callable[[], bool]) -> int:
         stop_file.touch()
         time.sleep(_POLL_SECONDS)
     with suppress(OSError, ValueError, LookupError, TypeError):
-        outcome = json_files.read(run / OUTCOME)
+        outcome = json_files.read(RunFiles(run).outcome)
         print(f"{outcome['outcome']} at step {outcome.get('step', last_step(run))}: {run}")
         return 0 if outcome["outcome"] in ("stopped", "finished") else 1
     print(f"ended, and no outcome was written: {run}")
@@ -207,7 +206,7 @@ def _active_jobs(run: Path) -> list[QueuedJob]:
 
 def _is_released(run: Path) -> bool:
     """Tell whether nobody claims to write to a run folder: its newest lock is released, or there is none."""
-    locks = sorted(run.glob("fence-*.json"))
+    locks = RunFiles(run).locks()
     try:
         return not locks or bool(json_files.read(locks[-1])["released"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime import json_files
-from runtime.session import OUTCOME, read_outcome
+from runtime.outcome import read_outcome
+from runtime.run_files import RunFiles
 
-STOP_FILE = "STOP"
 _NOT_RUNNABLE = (126, 127)  # a shell's words for a program that is not there, or is none
 _ENDED_TASK = re.compile(r"^srun: error: .*?: tasks? (\d+)", re.MULTILINE)
 _NAMED_RANK = re.compile(r"rank (\d+) \(host ")
@@ -118,15 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Judge a job that has ended, and requeue it. Returns the job's exit code, 75 also where it was requeued."""
     options = _parser().parse_args(arguments)
     run, logs, restart = Path(options.run), Path(options.logs), int(options.launch.rpartition("-")[2])
-    history = logs / "requeues.jsonl"
-    newest, outcome = _newest_checkpoint(run), read_outcome(run / OUTCOME, options.launch)
+    files, history = RunFiles(run), logs / "requeues.jsonl"
+    newest, outcome = _newest_checkpoint(run), read_outcome(files.outcome, options.launch)
     job = dict(re.findall(r"(\w+)=(\S*)", _asked("scontrol", "-o", "show", "job", options.job).stdout))
     verdict = judge(
         Ended(
             outcome=outcome,
             code=options.code,
             warned=options.warned,
-            stop_file=(run / STOP_FILE).exists(),
+            stop_file=files.stop.exists(),
             cancelled=_is_cancelled(job),
             restarts=restart,
             max_requeues=options.max_requeues,
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return verdict.exit_code
     with history.open("a") as file:
         file.write(json.dumps({"why": verdict.why, "lost": verdict.lost, "checkpoint": newest}) + "\n")
-    (run / STOP_FILE).unlink(missing_ok=True)
+    files.stop.unlink(missing_ok=True)
     done = _asked("scontrol", "requeue", options.job) if not by_slurm else None
     if done is not None and done.returncode != 0:
         print(
@@ -175,7 +175,7 @@ def _tell(verdict: Verdict, ranks: Path, outcome: Mapping[str, Any] | None) -> N
 
 def _newest_checkpoint(run: Path) -> str:
     """Return the name of the newest checkpoint, the empty text if there is none. It may be damaged: some did get written."""
-    names = [path.name for path in (run / "checkpoints").glob("step-*")]
+    names = [path.name for path in RunFiles(run).checkpoints.glob("step-*")]
     return max((name for name in names if ".partial-" not in name and ".damaged-" not in name), default="")
 
 

@@ -23,6 +23,7 @@ from launch.options import Variables, add_job_options, checked, count, described
 from launch.slurm.script import SlurmOptions, script, secrets_text
 from runtime.config.file import LoadedConfiguration
 from runtime.errors import SchedulerError
+from runtime.run_files import RunFiles
 
 # What would make the job's srun, or its ranks, take this shell's job for theirs.
 _OF_ANOTHER_LAUNCH = ("SLURM_", "SRUN_", "PMI", "LOCKSTEP_LAUNCH", "LOCKSTEP_WORLD_SIZE", "TORCHELASTIC_")
@@ -85,7 +86,7 @@ def _submit(options: argparse.Namespace) -> int:
         extra=options.sbatch,
     )
     assert job.run_folder is not None
-    folder = job.run_folder / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+    folder = RunFiles(job.run_folder).jobs / time.strftime("%Y%m%d-%H%M%S")
     secrets_file = folder / "secrets" if given.secret else None
     job = replace(job, config=folder / options.config.name, overrides=[*job.overrides, *_settled(loaded, folder)])
     module = "runtime.train" if options.container else None
@@ -113,7 +114,7 @@ def _write(loaded: LoadedConfiguration, job: JobSpec, folder: Path, *, text: str
     assert loaded.source is not None
     try:
         folder.mkdir(parents=True)
-        (folder.parent.parent / "logs").mkdir(exist_ok=True)  # Slurm makes no folder for a log
+        RunFiles(folder.parent.parent).logs.mkdir(exist_ok=True)  # Slurm makes no folder for a log
         snapshot(loaded, folder / "code")
         shutil.copyfile(loaded.source, job.config)
         state = revision(loaded.code)

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.sources import split_key
 from runtime.config.file import LoadedConfiguration
 from runtime.data.digests import digest
 from runtime.data.order import Order, SamplerOrder
-from runtime.data.probing import Stage, few_of, probe, probe_stream
+from runtime.data.probing import GLOBAL_RNGS, Stage, few_of, probe, probe_stream
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.distributed.rank_consistency import agreed
@@ -79,9 +79,9 @@ def contents_of(
     if loaded.values.checks == "off":
         return Contents()
     few_workers = min(1, loaded.values.data.loader.num_workers)
-    make_loader = assembly.build_loader(loaded, strategy.device, workers=few_workers)
+    make_loader = components.build_loader(loaded, strategy.device, workers=few_workers)
     # What is read of a stream in this process may be gone, so that a process of its own reads it.
-    read_apart = assembly.build_loader(loaded, strategy.device, workers=1)
+    read_apart = components.build_loader(loaded, strategy.device, workers=1)
     known: dict[str, dict[str, str]] = {}
     differing: dict[str, Differing] = {}
     memory: dict[str, str] = {}
@@ -122,6 +122,22 @@ def contents_of(
         known, may_differ=(_BEGINNING, _DRAWN), host=socket.gethostname(), device=strategy.device, where=_where
     )
     return Contents(common, differing, memory, state_lacks)
+
+
+def does_not_repeat(part: str, differing: Differing) -> str:
+    """Return the warning, in one line."""
+    of_stream = differing.stream and differing.stage == "the data set"
+    again = "the stream is read again from its beginning" if of_stream else "a sample is read again"
+    seeds = "for each batch" if of_stream else "for each sample"
+    more = "; do not count the epochs yourself, set_epoch(epoch) is called with each" if of_stream else ""
+    return (
+        f"{'.'.join(split_key(part))}: {differing.name} ({differing.stage}) gives something else when {again} under its seed; "
+        "the result is neither repeatable nor resumable, and depends on processes and workers: a generator of its own "
+        "(NumPy's "
+        f"default_rng, a torch.Generator, Albumentations 2) gets no seed. Draw from {GLOBAL_RNGS}, seeded {seeds}, or "
+        "seed its own from there: generator = np.random.default_rng(np.random.randint(2**31)), or Compose's set_random_seed, "
+        f"{seeds}{more}"
+    )
 
 
 def changed(stored: Known, now: Known) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.data_contents import Contents, changed, contents_of
 from runtime.build.objective import build_objective
 from runtime.build.optimizer import (
@@ -46,6 +46,7 @@ from runtime.optimization.freezing import Freezing
 from runtime.optimization.optimizer_eval_mode import begin_training
 from runtime.optimization.rehearsal import raised_within
 from runtime.reporting.facts import versions
+from runtime.run_files import RunFiles
 from runtime.state.module_buffers import BufferState
 from runtime.strategies import Strategy
 from runtime.strategies.memory import state_bytes
@@ -98,13 +99,13 @@ def prepare(
     Raises:
         LockstepError: what is wrong with configuration, data, or the ranks' agreement.
     """
-    weights = assembly.pretrained_digest(loaded)
+    weights = components.pretrained_digest(loaded)
     module = build_module(loaded, strategy, tell=tell if stored is None else None)
-    assembly.refuse_extra_state(loaded, module)
+    components.refuse_extra_state(loaded, module)
     buffers = BufferState(module)
     freezing = build_freezing(loaded, module)
     freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
-    data = assembly.build_training_data(loaded)
+    data = components.build_training_data(loaded)
     told = data.identity((strategy.world_size, loaded.values.data.loader.num_workers))
     seen = {"a run folder shared with rank 0": _sees_run_folder(loaded.output)} if strategy.world_size > 1 else {}
     compare_ranks(loaded, strategy, module, told, {"the weights of model.weights": weights, **seen})
@@ -117,7 +118,7 @@ def prepare(
     contents = _contents(loaded, strategy, data, stored)
     identity = _identity(loaded, strategy, _Fresh(module, data, contents, length, weights), stored, warn)
     sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
-    assembly.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
+    components.check_batch_norm(loaded, sharing, smallest_batch=data.smallest_batch)
     optimizer = build_optimizer(loaded, module)
     groups = group_names(loaded, module, optimizer)
     begin_training(optimizer)
@@ -186,7 +187,7 @@ def build_evaluator(
     Args:
         closing: where it is evaluated again and again: loader workers then live until this is closed.
     """
-    samples = assembly.build_samples(loaded, name, batch_size=evaluation_micro_size(loaded, slots))
+    samples = components.build_samples(loaded, name, batch_size=evaluation_micro_size(loaded, slots))
     return evaluator_of(samples, loaded, strategy, name, slots=slots, closing=closing) if samples is not None else None
 
 
@@ -211,8 +212,8 @@ def evaluator_of(
         samples,
         micro_size=evaluation_micro_size(loaded, slots),
         strategy=strategy,
-        metrics=MetricSet(assembly.build_metrics(loaded), strategy.device),
-        make_loader=assembly.build_loader(loaded, strategy.device, closing),
+        metrics=MetricSet(components.build_metrics(loaded), strategy.device),
+        make_loader=components.build_loader(loaded, strategy.device, closing),
         seed=values.seed,
     )
 
@@ -243,7 +244,7 @@ def build_averaged_evaluation(
             data.order,
             sharing=prepared.sharing,
             strategy=strategy,
-            make_loader=assembly.build_loader(loaded, strategy.device, closing),
+            make_loader=components.build_loader(loaded, strategy.device, closing),
             seed=loaded.values.seed,
             enter=enter,
         )
@@ -279,10 +280,10 @@ def build_module(
         training: synchronised BatchNorm and its GPUs are for training alone.
         tell: at a first start, told what became of the weights that the model starts from.
     """
-    model, objective = assembly.build_model(loaded), build_objective(loaded)
+    model, objective = components.build_model(loaded), build_objective(loaded)
     if training:
-        assembly.refuse_sparse(loaded, model)
-    report = assembly.load_pretrained(loaded, model) if tell is not None else None
+        components.refuse_sparse(loaded, model)
+    report = components.load_pretrained(loaded, model) if tell is not None else None
     if tell is not None and report is not None:
         tell(str(report))
     if loaded.values.batch_norm == "sync" and training:
@@ -293,7 +294,7 @@ def build_module(
         from torch._inductor import config as inductor
 
         inductor.fallback_random = True  # compiled code then draws eager's random numbers
-    assembly.rebuild_blocks(loaded, model)
+    components.rebuild_blocks(loaded, model)
     return strategy.place(TrainingModule(model, objective))
 
 
@@ -331,7 +332,7 @@ def compare_ranks(
 def _sees_run_folder(folder: Path) -> bool:
     """Tell whether this rank sees the lock that rank 0 has put into the run folder; a file server may take its time."""
     for _ in range(100):
-        if any(folder.glob("fence-*.json")):
+        if RunFiles(folder).locks():
             return True
         time.sleep(0.1)
     return False
@@ -379,7 +380,7 @@ def _contents(
     loaded: LoadedConfiguration, strategy: Strategy, data: TrainingData, stored: Mapping[str, Any] | None
 ) -> Contents:
     """Look at all data that the run reads. Collective."""
-    evaluated = {name: assembly.build_samples(loaded, name, batch_size=1) for name in ("validation", "test")}
+    evaluated = {name: components.build_samples(loaded, name, batch_size=1) for name in ("validation", "test")}
     order = data.order if isinstance(data, MappedData) else None
     before = stored["identity"].get("contents", {}) if stored is not None else None
     return contents_of(loaded, strategy, {"train": data.samples, **evaluated}, order=order, stored=before)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.build import resolver as building
+from runtime.build import resolver
 from runtime.config import component
 from runtime.config.data import Data, SampleValues, Split
 from runtime.config.file import LoadedConfiguration
@@ -153,7 +153,7 @@ def build_order(loaded: LoadedConfiguration, source: Any) -> Order:
         )
     key = ("data", "sampler" if data.sampler else "batch_sampler")
     given = () if names_first_parameter(loaded, section) else (source,)
-    sampler = building.build(loaded, key, section, *given, namespaces=SAMPLERS)
+    sampler = resolver.build(loaded, key, section, *given, namespaces=SAMPLERS)
     return SamplerOrder(
         sampler,
         num_samples=len(source),
@@ -287,7 +287,7 @@ def _checked(loaded: LoadedConfiguration, name: str, section: Split) -> Any:
     with preserved_random_state(_CPU):
         # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
         seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 1), _CPU)
-        source = building.build(loaded, split_key(name), section, namespaces=NAMESPACES)
+        source = resolver.build(loaded, split_key(name), section, namespaces=NAMESPACES)
     source = adapted(source, ".".join(split_key(name)))
     check_samples(source, ".".join(split_key(name)), sharded_by=section.sharded_by)
     return source
@@ -296,7 +296,7 @@ def _checked(loaded: LoadedConfiguration, name: str, section: Split) -> Any:
 def _values(
     loaded: LoadedConfiguration, key: tuple[str, ...], where: SampleValues, source: Any, *, numbers: bool
 ) -> Values:
-    found = building.function(loaded, key, where) if isinstance(where, ComponentSection) else where
+    found = resolver.function(loaded, key, where) if isinstance(where, ComponentSection) else where
     try:
         return values_of(source, found, ".".join(key), numbers=numbers)
     except DataError as error:

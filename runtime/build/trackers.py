@@ -6,10 +6,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from runtime.build import components as assembly
-from runtime.build import sources
+from runtime.build import components, sources
 from runtime.checkpoints.run_state import RunState
-from runtime.checkpoints.serialization import replace_file
 from runtime.config import yaml_file
 from runtime.config.file import LoadedConfiguration
 from runtime.errors import RunFolderError
@@ -19,6 +17,8 @@ from runtime.reporting.console import ConsoleTracker
 from runtime.reporting.figures import FiguresTracker
 from runtime.reporting.meters import PhaseTimes, TrainingMeter
 from runtime.reporting.reporter import JsonLines, Tracker
+from runtime.run_files import RunFiles
+from runtime.state.durable_files import replace_file
 from runtime.state.shards import in_memory
 from runtime.strategies import Strategy
 from runtime.training.progress import Progress
@@ -32,7 +32,7 @@ def build_meter(
     Args:
         groups: names of the optimizer's parameter groups.
     """
-    metrics = assembly.build_metrics(loaded) if loaded.values.evaluation.metrics_on_train else {}
+    metrics = components.build_metrics(loaded) if loaded.values.evaluation.metrics_on_train else {}
     device = state.strategy.device
     return TrainingMeter(device, state.module.objective, MetricSet(metrics, device), times, groups)
 
@@ -65,11 +65,12 @@ def build_trackers(
     Raises:
         RunFolderError: the run folder cannot be written.
     """
-    folder, reporting, resolved = loaded.output, loaded.values.reporting, loaded.resolved()
+    files = RunFiles(loaded.output)
+    folder, reporting, resolved = files.folder, loaded.values.reporting, loaded.resolved()
     try:
         # The code's folder as it is: the one of this file is the run folder.
-        replace_file(folder / "config.yaml", yaml_file.dump({**resolved, "code": str(loaded.code)}))
-        path, due = folder / "metrics.jsonl", progress.evaluation_due
+        replace_file(files.config, yaml_file.dump({**resolved, "code": str(loaded.code)}))
+        path, due = files.metrics, progress.evaluation_due
         records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
         fitted = sources.preparation(loaded)["fitted"]
         if fitted is not None:
@@ -78,7 +79,7 @@ def build_trackers(
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
     section = loaded.values.evaluation
     classes = ClassResults.of(
-        assembly.build_metrics(loaded), section.class_names or sources.preparation(loaded)["classes"]
+        components.build_metrics(loaded), section.class_names or sources.preparation(loaded)["classes"]
     )
     figures = FiguresTracker(folder, classes, pictures=section.pictures, resumed_step=progress.step, warn=warn)
     console = ConsoleTracker(progress=reporting.progress, classes=classes, earlier=records.earlier)

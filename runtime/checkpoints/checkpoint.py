@@ -33,18 +33,13 @@ from runtime import json_files
 from runtime.checkpoints.best import ranked
 from runtime.checkpoints.load import damage_of
 from runtime.checkpoints.rollback_history import Attempts
-from runtime.checkpoints.serialization import (
-    make_folder,
-    replace_file,
-    sync_folder,
-    write_durably,
-    write_tensors,
-)
+from runtime.checkpoints.serialization import write_tensors
 from runtime.checkpoints.sharded_files import INDEX, Receipt, index_of, write_pieces
 from runtime.checkpoints.snapshot import Snapshot
 from runtime.checkpoints.writer_group import ALONE, Writers
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError
+from runtime.state.durable_files import make_folder, replace_file, sync_folder, write_durably
 
 _NAME = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
 _UNFINISHED = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")

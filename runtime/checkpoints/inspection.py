@@ -23,6 +23,7 @@ from runtime.checkpoints.checkpoint import Checkpoint, listed
 from runtime.checkpoints.load import damage_of
 from runtime.checkpoints.rollback_history import Attempts
 from runtime.errors import CheckpointError, RunFolderError
+from runtime.run_files import RunFiles
 
 State = Literal["whole", "damaged", "newer format", "moved aside", "partial"]
 _UNFINISHED = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?.*\.(partial|damaged)-[0-9a-f]+")
@@ -182,8 +183,8 @@ def checkpoints_folder(run: Path) -> Path:
     """
     if not run.is_dir():
         raise RunFolderError(f"{run} is not a folder" if run.exists() else f"there is no folder {run}")
-    if (run / "checkpoints").is_dir():
-        return run / "checkpoints"
+    if (folder := RunFiles(run).checkpoints).is_dir():
+        return folder
     if is_checkpoint(run):
         raise RunFolderError(f"{run} is one checkpoint; name the run folder that it belongs to")
     return run

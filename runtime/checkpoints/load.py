@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from runtime import json_files
-from runtime.checkpoints.serialization import checksum, join_state
+from runtime.checkpoints.serialization import join_state
 from runtime.checkpoints.sharded_files import INDEX, tensors_on_disk
 from runtime.errors import CheckpointError
+from runtime.state.durable_files import checksum
 from runtime.state.shards import in_memory, whole
 
 FORMAT_VERSION = 2  # 1 is that of a checkpoint without shards, still written where there are none

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from runtime import json_files
 from runtime.checkpoints.load import damage_of, load_model
-from runtime.checkpoints.serialization import checksum
 from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError
 from runtime.config.learning import Weights
 from runtime.config.signatures import did_you_mean
 from runtime.optimization.patterns import described_misses, matches, useless
+from runtime.run_files import RunFiles
+from runtime.state.durable_files import checksum
 
 _SAFETENSORS = ".safetensors"
 _INDEX = ".safetensors.index.json"
@@ -214,7 +215,7 @@ def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
     if not file.is_file() and (folder / f"model{_INDEX}").is_file():
         return _read(folder / f"model{_INDEX}", section)
     if not file.is_file() and not (folder / INDEX).is_file():
-        hint = "; name one of its checkpoints" if (folder / "checkpoints").is_dir() else ""
+        hint = "; name one of its checkpoints" if RunFiles(folder).checkpoints.is_dir() else ""
         raise ComponentError(f"{folder} is a folder without {file.name}{hint}", ("file",))
     if not (folder / "manifest.json").is_file():
         return _read(file, section)

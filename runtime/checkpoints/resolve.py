@@ -12,6 +12,7 @@ from runtime.checkpoints.load import damage_of
 from runtime.checkpoints.rollback_history import Attempts
 from runtime.config.sections import Best
 from runtime.errors import CheckpointError, ConfigurationError, Problem
+from runtime.run_files import RunFiles
 
 NEWEST = "newest"
 _BEST = "best:"
@@ -71,7 +72,7 @@ def _best(run: Path, choice: str, best: Sequence[Best], *, warn: Callable[[str],
 
 
 def _named(run: Path, choice: str) -> Path:
-    for path in (Path(choice), run / "checkpoints" / choice):
+    for path in (Path(choice), RunFiles(run).checkpoints / choice):
         if not path.is_dir():
             continue
         if ".partial-" in path.name:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from runtime import json_files
-from runtime.checkpoints.serialization import replace_file
 from runtime.data.batches import Cursor
 from runtime.errors import CheckpointError
+from runtime.state.durable_files import replace_file
 
 FILE = "rollbacks.json"
 

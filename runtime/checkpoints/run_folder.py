@@ -19,17 +19,16 @@ from runtime.checkpoints.best import BestResults
 from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder
 from runtime.checkpoints.rollback_history import Rollback
 from runtime.checkpoints.run_lock import Fence
-from runtime.checkpoints.serialization import make_folder
 from runtime.checkpoints.sharded_files import tensors_on_disk
 from runtime.checkpoints.writer_group import Writers
 from runtime.config.sections import Checkpoint as CheckpointSection
 from runtime.config.sections import Resume
 from runtime.distributed.collectives import on_rank_0
 from runtime.errors import CheckpointError, DivergenceError, RunFolderError
+from runtime.run_files import RunFiles
+from runtime.state.durable_files import make_folder
 from runtime.state.shards import whole
 from runtime.training.divergence import RollbackWanted
-
-STOP_FILE = "STOP"
 
 
 @dataclass(frozen=True)
@@ -230,6 +229,7 @@ class RunFolder:
         return [f"best {metric} {c.results[metric]:.4f}: {c.path}" for metric, c in found]
 
     def _open(self) -> None:
+        files = RunFiles(self.path)
         try:
             make_folder(self.path)
         except OSError as error:
@@ -237,9 +237,9 @@ class RunFolder:
         job, restart = environment.job_identity()
         self._fence = Fence(self.path, job=job, restart=restart, wait=_say_at_once)
         self._fence.acquire()
-        (self.path / STOP_FILE).unlink(missing_ok=True)  # of an earlier start
+        files.stop.unlink(missing_ok=True)  # of an earlier start
         self._checkpoints = CheckpointFolder(
-            self.path / "checkpoints",
+            files.checkpoints,
             keep=self._section.keep,
             best=self._section.best,
             warn=self._warn,

@@ -6,12 +6,9 @@ and has no tuples or infinities, so those are marked.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import CheckpointError
+from runtime.state.durable_files import write_durably
 from runtime.state.memory_layout import laid_out, strides_to_keep
 from runtime.state.shards import Shard
 
@@ -158,51 +156,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     parts: list[Any] = [len(text).to_bytes(8, "little"), text]
     parts += [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors.values() if tensor.numel()]
     return write_durably(path, *parts)
-
-
-def write_durably(path: Path, *parts: Any) -> tuple[int, str]:
-    """Write buffers to a file and sync it; return its size in bytes and its sha256."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files within a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there, so that they survive a loss of power."""
-    if path.is_dir():
-        return
-    make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    partial = path.with_name(f".{path.name}.{threading.get_native_id()}")  # which is the process's in its main thread
-    try:
-        write_durably(partial, content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def checksum(path: Path) -> str:
-    """Return a file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

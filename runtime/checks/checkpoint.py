@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.objective import build_objective
 from runtime.build.optimizer import build_freezing, build_optimizer
 from runtime.checkpoints.load import load_state
@@ -117,7 +117,7 @@ def _built(
     loaded: LoadedConfiguration, strategy: Strategy, state: RunState, path: Path
 ) -> tuple[TrainingModule, Optimizer]:
     """Build module and optimizer as a start does, and give them the checkpoint."""
-    model = assembly.build_model(loaded)
+    model = components.build_model(loaded)
     if loaded.values.batch_norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     module = strategy.place(TrainingModule(model, build_objective(loaded)))

@@ -6,17 +6,16 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from runtime.build.data_contents import Differing
+from runtime.build.data_contents import does_not_repeat
 from runtime.build.preparation import Prepared
 from runtime.build.sources import split_key
 from runtime.config.file import LoadedConfiguration
 from runtime.data.order import SamplerOrder
+from runtime.data.probing import GLOBAL_RNGS
 from runtime.data.training_data import MappedData
 from runtime.distributed.collectives import gather_bytes
 from runtime.errors import ConfigurationError
 from runtime.strategies import Strategy
-
-_GLOBAL = "Python's, NumPy's or torch's global generator"
 
 
 def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]) -> bool:
@@ -38,21 +37,6 @@ def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[
         )
     own = b"differs" if "train" in {**contents.differing, **contents.memory} else b"repeats"
     return b"differs" not in gather_bytes(own, strategy.device)
-
-
-def does_not_repeat(part: str, differing: Differing) -> str:
-    """Return the warning, in one line."""
-    of_stream = differing.stream and differing.stage == "the data set"
-    again = "the stream is read again from its beginning" if of_stream else "a sample is read again"
-    seeds = "for each batch" if of_stream else "for each sample"
-    more = "; do not count the epochs yourself, set_epoch(epoch) is called with each" if of_stream else ""
-    return (
-        f"{'.'.join(split_key(part))}: {differing.name} ({differing.stage}) gives something else when {again} under its seed; "
-        "the result is neither repeatable nor resumable, and depends on processes and workers: a generator of its own (NumPy's "
-        f"default_rng, a torch.Generator, Albumentations 2) gets no seed. Draw from {_GLOBAL}, which are seeded {seeds}, or "
-        "seed its own from there: generator = np.random.default_rng(np.random.randint(2**31)), or Compose's set_random_seed, "
-        f"{seeds}{more}"
-    )
 
 
 def check_sampler(
@@ -85,7 +69,7 @@ def check_sampler(
         raise _refused(
             loaded,
             f"{names} draws something else when it is drawn again under one seed: neither ranks nor a resumed run would "
-            f"draw the same. Let it draw from {_GLOBAL}, which are seeded for each epoch (for torch's samplers leave out "
+            f"draw the same. Let it draw from {GLOBAL_RNGS}, which are seeded for each epoch (for torch's samplers leave out "
             "'generator'), and keep no count of its own",
         )
     if world_size > 1 and distinct in (size // world_size, -(-size // world_size)):

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from runtime.build import components as assembly
-from runtime.build import sources
+from runtime.build import components, sources
 from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
@@ -94,7 +93,7 @@ def check_evaluation(
 
 
 def _tried(loaded: LoadedConfiguration, strategy: Strategy, evaluator: Evaluator) -> tuple[Tried | None, _Verdict]:
-    make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
+    make_loader = components.build_loader(one_worker(loaded), strategy.device)
     try:
         tried = evaluator.try_first(make_loader)
     except MetricError as error:
@@ -130,7 +129,7 @@ def _soft_targets(loaded: LoadedConfiguration, objective: Objective, tried: Trie
     between = target[(target > 0) & (target < 1)] if target is not None else None
     if between is None or not between.numel():
         return ""
-    metrics = assembly.build_metrics(loaded)
+    metrics = components.build_metrics(loaded)
     values = [name for name, metric in metrics.items() if feed_of(metric).sees == "values"]
     classes = [name for name in metrics if name not in values]
     seen = [f"{', '.join(classes)} {'see' if classes[1:] else 'sees'} the likeliest class"] if classes else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.preparation import Prepared
 from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
@@ -69,5 +69,5 @@ def first_slot(loaded: LoadedConfiguration, strategy: Strategy, data: TrainingDa
         return None
     ids = data.order.batch(0, 0)
     ids = ids[: max(1, len(ids) // slots)]
-    make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
+    make_loader = components.build_loader(one_worker(loaded), strategy.device)
     return next(iter(read(data.samples, iter([SlotIndex(0, ids)]), make_loader)))

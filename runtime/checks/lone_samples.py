@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.preparation import Prepared
 from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
@@ -87,7 +87,7 @@ def _smallest_slot(samples: int, slots: int) -> int:
 
 def _refusing_layer(loaded: LoadedConfiguration, strategy: Strategy, data: MappedData) -> str | None:
     """Run one sample forward, and return the layer that refuses it; None if none does. Leaves no trace."""
-    make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
+    make_loader = components.build_loader(one_worker(loaded), strategy.device)
     batch = next(iter(read(data.samples, iter([SlotIndex(0, data.order.batch(0, 0)[:1])]), make_loader)))
     entered: list[str] = []
     hooks = [part.register_forward_pre_hook(_noting(entered, name)) for name, part in _norms(strategy.unwrapped)]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.preparation import Prepared
 from runtime.checks.traces import left_as_it_was
 from runtime.config.file import LoadedConfiguration
@@ -87,7 +87,7 @@ def check_additivity(
     module, size = strategy.unwrapped, loaded.values.batch.global_size
     if module.objective.couples_samples:
         return
-    make_loader = assembly.build_loader(one_worker(loaded), strategy.device)
+    make_loader = components.build_loader(one_worker(loaded), strategy.device)
     sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=size, make_loader=make_loader)
     if strategy.sharded:
         # No gradient, which would wait for a backward pass, and no second try after half a forward pass.

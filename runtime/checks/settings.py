@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.optimizer import rehearsed_schedule, schedule_length
 from runtime.config import component
 from runtime.config.component import described
@@ -20,10 +20,10 @@ from runtime.data.training_data import TrainingData
 from runtime.errors import ConfigurationError, DivergenceError, LockstepError
 from runtime.objective import TrainingModule
 from runtime.optimization import schedulers
-from runtime.optimization.curve import simulate
 from runtime.optimization.optimizer import NAMESPACES
 from runtime.optimization.parameter_groups import default_of
 from runtime.optimization.patterns import matches
+from runtime.optimization.planned_rates import simulate
 from runtime.optimization.schedule import Schedule
 
 _MOST_STEPS = 20_000  # of a schedule that are looked at: 0.2 s
@@ -243,7 +243,7 @@ def _directions(loaded: LoadedConfiguration) -> Iterator[Finding]:
     if values.schedule is not None and values.schedule.monitor is not None:
         mode = values.schedule.args.get("mode", "min")
         asked.append((("schedule", "args", "mode"), values.schedule.monitor, mode))
-    metrics = assembly.build_metrics(loaded) if asked else {}
+    metrics = components.build_metrics(loaded) if asked else {}
     losses = {"loss", *values.objective.losses}
     for key, result, mode in asked:
         better = "min" if result.partition("/")[0] in losses else None

@@ -1,127 +1,40 @@
-"""The table of a run's checkpoints and what a person should know besides: what ``lockstep checkpoints`` prints."""
+"""``lockstep checkpoints``: list a run's checkpoints and verify every byte of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from rich import box
-from rich.console import Console
-from rich.filesize import pick_unit_and_suffix
-from rich.segment import Segment, Segments
-from rich.table import Table
-from rich.text import Text
-
-from runtime.checkpoints.inspection import Inspected, Listing
-
-_STYLES = {"whole": "green", "damaged": "red", "newer format": "red", "moved aside": "yellow"}
+import argparse
+from pathlib import Path
 
 
-def print_listing(listing: Listing, console: Console) -> None:
-    """Print the table, and what is not well."""
-    if not listing.checkpoints:
-        console.print(f"{listing.folder} holds no checkpoints", soft_wrap=True, markup=False)
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``lockstep``."""
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="list a run's checkpoints and verify every byte of them",
+        description="List a run's checkpoints: what each holds, whether it is whole, which is the best by which metric, which "
+        "a rollback has abandoned, and what damage or a kill has left. Only reads; a run may be writing meanwhile.",
+        epilog="exit code: 0 if the newest checkpoint is whole, or there has not been one; 1 if it is damaged or of a newer "
+        "format (one that a rollback abandoned does not count), if only damaged ones are left, or if RUN cannot be read",
+    )
+    checkpoints.add_argument("folder", metavar="RUN", type=Path, help="run folder, or its folder of checkpoints")
+    checkpoints.add_argument(
+        "--json", action="store_true", help="print all results, sizes in bytes and ages in seconds"
+    )
+    checkpoints.set_defaults(run=_checkpoints)
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from runtime.checkpoints.inspection import inspect
+    from runtime.commands.checkpoint_table import print_listing
+
+    listing = inspect(options.folder)
+    if options.json:
+        print(listing.as_json())
     else:
-        _print_table(listing, console)
-    for note in (*_remarks(listing), *listing.notes):
-        console.print(note, soft_wrap=True, markup=False)
-
-
-def _print_table(listing: Listing, console: Console) -> None:
-    """Print one line for each checkpoint; or two, in a narrow terminal: the name needs one for itself then."""
-    metrics, hidden = _metrics(listing), list[str]()
-    table = _table(listing, metrics, with_names=True)
-    if _width(table, console) <= console.width:
-        console.print(table)
-        return
-    table = _table(listing, metrics, with_names=False)
-    while metrics and _width(table, console) > console.width:
-        hidden.insert(0, metrics.pop())
-        table = _table(listing, metrics, with_names=False)
-    heading, rule, *rows = ([*line, Segment.line()] for line in console.render_lines(table, pad=False))
-    console.print(Segments([*heading, *rule]), end="")
-    for i, line in zip(listing.checkpoints, rows, strict=True):
-        console.print(Text(i.name, style="" if i.in_use else "dim"), soft_wrap=True)
-        console.print(Segments(line), end="")
-    if hidden:
-        console.print(f"no room for {', '.join(hidden)}: --json tells all", soft_wrap=True, markup=False)
-
-
-def _width(table: Table, console: Console) -> int:
-    return console.measure(table, options=console.options.update(width=10_000)).maximum
-
-
-def _table(listing: Listing, metrics: Sequence[str], *, with_names: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    attempts = any(i.attempt for i in listing.checkpoints)
-    if with_names:
-        table.add_column("checkpoint", no_wrap=True)
-    for heading in ("step", "epoch", *(["attempt"] if attempts else []), *metrics, "size", "age"):
-        table.add_column(Text(heading), justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for i in listing.checkpoints:
-        state = "abandoned" if i.abandoned and i.state == "whole" else i.state
-        table.add_row(
-            *([Text(i.name)] if with_names else []),
-            str(i.step),
-            str(i.epoch or ""),
-            *([str(i.attempt)] if attempts else []),
-            *(_result(i, metric) for metric in metrics),
-            _in_units(i.size_bytes),
-            _age(i.age_seconds),
-            Text(state, style=_STYLES.get(state, "")),
-            style="" if i.in_use else "dim",
-        )
-    return table
-
-
-def _metrics(listing: Listing) -> list[str]:
-    """Return the results that have a column: the loss and what the best are judged by, or all."""
-    numbers = {n: None for i in listing.checkpoints for n, v in i.results.items() if isinstance(v, float)}
-    if listing.best:
-        return [name for name in dict.fromkeys(("loss", *listing.best)) if name in numbers]
-    return [name for name in numbers if name != "samples"]
-
-
-def _result(inspected: Inspected, metric: str) -> Text:
-    value = inspected.results.get(metric)
-    if not isinstance(value, float):
-        return Text("")
-    place = inspected.best_of.get(metric)
-    return Text(f"{value:.4g}" + (f" #{place}" if place else ""), style="bold" if place == 1 else "")
-
-
-def _remarks(listing: Listing) -> Iterator[str]:
-    """Yield what a table cannot say: what is wrong, and what the next start will do."""
-    if any(i.best_of for i in listing.checkpoints):
-        yield "#1: the best of its metric (best.json)"
-    if any(i.abandoned for i in listing.checkpoints):
-        yield "abandoned: a rollback went back before it; a start never reads it, the next save removes it"
-    for i in listing.checkpoints:
-        if i.state == "damaged":
-            yield f"{i.name} is damaged ({i.problem}); " + (
-                "a rollback abandoned it" if i.abandoned else "a start that comes to it moves it aside"
-            )
-        elif i.state == "moved aside":
-            yield f"{i.name} was moved aside as damaged ({i.problem or 'every byte of it can be read now'})"
-        elif i.state == "newer format":
-            yield f"{i.name} {i.problem}"
-        elif i.state == "partial":
-            yield f"{i.name} is being written, or was when its writer was killed; the next start removes it"
-    if listing.goes_on_from is not None:
-        yield f"A start goes on from {listing.goes_on_from.name}."
-    elif listing.newest is not None and any(i.state == "newer format" for i in listing.checkpoints):
-        yield "A start is refused."
-    elif not listing.sound:
-        yield "A start finds nothing to go on from, and begins anew."
-
-
-def _in_units(size_bytes: int) -> str:
-    unit, suffix = pick_unit_and_suffix(size_bytes, ["B", "KiB", "MiB", "GiB", "TiB"], 1024)
-    return f"{size_bytes / unit:.0f} {suffix}" if unit == 1 else f"{size_bytes / unit:.1f} {suffix}"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 1000  # nothing is folded on its way to a file or to grep
+        print_listing(listing, console)
+    return 0 if listing.sound else 1

@@ -21,6 +21,7 @@ from runtime.config.signatures import did_you_mean
 from runtime.config.yaml_file import read_file, read_value
 from runtime.config.zero_rules import zero_problems
 from runtime.errors import ConfigurationError, Problem
+from runtime.run_files import RunFiles
 
 _YES_AND_NO = ("yes", "no", "on", "off")
 HIDDEN = "(hidden)"
@@ -116,9 +117,9 @@ def load_run(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = 
     """
     if isinstance(source, Mapping) or not Path(source).is_dir():
         return load(source, overrides)
-    path = Path(source) / "config.yaml"
+    path = RunFiles(Path(source)).config
     if not path.is_file():
-        problem = "is a folder without a config.yaml: name a run folder, or a YAML file"
+        problem = f"is a folder without a {path.name}: name a run folder, or a YAML file"
         raise ConfigurationError([Problem(str(source), "", problem)])
     if any(override.partition("=")[0] == "output" for override in overrides):
         raise ConfigurationError(

@@ -159,7 +159,7 @@ def with_weights(
     weigh: Weigh,
     num_weights: int | None = None,
     slots: int,
-    begin_sum: BeginSum,
+    begin_sum: BeginSum | None,
     ahead: Ahead = 8,
 ) -> Iterator[Window]:
     """Replace each window's global weight, the number of samples, before its first forward pass.
@@ -170,9 +170,11 @@ def with_weights(
     Args:
         weigh: weight of one batch of so many samples.
         num_weights: how many weights a batch has; None: one, as a number.
-        begin_sum: begins to sum a float64 tensor over the ranks.
+        begin_sum: begins to sum a float64 tensor over the ranks; None: there is one.
         ahead: steps of a block.
     """
+    if begin_sum is None:
+        return _weighed_alone(windows, weigh=weigh, num_weights=num_weights, slots=slots)
 
     def begin(block: list[Window]) -> Callable[[], list[Window]]:
         # One row a step, one column a slot: summed in slot order, the weight is the same number for any sharing-out.
@@ -188,6 +190,21 @@ def with_weights(
         ]
 
     return summed_ahead(windows, begin, ahead)
+
+
+def _weighed_alone(windows: Iterator[Window], *, weigh: Weigh, num_weights: int | None, slots: int) -> Iterator[Window]:
+    """Weigh each window when it is needed: nobody waits for anybody. The weights are those of several ranks, bit for bit."""
+    for window in windows:
+        weights = [weigh(microbatch.batch, microbatch.samples) for microbatch in window.microbatches]
+        whole = [weight for weight in weights if isinstance(weight, float) and weight.is_integer()]
+        if num_weights is None and len(whole) == len(weights):
+            yield window._replace(weight=sum(whole, 0.0))  # exact in any order
+            continue
+        table = torch.zeros(1, slots, num_weights or 1, dtype=torch.float64)
+        for microbatch, weight in zip(window.microbatches, weights, strict=True):
+            note_weight(table[0, microbatch.slot], weight)
+        (total,) = table.sum(dim=1).tolist()
+        yield window._replace(weight=weight_of_batch(total, num_weights))
 
 
 def note_weight(place: torch.Tensor, weight: float | tuple[float, ...]) -> None:

@@ -20,6 +20,8 @@ from runtime.data.samples import SampleFailure, Samples, SlotIndex
 from runtime.data.streams import StreamSamples
 from runtime.randomness import preserved_random_state
 
+GLOBAL_RNGS = "Python's, NumPy's or torch's global generator"
+
 Stage = Literal["the data set", "the transform", "the collate function"]
 _STAGES: tuple[Stage, ...] = ("the data set", "the transform", "the collate function")
 

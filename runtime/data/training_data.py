@@ -128,7 +128,7 @@ class MappedData:
                 weigh=how.weigh,
                 num_weights=how.num_weights,
                 slots=how.sharing.slots,
-                begin_sum=how.begin_sum,
+                begin_sum=how.begin_sum if how.sharing.world_size > 1 else None,
                 ahead=how.ahead,
             )
         return Reading(weighed, windows.filler)

@@ -49,7 +49,7 @@ def _is_launcher(words: Sequence[str]) -> bool:
         return Path(words[0]).name in (*_COMMANDS, *_BENEATH_MPIRUN)
     # What Python runs: a path, or a module after -m. Arguments that follow are the script's own.
     run = [word for before, word in pairwise(words) if not word.startswith("-") and before not in ("-X", "-W")]
-    run = run[1:] if run and run[0].endswith("processes/agent.py") else run
+    run = run[1:] if run and run[0].endswith("launch/agent.py") else run
     name = run[0] if run else ""
     return Path(name).name in _COMMANDS or name.removesuffix(".py").replace("/", ".").endswith(_MODULES)
 

@@ -16,16 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from runtime.build import components as assembly
-from runtime.build import sources
-from runtime.build.data_contents import contents_of
+from runtime.build import components, sources
+from runtime.build.data_contents import contents_of, does_not_repeat
 from runtime.build.preparation import build_averaging, build_module, compare_ranks, evaluation_micro_size, evaluator_of
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.load import Weights, load_weights
 from runtime.checkpoints.resolve import chosen
 from runtime.checkpoints.run_state import load_module
-from runtime.checkpoints.serialization import replace_file
-from runtime.checks.data import does_not_repeat
 from runtime.code_digests import changes_of
 from runtime.config.file import LoadedConfiguration, exact_keys
 from runtime.data.fields import Name
@@ -43,12 +40,13 @@ from runtime.inference.request import Request, Which, columns_of_sample
 from runtime.inference.sample_submission import SubmissionFile, header_of
 from runtime.model_calls import is_out_of_memory
 from runtime.optimization.averaging import WeightAverage, checked
+from runtime.state.durable_files import replace_file
 from runtime.strategies import Strategy
 from runtime.training.fitting import out_of_memory
 
 
 @dataclass(frozen=True)
-class Inferred:
+class InferenceResult:
     """The result of an evaluation or a prediction; equal on every rank.
 
     Args:
@@ -109,7 +107,7 @@ class Inference:
         self._position = position
         self._target = request.target(loaded)
 
-    def run(self) -> Inferred:
+    def run(self) -> InferenceResult:
         """Evaluate or predict. Collective: every rank must call this."""
         loaded, request, strategy = self._loaded, self._request, self._strategy
         split, which = request.split_in(loaded), request.weights_in(loaded)
@@ -121,7 +119,7 @@ class Inference:
         loaded.preparation.update(weights.preparation)  # of the training data, which need not be here
         self._slots = int(weights.identity["slots"])
         self._micro_size = evaluation_micro_size(loaded, self._slots)
-        samples = assembly.build_samples(loaded, split, batch_size=self._micro_size)
+        samples = components.build_samples(loaded, split, batch_size=self._micro_size)
         assert samples is not None
         if isinstance(samples, StreamSamples) and (request.act == "predict" or samples.sharded_by == "dataset"):
             raise DataError(
@@ -137,7 +135,7 @@ class Inference:
             which = "raw"  # as the run's own evaluations did before averaging.start
         strategy.prepare_evaluation(module)
         averaging = _restored(strategy, weights, build_averaging(loaded, strategy) if which == "averaged" else None)
-        done = Inferred(
+        done = InferenceResult(
             "finished",
             self._checkpoint.path,
             self._checkpoint.step,
@@ -158,7 +156,7 @@ class Inference:
             key = "evaluation.micro_size"
             raise out_of_memory(error, rank=strategy.rank, where=request.act, key=key, size=self._micro_size) from error
 
-    def _evaluate(self, done: Inferred, samples: Samples | StreamSamples) -> Inferred:
+    def _evaluate(self, done: InferenceResult, samples: Samples | StreamSamples) -> InferenceResult:
         evaluator = evaluator_of(samples, self._loaded, self._strategy, done.split, slots=self._slots)
         with self._rounds(done) as next_round:
             results = evaluator.evaluate(next_round)
@@ -171,7 +169,7 @@ class Inference:
             print_results(done, self._reported(done))
         return done
 
-    def _predict(self, done: Inferred, samples: Samples) -> Inferred:
+    def _predict(self, done: InferenceResult, samples: Samples) -> InferenceResult:
         assert self._target is not None
         target, section = self._target, self._loaded.values.prediction
         wanted, id_part, encode, make = self._format(target, samples)
@@ -188,7 +186,7 @@ class Inference:
             ),
             id_part=id_part,
             encode=encode,
-            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
+            make_loader=components.build_loader(self._loaded, self._strategy.device),
             seed=self._loaded.values.seed,
         )
         file = PredictionsFile(target, make, force=self._request.force)
@@ -236,7 +234,9 @@ class Inference:
         return wanted, id_part, SubmissionFile.encode, make
 
     @contextmanager
-    def _rounds(self, done: Inferred, failing: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
+    def _rounds(
+        self, done: InferenceResult, failing: Callable[[], bool] = lambda: False
+    ) -> Iterator[Callable[[], bool]]:
         """Yield what is called before every round: a sign of life, a step of the bar, and whether this rank wishes to stop."""
         console = Console(stderr=True)
         shown = self._strategy.rank == 0 and console.is_terminal and self._loaded.values.reporting.progress
@@ -290,12 +290,12 @@ class Inference:
             _warn(f"the code is not what the checkpoint was trained with: {', '.join(code[:8])}")
         return not changed
 
-    def _reported(self, done: Inferred) -> Mapping[str, Result]:
+    def _reported(self, done: InferenceResult) -> Mapping[str, Result]:
         """Return what training reported for the same step, if it evaluated the same split and weights."""
         same = done.split == "validation" and done.weights == Request("evaluate").weights_in(self._loaded)
         return self._checkpoint.results if same and self._unchanged else {}
 
-    def _write_results(self, done: Inferred) -> None:
+    def _write_results(self, done: InferenceResult) -> None:
         assert done.output is not None
         check_target(done.output, force=self._request.force)
         facts = {
@@ -312,7 +312,7 @@ class Inference:
         except OSError as error:
             raise PredictionError(f"{done.output} cannot be written: {error.strerror or error}") from error
 
-    def _stopped(self, done: Inferred) -> Inferred:
+    def _stopped(self, done: InferenceResult) -> InferenceResult:
         if self._strategy.rank == 0:
             _warn(
                 f"stopped by {self._stop_wish.reason or 'another rank'}; nothing was written, the same command begins anew"
@@ -323,7 +323,7 @@ class Inference:
         return on_rank_0(act, rank=self._strategy.rank, device=self._strategy.device)
 
 
-def print_results(done: Inferred, reported: Mapping[str, Result]) -> None:
+def print_results(done: InferenceResult, reported: Mapping[str, Result]) -> None:
     """Print what was evaluated and the results, beside those that training reported for the same step."""
     console = Console(highlight=False)
     console.print(str(done), soft_wrap=True, markup=False)

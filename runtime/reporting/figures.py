@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoints.serialization import replace_file
 from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.metrics import Result
+from runtime.run_files import RunFiles
+from runtime.state.durable_files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +53,8 @@ class FiguresTracker:
         resumed_step: int,
         warn: Callable[[str], None],
     ) -> None:
-        self._folder = folder / "figures"
-        self._checkpoints = folder / "checkpoints"
+        self._folder = RunFiles(folder).figures
+        self._checkpoints = RunFiles(folder).checkpoints
         self._classes = classes
         self._pictures = pictures
         self._warn = warn

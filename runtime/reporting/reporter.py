@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime import json_files
-from runtime.checkpoints.serialization import replace_file
 from runtime.evaluation.metrics import Result
+from runtime.state.durable_files import replace_file
 
 
 class Tracker(Protocol):

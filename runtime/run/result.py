@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.checkpoints.load import load_weights
 from runtime.config.file import LoadedConfiguration
 from runtime.evaluation.metrics import Result
@@ -54,7 +54,7 @@ def model_maker(loaded: LoadedConfiguration, model: nn.Module, saved: Path | Non
         return lambda: model
 
     def make() -> nn.Module:
-        whole, weights = assembly.build_model(loaded), load_weights(saved)
+        whole, weights = components.build_model(loaded), load_weights(saved)
         make_room(whole, "model.", weights.model, weights.buffers["made"])
         whole.load_state_dict(weights.model)
         return whole

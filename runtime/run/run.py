@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from runtime.build import components as assembly
+from runtime.build import components
 from runtime.build.preparation import Prepared, prepare, tell_of_component
 from runtime.build.trackers import build_meter, build_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
-from runtime.checkpoints.run_folder import STOP_FILE, Found, RunFolder
+from runtime.checkpoints.run_folder import Found, RunFolder
 from runtime.checkpoints.run_state import cursor_on_resumption, refuse_misfit
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
@@ -38,6 +38,7 @@ from runtime.reporting.stragglers import Stragglers
 from runtime.run.evaluations import Evaluations
 from runtime.run.result import RunResult, model_maker
 from runtime.run.state_saver import StateSaver
+from runtime.run_files import RunFiles
 from runtime.strategies import Strategy
 from runtime.training.buffers import buffer_rule
 from runtime.training.divergence import RollbackWanted
@@ -92,7 +93,7 @@ class Run:
             stack.callback(self._folder.close)
             stack.callback(setattr, self, "_reading", None)  # whose loader's workers end with it
             self._folder.open()
-            self._stop_wish.watch_file(self._folder.path / STOP_FILE)
+            self._stop_wish.watch_file(RunFiles(self._folder.path).stop)
             found = self._folder.newest(self._values.resume)
             stored = self._read(found) if found is not None else None
             before = stored[1] if stored else None
@@ -222,7 +223,7 @@ class Run:
         objective, loader = self._state.module.objective, self._values.data.loader
         how = How(
             sharing=self._sharing,
-            make_loader=assembly.build_loader(self._loaded, self._strategy.device),
+            make_loader=components.build_loader(self._loaded, self._strategy.device),
             num_workers=loader.num_workers,
             weigh=None if objective.counts_samples else objective.checked_weight,
             num_weights=objective.num_weights,

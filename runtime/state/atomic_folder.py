@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.checkpoints.serialization import sync_folder
+from runtime.state.durable_files import sync_folder
 
 
 @contextmanager

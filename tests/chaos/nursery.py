@@ -72,7 +72,7 @@ def nurse() -> int:
         "torch.distributed",
         "torch._inductor",  # strict determinism imports it, which takes a second
         "runtime.build.components",
-        "runtime.entry",
+        "runtime.launched",
         "runtime.run.run",
         "runtime.session",
         "runtime.strategies.ddp",
@@ -196,7 +196,7 @@ def _rank(config: str, rank: int, world_size: int, address: str, port: int) -> N
     """Be one rank: what ``runtime/train.py`` does in a process that has just been started."""
     import torch
 
-    import runtime.entry
+    import runtime.launched
 
     os.environ.update(LOCKSTEP_WORLD_SIZE=str(world_size), ACCELERATE_USE_CPU="true")
     if world_size > 1:
@@ -215,7 +215,7 @@ def _rank(config: str, rank: int, world_size: int, address: str, port: int) -> N
     torch.seed()
     code = 1
     try:
-        code = runtime.entry.main([config])
+        code = runtime.launched.run("train", [config])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,58 +1,16 @@
-"""The learning rates of a whole run, found without training: as text for a terminal, or as a picture."""
+"""The learning rates of a run, drawn: as text for a terminal, or as a picture."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import ConfigurationError, MissingDependencyError, Problem
-from runtime.optimization.schedule import Schedule
+from runtime.optimization.planned_rates import Curve
 
-_MOST_STEPS = 200_000  # about two seconds
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
 _BRAILLE = 0x2800
 _SUFFIXES = (".png", ".svg", ".pdf")
-
-
-@dataclass
-class Curve:
-    """The rate of each update.
-
-    Args:
-        total: steps of the run; more than there are rates if it is very long.
-        rates: by parameter group, then by step; groups of equal rates are told once.
-        groups: how many parameter groups each of them stands for.
-        marks: steps at which something begins, by what.
-    """
-
-    total: int
-    rates: list[list[float]]
-    groups: list[int]
-    marks: dict[int, str] = field(default_factory=dict)
-
-
-def simulate(schedule: Schedule, *, steps: int, steps_per_epoch: int | None) -> Curve:
-    """Drive a schedule through a run in which every update is applied; its optimizer is not used afterwards.
-
-    Args:
-        steps: of the whole run.
-        steps_per_epoch: None where nobody knows; epochs then do not count.
-    """
-    rows: list[list[float]] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch misses the optimizer's steps
-        for step in range(1, min(steps, _MOST_STEPS) + 1):
-            rows.append(schedule.learning_rates)
-            schedule.after_update()
-            if steps_per_epoch and step % steps_per_epoch == 0:
-                schedule.after_epoch()
-    by_group = [list(rates) for rates in zip(*rows, strict=True)]
-    distinct: dict[tuple[float, ...], int] = {}
-    for rates in by_group:
-        distinct[tuple(rates)] = distinct.get(tuple(rates), 0) + 1
-    return Curve(steps, [list(rates) for rates in distinct], list(distinct.values()))
 
 
 def drawn(curve: Curve, *, width: int = 44, height: int = 9) -> Iterator[str]:

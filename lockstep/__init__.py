@@ -1,0 +1,47 @@
+"""Lockstep from Python: the names that programs and users' own modules may rely on.
+
+    import lockstep
+
+    result = lockstep.train("configs/digits.yaml", "limit.epochs=3")
+    lockstep.evaluate(result.folder, checkpoint="best:accuracy").results
+    lockstep.predict(result.folder, split="validation", output="digits.csv")
+
+Whatever is not listed here may change its name or place. Names are imported when they are first used: importing this package
+imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lockstep import errors
+    from runtime.inference.checkpoint_inference import InferenceResult
+    from runtime.objective import Loss, Objective
+    from runtime.run.result import RunResult
+    from runtime.session import evaluate, predict, train
+
+_MODULES = {
+    "InferenceResult": "runtime.inference.checkpoint_inference",
+    "Loss": "runtime.objective",
+    "Objective": "runtime.objective",
+    "RunResult": "runtime.run.result",
+    "evaluate": "runtime.session",
+    "predict": "runtime.session",
+    "train": "runtime.session",
+}
+
+__all__ = ["InferenceResult", "Loss", "Objective", "RunResult", "errors", "evaluate", "predict", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("lockstep.errors")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

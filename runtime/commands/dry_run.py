@@ -1,0 +1,349 @@
+"""What a run will be, without running it: data and model are built on the CPU, nothing is trained or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from runtime.build import components, sources
+from runtime.build.objective import build_objective
+from runtime.build.optimizer import (
+    build_freezing,
+    build_optimizer,
+    build_schedule,
+    follows_limit,
+    parameter_groups,
+    schedule_length,
+)
+from runtime.checks.objective import deviations, judged, sets_of
+from runtime.checks.settings import check_settings
+from runtime.checks.traces import left_as_it_was
+from runtime.commands.learning_rate_curve import drawn, save_picture
+from runtime.config import yaml_file
+from runtime.config.file import LoadedConfiguration
+from runtime.config.learning import Anneal
+from runtime.data.batches import default_slots
+from runtime.data.training_data import TrainingData
+from runtime.determinism import default_determinism
+from runtime.errors import ConfigurationError, DataError, ForwardError, ObjectiveError, Problem
+from runtime.evaluation.metrics import MetricSet
+from runtime.losses.weighted_sum import WeightedSum
+from runtime.objective import Objective, TrainingModule, shown
+from runtime.optimization.averaging import batch_norms
+from runtime.optimization.combined import members
+from runtime.optimization.freezing import Freezing
+from runtime.optimization.optimizer import default_rate
+from runtime.optimization.planned_rates import Curve, simulate
+from runtime.optimization.rehearsal import StandIn
+from runtime.randomness import preserved_random_state
+from runtime.reporting.facts import inexact_choices
+from runtime.strategies.memory import state_bytes
+from runtime.strategies.state_size import in_units
+
+_CPU = torch.device("cpu")
+_LISTED = 12  # parameters, from either end
+_UNKNOWN_END = "how many steps there are shows when the stream ends"
+
+
+def show(
+    loaded: LoadedConfiguration, processes: int, *, picture: Path | None = None, all_parameters: bool = False
+) -> None:
+    """Print what a configuration means for a number of processes.
+
+    Args:
+        picture: file that the learning rate's curve is drawn to.
+        all_parameters: list each parameter, however many there are.
+
+    Raises:
+        LockstepError: the configuration or the data is wrong.
+    """
+    components.check_components(loaded)
+    console = Console(highlight=False, soft_wrap=True)
+    data = components.build_training_data(loaded)
+    if data.steps_per_epoch == 0:
+        raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
+    model = components.build_model(loaded)
+    weights = components.load_pretrained(loaded, model)
+    components.rebuild_blocks(loaded, model)
+    module = TrainingModule(model, build_objective(loaded))
+    freezing = build_freezing(loaded, module)
+    freezing.unfreeze_all()
+    remarks = [*_forward_pass(loaded, module, data), *_additivity(loaded, module, data, processes)]
+    optimizer = build_optimizer(loaded, module)
+    if loaded.values.checks == "on":
+        stand_in = StandIn(optimizer)
+        schedule = build_schedule(loaded, stand_in, schedule_length(loaded, data))
+        remarks += check_settings(loaded, module, stand_in, schedule, data, processes=processes)
+    groups = [*_groups(loaded, module, optimizer), *filter(None, [default_rate(loaded.values.optimizer, loaded.code)])]
+
+    console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
+    console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
+    memory = list(_memory(loaded, module, optimizer, processes))
+    curve = _curve(loaded, optimizer, data)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for label, text in (
+        *_steps(loaded, data),
+        ("a sample", f"{shown(data.first_batch(1))} (a batch of one)")
+        if loaded.values.data.unit == "samples"
+        else ("a batch", f"{shown(data.first_batch(1))} (as the stream yields it)"),
+        *_slots(loaded, processes),
+        *memory,
+        ("loss", "\n".join(_losses(loaded, module.objective))),
+        ("learning rate", "\n".join(_schedule(loaded, curve, draw=console.encoding.startswith("utf")))),
+        *_averaging(loaded, module),
+        ("optimizer", "\n".join(groups)),
+        *([("weights", str(weights))] if weights is not None else []),
+        ("parameters", "\n".join(_parameters(loaded, module, freezing, listed=None if all_parameters else _LISTED))),
+        ("exactness", "\n".join(_promises(loaded, module, freezing))),
+        *([("worth a look", "\n".join(remarks))] if remarks else []),
+    ):
+        table.add_row(f"[bold]{label}[/]", text)
+    console.print(table)
+    if picture is not None and curve is None:
+        raise ConfigurationError([Problem("command line", "--curve", f"{_UNKNOWN_END}; give limit.steps")])
+    if picture is not None and curve is not None:
+        save_picture(curve, picture, title=f"{loaded.name}: learning rate")
+        console.print(f"\nwritten: {picture}")
+
+
+def _steps(loaded: LoadedConfiguration, data: TrainingData) -> Iterator[tuple[str, str]]:
+    limit, size = loaded.values.limit, loaded.values.batch.global_size
+    per_epoch, num_samples = data.steps_per_epoch, data.num_samples
+    total = _total_steps(loaded, data)
+    if per_epoch is None or num_samples is None:
+        yield "data", "a stream: its length shows when it ends"
+        yield "steps", f"{total:,} in all" if total else f"as many as {limit.epochs} passes over the stream have"
+        return
+    held_out = ""
+    for name in ("validation", "test") if loaded.values.data.split is not None else ():
+        other = sources.build_source(loaded, name)
+        held_out += f", {len(other):,} for {name}" if other is not None else ""
+    yield "data", f"{num_samples:,} training samples{held_out}"
+    yield (
+        "steps",
+        f"{per_epoch:,} per epoch, {total:,} in all"
+        + (f" ({(total or 0) / per_epoch:.1f} epochs)" if limit.steps else ""),
+    )
+    last = data.smallest_batch if per_epoch else 0
+    section = loaded.values.data
+    if section.budget is not None:
+        yield "smallest batch", f"{last} samples, in the first epoch; epochs may differ in their steps"
+    elif section.drop_last and not (section.balance or section.weights):
+        yield "left out", f"{num_samples % size} samples of each epoch (data.drop_last)"
+    elif last != size:
+        yield "last batch", f"{last} samples, divided by their own weight"
+
+
+def _total_steps(loaded: LoadedConfiguration, data: TrainingData) -> int | None:
+    limit = loaded.values.limit
+    if limit.steps or data.steps_per_epoch is None:
+        return limit.steps
+    return (limit.epochs or 0) * data.steps_per_epoch
+
+
+def _slots(loaded: LoadedConfiguration, processes: int) -> Iterator[tuple[str, str]]:
+    batch = loaded.values.batch
+    unit = "samples" if loaded.values.data.unit == "samples" else "yielded batch"
+    slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
+    origin = "batch.slots" if batch.slots else f"for a first start with {processes} process{'es' * (processes > 1)}"
+    sizes = [batch.global_size * (k + 1) // slots - batch.global_size * k // slots for k in range(slots)]
+    yield (
+        "slots",
+        f"K = {slots} ({origin}), {min(sizes)} to {max(sizes)} {unit} each"
+        if min(sizes) != max(sizes)
+        else (f"K = {slots} ({origin}), {max(sizes)} {unit} each"),
+    )
+    dividing = [n for n in range(1, slots + 1) if slots % n == 0]
+    yield "world sizes", f"{', '.join(map(str, dividing))} divide K"
+    idle = {n: 1 - slots / (n * math.ceil(slots / n)) for n in range(2, min(slots + 2, 9)) if slots % n}
+    if idle:
+        yield "idle share", ", ".join(f"{share:.0%} on {n}" for n, share in idle.items())
+    rounds = math.ceil(slots / processes)
+    yield "microbatches", f"{rounds} per step on each of {processes} process{'es' * (processes > 1)}"
+
+
+def _memory(
+    loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer, processes: int
+) -> Iterator[tuple[str, str]]:
+    yield "state", str(state_bytes(loaded, module, optimizer, processes))
+    metrics = MetricSet(components.build_metrics(loaded), _CPU)
+    if metrics:
+        growing = ", ".join(
+            f"{name} ({argument}: 200 would bound it)" if argument else name
+            for name, argument in metrics.growing.items()
+        )
+        grows = f"; grows with the data: {growing}" if growing else ""
+        yield "metric state", f"{in_units(metrics.state_bytes)}{grows}"
+
+
+def _curve(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData) -> Curve | None:
+    """Simulate the schedule, or return None where nobody knows for how long; the optimizer is not used afterwards."""
+    per_epoch, total = data.steps_per_epoch, _total_steps(loaded, data)
+    if total is None:
+        return None
+    schedule = build_schedule(loaded, optimizer, schedule_length(loaded, data))
+    curve = simulate(schedule, steps=total, steps_per_epoch=per_epoch)
+    section, averaging = loaded.values.schedule, loaded.values.averaging
+    if section is not None and section.warmup_steps:
+        curve.marks[section.warmup_steps] = "warmed up"
+    if averaging is not None and averaging.start is not None:
+        start = averaging.start
+        at = start.count * (per_epoch or total + 1) if start.unit == "epoch" else start.count
+        curve.marks[at] = "averaging begins"
+    curve.marks = {step: what for step, what in curve.marks.items() if step <= len(curve.rates[0])}
+    return curve
+
+
+def _schedule(loaded: LoadedConfiguration, curve: Curve | None, *, draw: bool) -> Iterator[str]:
+    section, averaging = loaded.values.schedule, loaded.values.averaging
+    counted = {"step": "each applied update", "epoch": "each epoch"}
+    if section is None:
+        yield "constant"
+    else:
+        warmed = f" after a linear warm-up of {section.warmup_steps:,} updates" if section.warmup_steps else ""
+        when = "each evaluation" if section.watches else counted[section.interval]
+        yield (f"{section.target}, stepped after {when}" if section.target else "constant") + warmed
+    if averaging is not None and averaging.learning_rate is not None:
+        anneal = averaging.anneal or Anneal(epochs=10)
+        length = f"{anneal.epochs or anneal.steps} {'epochs' if anneal.epochs else 'updates'}"
+        yield f"after {averaging.start}: to {averaging.learning_rate:.3g} over {length} ({anneal.strategy}), and constant"
+    if curve is None:
+        yield f"({_UNKNOWN_END})"
+        return
+    for rates, groups in zip(curve.rates, curve.groups, strict=True):
+        several = f"{groups} parameter group{'s' * (groups > 1)}: " if len(curve.rates) > 1 else ""
+        highest = max(rates)
+        at = "" if min(rates) == highest else f", highest {highest:.3g} at step {rates.index(highest) + 1:,}"
+        yield f"{several}first {rates[0]:.3g}{at}, last {rates[-1]:.3g}"
+    if draw:
+        yield ""
+        yield from drawn(curve)
+    if section is not None and section.watches:
+        yield f"(drawn as if {section.monitor} never stopped improving; it is multiplied by 'factor' where it does)"
+    if curve.total > len(curve.rates[0]):
+        yield f"(the first {len(curve.rates[0]):,} of {curve.total:,} steps)"
+    if follows_limit(loaded):
+        yield "its length follows from the limit, which then cannot be raised later"
+
+
+def _averaging(loaded: LoadedConfiguration, module: nn.Module) -> Iterator[tuple[str, str]]:
+    section = loaded.values.averaging
+    if section is None:
+        return
+    unit = "update" if section.interval.unit == "step" else "epoch"
+    often = f"each {unit}" if section.interval.count == 1 else f"every {section.interval.count} {unit}s"
+    start = section.start
+    begin = f", from {'update' if start.unit == 'step' else 'epoch'} {start.count + 1:,} on" if start else ""
+    warm = ", less at first" if section.warmup else ""
+    what = "mean of the weights" if section.kind == "swa" else f"exponential average (decay {section.ema_decay}{warm})"
+    lines = [f"{what} after {often}{begin}; {'it is' if section.evaluate else 'the raw weights are'} evaluated"]
+    if section.kind == "swa" and batch_norms(module):
+        when = "before each evaluation of it and " if section.evaluate else ""
+        lines.append(f"its BatchNorm statistics take a forward pass over the training data, {when}at the end")
+    yield "averaging", "\n".join(lines)
+
+
+def _forward_pass(loaded: LoadedConfiguration, module: TrainingModule, data: TrainingData) -> Iterator[str]:
+    """Say where model or objective do not take a sample; what needs another device than the CPU is left to the start."""
+    if loaded.values.checks == "off":
+        return
+    with torch.no_grad(), preserved_random_state(_CPU), left_as_it_was(module, training=False):
+        try:
+            module(data.first_batch(1))
+        except (ForwardError, ObjectiveError) as error:
+            yield f"on this CPU: {error}"
+        except Exception:  # the start tells, on its own device
+            return
+
+
+def _additivity(
+    loaded: LoadedConfiguration, module: TrainingModule, data: TrainingData, processes: int
+) -> Iterator[str]:
+    """Check the objective as a first start does, on the CPU; where model or data do not work here, the start tells."""
+    batch = loaded.values.batch
+    if loaded.values.checks == "off" or module.objective.couples_samples:
+        return
+    slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
+    try:
+        sets = sets_of(data, slots=slots, size=batch.global_size)
+    except DataError:
+        return
+    if sets is not None:
+        found = deviations(module, sets, device=_CPU, compiled=loaded.values.compile is not None)
+        yield from judged(loaded, module.objective, found)
+
+
+def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:
+    """Say what each loss sum is divided by."""
+    parts = objective.parts if isinstance(objective, WeightedSum) else {loaded.values.objective.target or "": objective}
+    for name, part in parts.items():
+        section = loaded.values.objective.losses.get(name)
+        what = f"{section.weight:g} x {name} ({section.target})" if section is not None else name
+        weighed = f", each counting its weight (data.fields.weight: {part.fields.weight})" * (
+            part.fields.weight is not None
+        )
+        yield f"{what}: the sum over the global batch / its {part.unit}{weighed}"
+
+
+def _groups(loaded: LoadedConfiguration, module: TrainingModule, optimizer: Optimizer) -> Iterator[str]:
+    """One line for each parameter group, in the order of a scheduler's lists."""
+    labelled = iter(parameter_groups(loaded, module))
+    for member in members(optimizer):
+        yield type(member).__name__
+        for group in member.param_groups:
+            label, size = next(labelled).label, sum(p.numel() for p in group["params"])
+            decay = f"weight decay {group['weight_decay']:.3g}" if "weight_decay" in group else "no weight decay"
+            yield f"  {label}: {size:,} parameters, lr {float(group['lr']):.3g}, {decay}"
+
+
+def _parameters(
+    loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing, *, listed: int | None
+) -> Iterator[str]:
+    """One line for each number of trainable parameters, then one for each parameter: the first and the last so many."""
+    for epoch in (0, *freezing.epochs):
+        freezing.apply(epoch)
+        trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in module.parameters()) - trainable
+        reached = loaded.values.limit.epochs is None or epoch < loaded.values.limit.epochs
+        from_here = (
+            f" from epoch {epoch + 1} on{'' if reached else ' (which limit.epochs does not reach)'}" if epoch else ""
+        )
+        yield f"{trainable:,} trainable, {frozen:,} frozen{from_here}"
+    freezing.apply(0)
+    named = list(module.named_parameters())
+    for number, (full, parameter) in enumerate(named):
+        if listed is not None and listed <= number < len(named) - listed:
+            if number == listed:
+                yield f"  … {len(named) - 2 * listed} more (lockstep show --parameters)"
+            continue
+        name, shape = full.removeprefix("model."), " x ".join(map(str, parameter.shape)) or "scalar"
+        since = freezing.trained_from(name)
+        until = "" if math.isinf(since) else f" until epoch {since:g}"
+        yield f"  {name}  {shape}" + ("" if parameter.requires_grad else f"  (frozen{until})")
+
+
+def _promises(loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
+    found = inexact_choices(loaded, module.objective)
+    yield from found
+    freezing.unfreeze_all()
+    module.train()
+    names = {
+        type(part).__name__
+        for part in module.modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training  # a frozen one's statistics stand still
+    }
+    if names:
+        yield f"{', '.join(sorted(names))}: statistics are those of a slot, so the result depends on K"
+    if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules()):
+        yield "dropout: masks are drawn per slot, so the result depends on K and on the kind of device"
+    if (loaded.values.determinism or default_determinism()) == "fast":
+        yield "determinism fast (this machine's default or the YAML): a resumed run is equal to rounding, not bit for bit"
+    if not found and not names:
+        yield "nothing else depends on K, the world size or the kind of device, beyond rounding"

@@ -1,0 +1,76 @@
+"""``lockstep train`` and ``lockstep doctor``: start the processes of a run on this machine, or as one machine of several."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from runtime.commands.machines import add_config, add_place, place_of, step_of
+from runtime.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from runtime.config.file import LoadedConfiguration
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``lockstep``."""
+    train = commands.add_parser("train", help="train on this machine, or on several together")
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine the processes that would train, and the network between them",
+        description="Start the processes that would train, and compare what they find: versions, devices, code, disk, shared "
+        "memory, the run folder; and time an all-reduce. Names the host that differs.",
+        epilog="exit code: 0 all is well; 2 configuration; 1 it is not",
+    )
+    for act, parser in (("train", train), ("doctor", doctor)):
+        add_config(parser)
+        add_place(parser)
+        parser.set_defaults(run=_start, act=act)
+
+
+def _start(options: argparse.Namespace) -> int:
+    from runtime.config.file import load
+
+    loaded = load(options.config, options.overrides)
+
+    from launch.local import num_gpus, train_locally
+    from runtime.build.components import check_components
+    from runtime.strategies.zero.launch_check import check_start
+
+    gpus = num_gpus()
+    configured = loaded.values.strategy.world_size
+    step = step_of(options)
+    nodes = step.nodes if step is not None else options.nodes or 1
+    if configured is not None and configured % nodes:
+        what = f"is {configured}, which {nodes} machines cannot share evenly"
+        raise ConfigurationError([loaded.problem(("strategy", "world_size"), what)])
+    processes = options.processes or (configured or 0) // nodes or max(1, gpus)
+    loaded, adopted = _with_settings(
+        lambda more: load(options.config, [*options.overrides, *more]), world_size=processes * nodes
+    )
+    check_components(loaded)
+    check_start(loaded)
+    return train_locally(
+        loaded,
+        options.config,
+        [*options.overrides, *adopted],
+        processes=processes,
+        use_gpus=gpus >= processes,
+        place=place_of(options, processes),
+        act=options.act,
+    )
+
+
+def _with_settings(
+    read: Callable[[list[str]], LoadedConfiguration], *, world_size: int
+) -> tuple[LoadedConfiguration, list[str]]:
+    """Adopt settings from this shell's environment, which the launcher's own flags would hide from the processes."""
+    from runtime.config.launcher import load_with_settings, overrides
+
+    loaded, settings, notes = load_with_settings(read, os.environ, world_size=world_size)
+    for text in notes:
+        print(f"lockstep: {text}", file=sys.stderr)
+    return loaded, overrides(settings)

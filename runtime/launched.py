@@ -1,0 +1,101 @@
+"""The commands as one of the launched processes runs them: arguments in, one message and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from runtime import environment
+from runtime.arguments import parsed, with_flags_as_overrides
+from runtime.commands.inference import DESCRIPTIONS, add_inference, chosen_options
+from runtime.errors import LockstepError
+from runtime.guarded import print_error
+
+_USAGE = "usage: accelerate launch runtime/{}.py CONFIG [key.path=value …]"
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run a command as one of the launched processes.
+
+    Args:
+        command: ``train``, ``doctor``, ``evaluate`` or ``predict``.
+        arguments: those that follow it on the command line.
+
+    Returns:
+        The exit code: 0 finished (or, of ``train``, stopped), 75 stopped, 2 configuration, 1 failure; ``accelerate launch``
+        makes 1 of all but 0.
+    """
+    if command in DESCRIPTIONS:
+        return _infer(command, arguments)
+    return _with_config(command, arguments, {"train": _train, "doctor": _examine}[command])
+
+
+def _train(source: str, overrides: Sequence[str]) -> int:
+    from runtime.session import train
+
+    train(source, *overrides)
+    return 0
+
+
+def _examine(source: str, overrides: Sequence[str]) -> int:
+    from runtime import session
+
+    examined = session.examine(source, *overrides)
+    if environment.rank() == 0:
+        from runtime.run.diagnosis import table
+
+        print(table(examined), flush=True)
+    return 0
+
+
+def _with_config(name: str, arguments: Sequence[str], act: Callable[[str, Sequence[str]], int]) -> int:
+    """Call what an entry point is for with CONFIG and overrides; tell what is wrong with them, or with the launch."""
+    given = without_local_rank(arguments)
+    if _has_no_config(given):
+        return _usage(name, given)
+    try:
+        given = with_flags_as_overrides(given)
+        if strange := next((word for word in given if word.startswith("-")), None):
+            print(f"lockstep: unrecognized argument: {strange}\n{_USAGE.format(name)}", file=sys.stderr)
+            return 2
+        environment.check_launched_world_size()  # before torch is imported, which takes seconds
+        return act(given[0], given[1:])
+    except LockstepError as error:
+        return print_error(error)
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Leave out what the launchers of other libraries add: LOCAL_RANK says the same."""
+    return [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
+
+
+def _has_no_config(arguments: Sequence[str]) -> bool:
+    words = [word for word in arguments if not word.startswith("-")]
+    return not words or "=" in arguments[0] or arguments[0] in ("-h", "--help")
+
+
+def _usage(act: str, arguments: Sequence[str]) -> int:
+    """Say how it is called; on rank 0 alone, where several processes were started without a CONFIG."""
+    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    if environment.rank() == 0:
+        missing = "" if asked else "lockstep: CONFIG is missing: name the run's YAML file\n"
+        print(f"{missing}{_USAGE.format(act)}", file=sys.stderr)
+    return 0 if asked else 2
+
+
+def _infer(act: str, arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"accelerate launch runtime/{act}.py", description=DESCRIPTIONS[act])
+    add_inference(parser, act)
+    try:
+        options = parsed(parser, without_local_rank(arguments))
+        environment.check_launched_world_size()
+        from runtime import session
+
+        done = (session.evaluate if act == "evaluate" else session.predict)(
+            options.source, *options.overrides, **chosen_options(options)
+        )
+    except LockstepError as error:
+        return print_error(error)
+    return 0 if done.outcome == "finished" else 75

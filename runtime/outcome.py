@@ -1,0 +1,37 @@
+"""``outcome.json``: how a launch ended, for the launcher, the scheduler and ``lockstep stop``. Exit codes do not survive
+``accelerate launch``.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from runtime import environment, json_files
+
+
+def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
+    """Return the outcome of one launch, None if it has written none."""
+    try:
+        outcome: dict[str, Any] = json_files.read(path)
+    except (OSError, ValueError):
+        return None
+    return outcome if isinstance(outcome, dict) and outcome.get("launch") == launch else None
+
+
+def write_launch_outcome(outcome: dict[str, Any]) -> None:
+    """Write the outcome to the launcher's own file, as the first process of its machine."""
+    if environment.local_rank() == 0:
+        write_outcome(environment.outcome_file(), outcome)
+
+
+def write_outcome(path: Path | None, outcome: dict[str, Any]) -> None:
+    """Write the outcome for the launcher: exit codes do not survive ``accelerate launch``."""
+    if path is None or not path.parent.is_dir():
+        return
+    from runtime.state.durable_files import replace_file
+
+    with suppress(OSError):  # the disk is full or gone, which the run's own message tells
+        replace_file(path, json.dumps({**outcome, "launch": environment.launch_token()}))
