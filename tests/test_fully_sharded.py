@@ -348,6 +348,11 @@ def test_each_rank_holds_what_the_formula_says(pool: ProcessPool, tmp_path: Path
             "that of precision",
         ),
         ({"objective": "tiny:PairObjective", "model": "tiny:Encoder"}, "strategy.fsdp.wrap", "shape"),
+        (
+            {"model": {"target": "tiny_sharded:HalfHead"}},
+            "strategy.kind",
+            "parameters of one type in each sharded part",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_key(

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,22 @@ def predicted_all(run: Path, folder: Path, split: str, overrides: list[str]) -> 
 
 def written_columns(columns: dict[str, str]) -> str:
     return f"prediction.columns={json.dumps(columns)}"
+
+
+def predicted_with_nan(run: Path, output: Path) -> tuple[int, str]:
+    with redirect_stderr(StringIO()) as said:
+        done = predict(run, "model=tiny_guarded:NanOfLargeInputs", split="validation", output=output)
+    return done.samples, said.getvalue()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_model_that_gives_nan_is_told(pool: ProcessPool, run: Path, tmp_path: Path, world_size: int) -> None:
+    expected = int((points("validation", SIZE).tensors[0][:, 0] > 1.0).sum())
+    assert 0 < expected < SIZE
+    (samples, said), *others = pool.run(predicted_with_nan, world_size, run, tmp_path / "p.csv")
+    assert samples == SIZE
+    assert f"NaN for {expected} of {SIZE} samples" in said
+    assert not [told for _, told in others if "NaN" in told]
 
 
 def test_files_are_the_same_bytes_from_1_2_and_3_processes_and_equal_a_hand_written_loop(

@@ -199,6 +199,8 @@ class Inference:
             file.close()
         if not complete:
             return self._stopped(done)
+        if predictor.nan_samples and self._strategy.rank == 0:
+            _warn(f"the model gives NaN for {predictor.nan_samples} of {len(samples)} samples; their rows mean nothing")
         done = replace(done, output=target)
         if self._strategy.rank == 0:
             Console(highlight=False).print(f"{done}: {target}", soft_wrap=True, markup=False)

@@ -17,7 +17,7 @@ from runtime.config.component import described
 from runtime.data.fields import Name
 from runtime.data.loading import read, read_here
 from runtime.data.samples import Samples, SlotIndex
-from runtime.distributed.collectives import Agreement, gather_on_rank_0
+from runtime.distributed.collectives import Agreement, gather_on_rank_0, sum_over_ranks
 from runtime.errors import LockstepError, ObjectiveError
 from runtime.inference.batch_rows import check_count, check_order
 from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, model_arguments
@@ -39,6 +39,9 @@ class Predictor:
         id_part: part of the data that samples are called by. None: their places in the data set.
         encode: makes bytes of a microbatch's columns.
         seed: of the run; a model that draws random numbers draws what it draws in evaluation.
+
+    Attributes:
+        nan_samples: for how many samples the model gave NaN, on all ranks together; known when all are predicted.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Predictor:
         self._encode = encode
         self._make_loader = make_loader
         self._seed = seed
+        self.nan_samples = 0
 
     @torch.no_grad()
     def predict(self, append: Callable[[bytes], None], stop_wished: Callable[[], bool] = lambda: False) -> bool:
@@ -93,6 +97,7 @@ class Predictor:
         own += [0] * spare  # run along with the others, and forgotten
         batches = read(self._samples, map(self._share, own), self._make_loader)
         agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
+        nan_samples = torch.zeros((), dtype=torch.float64, device=strategy.device)
         for place in range(rounds):  # as many on every rank
             agreement.begin(stop_wished())
             if agreement.end():
@@ -101,12 +106,15 @@ class Predictor:
             if place < len(own):
                 batch = next(batches)
                 self._check_rows(batch, self._share(own[place]), first=place == 0)
-                payload = self._predicted(own[place], batch)
+                predictions, payload = self._predicted(own[place], batch)
+                if place < len(own) - spare:
+                    nan_samples += _with_nan(predictions)
             if place >= len(own) - spare:
                 payload = b""
             for gathered in gather_on_rank_0(payload, strategy.device):  # in the order of the ranks, so in order
                 if gathered:
                     append(gathered)
+        self.nan_samples = int(sum_over_ranks(nan_samples.cpu(), strategy.device))
         return True
 
     def _check_rows(self, batch: Any, share: SlotIndex, *, first: bool) -> None:
@@ -124,7 +132,8 @@ class Predictor:
             together, *singles = read(self._samples, iter([few, *alone]), read_here)
             check_order(together, singles)
 
-    def _predicted(self, number: int, batch: Any) -> bytes:
+    def _predicted(self, number: int, batch: Any) -> tuple[Mapping[str, Tensor], bytes]:
+        """Return what the objective makes of one microbatch, and its encoded columns."""
         strategy = self._strategy
         module, index = strategy.unwrapped, self._share(number).ids
         fields = module.objective.fields
@@ -134,9 +143,8 @@ class Predictor:
         with strategy.autocast():
             output = fields.output_of(self._output(positional, named))
             predictions = self._named(module.objective, full_precision(output))
-        return self._encode(
-            self._columns.build(predictions, ids, index, lambda name: self._parts.of(batch, index, name))
-        )
+        columns = self._columns.build(predictions, ids, index, lambda name: self._parts.of(batch, index, name))
+        return predictions, self._encode(columns)
 
     def _output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         try:
@@ -166,3 +174,9 @@ class Predictor:
     def _share(self, number: int) -> SlotIndex:
         start = number * self._micro_size
         return SlotIndex(0, np.arange(start, min(start + self._micro_size, len(self._samples)), dtype=np.int64))
+
+
+def _with_nan(predictions: Mapping[str, Tensor]) -> Tensor:
+    """Return for how many samples, the rows of each tensor, a prediction is NaN; stays on the device."""
+    rows = [value.isnan().flatten(1).any(1) if value.ndim > 1 else value.isnan() for value in predictions.values()]
+    return torch.stack(rows).any(0).sum() if rows else torch.zeros(())

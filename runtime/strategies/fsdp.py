@@ -136,6 +136,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
             fully_shard(module, **options)  # the rest; kept gathered between forward and backward, which follow at once
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise _wrong("wrap", f"the model cannot be sharded so: {error}") from error
+        _refuse_mixed_types(module)
         for unit in _units(module):
             _sum_gradients(cast(FSDPModule, unit))
             unit.register_forward_pre_hook(self._watch)
@@ -351,6 +352,23 @@ def _refuse_scalars(module: nn.Module) -> None:
         raise _wrong(
             "wrap", f"{', '.join(names)}: a parameter without dimensions cannot be cut; give it the shape (1,)"
         )
+
+
+def _refuse_mixed_types(module: nn.Module) -> None:
+    """Refuse units whose parameters have several types: FSDP2 puts a unit's parameters into one buffer (torch 2.13)."""
+    units = set(_units(module))
+    for unit in units:
+        inner = {id(p) for other in unit.modules() if other in units and other is not unit for p in other.parameters()}
+        first = {p.dtype: name for name, p in reversed(list(unit.named_parameters())) if id(p) not in inner}
+        if len(first) > 1:
+            found = ", ".join(
+                f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in reversed(first.items())
+            )
+            what = (
+                f"fsdp takes parameters of one type in each sharded part, and {type(unit).__name__} has {found}: build it in "
+                "one type, or use strategy.kind: ddp"
+            )
+            raise ConfigurationError([Problem("configuration", "strategy.kind", what)])
 
 
 def _refuse_layouts(module: nn.Module) -> None:

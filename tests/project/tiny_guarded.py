@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from runtime.objective import Loss, Objective
-from tests.project.tiny import points
+from tests.project.tiny import Mlp, points
 
 
 class Parted(Objective):
@@ -56,3 +56,10 @@ class NoInputs(Parted):
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         return output, batch["nothing"]
+
+
+class NanOfLargeInputs(Mlp):
+    """Gives NaN for samples whose first feature is above 1."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.where(inputs[:, :1] > 1.0, torch.nan, super().forward(inputs))

@@ -21,6 +21,14 @@ class Gpt(nn.Module):
         return self.gpt(tokens).transpose(1, 2)
 
 
+class HalfHead(Gpt):
+    """Its last layer is of another type than the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpt.final_norm.to(torch.float32)
+
+
 def sentences(size: int = 64, longest: int = 10) -> TensorDataset:
     """Sentences of very uneven length; every eighth has no target at all."""
     generator = torch.Generator().manual_seed(7)
