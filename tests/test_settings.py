@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import TensorDataset
 
 from runtime import cli
 from runtime.build.components import build_model, build_training_data
@@ -22,6 +23,7 @@ from runtime.errors import ConfigurationError
 from runtime.objective import TrainingModule
 from runtime.optimization.rehearsal import StandIn
 from runtime.session import train
+from tests.test_additivity import points
 
 HERE = "tests.test_settings"
 STEPS = {"steps": 40}
@@ -53,6 +55,16 @@ class Raising(LRScheduler):
 class RaisingOptimizer(SGD):
     def step(self, closure: Any = None) -> Any:
         raise KeyError("mine")
+
+
+class Scaled(TensorDataset):
+    """A reader that prepares its samples."""
+
+    shared_arguments = ("scale",)
+
+    def __init__(self, scale: float = 1.0) -> None:
+        inputs, target = points().tensors
+        super().__init__(scale * inputs, target)
 
 
 def half() -> torch.nn.Module:
@@ -180,6 +192,9 @@ TOLD: list[tuple[dict[str, Any], list[str]]] = [
     ({"divergence": {"spike": {"window": 40}}}, ["divergence.spike.window"]),
     ({"model": {"target": "tests.test_additivity:Net", "freeze": ["0.*"], "unfreeze": [{"epoch": 15, "match": ["0.*"]}]}},
      ["model.unfreeze.0.epoch"]),
+    # data that is prepared otherwise
+    ({"data": {"train": section(f"{HERE}:Scaled", scale=2.0), "validation": section(f"{HERE}:Scaled")}},
+     ["data.validation: has no scale, which data.train has"]),
 ]  # fmt: skip
 
 
@@ -221,6 +236,8 @@ def test_a_run_warns_at_its_first_start_and_not_with_checks_off(tmp_path: Path) 
         {"evaluation": {"every": "41 steps"}},  # at the run's end everything is due
         {"checkpoint": {"every": "15 epochs"}},
         {"reporting": {"every": "41 steps"}},
+        {"data": {name: section(f"{HERE}:Scaled", scale=2.0) for name in ("train", "validation", "test")}},
+        {"data": {"train": f"{HERE}:Scaled", "validation": section(f"{HERE}:Scaled", scale=2.0)}},
         {"schedule": section("CosineAnnealingLR") | {"warmup_steps": 4}, "averaging": {}},
         {"schedule": section("CosineAnnealingLR") | {"warmup_steps": 30}},
         {"schedule": {"warmup_steps": 10}},

@@ -110,6 +110,16 @@ def completed_section(loaded: LoadedConfiguration, name: str) -> Split | None:
     return section.model_copy(update={"args": {**shared, **section.args}})
 
 
+def lacking_arguments(loaded: LoadedConfiguration, name: str) -> list[str]:
+    """Return which of the training data's arguments a split's section leaves out though its reader prepares samples by them."""
+    section, training = split_section(loaded, name), loaded.values.data.train
+    if section is None or section.target != training.target:
+        return []
+    found = component.locate(section.target, namespaces=NAMESPACES, code=loaded.code)
+    shared = getattr(found, "shared_arguments", ())
+    return [argument for argument in shared if argument in training.args and argument not in section.args]
+
+
 def _whole(source: Any) -> Any:
     return source.source if isinstance(source, Subset) else source
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from runtime.build import components
 from runtime.build.optimizer import rehearsed_schedule, schedule_length
+from runtime.build.sources import lacking_arguments
 from runtime.config import component
 from runtime.config.component import described
 from runtime.config.file import LoadedConfiguration
@@ -91,9 +92,17 @@ def check_settings(
         *_directions(loaded),
         *_never(loaded, length),
         *_loader(loaded, processes),
+        *_preparing(loaded),
     ]
     _refuse(loaded, found)
     yield from (f"{'.'.join(finding.key)}: {finding.what}" for finding in found)
+
+
+def _preparing(loaded: LoadedConfiguration) -> Iterator[Finding]:
+    for name in ("validation", "test"):
+        if lacking := lacking_arguments(loaded, name):
+            what = f"has no {', '.join(lacking)}, which data.train has: its samples are prepared in another way"
+            yield Finding(("data", name), what)
 
 
 def check_changed_settings(loaded: LoadedConfiguration) -> None:
