@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from runtime.config.metric_tasks import with_tasks
 from runtime.config.output_name import TemplateError, escaped, filled
 from runtime.config.plain import ContainsItselfError, plain, put
 from runtime.config.sections import RunConfiguration
 from runtime.config.signatures import did_you_mean
+from runtime.config.types import Duration, Interval
 from runtime.config.yaml_file import read_file, read_value
 from runtime.config.zero_rules import zero_problems
 from runtime.errors import ConfigurationError, Problem
@@ -205,8 +207,16 @@ def without_secrets(value: Any) -> Any:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of the YAML, for editors."""
-    schema = RunConfiguration.model_json_schema()
+    schema = RunConfiguration.model_json_schema(schema_generator=_AsWritten)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+class _AsWritten(GenerateJsonSchema):
+    """A schema whose defaults are as a YAML holds them: ``1 epoch``, not what it is read as."""
+
+    def encode_default(self, dft: Any) -> Any:
+        """Return a default as plain data."""
+        return str(dft) if isinstance(dft, Interval | Duration) else super().encode_default(dft)
 
 
 def _apply_overrides(raw: Any, overrides: Sequence[str], lines: dict[tuple[str, ...], str]) -> list[Problem]:
