@@ -8,8 +8,8 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── CheckpointError              a checkpoint is damaged, of another format or of another run
  ├── DataError                    a data set is empty, inconsistent, or raised while it was read
  ├── ObjectiveError               the loss or its weight is not what the contract says
- ├── GradientError                gradients were not summed over the ranks, so no update can be made of them
  │    └── ForwardError            the user's model or objective raised when it was called
+ ├── GradientError                gradients were not summed over the ranks, so no update can be made of them
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
  ├── OpenFilesError               a process has as many files open as it may

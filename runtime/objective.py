@@ -31,7 +31,7 @@ Weight = float | tuple[float, ...]
 class Loss(NamedTuple):
     """What one forward pass returns.
 
-    Args:
+    Attributes:
         sum: sum of the losses over the microbatch, a scalar with a gradient; (weights,) if there are several weights.
         parts: named addends, as sums like ``sum``, without a gradient; reported divided by the weight.
         output: what the model returned, for metrics.

@@ -152,7 +152,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_the_grid_has_every_loss_of_torch() -> None:
-    assert set(TORCH_LOSSES) - set(EXCLUDED) == {task.objective for task in TASKS} - {"FocalLoss"}
+    assert set(TORCH_LOSSES) - set(EXCLUDED) <= {task.objective for task in TASKS}
 
 
 def repeated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
