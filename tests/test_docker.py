@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def test_what_an_image_is_made_of_is_sent_to_the_build_and_nothing_else(path: Pa
     assert {rule[1:] for rule in rules if rule[0] == "!"} == wanted
     assert all((ROOT / word).exists() for word in wanted)
     assert any(fnmatch.fnmatch("runtime/__pycache__", rule.replace("**", "*")) for rule in rules[1:])
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_every_package_of_the_distribution_is_in_an_image(path: Path) -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    for package in (name.rstrip("*") for name in packages):
+        assert f"COPY {package} {package}\n" in path.read_text()
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
