@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runtime import errors
+from tests.test_launch import clean_environment
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -68,7 +72,23 @@ def test_quoted_messages_are_in_the_code() -> None:
     assert len(quoted()) > 40
     for message in quoted():
         best = max(fixed_characters(message, template) for template in known)
-        assert best >= min(18, len(message) // 4), f"{message!r} is no message of the code (any more)"
+        assert best >= min(18, len(message) // 6), f"{message!r} is no message of the code (any more)"
+
+
+def test_the_errors_are_caught_as_the_page_says(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [comment.strip() for comment in re.findall(r"# (.*)", code)]
+
+
+@pytest.mark.long
+def test_every_command_runs_as_written(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for block in re.findall(r"^```console\n(.*?)^```", PAGE, re.M | re.S):
+        for line in block.splitlines():
+            subprocess.run(line.split(), cwd=ROOT, env=clean_environment(PATH=path), capture_output=True, check=True)
 
 
 def test_links_of_the_page_lead_somewhere() -> None:

@@ -18,31 +18,31 @@ _INTRODUCTION = """\
 
 <!-- Generated: lockstep schema --markdown > docs/reference/configuration.md -->
 
-One table for each section, in the order of the YAML. `lockstep schema --markdown` prints this page, and `lockstep schema` the
-JSON Schema behind it, for the version that is installed.
+The sections of a run's YAML, in order. `lockstep schema --markdown` prints this page for the version that is installed, and
+`lockstep schema` the JSON Schema behind it.
 
-- **Default**: *required* means that the key must be given. A dash means that the key is not set; the description says what
-  happens then. *Its own* stands for a section all of whose keys have defaults.
-- **Resume**: whether the key may differ when an interrupted run is resumed. A *no* is refused with the old and the new value,
-  unless `resume.allow_changes` names the key; *section* means that the keys of the section answer for themselves.
-  Two answers depend on other keys: with `ReduceLROnPlateau`, which counts evaluations, `evaluation.every` may not change; where
+Behind each key stand its type, its default, and whether it may change when an interrupted run is resumed:
+
+- *required*: the key must be given. Where no default is given the key is not set, and the description says what happens then.
+- *exact*: a change would change the result of the run, so resuming refuses it, with the old and the new value, unless
+  `resume.allow_changes` names the key. *free*: it may change. The keys of a section answer for themselves.
+- Two answers depend on other keys: with `ReduceLROnPlateau`, which counts evaluations, `evaluation.every` may not change; where
   the length of the schedule follows from `limit.epochs` or `limit.steps`, these may not.
 - `NAME` in a heading stands for a name of your choice, `[]` for each element of a list.
 - Keys that end in `_seconds` are in seconds, `_bytes` in bytes, `_mb` in MiB; ratios lie between 0 and 1.
 - Every key can also be given on the command line: `optimizer.args.lr=1e-3`. Scalars are those of YAML 1.2.
 """
-_HEADER = "| key | type | default | resume | description |\n|---|---|---|---|---|"
 _COMPONENT = "ComponentSection"
 _COMPONENTS = "Components"
 
 
 @dataclass
-class _Table:
+class _Section:
     """One section: where it occurs in the YAML, and its keys.
 
     Args:
         schema: of the section.
-        paths: where it may stand, the first with its table.
+        paths: where it may stand, the first with its keys.
         free: those of its paths that are below a key that may change as a whole.
     """
 
@@ -56,12 +56,12 @@ def markdown() -> str:
     from runtime.config.file import json_schema
 
     schema = json_schema()
-    tables = _tables(schema)
-    anchors = {name: anchor(table.paths[0]) for name, table in tables.items()}
-    rows = _Rows(anchors, schema["$defs"])
-    parts = [_INTRODUCTION, f"## Top level\n\n{rows.table(_Table(schema, ['Top level']))}"]
-    parts += [f"## {_heading(table)}\n\n{_text(table)}\n\n{rows.table(table)}" for table in tables.values()]
-    return "\n\n".join(parts) + "\n"
+    sections = _sections(schema)
+    anchors = {name: anchor(section.paths[0]) for name, section in sections.items()}
+    keys = _Keys(anchors, schema["$defs"])
+    parts = [_INTRODUCTION, f"## Top level\n\n{keys.listed(_Section(schema, ['Top level']))}"]
+    parts += [f"## {_heading(section)}\n\n{_text(section)}\n\n{keys.listed(section)}" for section in sections.values()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def anchor(heading: str) -> str:
@@ -69,20 +69,20 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
 
 
-def _tables(schema: Schema) -> dict[str, _Table]:
+def _sections(schema: Schema) -> dict[str, _Section]:
     """Return the sections by their name in the schema, in the order in which the YAML comes to them."""
-    found: dict[str, _Table] = {}
+    found: dict[str, _Section] = {}
 
     def visit(of: Schema, path: str, free: bool) -> None:
         for key, value in of["properties"].items():
             freed = free or value.get("resume") == "free"
             for name, suffix in _references(value):
                 inner = f"{path}{key}{suffix}"
-                table = found.setdefault(name, _Table(schema["$defs"][name]))
-                table.paths.append(inner)
-                table.free += [inner] * freed
-                if len(table.paths) == 1:
-                    visit(table.schema, f"{inner}.", freed)
+                section = found.setdefault(name, _Section(schema["$defs"][name]))
+                section.paths.append(inner)
+                section.free += [inner] * freed
+                if len(section.paths) == 1:
+                    visit(section.schema, f"{inner}.", freed)
 
     visit(schema, "", False)
     if _COMPONENT in found:
@@ -102,30 +102,30 @@ def _references(schema: Any, suffix: str = "") -> Iterator[tuple[str, str]]:
         yield from _references(schema.get("additionalProperties"), suffix + ".NAME")
 
 
-def _heading(table: _Table) -> str:
-    return _COMPONENTS if table.paths[0] == _COMPONENTS else f"`{table.paths[0]}`"
+def _heading(section: _Section) -> str:
+    return _COMPONENTS if section.paths[0] == _COMPONENTS else f"`{section.paths[0]}`"
 
 
-def _text(table: _Table) -> str:
-    """Return what stands between a section's heading and its table."""
-    first, *others = table.paths
+def _text(section: _Section) -> str:
+    """Return what stands between a section's heading and its keys."""
+    first, *others = section.paths
     if first == _COMPONENTS:
         return (
             "Wherever a type says *component*: a class or function of torch, torchmetrics, Lockstep or your own, and the "
             "arguments it is called with. The target alone may stand for it: `collate: Padded`."
         )
-    text = _plain(table.schema.get("description", ""), joined=False)
+    text = _plain(section.schema.get("description", ""), joined=False)
     if others:
         text += f"\n\nThe same keys: {', '.join(f'`{path}`' for path in others)}."
-    free = [path for path in others if path in table.free]
-    if free and first not in table.free:
-        text += f" All keys of {', '.join(f'`{path}`' for path in free)} may change on resumption."
+    free = [path for path in others if path in section.free]
+    if free and first not in section.free:
+        text += f" All keys of {', '.join(f'`{path}`' for path in free)} are free."
     return text
 
 
 @dataclass
-class _Rows:
-    """Tables of keys.
+class _Keys:
+    """Lists of keys.
 
     Args:
         anchors: of the sections, by their name in the schema.
@@ -135,38 +135,35 @@ class _Rows:
     anchors: Mapping[str, str]
     definitions: Mapping[str, Schema]
 
-    def table(self, table: _Table) -> str:
-        """Return one section's table."""
-        required = table.schema.get("required", [])
-        rows = [self._row(table, key, value, key in required) for key, value in table.schema["properties"].items()]
-        return "\n".join([_HEADER, *rows])
+    def listed(self, section: _Section) -> str:
+        """Return one section's keys, an entry each."""
+        required = section.schema.get("required", [])
+        properties = section.schema["properties"]
+        return "\n".join(self._entry(section, key, value, key in required) for key, value in properties.items())
 
-    def _row(self, table: _Table, key: str, value: Schema, required: bool) -> str:
+    def _entry(self, section: _Section, key: str, value: Schema, required: bool) -> str:
         sections = [name for name, _ in _references(value) if name != _COMPONENT]
         described = value.get("description") or (self.definitions[sections[0]]["description"] if sections else "")
-        if table.paths[0] == _COMPONENTS:
-            may_change = "as its key"
-        elif table.paths[0] in table.free or value.get("resume") == "free":
-            may_change = "yes"
-        else:
-            may_change = "section" if sections else "no"
-        default = "*required*" if required else _default(value.get("default"), is_section=bool(sections))
-        cells = (f"`{key}`", _type(value, self.anchors), default, may_change, _plain(described))
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        facts = [_type(value, self.anchors)]
+        if required:
+            facts.append("*required*")
+        elif (default := value.get("default")) is not None and not (sections and default):
+            facts.append(f"default {_shown(default)}")
+        if section.paths[0] in section.free or value.get("resume") == "free":
+            facts.append("*free*")
+        elif not sections and section.paths[0] != _COMPONENTS:
+            facts.append("*exact*")
+        return f"- **`{key}`** · {' · '.join(facts)}<br>\n  {_plain(described)}"
 
 
-def _default(value: Any, *, is_section: bool) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, dict) and value and is_section:
-        return "*its own*"
+def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def _type(schema: Schema, anchors: Mapping[str, str]) -> str:
-    """Return a type in words, sections and components as links to their tables."""
+    """Return a type in words, sections and components as links."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{'component' if name == _COMPONENT else 'section'}](#{anchors[name]})"
@@ -196,7 +193,7 @@ def _bounds(schema: Schema) -> str:
 
 
 def _plain(text: str, *, joined: bool = True) -> str:
-    """Return a docstring as Markdown; in a cell of a table it is one line."""
+    """Return a docstring as Markdown; of a key it is one line."""
     text = text.replace("``", "`")
     if joined:
         return " ".join(text.split())
