@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lockstep import errors
     from runtime.inference.checkpoint_inference import InferenceResult
     from runtime.objective import Loss, Objective
+    from runtime.reporting.tracker import TrackedRun, Tracker
     from runtime.run.result import RunResult
     from runtime.session import evaluate, predict, train
 
@@ -27,12 +28,25 @@ _MODULES = {
     "Loss": "runtime.objective",
     "Objective": "runtime.objective",
     "RunResult": "runtime.run.result",
+    "TrackedRun": "runtime.reporting.tracker",
+    "Tracker": "runtime.reporting.tracker",
     "evaluate": "runtime.session",
     "predict": "runtime.session",
     "train": "runtime.session",
 }
 
-__all__ = ["InferenceResult", "Loss", "Objective", "RunResult", "errors", "evaluate", "predict", "train"]
+__all__ = [
+    "InferenceResult",
+    "Loss",
+    "Objective",
+    "RunResult",
+    "TrackedRun",
+    "Tracker",
+    "errors",
+    "evaluate",
+    "predict",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

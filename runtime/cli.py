@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from runtime.arguments import parsed
 from runtime.commands import checkpoints, describe, export, inference, schema, show, train
 from runtime.errors import LockstepError
+from runtime.messages import shown_messages
 from runtime.output import protected_output
 
 _COMMANDS = (train, show, inference, checkpoints, export, describe, schema)
@@ -21,7 +22,7 @@ _ON_A_CLUSTER = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
-    with protected_output():
+    with protected_output(), shown_messages(always=True):
         return _main(arguments)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from runtime import environment
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError
+from runtime.messages import show_messages
 from runtime.open_files import open_files_error, raise_open_files_limit
 from runtime.output import protect_output, settle_output
 
@@ -16,6 +17,7 @@ from runtime.output import protect_output, settle_output
 def guarded(act: Callable[[], int]) -> int:
     """Call what a process of ours is for; return its exit code, whatever became of those who read what it printed."""
     protect_output()
+    show_messages()
     raise_open_files_limit()
     try:
         return act()

@@ -30,6 +30,11 @@ class RunFiles:
         return self.folder / "metrics.jsonl"
 
     @property
+    def preprocessing(self) -> Path:
+        """What preprocessing was fitted on the training data."""
+        return self.folder / "preprocessing.json"
+
+    @property
     def outcome(self) -> Path:
         """How the last launch ended."""
         return self.folder / OUTCOME

@@ -8,10 +8,10 @@ predict("runs/digits", split="validation", output="digits.csv")
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +28,7 @@ from runtime.distributed.launcher_watch import launcher_ended
 from runtime.distributed.network_interface import choose_interface
 from runtime.distributed.stopping import StopWish
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
+from runtime.messages import shown_messages
 from runtime.open_files import open_files_error
 from runtime.outcome import write_launch_outcome, write_outcome
 from runtime.output import protected_output
@@ -61,6 +62,7 @@ class Finished(Protocol):
 
 
 _R = TypeVar("_R", bound=Finished)
+_LOGGER = logging.getLogger("lockstep.session")
 
 
 @dataclass
@@ -203,8 +205,8 @@ def _infer(
     loaded, notes = _with_settings(load_run, source, overrides, trains=False)
 
     def infer(processes: Processes) -> InferenceResult:
-        if processes.strategy.rank == 0:
-            sys.stderr.writelines(f"lockstep: {text}\n" for text in notes)
+        for text in notes if processes.strategy.rank == 0 else ():
+            _LOGGER.info(text)
         from runtime.inference.checkpoint_inference import Inference
         from runtime.inference.request import Request
 
@@ -234,6 +236,7 @@ def _together(
     with ExitStack() as stack:
         stack.enter_context(located(loaded))
         stack.enter_context(protected_output())
+        stack.enter_context(shown_messages())
         stack.enter_context(hidden())
         stop_wish.install()  # before torch is imported, which takes seconds
         stack.callback(stop_wish.uninstall)

@@ -18,6 +18,7 @@ from torchmetrics.classification import MultilabelConfusionMatrix
 from runtime.evaluation.class_results import ClassResults
 from runtime.reporting.console import ConsoleTracker
 from runtime.reporting.figures import FiguresTracker, confusion_figure, curves_figure, label_confusions_figure
+from runtime.reporting.tracker import TrackedRun, Tracker
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.project.tiny import Mlp, points
@@ -33,7 +34,8 @@ FOUND = ClassResults({"recall": "per_class", "confusion": "confusion", "roc": "r
 
 
 def tracker(folder: Path, told: list[str], step: int = 0, **changes: Any) -> FiguresTracker:
-    return FiguresTracker(folder, FOUND, **{"pictures": True, "resumed_step": step, "warn": told.append, **changes})
+    given = {"pictures": True, "resumed_step": step, "warn": told.append, "others": Tracker(), **changes}
+    return FiguresTracker(folder, FOUND, **given)
 
 
 def steps(folder: Path) -> list[str]:
@@ -83,7 +85,7 @@ def test_figures_are_kept_for_the_newest_evaluation_and_for_kept_checkpoints(tmp
     figures = tracker(tmp_path, told, pictures=False)
     (tmp_path / "checkpoints" / "step-00000002-epoch-1-loss-0.5").mkdir(parents=True)
     for step in (1, 2, 3, 4):
-        figures.evaluation("validation", step, 1, RESULTS)
+        figures.log(RESULTS, step=step, epoch=1, split="validation")
     assert steps(tmp_path) == ["step-00000002", "step-00000004"]
     tracker(tmp_path, told, step=3)
     assert steps(tmp_path) == ["step-00000002"]  # a resumed run takes the later steps again
@@ -95,7 +97,7 @@ def test_a_missing_matplotlib_is_said_once_and_tables_go_on(tmp_path: Path, monk
     told: list[str] = []
     figures = tracker(tmp_path, told)
     for step in (1, 2):
-        figures.evaluation("validation", step, 1, RESULTS)
+        figures.log(RESULTS, step=step, epoch=1, split="validation")
     assert len(told) == 1
     assert "pip install 'lockstep-train[plots]'" in told[0]
     assert (tmp_path / "figures" / "step-00000002" / "validation-classes.csv").exists()
@@ -105,17 +107,17 @@ def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path
     (tmp_path / "figures").write_text("a file")
     told: list[str] = []
     figures = tracker(tmp_path, told)
-    figures.evaluation("validation", 1, 1, RESULTS)
-    figures.evaluation("validation", 2, 1, RESULTS)
+    figures.log(RESULTS, step=1, epoch=1, split="validation")
+    figures.log(RESULTS, step=2, epoch=1, split="validation")
     assert len(told) >= 1
     assert "figures could not be written" in told[0]
 
 
 def test_the_terminal_shows_the_last_evaluation_per_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = ConsoleTracker(progress=False, classes=FOUND)
-    console.evaluation("validation", 1, 1, {**RESULTS, "recall": [0.125, 0.125]})
-    console.evaluation("validation", 2, 1, RESULTS)
-    console.close("finished")
+    console.log({**RESULTS, "recall": [0.125, 0.125]}, step=1, epoch=1, split="validation")
+    console.log(RESULTS, step=2, epoch=1, split="validation")
+    console.finish("finished")
     shown = capsys.readouterr().out
     table = [line.replace("│", " ").split() for line in shown[shown.index("validation, per class") :].splitlines()]
     assert ["cat", "4", "0.7500"] in table
@@ -156,22 +158,16 @@ def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     told: list[str] = []
-    figures = tracker(tmp_path, told)
-    wandb = WandbTracker(
-        WeightsAndBiases(mode="offline"),
-        name="run",
-        run_id="id",
-        folder=tmp_path,
-        configuration={},
-        warn=told.append,
-        classes=FOUND,
-        pictures=figures.pictures,
-    )
-    figures.evaluation("validation", 7, 1, RESULTS)
-    wandb.evaluation("validation", 7, 1, RESULTS)
+    wandb = WandbTracker(WeightsAndBiases(mode="offline"), warn=told.append, classes=FOUND)
+    wandb.start(TrackedRun(name="run", id="id", folder=tmp_path, configuration={}, step=0))
+    figures = tracker(tmp_path, told, others=wandb)
+    figures.log(RESULTS, step=7, epoch=1, split="validation")
+    wandb.log(RESULTS, step=7, epoch=1, split="validation")
     assert not told
-    numbers, pictures = logged
-    assert numbers == {"epoch": 1, "validation/loss": 0.5, "step": 7}
+    numbers = [row for row in logged if "epoch" in row]
+    assert numbers == [{"epoch": 1, "validation/loss": 0.5, "step": 7}]
+    assert {row["step"] for row in logged} == {7}
+    pictures = {name: value for row in logged for name, value in row.items()}
     folder = tmp_path / "figures" / "step-00000007"
     assert pictures["validation/confusion"] == ("image", str(folder / "validation-confusion.png"))
     assert pictures["validation/roc"] == ("image", str(folder / "validation-roc.png"))

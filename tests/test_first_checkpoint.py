@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,9 @@ def hidden(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
 
 
 def observe_messages(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    from runtime.reporting.reporter import Reporter
-
-    told: list[str] = []
-    message = Reporter.message
-
-    def noting(self: Any, text: str) -> None:
-        told.append(text)
-        message(self, text)
-
-    Reporter.message = noting  # type: ignore[method-assign]
-    try:
-        return observe(config), told
-    finally:
-        Reporter.message = message  # type: ignore[method-assign]
+    observed = observe(config)
+    records = [json.loads(line) for line in Path(config["output"], "metrics.jsonl").read_text().splitlines()]
+    return observed, [record["text"] for record in records if record["event"] == "message"]
 
 
 def about(told: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ LAYERS = [
     "config",
     "(arguments)",
     "(output)",
+    "(messages)",
     "(json_files)",
     "(environment)",
     "(open_files)",

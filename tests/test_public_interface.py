@@ -10,7 +10,10 @@ import pytest
 import lockstep
 from runtime import errors
 
-NAMES = ["InferenceResult", "Loss", "Objective", "RunResult", "errors", "evaluate", "predict", "train"]
+NAMES = [
+    *("InferenceResult", "Loss", "Objective", "RunResult", "TrackedRun", "Tracker"),
+    *("errors", "evaluate", "predict", "train"),
+]
 
 
 def test_the_package_exports_these_names() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from runtime.reporting.reporter import JsonLines
+from runtime.reporting.json_lines import JsonLines
 from runtime.session import train
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
@@ -124,7 +124,7 @@ def test_wandb_gets_one_run_for_a_run_that_was_resumed(tmp_path: Path, monkeypat
 def test_a_record_that_the_disk_has_damaged_is_dropped_and_the_others_stay(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"event": "train", "step": 1}\n{"event": "tr\xa2in", "step"\n{"event": "train", "step": 2}\n')
-    JsonLines(path, resumed_step=2).close("finished")
+    JsonLines(path, resumed_step=2).finish("finished")
     steps = [json.loads(line).get("step") for line in path.read_text().splitlines()]
     assert steps == [1, 2, None]
 
@@ -133,5 +133,5 @@ def test_the_record_of_an_evaluation_that_is_to_be_repeated_is_dropped(tmp_path:
     path = tmp_path / "metrics.jsonl"
     lines = [{"event": event, "step": step} for step in (1, 2) for event in ("train", "evaluation")]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    JsonLines(path, resumed_step=2, evaluation_due=True).close("finished")
+    JsonLines(path, resumed_step=2, evaluation_due=True).finish("finished")
     assert [json.loads(line) for line in path.read_text().splitlines()][:-1] == lines[:-1]

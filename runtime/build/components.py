@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from runtime.build import sources
 from runtime.build.objective import OBJECTIVES, losses_of, refused_loss
 from runtime.build.optimizer import length_arguments
+from runtime.build.own_trackers import tracker_mistakes
 from runtime.build.resolver import build as _build
 from runtime.build.resolver import function as _function
 from runtime.build.resolver import wrong as _wrong
@@ -126,6 +127,8 @@ def check_components(loaded: LoadedConfiguration) -> None:
         mistakes.extend((("schedule",), mistake) for mistake in found)
     for name, metric in values.evaluation.metrics.items():
         mistakes += [(("evaluation", "metrics", name), m) for m in _metric_mistakes(loaded, name, metric)]
+    for number, tracker in enumerate(values.reporting.trackers):
+        mistakes += [(("reporting", "trackers", str(number)), m) for m in tracker_mistakes(tracker, loaded.code)]
     if values.reporting.wandb is not None and find_spec("wandb") is None:
         raise MissingDependencyError("wandb", "reporting.wandb", "wandb")
     if mistakes:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.build import components, sources
+from runtime.build.own_trackers import make_own_trackers
 from runtime.checkpoints.run_state import RunState
 from runtime.config import yaml_file
 from runtime.config.file import LoadedConfiguration
 from runtime.errors import RunFolderError
 from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.metrics import MetricSet
-from runtime.reporting.console import ConsoleTracker
-from runtime.reporting.figures import FiguresTracker
+from runtime.reporting.json_lines import JsonLines
 from runtime.reporting.meters import PhaseTimes, TrainingMeter
-from runtime.reporting.reporter import JsonLines, Tracker
+from runtime.reporting.reporter import Reporter
+from runtime.reporting.tracker import TrackedRun
+from runtime.reporting.trackers import Given, make_trackers
 from runtime.run_files import RunFiles
 from runtime.state.durable_files import replace_file
 from runtime.state.shards import in_memory
@@ -54,10 +56,8 @@ def restore_meter(
     meter.go_on_from(stored, rank=strategy.rank, world_size=strategy.world_size)
 
 
-def build_trackers(
-    loaded: LoadedConfiguration, progress: Progress, *, run_id: str, warn: Callable[[str], None]
-) -> list[Tracker]:
-    """Build what figures go to. For rank 0.
+def open_trackers(reporter: Reporter, loaded: LoadedConfiguration, progress: Progress, *, run_id: str) -> None:
+    """Let a reporter pass on to the configuration's trackers, and to them the files that there are already. For rank 0.
 
     Args:
         run_id: the same at every start of the run.
@@ -66,37 +66,27 @@ def build_trackers(
         RunFolderError: the run folder cannot be written.
     """
     files = RunFiles(loaded.output)
-    folder, reporting, resolved = files.folder, loaded.values.reporting, loaded.resolved()
+    folder, resolved = files.folder, loaded.resolved()
+    preparation = sources.preparation(loaded)
     try:
         # The code's folder as it is: the one of this file is the run folder.
         replace_file(files.config, yaml_file.dump({**resolved, "code": str(loaded.code)}))
-        path, due = files.metrics, progress.evaluation_due
-        records = JsonLines(path, resumed_step=progress.step, evaluation_due=due)
-        fitted = sources.preparation(loaded)["fitted"]
-        if fitted is not None:
-            replace_file(folder / "preprocessing.json", json.dumps(fitted, indent=1))
+        records = JsonLines(files.metrics, resumed_step=progress.step, evaluation_due=progress.evaluation_due)
+        if preparation["fitted"] is not None:
+            replace_file(files.preprocessing, json.dumps(preparation["fitted"], indent=1))
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
     section = loaded.values.evaluation
-    classes = ClassResults.of(
-        components.build_metrics(loaded), section.class_names or sources.preparation(loaded)["classes"]
+    given = Given(
+        run=TrackedRun(name=loaded.name, id=run_id, folder=folder, configuration=resolved, step=progress.step),
+        section=loaded.values.reporting,
+        pictures=section.pictures,
+        classes=ClassResults.of(components.build_metrics(loaded), section.class_names or preparation["classes"]),
+        records=records,
+        reporter=reporter,
     )
-    figures = FiguresTracker(folder, classes, pictures=section.pictures, resumed_step=progress.step, warn=warn)
-    console = ConsoleTracker(progress=reporting.progress, classes=classes, earlier=records.earlier)
-    trackers: list[Tracker] = [console, records, figures]
-    if reporting.wandb is not None:
-        from runtime.reporting.wandb_tracker import WandbTracker
-
-        trackers.append(
-            WandbTracker(
-                reporting.wandb,
-                name=loaded.name,
-                run_id=run_id,
-                folder=folder,
-                configuration=resolved,
-                warn=warn,
-                classes=classes,
-                pictures=figures.pictures,
-            )
-        )
-    return trackers
+    own = make_own_trackers(loaded.values.reporting.trackers, code=loaded.code, warn=reporter.warn)
+    reporter.open([*make_trackers(given), *own], given.run)
+    reporter.log_artifact("config", files.config, step=progress.step)
+    if preparation["fitted"] is not None:
+        reporter.log_artifact("preprocessing", files.preprocessing, step=progress.step)

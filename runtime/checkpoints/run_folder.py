@@ -5,7 +5,7 @@ Every method that returns something tells every rank the same; what goes wrong o
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from runtime.run_files import RunFiles
 from runtime.state.durable_files import make_folder
 from runtime.state.shards import whole
 from runtime.training.divergence import RollbackWanted
+
+_LOGGER = logging.getLogger("lockstep.checkpoints")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
         job, restart = environment.job_identity()
-        self._fence = Fence(self.path, job=job, restart=restart, wait=_say_at_once)
+        self._fence = Fence(self.path, job=job, restart=restart, wait=_LOGGER.info)  # at once: it may take a while
         self._fence.acquire()
         files.stop.unlink(missing_ok=True)  # of an earlier start
         self._checkpoints = CheckpointFolder(
@@ -310,10 +312,6 @@ class RunFolder:
                 raise RunFolderError(f"{self.path}: {error.strerror or error}") from error
 
         return on_rank_0(told, rank=self._rank, device=self._device)
-
-
-def _say_at_once(text: str) -> None:
-    print(f"lockstep: {text}", file=sys.stderr, flush=True)  # nothing is reported to yet, and this may take a while
 
 
 def _poison(checkpoint: Checkpoint) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 
 
@@ -39,7 +39,7 @@ def _export(options: argparse.Namespace) -> int:
         options.out,
         weights=options.weights,
         force=options.force,
-        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+        warn=logging.getLogger("lockstep.export").warning,
     )
     print(f"exported {done}")
     return 0

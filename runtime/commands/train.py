@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from runtime.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from runtime.config.file import LoadedConfiguration
+
+_LOGGER = logging.getLogger("lockstep.launch")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -72,5 +74,5 @@ def _with_settings(
 
     loaded, settings, notes = load_with_settings(read, os.environ, world_size=world_size)
     for text in notes:
-        print(f"lockstep: {text}", file=sys.stderr)
+        _LOGGER.info(text)
     return loaded, overrides(settings)

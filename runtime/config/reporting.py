@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from runtime.config.types import ON_OR_OFF, Every, Interval, Section, free
+from runtime.config.types import ON_OR_OFF, Component, Every, Interval, Section, free
 
 
 class WeightsAndBiases(Section):
@@ -29,3 +29,6 @@ class Reporting(Section):
     """A progress bar where the output is a terminal, plain lines elsewhere."""
     wandb: Annotated[WeightsAndBiases | None, ON_OR_OFF] = free(None)
     """Weights & Biases; ``true`` takes the defaults. Default: off."""
+    trackers: list[Component] = free([])
+    """Trackers of your own: classes that extend ``lockstep.Tracker``, made and called on rank 0 alone. One that raises is
+    warned of and left out; the run goes on."""

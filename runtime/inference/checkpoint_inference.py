@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -43,6 +43,8 @@ from runtime.optimization.averaging import WeightAverage, checked
 from runtime.state.durable_files import replace_file
 from runtime.strategies import Strategy
 from runtime.training.fitting import out_of_memory
+
+_LOGGER = logging.getLogger("lockstep.inference")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Inference:
         compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
         for part, differing in contents_of(loaded, strategy, {split: samples}).differing.items():
             if strategy.rank == 0:
-                _warn(does_not_repeat(part, differing))
+                _LOGGER.warning(does_not_repeat(part, differing))
         if request.weights is None and not (weights.averaging or {}).get("count"):
             which = "raw"  # as the run's own evaluations did before averaging.start
         strategy.prepare_evaluation(module)
@@ -200,7 +202,8 @@ class Inference:
         if not complete:
             return self._stopped(done)
         if predictor.nan_samples and self._strategy.rank == 0:
-            _warn(f"the model gives NaN for {predictor.nan_samples} of {len(samples)} samples; their rows mean nothing")
+            what = "the model gives NaN for %d of %d samples; their rows mean nothing"
+            _LOGGER.warning(what, predictor.nan_samples, len(samples))
         done = replace(done, output=target)
         if self._strategy.rank == 0:
             Console(highlight=False).print(f"{done}: {target}", soft_wrap=True, markup=False)
@@ -262,7 +265,7 @@ class Inference:
 
         def choose() -> dict[str, Any]:
             best = self._loaded.values.checkpoint.best
-            found = chosen(self._loaded.output, self._request.checkpoint, best, warn=_warn)
+            found = chosen(self._loaded.output, self._request.checkpoint, best, warn=_LOGGER.warning)
             return {**vars(found), "path": str(found.path.absolute())}
 
         checkpoint = self._on_rank_0(choose)
@@ -286,10 +289,10 @@ class Inference:
         old, new = exact_keys(weights.identity["configuration"]), exact_keys(self._loaded.resolved())
         changed = [key for key in sorted(set(old) | set(new)) if repr(old.get(key)) != repr(new.get(key))]
         for key in changed if self._strategy.rank == 0 else ():
-            _warn(f"{key} is {new.get(key)!r}; the checkpoint was made with {old.get(key)!r}")
+            _LOGGER.warning("%s is %r; the checkpoint was made with %r", key, new.get(key), old.get(key))
         code = changes_of(weights.code, self._loaded.code, self._loaded.resolved())
         if code and self._strategy.rank == 0:
-            _warn(f"the code is not what the checkpoint was trained with: {', '.join(code[:8])}")
+            _LOGGER.warning("the code is not what the checkpoint was trained with: %s", ", ".join(code[:8]))
         return not changed
 
     def _reported(self, done: InferenceResult) -> Mapping[str, Result]:
@@ -316,9 +319,8 @@ class Inference:
 
     def _stopped(self, done: InferenceResult) -> InferenceResult:
         if self._strategy.rank == 0:
-            _warn(
-                f"stopped by {self._stop_wish.reason or 'another rank'}; nothing was written, the same command begins anew"
-            )
+            who = self._stop_wish.reason or "another rank"
+            _LOGGER.warning("stopped by %s; nothing was written, the same command begins anew", who)
         return replace(done, outcome="stopped")
 
     def _on_rank_0(self, act: Callable[[], Any]) -> Any:
@@ -375,7 +377,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _warn(text: str) -> None:
-    print(f"lockstep: {text}", file=sys.stderr, flush=True)

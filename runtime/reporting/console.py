@@ -20,6 +20,8 @@ from rich.table import Table
 
 from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.metrics import Result
+from runtime.messages import print_run_messages_by
+from runtime.reporting.tracker import Tracker
 
 _RATES = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
 _UNSHOWN = {*_RATES, "peak_memory_bytes", "data_share", "slowest_rank", "slowest_rank_excess"}  # metrics.jsonl has them
@@ -28,7 +30,7 @@ _CLASSES = 40  # of a table per class
 _ROWS = 12  # of the final table; the whole history is in metrics.jsonl
 
 
-class ConsoleTracker:
+class ConsoleTracker(Tracker):
     """Shows a run on the terminal.
 
     Args:
@@ -48,12 +50,12 @@ class ConsoleTracker:
         for record in earlier:
             self._recall(record)
 
-    def start(self, facts: Mapping[str, Any]) -> None:
+    def log_summary(self, values: Mapping[str, Any]) -> None:
         """Print what the run is, and begin the bar."""
-        self._console.print(f"[bold]{facts['name']}[/]  {facts['where']}")
+        self._console.print(f"[bold]{values['name']}[/]  {values['where']}")
         for label in ("data", "batch", "model", "update", "memory", "folder", "resumed"):
-            if facts.get(label):
-                self._console.print(f"  {label:<8}{facts[label]}", soft_wrap=True)
+            if values.get(label):
+                self._console.print(f"  {label:<8}{values[label]}", soft_wrap=True)
         if self._wants_bar:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -66,9 +68,21 @@ class ConsoleTracker:
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task("training", total=facts["total_steps"], completed=facts["step"], figures="")
+            self._task = self._bar.add_task(
+                "training", total=values["total_steps"], completed=values["step"], figures=""
+            )
+            print_run_messages_by(self._print_above_bar)
 
-    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
+    def log(self, values: Mapping[str, Result], *, step: int, epoch: int, split: str) -> None:
+        """Show a report of training; print the results of an evaluation, and keep them for the table."""
+        if split == "train":
+            self._show_training(values, step, epoch)
+            return
+        self._add_row(split, step, epoch, values)
+        figures = _figures(values, list(values))
+        self._console.print(f"epoch {epoch}  step {step}  [bold]{split}[/]  {figures}", soft_wrap=True)
+
+    def _show_training(self, values: Mapping[str, Result], step: int, epoch: int) -> None:
         """Move the bar, or print a line."""
         loss = values.get("loss")
         self._train_loss = (step, loss) if isinstance(loss, float) else None
@@ -85,13 +99,6 @@ class ConsoleTracker:
         else:
             # Not through rich, which takes a millisecond a line: this may be asked for at every step.
             print(f"epoch {epoch}  step {step}  {figures}  {rate}", flush=True)
-
-    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
-        """Print the results and keep them for the table."""
-        self._add_row(split, step, epoch, results)
-        self._console.print(
-            f"epoch {epoch}  step {step}  [bold]{split}[/]  {_figures(results, list(results))}", soft_wrap=True
-        )
 
     def _add_row(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
         self._rows = [row for row in self._rows if row[:2] != (split, step)]  # one that is repeated
@@ -117,13 +124,13 @@ class ConsoleTracker:
         if self._train_loss is not None and self._train_loss[0] > step:
             self._train_loss = None
 
-    def message(self, text: str) -> None:
-        """Print one line."""
+    def _print_above_bar(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False)
 
-    def close(self, outcome: str) -> None:
+    def finish(self, outcome: str) -> None:
         """Take the bar away and print the table."""
         if self._bar is not None:
+            print_run_messages_by(None)
             self._bar.stop()
             self._bar = None
         if self._rows and outcome != "failed":

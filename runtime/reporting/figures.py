@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.metrics import Result
+from runtime.reporting.tracker import Tracker
 from runtime.run_files import RunFiles
 from runtime.state.durable_files import replace_file
 
@@ -33,7 +34,7 @@ _TITLES = {"roc": "ROC", "precision_recall": "Precision and recall"}
 _AXES = {"roc": ("false positive rate", "true positive rate"), "precision_recall": ("recall", "precision")}
 
 
-class FiguresTracker:
+class FiguresTracker(Tracker):
     """Writes tables and pictures at each evaluation. What cannot be written or drawn is warned of once and ends nothing.
 
     Args:
@@ -42,6 +43,7 @@ class FiguresTracker:
         pictures: whether to draw; tables are written always.
         resumed_step: steps that the run has behind it; what is there of later ones is removed.
         warn: called with what could not be done.
+        others: gets each picture and table once it is written.
     """
 
     def __init__(
@@ -52,28 +54,24 @@ class FiguresTracker:
         pictures: bool,
         resumed_step: int,
         warn: Callable[[str], None],
+        others: Tracker,
     ) -> None:
         self._folder = RunFiles(folder).figures
         self._checkpoints = RunFiles(folder).checkpoints
         self._classes = classes
         self._pictures = pictures
-        self._warn = warn
+        self._warn, self._others = warn, others
         self.rewind(resumed_step)
 
-    def start(self, facts: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def train(self, step: int, epoch: int, values: Mapping[str, Result]) -> None:
-        """Nothing."""
-
-    def evaluation(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
-        """Write what the results hold, and remove what is not kept any more."""
-        title = f"{split}, epoch {epoch}, step {step}"
+    def log(self, values: Mapping[str, Result], *, step: int, epoch: int, split: str) -> None:
+        """Write what the results of an evaluation hold, and remove what is not kept any more."""
+        if split == "train":
+            return
         try:
-            self._write_table(self._of_step(step) / f"{split}-classes.csv", results)
+            self._write_table(values, step=step, split=split)
             if self._pictures:
-                for name, draw in self._drawings(results, title):
-                    _save(draw(), self._of_step(step) / f"{split}-{_file_name(name)}.png")
+                for name, draw in self._drawings(values, f"{split}, epoch {epoch}, step {step}"):
+                    self._write_picture(_file_name(name), draw, step=step, split=split)
             self._drop_old(step)
         except ImportError as error:
             self._pictures = False
@@ -85,22 +83,11 @@ class FiguresTracker:
             self._pictures = False
             self._warn(f"figures could not be written to {self._folder}: {error.strerror or error}")
 
-    def pictures(self, split: str, step: int) -> dict[str, Path]:
-        """Return the pictures of an evaluation by the name of their metric."""
-        files = sorted(self._of_step(step).glob(f"{split}-*.png"))
-        return {file.stem.removeprefix(f"{split}-"): file for file in files}
-
     def rewind(self, step: int) -> None:
         """Remove what is there of later steps."""
         for found, path in self._there():
             if found > step:
                 shutil.rmtree(path, ignore_errors=True)
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self, outcome: str) -> None:
-        """Nothing."""
 
     def _of_step(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
@@ -114,15 +101,22 @@ class FiguresTracker:
             if step < newest and not any(self._checkpoints.glob(f"step-{step:08d}*")):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write_table(self, path: Path, results: Mapping[str, Result]) -> None:
+    def _write_table(self, results: Mapping[str, Result], *, step: int, split: str) -> None:
         table = self._classes.table(results)
         if table is None:
             return
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([table[0], *table[1]])
+        path = self._of_step(step) / f"{split}-classes.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.getvalue())
+        self._others.log_artifact(f"{split}/classes", path, step=step)
+
+    def _write_picture(self, name: str, draw: Callable[[], Figure], *, step: int, split: str) -> None:
+        path = self._of_step(step) / f"{split}-{name}.png"
+        _save(draw(), path)
+        self._others.log_figure(name, path, step=step, split=split)
 
     def _drawings(self, results: Mapping[str, Result], title: str) -> list[tuple[str, Callable[[], Figure]]]:
         names = self._classes.class_names

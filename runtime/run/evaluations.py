@@ -107,7 +107,7 @@ class Evaluations:
         self._progress.evaluation_extra = results is None and not judged
         if results:
             self.results, self.judged, self._step = results, judged, self._progress.step
-            self._reporter.evaluation("validation", self._progress.step, self._progress.epoch, results)
+            self._report("validation", results)
         return results
 
     def enough(self, results: Mapping[str, Result]) -> bool:
@@ -136,9 +136,12 @@ class Evaluations:
         results = self._evaluated(self._test, judged=False)
         if results is None:
             return False
-        self._reporter.evaluation("test", self._progress.step, self._progress.epoch, results)
+        self._report("test", results)
         self.results = {**self.results, **{f"test/{name}": value for name, value in results.items()}}
         return True
+
+    def _report(self, split: str, results: Mapping[str, Result]) -> None:
+        self._reporter.log(results, step=self._progress.step, epoch=self._progress.epoch, split=split)
 
     def _evaluated(self, evaluator: Evaluator | None, *, judged: bool) -> dict[str, Result] | None:
         self._give_sign_of_life()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime.build import components
 from runtime.build.preparation import Prepared, prepare, tell_of_component
-from runtime.build.trackers import build_meter, build_trackers, restore_meter
+from runtime.build.trackers import build_meter, open_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
 from runtime.checkpoints.run_folder import Found, RunFolder
 from runtime.checkpoints.run_state import cursor_on_resumption, refuse_misfit
@@ -337,7 +337,7 @@ class Run:
         if self._milestones.is_due(every, window):
             # The interval that the run's end cuts short goes on if the limit is raised.
             values = self._meter.read(forget=self._milestones.is_due_by_interval(every, window))
-            self._reporter.train(self._progress.step, window.cursor.epoch + 1, values)
+            self._reporter.log(values, step=self._progress.step, epoch=window.cursor.epoch + 1, split="train")
             straggling = self._stragglers.message(values, self._meter.seconds)
             if straggling is not None:
                 self._reporter.message(straggling)
@@ -365,10 +365,9 @@ class Run:
     def _open_reporter(self, stack: ExitStack, prepared: Prepared) -> None:
         if self._strategy.rank != 0:
             return
-        trackers = build_trackers(self._loaded, self._progress, run_id=self._identity.tracker_id, warn=self._warn)
-        self._reporter.open(trackers)
-        stack.push(lambda kind, error, trace: self._reporter.close("failed") if kind else None)
-        self._reporter.start(
+        stack.push(lambda kind, error, trace: self._reporter.finish("failed") if kind else None)
+        open_trackers(self._reporter, self._loaded, self._progress, run_id=self._identity.tracker_id)
+        self._reporter.log_summary(
             start_facts(
                 self._loaded,
                 self._state.module.objective,
@@ -382,7 +381,7 @@ class Run:
         )
 
     def _warn(self, text: str) -> None:
-        self._reporter.message(f"warning: {text}")
+        self._reporter.warn(text)
 
     def _close(self, outcome: Literal["finished", "stopped"]) -> RunResult:
         self._stop_wish.moved()
@@ -395,7 +394,7 @@ class Run:
             )
         for text in self._folder.best_messages():
             self._reporter.message(text)
-        self._reporter.close(outcome)
+        self._reporter.finish(outcome)
         self._strategy.barrier()  # all ranks leave after the last write
         message = self._milestones.why_early if outcome == "finished" else ""
         saved = self._folder.last_saved() if self._strategy.sharded else None
