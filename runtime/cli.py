@@ -15,7 +15,7 @@ from runtime.output import protected_output
 _COMMANDS = (train, show, inference, checkpoints, export, describe, schema)
 _ON_A_CLUSTER = {
     "submit": "hand a run to a cluster's scheduler",
-    "jobs": "list one's runs in Slurm's queue",
+    "jobs": "list one's runs in the cluster's queue",
     "stop": "let a run save and leave",
 }
 
@@ -49,7 +49,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     for each in _COMMANDS:
         each.add(commands)
     if command in _ON_A_CLUSTER:
-        from launch.slurm.queue import add_jobs
+        from runtime.commands.jobs import add_jobs
         from runtime.commands.submit import add_submit
 
         add_submit(commands)

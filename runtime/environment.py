@@ -11,16 +11,14 @@ WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT    set 
 OMPI_COMM_WORLD_*, PMI_*, MPI_LOCAL*, MV2_COMM_WORLD_*    the same, set by ``mpirun``
 GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
 ACCELERATE_*, FSDP_*    settings of ``accelerate launch``: ``config/launcher_table.py`` has the table of them
-SLURM_JOB_ID, SLURM_RESTART_COUNT    tell a restart of this job from another job
-SLURM_STEP_NUM_NODES, SLURM_STEP_NUM_TASKS, SLURM_STEP_NODELIST, SLURM_NODEID    what srun has started, and which of it this is
-TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    the same, where there is no Slurm
+TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    tell a restart by torchrun from another job; a cluster's scheduler has such
+                        variables of its own, which are read in its folder below ``launch/``
 TORCHELASTIC_USE_AGENT_STORE    whether a launch agent hosts the process group's store
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import WorldSizeError
@@ -37,22 +35,22 @@ _HOW = "Start it with: lockstep train CONFIG --processes N"
 
 def rank() -> int:
     """This process's rank, before there is a process group."""
-    return _count("RANK") or 0
+    return whole_number("RANK") or 0
 
 
 def world_size() -> int:
     """Processes of the launch, as it says itself."""
-    return _count("WORLD_SIZE") or 1
+    return whole_number("WORLD_SIZE") or 1
 
 
 def local_rank() -> int:
     """This process's rank among those of its machine."""
-    return _count("LOCAL_RANK") or 0
+    return whole_number("LOCAL_RANK") or 0
 
 
 def local_world_size(world_size: int) -> int:
     """How many processes of a world run on this machine; all of them where the launcher does not say."""
-    return _count("LOCAL_WORLD_SIZE") or world_size
+    return whole_number("LOCAL_WORLD_SIZE") or world_size
 
 
 def launch_token() -> str | None:
@@ -62,7 +60,7 @@ def launch_token() -> str | None:
 
 def launcher() -> int | None:
     """The process id of the launcher of ours that started this process, or None."""
-    return _count("LOCKSTEP_LAUNCHER")
+    return whole_number("LOCKSTEP_LAUNCHER")
 
 
 def outcome_file() -> Path | None:
@@ -84,7 +82,7 @@ def is_watched() -> bool:
 
 def store_address() -> tuple[str, int]:
     """The address and port of the process group's store."""
-    return os.environ.get("MASTER_ADDR", "127.0.0.1"), _count("MASTER_PORT") or 0
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), whole_number("MASTER_PORT") or 0
 
 
 def has_chosen_interface() -> bool:
@@ -94,9 +92,9 @@ def has_chosen_interface() -> bool:
 
 def on_one_machine() -> bool:
     """Tell whether all ranks are on this machine, as far as it can be told."""
-    size = _count("WORLD_SIZE") or 1
+    size = whole_number("WORLD_SIZE") or 1
     address = store_address()[0]
-    return size == 1 or _count("LOCAL_WORLD_SIZE") == size or address == "localhost" or address.startswith("127.")
+    return size == 1 or whole_number("LOCAL_WORLD_SIZE") == size or address == "localhost" or address.startswith("127.")
 
 
 def agent_hosts_store() -> bool:
@@ -109,17 +107,13 @@ def start_token() -> str:
     return f"{launch_token() or 'run'}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def job_identity() -> tuple[str | None, int]:
-    """Return the job's id, the same after a restart, and how often it was restarted."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return job, _count("SLURM_RESTART_COUNT") or 0
+def launch_agent() -> tuple[str, int] | None:
+    """Return the id that torchrun was given for this job, and how often it has started the ranks again; None without an id."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if job != "none":  # torchrun's default, the same for every run
-        return job, _count("TORCHELASTIC_RESTART_COUNT") or 0
-    return None, 0
+    return (job, whole_number("TORCHELASTIC_RESTART_COUNT") or 0) if job != "none" else None  # the default
 
 
-def _count(name: str) -> int | None:
+def whole_number(name: str) -> int | None:
     """Return a variable's whole number, None where there is none."""
     text = os.environ.get(name, "")
     return int(text) if _is_count(text) else None
@@ -127,33 +121,6 @@ def _count(name: str) -> int | None:
 
 def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit()
-
-
-@dataclass(frozen=True)
-class SlurmStep:
-    """What ``srun`` has started.
-
-    Args:
-        tasks: on all nodes.
-        node_rank: of this task's node, counted from 0.
-        node_list: as Slurm writes it: ``n[1-4]``.
-        job: its id.
-    """
-
-    nodes: int
-    tasks: int
-    node_rank: int
-    node_list: str
-    job: int
-
-
-def slurm_step() -> SlurmStep | None:
-    """Return the step that this process is a task of, or None."""
-    names = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
-    nodes, tasks, rank, node_list, job = (os.environ.get(name, "") for name in names)
-    if not node_list or not all(value.isdigit() for value in (nodes, tasks, rank, job)):
-        return None
-    return SlurmStep(int(nodes), int(tasks), int(rank), node_list, int(job))
 
 
 def requested_world_size(configured: int | None) -> int:
@@ -192,7 +159,7 @@ def take_over_mpi() -> None:
     if any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCKSTEP_WORLD_SIZE")):
         return
     size, rank, local_size, local_rank = (
-        next((value for name in names if (value := _count(name)) is not None), None) for names in _MPI
+        next((value for name in names if (value := whole_number(name)) is not None), None) for names in _MPI
     )
     if size is None or rank is None or size < 2:
         return

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from runtime import environment
+from launch.schedulers import own_job
 from runtime.checkpoints.run_lock import Fence
 from runtime.errors import RunFolderError
 
@@ -546,4 +546,5 @@ def test_a_job_is_known_by_what_started_it(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert environment.job_identity() == expected
+    job = own_job()
+    assert ((job.job, job.restart) if job is not None else (None, 0)) == expected

@@ -11,9 +11,9 @@ import pytest
 
 from launch.node_rendezvous import Place, meet
 from launch.slurm.step import place_in_step
+from launch.slurm.variables import slurm_step
 from runtime.cli import main
 from runtime.distributed.network_interface import _addresses, interface_to
-from runtime.environment import slurm_step
 from runtime.errors import MeetingError
 from tests.chaos.processes import free_port
 from tests.test_launch import written

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch.job import JobSpec
-from launch.slurm.script import SlurmOptions, script, secrets_text, warning_seconds
+from launch.slurm.script import SlurmOptions, script, warning_seconds
+from launch.submission_folder import secrets_text
 from runtime.errors import ConfigurationError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from launch import schedulers
+from launch.cluster_scheduler import QueuedJob
 from launch.slurm import queue
+from launch.slurm.scheduler import Slurm
 from runtime.cli import main
+from runtime.commands import jobs
+from runtime.errors import SchedulerError
 
 AWAY = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
 SILENT = "#!/bin/sh\nexec sleep 60\n"
@@ -22,7 +27,7 @@ def _no_controller(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: 
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(queue, "_SECONDS", 0.3)
-    monkeypatch.setattr(queue, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.05)
 
 
 def written_to(run: Path) -> Path:
@@ -67,18 +72,20 @@ def test_a_queue_that_falls_silent_while_a_job_stops_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = written_to(tmp_path / "run")
-    monkeypatch.setattr(queue, "_POLL_SECONDS", 0.01)
-    running = queue.QueuedJob("1", "RUNNING", "0:01", "1:00", "1", "None", tmp_path / "run")
-    answers: list[list[queue.QueuedJob] | None] = [[running], [running], None, [running], []]
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
+    running = QueuedJob("1", "RUNNING", "0:01", "1:00", "1", "None", tmp_path / "run", waiting=False, active=True)
+    answers: list[list[QueuedJob] | None] = [[running], [running], None, [running], []]
 
-    def queued() -> list[queue.QueuedJob]:
-        answer = answers.pop(0)
-        if answer is None:
-            raise queue.SchedulerError("squeue does not answer")
-        return answer
+    class Answering(Slurm):
+        has_queue = True  # type: ignore[assignment]
 
-    monkeypatch.setattr(queue.shutil, "which", lambda name: name)
-    monkeypatch.setattr(queue, "queued", queued)
+        def queued(self) -> list[QueuedJob]:
+            answer = answers.pop(0)
+            if answer is None:
+                raise SchedulerError("squeue does not answer")
+            return answer
+
+    monkeypatch.setattr(schedulers, "SCHEDULERS", (Answering(),))
     (tmp_path / "run" / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": 7}))
     assert main(["stop", str(tmp_path / "run"), "--timeout", "60"]) == 0
     assert not answers

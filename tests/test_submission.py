@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from launch.code_copy import code_files, revision, snapshot
+from launch.ended_job import Ended, judge
 from launch.options import seconds, variables
-from launch.slurm.requeue import Ended, first_ended, judge
+from launch.slurm.requeue import first_ended
 from launch.slurm.requeue import main as judge_job
 from runtime.cli import main
 from runtime.config.file import load

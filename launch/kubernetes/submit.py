@@ -7,6 +7,7 @@ the same path. The YAML travels with the manifests, code and data in the image o
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import subprocess
@@ -21,15 +22,11 @@ from launch.options import add_job_options, checked, count, described, variables
 from runtime.config.file import LoadedConfiguration
 from runtime.errors import ConfigurationError, LockstepError, Problem
 
+_LOGGER = logging.getLogger("lockstep.submit")
 
-def add(schedulers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``lockstep submit kubernetes``."""
-    parser = schedulers.add_parser(
-        "kubernetes",
-        help="submit to Kubernetes",
-        description="Print the manifests of a run for review, or hand them to kubectl. The folder that this is called in "
-        "stands for --workdir in the image: CONFIG and the run folder are below both under the same path.",
-    )
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``lockstep submit kubernetes``."""
     add_job_options(parser)
     parser.add_argument(
         "--image", required=True, help="what the pods run: docker/Dockerfile, or one that begins FROM it"
@@ -91,7 +88,6 @@ def add(schedulers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "namespace; whether pods are started again is its decision (default: one of its own)",
     )
     parser.add_argument("--apply", action="store_true", help="hand the manifests to kubectl (default: print them)")
-    parser.set_defaults(run=_submit)
 
 
 def volume(text: str) -> Volume:
@@ -130,7 +126,8 @@ def training_runtime(text: str) -> TrainingRuntime:
     return TrainingRuntime(name, found)
 
 
-def _submit(options: argparse.Namespace) -> int:
+def submit(options: argparse.Namespace) -> int:
+    """Print the manifests; with ``--apply`` hand them to kubectl."""
     if options.apply and options.dry_run:
         raise ConfigurationError([Problem("command line", "--apply", "and --dry-run contradict each other")])
     if options.runtime is not None and options.max_requeues is not None:
@@ -157,7 +154,7 @@ def _job_and_pods(loaded: LoadedConfiguration, options: argparse.Namespace) -> t
     asked = {text.partition("=")[0] for text in options.env}
     wanted = sorted({*secrets, *(name for name in asked if is_secret(name))})
     for name in sorted({*given.secret} - {*wanted}):
-        _note(f"{name} is set here and will not be in the pods, but for --secret {name}=SECRET")
+        _LOGGER.warning("%s is set here and will not be in the pods, but for --secret %s=SECRET", name, name)
     there = described(loaded, options, given)
     assert there.run_folder is not None
     job = replace(
@@ -216,12 +213,9 @@ def _tell(job: JobSpec, pods: Pods) -> None:
     ours = f"app.kubernetes.io/instance={name}"
     selector = f"{ours},batch.kubernetes.io/job-completion-index=0"
     where = "" if pods.namespace is None else f" --namespace {pods.namespace}"
-    _note(f"follow it: kubectl logs{where} --follow --selector {selector}")
-    _note(
-        f"""stop it, saved: kubectl patch{where} {kind} {name} --type merge --patch '{{"spec":{{"suspend":true}}}}'"""
+    _LOGGER.info("follow it: kubectl logs%s --follow --selector %s", where, selector)
+    patch = f"""kubectl patch{where} {kind} {name} --type merge --patch '{{"spec":{{"suspend":true}}}}'"""
+    _LOGGER.info("stop it, saved: %s", patch)
+    _LOGGER.info(
+        "and go on: the same with false. Remove it, saved: kubectl delete%s %s --selector %s", where, made, ours
     )
-    _note(f"and go on: the same with false. Remove it, saved: kubectl delete{where} {made} --selector {ours}")
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"lockstep: {text}\n")

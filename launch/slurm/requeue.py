@@ -1,109 +1,31 @@
-"""Whether a job that has ended is to go on: the last thing that a job script asks, on the machine of rank 0.
+"""Whether a job of Slurm's that has ended is to go on: the last thing that a job script asks, on the machine of rank 0.
 
-The exit codes of processes say little: a rank that is preempted saves and leaves with 0, and one that stops for a NaN leaves
-with the same 1 as one whose neighbour's machine caught fire. So what the run itself has left in ``outcome.json`` decides, and
-where it could leave nothing, it was killed. Imports no torch.
+What decides is in :mod:`launch.ended_job`. Imports no torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.ended_job import Ended, Verdict, judge
 from runtime import json_files
+from runtime.errors import SchedulerError
+from runtime.messages import shown_messages
 from runtime.outcome import read_outcome
 from runtime.run_files import RunFiles
 
-_NOT_RUNNABLE = (126, 127)  # a shell's words for a program that is not there, or is none
+_LOGGER = logging.getLogger("lockstep.requeue")
 _ENDED_TASK = re.compile(r"^srun: error: .*?: tasks? (\d+)", re.MULTILINE)
 _NAMED_RANK = re.compile(r"rank (\d+) \(host ")
 _LAST_LINES = 15
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How one start of a job ended.
-
-    Args:
-        outcome: what the run left; None if nothing.
-        code: highest exit code of its processes.
-        warned: why the job script asked it to stop; empty if it did not.
-        stop_file: whether somebody else did, by the file.
-        cancelled: whether the job was.
-        restarts: how often it was started again before.
-        max_requeues: how often it may be.
-        progressed: whether there is a checkpoint that was not there when the job last lost a process.
-    """
-
-    outcome: Mapping[str, Any] | None
-    code: int
-    warned: str = ""
-    stop_file: bool = False
-    cancelled: bool = False
-    restarts: int = 0
-    max_requeues: int = 20
-    progressed: bool = True
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What follows.
-
-    Args:
-        requeue: whether the job is to be started again.
-        lost: whether that is because processes were lost, which may go on only as long as there is progress.
-        why: in words.
-        exit_code: of the job, where it is not.
-    """
-
-    requeue: bool
-    why: str
-    exit_code: int = 0
-    lost: bool = False
-
-
-def judge(ended: Ended) -> Verdict:
-    """Decide whether a job is to go on."""
-    outcome = ended.outcome or {}
-    kind, message = outcome.get("outcome"), str(outcome.get("message", "")).split("\n")[0]
-    if kind == "finished":
-        return Verdict(requeue=False, why="finished")
-    if ended.cancelled:
-        left = "saved, " if kind == "stopped" else ""
-        return Verdict(requeue=False, why=f"{left}the job was cancelled", exit_code=75 if left else 1)
-    if kind == "stopped":
-        return _within_limit(ended, _judge_stopped(ended, outcome))
-    if kind == "failed" and outcome.get("repeats", True):
-        why = f"the failure would repeat: {message}"
-        return Verdict(requeue=False, why=why, exit_code=int(outcome.get("exit_code", 1)))
-    if kind is None and ended.code in (2, *_NOT_RUNNABLE):
-        return Verdict(requeue=False, why="the run could not be started; its log says why", exit_code=2)
-    why = f"processes were lost ({message or 'they left no word'})"
-    if not ended.progressed:
-        why = f"{why}, as before, and there is no checkpoint since"
-        return Verdict(requeue=False, why=why, exit_code=1)
-    return _within_limit(ended, Verdict(requeue=True, why=why, exit_code=1, lost=True))
-
-
-def _judge_stopped(ended: Ended, outcome: Mapping[str, Any]) -> Verdict:
-    reason = outcome.get("reason")
-    if not ended.warned and (ended.stop_file or reason == "SIGINT"):
-        return Verdict(requeue=False, why="stopped by the user", exit_code=75)
-    return Verdict(requeue=True, why=f"stopped: {ended.warned or reason or 'the job was asked to end'}", exit_code=75)
-
-
-def _within_limit(ended: Ended, verdict: Verdict) -> Verdict:
-    if verdict.requeue and ended.restarts >= ended.max_requeues:
-        why = f"{verdict.why}; this was the last of {ended.max_requeues} requeues (--max-requeues)"
-        return Verdict(requeue=False, why=why, exit_code=verdict.exit_code)
-    return verdict
 
 
 def first_ended(srun_log: Path, message: str = "") -> int | None:
@@ -116,7 +38,11 @@ def first_ended(srun_log: Path, message: str = "") -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge a job that has ended, and requeue it. Returns the job's exit code, 75 also where it was requeued."""
-    options = _parser().parse_args(arguments)
+    with shown_messages(always=True):
+        return _decide(_parser().parse_args(arguments))
+
+
+def _decide(options: argparse.Namespace) -> int:
     run, logs, restart = Path(options.run), Path(options.logs), int(options.launch.rpartition("-")[2])
     files, history = RunFiles(run), logs / "requeues.jsonl"
     newest, outcome = _newest_checkpoint(run), read_outcome(files.outcome, options.launch)
@@ -142,12 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with history.open("a") as file:
         file.write(json.dumps({"why": verdict.why, "lost": verdict.lost, "checkpoint": newest}) + "\n")
     files.stop.unlink(missing_ok=True)
-    done = _asked("scontrol", "requeue", options.job) if not by_slurm else None
-    if done is not None and done.returncode != 0:
-        print(
-            f"lockstep: the job cannot be requeued ({done.stderr.strip()}); submit it again to go on", file=sys.stderr
-        )
+    try:
+        if not by_slurm:
+            requeue(options.job)
+    except SchedulerError as error:
+        _LOGGER.warning("%s; submit it again to go on", error)
     return 75
+
+
+def requeue(job: str) -> None:
+    """Put a job back into the queue.
+
+    Raises:
+        SchedulerError: Slurm refuses.
+    """
+    done = _asked("scontrol", "requeue", job)
+    if done.returncode != 0:
+        raise SchedulerError(f"the job cannot be requeued ({done.stderr.strip()})")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,9 +105,9 @@ def _tell(verdict: Verdict, ranks: Path, outcome: Mapping[str, Any] | None) -> N
     log = ranks / f"rank-{rank}.log"
     if verdict.exit_code not in (0, 75) and rank is not None and log.exists():
         lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        print(f"lockstep: rank {rank} ended first; its last lines ({log}):", *lines, sep="\n", file=sys.stderr)
+        _LOGGER.warning("%s", "\n".join([f"rank {rank} ended first; its last lines ({log}):", *lines]))
     then = "goes back to the queue" if verdict.requeue else "is not requeued"
-    print(f"lockstep: the job {then}: {verdict.why}", file=sys.stderr, flush=True)
+    _LOGGER.info("the job %s: %s", then, verdict.why)
 
 
 def _newest_checkpoint(run: Path) -> str:

@@ -124,11 +124,6 @@ def script(
     return _PLACE.sub(lambda place: str(values[place[1]]), template)  # in one go: a value may look like a place
 
 
-def secrets_text(values: dict[str, str]) -> str:
-    """Return the shell file that sets secret variables."""
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(values.items()))
-
-
 def warning_seconds(job: JobSpec) -> int:
     """Return how long before the time limit the run is asked to leave: its grace time and a margin, at most half the limit."""
     wanted = round(job.grace_seconds) + 30

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 
 from launch.node_rendezvous import Place
-from runtime.environment import SlurmStep
+from launch.slurm.variables import SlurmStep
 from runtime.errors import ConfigurationError, Problem, SchedulerError
 
 _SECONDS = 60

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from runtime import environment
 from runtime.checkpoints.async_save import BackgroundSaving
 from runtime.checkpoints.best import BestResults
 from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder
@@ -61,6 +60,8 @@ class RunFolder:
         warn: told what was found damaged.
         writers: how many ranks save: all where each holds a part of the state, otherwise rank 0 alone.
         timeout_seconds: longest wait of a writer for the others.
+        job: id of the scheduler's job that this start belongs to, if any, and how often that was started again: a job's later
+            start takes over from its earlier one.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class RunFolder:
         warn: Callable[[str], None],
         writers: int = 1,
         timeout_seconds: float = 1800.0,
+        job: tuple[str | None, int] = (None, 0),
     ) -> None:
         self.path = path
+        self._job = job
         self._rank = rank
         self._device = device
         self._section = section
@@ -236,7 +239,7 @@ class RunFolder:
             make_folder(self.path)
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
-        job, restart = environment.job_identity()
+        job, restart = self._job
         self._fence = Fence(self.path, job=job, restart=restart, wait=_LOGGER.info)  # at once: it may take a while
         self._fence.acquire()
         files.stop.unlink(missing_ok=True)  # of an earlier start

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from launch import schedulers
+from launch.cluster_scheduler import ClusterScheduler, ClusterStep
 from launch.node_rendezvous import Place
-from runtime.environment import SlurmStep, slurm_step
 from runtime.errors import ConfigurationError, Problem
 
 
@@ -51,13 +52,11 @@ def place_of(options: argparse.Namespace, processes: int) -> Place | None:
 
     Raises:
         ConfigurationError: options that are missing, or mean nothing.
-        SchedulerError: Slurm does not say where the first machine is.
+        SchedulerError: the scheduler does not say where the first machine is.
     """
     nodes, rank, address = options.nodes or 1, options.node_rank, options.main_address
-    if (step := step_of(options)) is not None:
-        from launch.slurm.step import place_in_step
-
-        return place_in_step(step, processes=processes, port=options.main_port)
+    if (scheduler := _scheduler_of(options)) is not None:
+        return scheduler.own_place(processes=processes, port=options.main_port)
     if nodes == 1:
         given = [f"--{name}" for name, value in (("node-rank", rank), ("main-address", address)) if value is not None]
         if given:
@@ -75,10 +74,15 @@ def place_of(options: argparse.Namespace, processes: int) -> Place | None:
     return Place(nodes, rank, address, options.main_port or 29500, processes)
 
 
-def step_of(options: argparse.Namespace) -> SlurmStep | None:
-    """Return the step of Slurm's that says which machine this is, unless the command line does."""
+def step_of(options: argparse.Namespace) -> ClusterStep | None:
+    """Return the scheduler's step that says which machine this is, unless the command line does."""
+    scheduler = _scheduler_of(options)
+    return scheduler.own_step() if scheduler is not None else None
+
+
+def _scheduler_of(options: argparse.Namespace) -> ClusterScheduler | None:
     said = (options.nodes, options.node_rank, options.main_address)
-    return slurm_step() if said == (None, None, None) else None
+    return schedulers.scheduler_of_step() if said == (None, None, None) else None
 
 
 def _count(text: str) -> int:

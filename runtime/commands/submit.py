@@ -1,18 +1,19 @@
-"""``lockstep submit``: the schedulers there are. Each has a module with ``add(schedulers)``, which adds its own command."""
+"""``lockstep submit SCHEDULER``: hand a run to a cluster."""
 
 from __future__ import annotations
 
 import argparse
 
-from launch.kubernetes import submit as kubernetes
-from launch.slurm import submit as slurm
-
-_SCHEDULERS = (slurm, kubernetes)
+from launch import schedulers
 
 
 def add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``lockstep submit SCHEDULER``."""
+    """Add the command to those of ``lockstep``."""
     submit = commands.add_parser("submit", help="hand a run to a cluster's scheduler")
-    schedulers = submit.add_subparsers(required=True, metavar="SCHEDULER")
-    for scheduler in _SCHEDULERS:
-        scheduler.add(schedulers)
+    names = submit.add_subparsers(required=True, metavar="SCHEDULER")
+    for scheduler in schedulers.SCHEDULERS:
+        parser = names.add_parser(
+            scheduler.name, help=f"submit to {scheduler.title}", description=scheduler.description
+        )
+        scheduler.add_options(parser)
+        parser.set_defaults(run=scheduler.submit)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from launch.schedulers import own_job
 from runtime.build import components
 from runtime.build.preparation import Prepared, prepare, tell_of_component
 from runtime.build.trackers import build_meter, open_trackers, restore_meter
@@ -85,6 +86,7 @@ class Run:
             warn=self._warn,
             writers=strategy.world_size if strategy.writes_together else 1,
             timeout_seconds=self._values.limit.stall_seconds,
+            job=(job.job, job.restart) if (job := own_job()) is not None else (None, 0),
         )
 
     def train(self) -> RunResult:
