@@ -82,6 +82,8 @@ class Processes:
 def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
     """Train what a YAML file (or a mapping) describes, in this process or as one of several.
 
+    Messages are printed, unless the caller has configured logging for the logger ``lockstep``: see :mod:`runtime.messages`.
+
     Args:
         source: path of the YAML file, or its content as a mapping.
         overrides: ``key.path=value``.

@@ -21,6 +21,8 @@ import pytest
 from launch.schedulers import own_job
 from runtime.checkpoints.run_lock import Fence
 from runtime.errors import RunFolderError
+from runtime.session import train
+from tests.observed import configuration
 
 ROOT = Path(__file__).parent.parent
 SHORT = 0.6  # seconds until a lock that stands still is taken over; the counter moves every tenth of a second
@@ -548,3 +550,14 @@ def test_a_job_is_known_by_what_started_it(
         monkeypatch.setenv(name, value)
     job = own_job()
     assert ((job.job, job.restart) if job is not None else (None, 0)) == expected
+
+
+def test_the_lock_of_a_run_names_the_job_that_a_scheduler_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    train(configuration(tmp_path, limit={"steps": 1}))
+    (lock,) = tmp_path.glob("fence-*.json")
+    written = json.loads(lock.read_text())
+    assert (written["job"], written["restart"]) == ("71", 2)
