@@ -138,7 +138,7 @@ def test_the_files_that_the_readme_lists_are_the_files_there_are() -> None:
     names = {path.name for path in (ROOT / "runtime").iterdir() if path.suffix == ".py"} - {"__init__.py"}
     names |= {f"{path.parent.name}/" for path in (ROOT / "runtime").glob("*/__init__.py")}
     assert names <= set(re.findall(r"[a-z_]+(?:\.py|/)", tree))
-    there = {path.name for folder in ("runtime", "tests") for path in (ROOT / folder).rglob("*.py")}
+    there = {path.name for folder in ("runtime", "launch", "tests") for path in (ROOT / folder).rglob("*.py")}
     assert set(re.findall(r"[a-z_]+\.py", tree)) <= there
 
 
