@@ -12,38 +12,35 @@ from torch import Tensor
 @contextmanager
 def held_bytes() -> Iterator[dict[str, int]]:
     """Let runs note what this rank holds of them: parameters and optimizer in the end, gradients at their most."""
-    from runtime.run.run import Run
+    from runtime.run.trainer import Trainer
 
     found = {"gradients": 0}
-    prepare, close = Run._parts, Run._close
+    train = Trainer.train
 
-    def parts(self: Any, module: Any) -> Any:
-        strategy, backward = self._strategy, self._strategy.backward
+    def noting(self: Any, windows: Any) -> Any:
+        strategy, module, optimizer = self._strategy, self._state.module, self._state.optimizer
+        backward = strategy.backward
 
-        def noting(*args: Any, **kwargs: Any) -> None:
+        def noting_backward(*args: Any, **kwargs: Any) -> None:
             backward(*args, **kwargs)
             found["gradients"] = max(found["gradients"], size_of(gradients(strategy, module)))
 
-        strategy.backward = noting
-        return prepare(self, module)
-
-    def closing(self: Any, outcome: Any) -> Any:
-        module, states = self._state.module, self._state.optimizer.state
+        strategy.backward = noting_backward
+        reason = train(self, windows)
         of_parameters = [held for p in module.parameters() for held in (p, getattr(p, "ds_tensor", None))]
-        flat = [tensor for tensor in states if not any(tensor is p for p in module.parameters())]
-        kept = [
-            value for state in states.values() for value in state.values() if isinstance(value, Tensor) and value.ndim
-        ]
+        flat = [tensor for tensor in optimizer.state if not any(tensor is p for p in module.parameters())]
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        kept = [value for value in states if isinstance(value, Tensor) and value.ndim]
         found["parameters"] = size_of(of_parameters)
         found["optimizer"] = size_of([*flat, *kept])
         found["buffers"] = size_of(module.buffers())
-        return close(self, outcome)
+        return reason
 
-    Run._parts, Run._close = parts, closing  # type: ignore[method-assign]
+    Trainer.train = noting  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        Run._parts, Run._close = prepare, close  # type: ignore[method-assign]
+        Trainer.train = train  # type: ignore[method-assign]
 
 
 def gradients(strategy: Any, module: Any) -> Iterator[Tensor | None]:

@@ -90,13 +90,13 @@ def run(rank: int, world: tuple[int, int], config: dict[str, Any]) -> None:
     }  # fmt: skip
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    from runtime.run.run import Run
+    from runtime.run.trainer import Trainer
     from runtime.session import train
 
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
-    prepare = Run._parts
+    make_steps = Trainer.train
 
-    def parts(self: Any, module: Any) -> Any:
+    def watching(self: Any, windows: Any) -> Any:
         step = self._strategy.step
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -109,9 +109,9 @@ def run(rank: int, world: tuple[int, int], config: dict[str, Any]) -> None:
             return update
 
         self._strategy.step = watched
-        return prepare(self, module)
+        return make_steps(self, windows)
 
-    Run._parts = parts  # type: ignore[method-assign]
+    Trainer.train = watching  # type: ignore[method-assign]
     with held_bytes() as held:
         train(config)
     half = (

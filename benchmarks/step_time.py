@@ -120,7 +120,7 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
     each of its blocks the bare loops run a block each.
     """
     from runtime.session import train
-    from runtime.training import loop
+    from runtime.training.progress import Progress
 
     torch.set_num_threads(1)
     if world_size > 1:
@@ -130,7 +130,7 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
     seconds: dict[str, list[float]] = {"usual": [], "careful": [], "lockstep": []}
     for bare in others.values():
         bare.seconds(steps)
-    advance, since = loop.Progress.advance, 0.0
+    advance, since = Progress.advance, 0.0
 
     def take_turns(self: Any, window: Any) -> None:
         nonlocal since
@@ -146,7 +146,7 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
                 gc.disable()
         since = time.perf_counter()
 
-    loop.Progress.advance = take_turns  # type: ignore[method-assign]
+    Progress.advance = take_turns  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         if world_size > 1:
             folders: list[Any] = [folder]

@@ -97,7 +97,7 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
     def act(processes: Processes) -> RunResult:
         from runtime.run.run import Run
 
-        run = Run(loaded, processes.strategy, processes.stop_wish, processes.watch.position, *notes)
+        run = Run(loaded, processes.strategy, processes.stop_wish, processes.watch.position, notes=notes)
         processes.may_tell = run.owns_folder
         if loaded.values.limit.time is not None:
             processes.stop_wish.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from runtime.evaluation.evaluator import Evaluator
-from runtime.run.run import Run
+from runtime.run.trainer import Trainer
 from runtime.session import train
 
 PROJECT = str(Path(__file__).parent / "project")
@@ -39,21 +39,21 @@ def configuration(folder: Path | str, **changes: Any) -> dict[str, Any]:
 def observe(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
     """Train, and return losses, final weights, and the buffers at each evaluation and save of this rank."""
     buffers: list[bytes] = []
-    evaluate, save = Evaluator.evaluate, Run._save
+    evaluate, save = Evaluator.evaluate, Trainer._save
 
     def noting_evaluate(self: Any, stop_wished: Any) -> Any:
         buffers.append(_bytes_of(self._strategy.unwrapped))
         return evaluate(self, stop_wished)
 
-    def noting_save(self: Any, window: Any, leaving: bool) -> None:
+    def noting_save(self: Any, window: Any, reason: Any) -> None:
         buffers.append(_bytes_of(self._strategy.unwrapped))
-        save(self, window, leaving)
+        save(self, window, reason)
 
-    Evaluator.evaluate, Run._save = noting_evaluate, noting_save  # type: ignore[method-assign]
+    Evaluator.evaluate, Trainer._save = noting_evaluate, noting_save  # type: ignore[method-assign]
     try:
         result = train(config, *overrides)
     finally:
-        Evaluator.evaluate, Run._save = evaluate, save  # type: ignore[method-assign]
+        Evaluator.evaluate, Trainer._save = evaluate, save  # type: ignore[method-assign]
     records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "outcome": result.outcome,

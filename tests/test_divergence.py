@@ -172,7 +172,7 @@ def test_a_kill_during_a_rollback_changes_nothing(
 ) -> None:
     from runtime.checkpoints.rollback_history import Attempts
     from runtime.run.run import Run
-    from runtime.training.loop import Progress
+    from runtime.training.progress import Progress
 
     changes = {"divergence": {"non_finite": "rollback", "learning_rate_factor": 0.5}}
     whole = observe(run(tmp_path / "whole", **changes))

@@ -290,25 +290,24 @@ def test_bf16_gathering_stays_within_its_rounding(pool: ProcessPool, tmp_path: P
 
 
 def measure_state(config: dict[str, Any]) -> dict[str, int]:
-    """Train, and return the bytes that this rank holds in the end."""
-    from runtime.run.run import Run
+    """Train, and return the bytes that this rank held after the last update."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
     from runtime.strategies.fsdp_tensors import local
 
     found: dict[str, int] = {}
-    close = Run._close
 
-    def measured(self: Any, outcome: Any) -> Any:
-        module, optimizer = self._state.module, self._state.optimizer
+    def measure(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-        found["parameters"] = sum(local(p).nbytes for p in module.parameters())
+        found["parameters"] = sum(local(p).nbytes for p in parameters)
         found["optimizer"] = sum(local(value).nbytes for value in states)
-        return close(self, outcome)
 
-    Run._close = measured  # type: ignore[method-assign]
+    hook = register_optimizer_step_post_hook(measure)
     try:
         observe(config)
     finally:
-        Run._close = close  # type: ignore[method-assign]
+        hook.remove()
     return found
 
 

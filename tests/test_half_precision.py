@@ -34,12 +34,12 @@ def half(folder: Path, precision: str, **changes: Any) -> dict[str, Any]:
 
 def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
     """Train, and return a digest of each slot's gradient, as the backward pass hands it to the parameters, by step and slot."""
+    from runtime.run import trainer
     from runtime.strategies.ddp import AcceleratedStrategy
-    from runtime.training import loop
 
     found: dict[tuple[int, int], Any] = {}
     now: list[Any] = [None]
-    derive, prepare = loop.derive, AcceleratedStrategy.prepare
+    derive, prepare = trainer.derive, AcceleratedStrategy.prepare
 
     def noting(seed: int, *keys: Any) -> Any:
         now[0] = keys[1:]  # step and slot
@@ -55,11 +55,11 @@ def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
             parameter.register_hook(note)
         prepare(self, module, optimizer)
 
-    loop.derive, AcceleratedStrategy.prepare = noting, hooked  # type: ignore[method-assign]
+    trainer.derive, AcceleratedStrategy.prepare = noting, hooked  # type: ignore[method-assign]
     try:
         observe(config)
     finally:
-        loop.derive, AcceleratedStrategy.prepare = derive, prepare  # type: ignore[method-assign]
+        trainer.derive, AcceleratedStrategy.prepare = derive, prepare  # type: ignore[method-assign]
     return {key: digest.hexdigest() for key, digest in found.items()}
 
 

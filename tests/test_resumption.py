@@ -165,11 +165,11 @@ def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str
     from runtime.distributed import collectives
     from runtime.distributed.stopping import StopWish
     from runtime.evaluation.evaluator import Evaluator
-    from runtime.run.run import Run
+    from runtime.run.trainer import Trainer
 
     seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0
     run_share, bool_of = Evaluator._run_share, StopWish.__bool__
-    evaluate, wished, rounds = Run._evaluate, [], []
+    evaluate, wished, rounds = Trainer._evaluate, [], []
 
     def noting(self: Any, window: Window) -> Any:
         if self._progress.step == step:
@@ -180,11 +180,11 @@ def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str
         rounds.extend(wished)
         return len(rounds) > 1
 
-    Run._evaluate, StopWish.__bool__ = noting, asked  # type: ignore[method-assign]
+    Trainer._evaluate, StopWish.__bool__ = noting, asked  # type: ignore[method-assign]
     try:
         return observe(config)
     finally:
-        Run._evaluate, StopWish.__bool__ = evaluate, bool_of  # type: ignore[method-assign]
+        Trainer._evaluate, StopWish.__bool__ = evaluate, bool_of  # type: ignore[method-assign]
         Evaluator._run_share, collectives._SECONDS_BETWEEN = run_share, seconds_between
 
 

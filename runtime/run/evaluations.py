@@ -6,8 +6,7 @@ follows from it: a run whose limit is raised would not have made it had it gone 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 
 from runtime.build.preparation import Prepared, build_averaged_evaluation, build_evaluator
 from runtime.checks.settings import check_changed_settings
@@ -16,19 +15,13 @@ from runtime.data.batches import Window
 from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.metrics import Result
 from runtime.optimization.optimizer_eval_mode import evaluated_weights
-from runtime.reporting.meters import PhaseTimes
-from runtime.reporting.reporter import Reporter
+from runtime.run.services import RunServices
 from runtime.strategies import Strategy
-from runtime.training.garbage import GarbageCollection
-from runtime.training.triggers import Milestones
+from runtime.training.triggers import Triggers
 
 
 class Evaluations:
     """Evaluates validation and test data as the run's configuration asks. Collective: every rank calls alike.
-
-    Args:
-        stop_wished: whether this process was asked to stop.
-        closing: loader workers live until it is closed.
 
     Attributes:
         results: of the last evaluation of the validation data, and behind ``test/`` of the test data; equal on every rank.
@@ -40,23 +33,18 @@ class Evaluations:
         loaded: LoadedConfiguration,
         prepared: Prepared,
         strategy: Strategy,
-        milestones: Milestones,
-        *,
-        reporter: Reporter,
-        times: PhaseTimes,
-        garbage: GarbageCollection,
-        stop_wished: Callable[[], bool],
-        closing: ExitStack,
+        triggers: Triggers,
+        services: RunServices,
     ) -> None:
         self._loaded = loaded
         self._every = loaded.values.evaluation.every
-        self._milestones, self._state, self._progress = milestones, prepared.state, prepared.state.progress
-        self._reporter, self._times, self._garbage, self._stop_wished = reporter, times, garbage, stop_wished
-        slots = prepared.sharing.slots
+        self._triggers, self._state, self._progress = triggers, prepared.state, prepared.state.progress
+        self._services = services
+        slots, closing = prepared.sharing.slots, services.closing
         self._validation = build_evaluator(loaded, strategy, "validation", slots=slots, closing=closing)
         self._test = build_evaluator(loaded, strategy, "test", slots=slots)
         self._weights = build_averaged_evaluation(
-            loaded, prepared, strategy, closing=closing, enter=self._statistics_go_on, tell=reporter.message
+            loaded, prepared, strategy, closing=closing, enter=self._statistics_go_on, tell=services.reporter.message
         )
         self.results: dict[str, Result] = {}
         self.judged = True
@@ -94,9 +82,9 @@ class Evaluations:
 
         None where it is not due, was cut short, or is due only because the run ends.
         """
-        if not self._milestones.is_due(self._every, window) or not (self._validation or window.run_ends):
+        if not self._triggers.is_due(self._every, window) or not (self._validation or window.run_ends):
             return None
-        judged = self._milestones.is_due_by_interval(self._every, window)
+        judged = self._triggers.is_due_by_interval(self._every, window)
         results = self._validate(judged=judged)
         return results if judged else None
 
@@ -110,13 +98,10 @@ class Evaluations:
             self._report("validation", results)
         return results
 
-    def enough(self, results: Mapping[str, Result]) -> bool:
-        """Judge results for early stopping; they are equal on every rank."""
-        stopping = self._state.early_stopping
-        if stopping is None:
-            return False
-        stopping.after_evaluation(results, self._progress.step)
-        return stopping.exhausted
+    def judge(self, results: Mapping[str, Result]) -> None:
+        """Let results count towards early stopping; they are equal on every rank."""
+        if self._state.early_stopping is not None:
+            self._state.early_stopping.after_evaluation(results, self._progress.step)
 
     def catch_up(self) -> bool:
         """Do what was cut short when the run was left; return whether it was done this time."""
@@ -126,7 +111,7 @@ class Evaluations:
             return False
         if judged:
             self._state.schedule.after_evaluation(results)
-            self.enough(results)
+            self.judge(results)
         return True
 
     def test(self) -> bool:
@@ -141,22 +126,22 @@ class Evaluations:
         return True
 
     def _report(self, split: str, results: Mapping[str, Result]) -> None:
-        self._reporter.log(results, step=self._progress.step, epoch=self._progress.epoch, split=split)
+        self._services.reporter.log(results, step=self._progress.step, epoch=self._progress.epoch, split=split)
 
     def _evaluated(self, evaluator: Evaluator | None, *, judged: bool) -> dict[str, Result] | None:
         self._give_sign_of_life()
 
         def before_round() -> bool:
             self._give_sign_of_life()
-            return self._stop_wished()
+            return self._services.stop_requested()
 
-        with evaluated_weights(self._state.optimizer), self._garbage.paused():
+        with evaluated_weights(self._state.optimizer), self._services.garbage.paused():
             return self._weights.evaluate(
-                evaluator, self._progress, extra=not judged, last=self._milestones.over, stop_wished=before_round
+                evaluator, self._progress, extra=not judged, last=self._triggers.over, stop_wished=before_round
             )
 
     def _statistics_go_on(self) -> None:
         self._give_sign_of_life()
 
     def _give_sign_of_life(self) -> None:
-        self._times.enter("evaluate", self._progress.step)  # an evaluation may take long
+        self._services.times.enter("evaluate", self._progress.step)  # an evaluation may take long

@@ -15,6 +15,7 @@ from runtime.checkpoints.load import load_weights
 from runtime.config.file import LoadedConfiguration
 from runtime.evaluation.metrics import Result
 from runtime.state.module_buffers import make_room
+from runtime.training.stop_reason import StopReason
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class RunResult:
         folder: the run folder.
         make_model: returns the trained model.
         message: why it finished before its limit, if it did.
+        stop_reason: why it ended; ``stop request`` is what can be continued. Equal on every rank.
     """
 
     outcome: Literal["finished", "stopped"]
@@ -36,6 +38,7 @@ class RunResult:
     folder: Path
     make_model: Callable[[], nn.Module]
     message: str = ""
+    stop_reason: StopReason | None = None
 
     @functools.cached_property
     def model(self) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,19 @@ from torch import Tensor, get_num_threads, nn
 
 from runtime.build.preparation import Prepared
 from runtime.build.sources import preparation
-from runtime.checkpoints.run_folder import RunFolder
 from runtime.checks.checkpoint import prove_checkpoint
 from runtime.checks.objective import coupled_parts
 from runtime.code_digests import loaded_code
 from runtime.config.file import LoadedConfiguration
+from runtime.data.batches import Window
 from runtime.data.order import SamplerOrder
-from runtime.data.stream_pieces import Place
 from runtime.data.training_data import MappedData, StreamedData, saved_places
 from runtime.distributed.rank_consistency import compare_values
 from runtime.reporting.facts import versions
 from runtime.reporting.meters import TrainingMeter
 from runtime.run.evaluations import Evaluations
+from runtime.run.services import RunServices
+from runtime.run.training_windows import TrainingWindows
 from runtime.state.module_buffers import places_of
 from runtime.strategies import Strategy
 
@@ -31,77 +32,82 @@ class StateSaver:
     """Saves a run's state to its folder. Collective: every rank calls its methods alike.
 
     Args:
+        windows: know where the readers of a stream are.
         unproven: whether the run's first checkpoint is still to be compared with what is running.
-        tell: takes a line that informs.
-        warn: takes a line that warns.
-
-    Attributes:
-        slot: a batch of the last step, with which the first checkpoint is tried out; kept by whoever reads the data.
     """
 
     def __init__(
         self,
         loaded: LoadedConfiguration,
         strategy: Strategy,
-        folder: RunFolder,
         prepared: Prepared,
+        services: RunServices,
         *,
         meter: TrainingMeter,
         evaluations: Evaluations,
+        windows: TrainingWindows,
         unproven: bool,
-        tell: Callable[[str], None],
-        warn: Callable[[str], None],
     ) -> None:
-        self._loaded, self._strategy, self._folder = loaded, strategy, folder
+        self._loaded, self._strategy, self._folder = loaded, strategy, services.folder
         self._data, self._identity, self._state = prepared.data, prepared.identity, prepared.state
-        self._meter, self._evaluations = meter, evaluations
-        self._tell, self._warn = tell, warn
+        self._meter, self._evaluations, self._windows = meter, evaluations, windows
+        self._tell, self._warn = services.reporter.message, services.reporter.warn
         self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
         self._compares = loaded.values.checks == "on" and strategy.world_size > 1 and not strategy.sharded
-        self.unproven = unproven
-        self.slot: Any = None
+        self._unproven = unproven
+
+    @property
+    def prepared(self) -> bool:
+        """Whether :meth:`prepare` was called."""
+        return self._folder.saving_prepared
 
     def prepare(self) -> None:
         """Allocate what a save copies into, once the optimizer has its state."""
-        if not self._folder.saving_prepared:
+        if not self.prepared:
             self._folder.prepare_saving(self._collecting())
 
-    def save(self, places: Mapping[int, Place], check_drawn: Callable[[], None]) -> None:
-        """Save the state as it is between two steps.
+    def is_best(self) -> bool:
+        """Whether results of this step are among the best of ``checkpoint.best``, so that it has to be saved."""
+        return self._folder.is_best(self._evaluations.judged_results_of_this_step)
 
-        Args:
-            places: where the readers of a stream stand.
-            check_drawn: compares what a sampler has drawn on the ranks. Collective.
+    def save(self) -> None:
+        """Save the state as it is between two steps.
 
         Raises:
             RanksDifferError: the ranks have other weights, or have drawn other samples.
         """
         progress, results = self._state.progress, self._evaluations.results_of_this_step
         if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
-            check_drawn()  # what is saved is what all ranks have trained
+            self._windows.agreement.check_drawn()  # what is saved is what all ranks have trained
         if self._compares:
             compare_values(_held_alike(self._state.module), self._strategy.device)
         if isinstance(self._data, StreamedData):
-            self._of_reading["stream"] = saved_places(places, self._data.samples.sharded_by, self._strategy.device)
+            self._of_reading["stream"] = saved_places(
+                self._windows.places, self._data.samples.sharded_by, self._strategy.device
+            )
         self._of_reading["meter"] = self._meter.state()
         place: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
         judged = self._evaluations.judged or not results
         self._folder.save(self._collecting(), results=results, judged=judged, **place)
 
-    def prove_first(self, *, leaving: bool) -> None:
-        """Compare the run's first checkpoint with what is running, unless that was done or the process is to end soon."""
-        if not self.unproven or not self._state.progress.updates:
+    def prove_first(self, window: Window, *, leaving: bool) -> None:
+        """Compare the run's first checkpoint with what is running, unless that was done or the process is to end soon.
+
+        Args:
+            window: of the last step; the checkpoint is tried out with its first microbatch.
+        """
+        if not self._unproven or not self._state.progress.updates:
             return
-        self.unproven = False
+        self._unproven = False
         if leaving:
             self._tell("The first checkpoint was not tried out (the run is being stopped).")
             return
-        batch, self.slot = self.slot, None
 
         def saved() -> Path | None:
             self._folder.finish_saving()
             return self._folder.last_saved()
 
+        batch = window.microbatches[0].batch
         prove_checkpoint(
             self._loaded, self._strategy, self._state, saved=saved, batch=batch, warn=self._warn, tell=self._tell
         )

@@ -26,8 +26,11 @@ class _Open(NamedTuple):
     losses: dict[str, Tensor]
 
 
-class Verdicts:
+class StepOutcomes:
     """Settles steps in their order, each before the next update: the parameters are still those that it left.
+
+    Attributes:
+        applied: whether the update of the step that was added last was applied; None as long as only the device knows.
 
     Raises from every method but the constructor:
         DivergenceError: a gradient was not finite and the policy is to stop; parameters are as they were before it.
@@ -47,6 +50,7 @@ class Verdicts:
         self._strategy, self._schedule, self._averaging = strategy, schedule, averaging
         self._divergence, self._progress, self._meter = divergence, progress, meter
         self._open: _Open | None = None
+        self.applied: bool | None = None
 
     def add(self, window: Window, update: Update) -> None:
         """Take in the step that was just counted; settle it at once if what became of it is known."""
@@ -55,11 +59,7 @@ class Verdicts:
             self._settle(window, update, step, losses)
         else:
             self._open = _Open(window, update, step, losses)
-
-    @property
-    def open(self) -> bool:
-        """Tell whether a step is still to be settled."""
-        return self._open is not None
+            self.applied = None
 
     def settle(self) -> None:
         """Let the step's consequences follow, if they have not yet. Waits for the device, for a flag of the step itself."""
@@ -68,7 +68,7 @@ class Verdicts:
             self._settle(*settled)
 
     def _settle(self, window: Window, update: Update, step: int, losses: dict[str, Tensor]) -> None:
-        applied = not update.skipped
+        self.applied = applied = not update.skipped
         if not applied and update.judged and not self._strategy.skips_overflow:
             self._divergence.decide("the gradient is NaN or infinite", window, step, spike=False)
         self._progress.settle(step, applied=applied)

@@ -1,4 +1,4 @@
-"""When something is due after a step, and when the run is over; the same answers on every rank."""
+"""When something is due after a step, and why a run ends; the same answers on every rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from runtime.data.batches import Cursor, Window
 from runtime.data.training_data import TrainingData
 from runtime.training.early_stopping import EarlyStopping
 from runtime.training.progress import Progress
+from runtime.training.stop_reason import StopReason
 
 
-class Milestones:
+class Triggers:
     """Intervals and limits over a run's progress.
 
     Args:
@@ -55,11 +56,29 @@ class Milestones:
         step = self._progress.step
         return any(step % count == 0 for count in self._step_counts)  # asked at every step
 
+    def stop_reason(self, *, asked: bool = False) -> StopReason | None:
+        """Return why the run ends here, between two steps, or None if it goes on; equal on every rank.
+
+        The one place that decides it, at a start as after a step. Only a step that diverges ends a run elsewhere: it raises.
+
+        Args:
+            asked: the ranks have agreed to leave, or have left an evaluation early to do so.
+        """
+        if self._early_stopping is not None and self._early_stopping.exhausted:
+            return StopReason.EARLY_STOPPING
+        if asked:
+            return StopReason.STOP_REQUEST
+        return self.limit if self._limit_reached() else None
+
+    @property
+    def limit(self) -> StopReason:
+        """Which limit the run has."""
+        return StopReason.STEP_LIMIT if self._limit.steps is not None else StopReason.EPOCH_LIMIT
+
     @property
     def over(self) -> bool:
         """Whether nothing is left to train: the limit is reached, or the run has stopped early."""
-        stopping = self._early_stopping
-        return (stopping is not None and stopping.exhausted) or self._limit_reached()
+        return self.stop_reason() is not None
 
     @property
     def why_early(self) -> str:

@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant, remembers
 
 _BUFFERS, _LOOP, _VERDICTS = (
     "runtime/training/buffers.py",
-    "runtime/training/loop.py",
+    "runtime/run/trainer.py",
     "runtime/training/step_outcomes.py",
 )
 _DIVERGENCE, _PROGRESS = "runtime/training/divergence.py", "runtime/training/progress.py"
@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "loop: a run that is stopped leaves without a save",
         _LOOP,
-        "parts.save(window, leaving or enough)",
-        "parts.save(window, enough)",
+        "leaving = self._saver.is_best(), reason is not None and reason.before_limit",
+        "leaving = self._saver.is_best(), reason is StopReason.EARLY_STOPPING",
         ("tests/test_whole_state.py::test_only_what_is_due_or_among_the_best_is_saved_and_so_after_a_stop",),
     ),
     Mutant(
@@ -78,7 +78,7 @@ MUTANTS = (
     Mutant(
         "loop: the plateau schedule hears of no evaluation",
         _LOOP,
-        "            parts.schedule.after_evaluation(results)\n",
+        "                    self._schedule.after_evaluation(results)\n",
         "",
         (
             "tests/test_resumption.py::test_learning_rates_are_equal_on_all_ranks_at_every_step_also_over_a_resumption",

@@ -278,13 +278,13 @@ class Moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
+        from runtime.checkpoints.run_folder import RunFolder
         from runtime.distributed.watchdog import Position
-        from runtime.run.evaluations import Evaluations
-        from runtime.run.run import Run
+        from runtime.training.averaged_evaluation import AveragedEvaluation
         from runtime.training.progress import Progress
 
         advance, enter = Progress.advance, Position.enter
-        evaluated, roll_back = Evaluations._evaluated, Run._roll_back
+        evaluate, roll_back = AveragedEvaluation.evaluate, RunFolder.roll_back
 
         def entering(position: Position, phase: str, step: int) -> None:
             enter(position, phase, step)
@@ -297,16 +297,16 @@ class Moment:
             if window.epoch_ends:
                 self.event("epoch")
 
-        def evaluating(evaluations: Evaluations, evaluator: Any) -> Any:
+        def evaluating(evaluation: AveragedEvaluation, *args: Any, **options: Any) -> Any:
             self.event("evaluation")
-            return evaluated(evaluations, evaluator)
+            return evaluate(evaluation, *args, **options)
 
-        def rolling_back(run: Run, wanted: Any) -> None:
+        def rolling_back(folder: RunFolder, wanted: Any, **options: Any) -> Any:
             self.event("rollback")
-            roll_back(run, wanted)
+            return roll_back(folder, wanted, **options)
 
         Position.enter, Progress.advance = entering, advancing
-        Evaluations._evaluated, Run._roll_back = evaluating, rolling_back
+        AveragedEvaluation.evaluate, RunFolder.roll_back = evaluating, rolling_back  # type: ignore[method-assign]
         for name in ("rename", "replace", "fsync"):
             setattr(os, name, self._ticking(getattr(os, name)))
         _moments.append(self)

@@ -1,0 +1,86 @@
+"""The parts of a run that act while it trains, built in order of dependence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.build.preparation import Prepared, prepare
+from runtime.build.trackers import build_meter
+from runtime.config.file import LoadedConfiguration
+from runtime.reporting.meters import TrainingMeter
+from runtime.run.evaluations import Evaluations
+from runtime.run.services import RunServices
+from runtime.run.state_saver import StateSaver
+from runtime.run.trainer import Trainer
+from runtime.run.training_windows import TrainingWindows
+from runtime.strategies import Strategy
+from runtime.training.triggers import Triggers
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of: its state and its data (``prepared``), and what acts on them."""
+
+    prepared: Prepared
+    triggers: Triggers
+    windows: TrainingWindows
+    evaluations: Evaluations
+    meter: TrainingMeter
+    saver: StateSaver
+    trainer: Trainer
+
+
+def build_parts(
+    loaded: LoadedConfiguration,
+    strategy: Strategy,
+    services: RunServices,
+    *,
+    before: Mapping[str, Any] | None,
+) -> Parts:
+    """Build a run's parts. Collective: every rank must call this.
+
+    Args:
+        before: training state of the checkpoint that the run goes on from; it is looked at, not loaded.
+
+    Raises:
+        LockstepError: what is wrong with configuration, data, or the ranks' agreement.
+    """
+    values = loaded.values
+    prepared = prepare(loaded, strategy, before, services.reporter.warn, services.reporter.message)
+    triggers = Triggers(
+        values.limit,
+        (values.reporting.every, values.evaluation.every, values.checkpoint.every),
+        data=prepared.data,
+        progress=prepared.state.progress,
+        early_stopping=prepared.state.early_stopping,
+    )
+    windows = TrainingWindows(loaded, strategy, prepared, triggers, services)
+    services.closing.callback(windows.close)
+    evaluations = Evaluations(loaded, prepared, strategy, triggers, services)
+    meter = build_meter(loaded, prepared.state, times=services.times, groups=prepared.groups)
+    saver = StateSaver(
+        loaded,
+        strategy,
+        prepared,
+        services,
+        meter=meter,
+        evaluations=evaluations,
+        windows=windows,
+        unproven=before is None and values.checks == "on",
+    )
+    trainer = Trainer(
+        prepared.state,
+        services,
+        seed=values.seed,
+        max_grad_norm=values.optimizer.max_grad_norm,
+        report_every=values.reporting.every,
+        save_every=values.checkpoint.every,
+        triggers=triggers,
+        agreement=windows.agreement,
+        evaluations=evaluations,
+        saver=saver,
+        meter=meter,
+    )
+    return Parts(prepared, triggers, windows, evaluations, meter, saver, trainer)

@@ -1,0 +1,181 @@
+"""The training loop: one visible call for each thing that happens in a step, in an order that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from runtime.checkpoints.run_state import RunState
+from runtime.config.types import Interval
+from runtime.data.batches import Window
+from runtime.distributed.collectives import Agreement
+from runtime.evaluation.metrics import Result
+from runtime.optimization.combined import members
+from runtime.randomness import Purpose, derive, seed_everything
+from runtime.reporting.meters import TrainingMeter
+from runtime.reporting.stragglers import Stragglers
+from runtime.run.evaluations import Evaluations
+from runtime.run.services import RunServices
+from runtime.run.state_saver import StateSaver
+from runtime.strategies import Update
+from runtime.training.buffers import buffer_rule
+from runtime.training.step_outcomes import StepOutcomes
+from runtime.training.stop_reason import StopReason
+from runtime.training.triggers import Triggers
+
+
+class Trainer:
+    """Makes the steps of a run, and reports, evaluates and saves after them. Collective: every rank calls alike.
+
+    Args:
+        state: what is trained.
+        seed: of the run.
+        max_grad_norm: the gradient is clipped to this 2-norm; None does not clip.
+        report_every: how often figures of training are read and reported.
+        save_every: how often the state is saved, besides the best results and a run that is left.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        services: RunServices,
+        *,
+        seed: int,
+        max_grad_norm: float | None,
+        report_every: Interval,
+        save_every: Interval,
+        triggers: Triggers,
+        agreement: Agreement,
+        evaluations: Evaluations,
+        saver: StateSaver,
+        meter: TrainingMeter,
+    ) -> None:
+        self._state, self._progress, self._schedule = state, state.progress, state.schedule
+        self._strategy = state.strategy
+        self._seed, self._max_grad_norm = seed, max_grad_norm
+        self._report_every, self._save_every = report_every, save_every
+        self._triggers, self._agreement = triggers, agreement
+        self._evaluations, self._saver, self._meter = evaluations, saver, meter
+        self._services = services
+        self._stragglers = Stragglers()
+        # An optimizer of somebody else's may draw random numbers; they must be the same on every rank.
+        self._seeds_updates = not all(type(part).__module__.startswith("torch.") for part in members(state.optimizer))
+
+    def train(self, windows: Iterable[Window]) -> StopReason:
+        """Make a step of each window until the run's limit, or until there is another reason to stop; return the reason.
+
+        Raises:
+            DivergenceError: a step went wrong and the policy is to stop; parameters are as they were before it.
+            RollbackWanted: a step went wrong and the policy is to return to a checkpoint.
+        """
+        strategy, progress, meter = self._strategy, self._progress, self._meter
+        enter = self._services.times.enter  # says where this rank is, should it fall silent
+        self._state.module.train()
+        meter.start()
+        outcomes = self._step_outcomes()
+        buffers = buffer_rule(self._state.module, strategy, self._state.buffers.moving, step=progress.step)
+        enter("data", progress.step + 1)
+        for window in windows:
+            step = progress.step + 1
+            self._agreement.begin(self._services.stop_requested())
+            buffers.begin_step()
+            for number, microbatch in enumerate(window.microbatches, start=1):
+                seed_everything(derive(self._seed, Purpose.SLOT, progress.step, microbatch.slot), strategy.device)
+                batch, filler = strategy.to_device(microbatch.batch), microbatch.filler
+                with strategy.microbatch(last=number == len(window.microbatches)):
+                    enter("forward", step)
+                    loss = strategy.forward(batch, filler=filler)
+                    enter("backward", step)
+                    strategy.backward(loss.sum, weight=window.weight or 1.0)
+                buffers.end_slot(filler=filler)
+                if not filler:
+                    meter.add(loss, batch)
+                del loss, batch  # the next forward pass needs the memory
+
+            enter("step", step)
+            outcomes.settle()  # of the step before, where the device decided
+            update = self._apply(window)
+            buffers.end_step(real_slots=window.real_slots, skipped=update.skipped)
+            progress.advance(window)
+            outcomes.add(window, update)
+            self._services.garbage.after_step(progress.step)
+
+            leaving, reason = self._agreement.end(), None
+            if leaving or self._is_anything_due(window):  # not after most steps
+                outcomes.settle()
+                enter("report", step)
+                self._report(window)
+                enter("evaluate", step)
+                results = self._evaluate(window)
+                if results is not None:
+                    self._schedule.after_evaluation(results)
+                    self._evaluations.judge(results)
+                # All ranks left the evaluation early, to leave, if it is still due.
+                reason = self._triggers.stop_reason(asked=leaving or progress.evaluation_due)
+                enter("save", step)
+                self._save(window, reason)
+            if reason is not None:
+                return reason
+            enter("data", step + 1)
+        return self._triggers.limit
+
+    def _step_outcomes(self) -> StepOutcomes:
+        state = self._state
+        return StepOutcomes(
+            strategy=state.strategy,
+            schedule=state.schedule,
+            averaging=state.averaging,
+            divergence=state.divergence,
+            progress=state.progress,
+            meter=self._meter,
+        )
+
+    def _apply(self, window: Window) -> Update:
+        """Clip and update, unless the step is to be skipped."""
+        strategy, divergence, progress = self._strategy, self._state.divergence, self._progress
+        will_report = self._triggers.is_due(self._report_every, window, ahead=1)
+        if will_report:
+            self._meter.note_learning_rates(self._schedule.learning_rates)  # the schedule goes on behind the update
+        if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
+            strategy.discard()
+            return Update(skipped=True)
+        spike = divergence.spike(lambda: self._meter.step_loss(window.weight))
+        if spike is not None:
+            strategy.discard()
+            divergence.decide(spike, window, progress.step + 1, spike=True)
+            return Update(skipped=True)
+        if self._seeds_updates:
+            seed_everything(derive(self._seed, Purpose.UPDATE, progress.step), strategy.device)
+        return strategy.step(self._max_grad_norm, measure_norm=will_report)
+
+    def _is_anything_due(self, window: Window) -> bool:
+        """Whether anything follows the step that was just counted; equal on every rank."""
+        return not self._saver.prepared or self._triggers.is_anything_due(window)
+
+    def _report(self, window: Window) -> None:
+        """Report the meter's figures, if they are due. Waits for the device."""
+        if not self._triggers.is_due(self._report_every, window):
+            return
+        # The interval that the run's end cuts short goes on if the limit is raised.
+        values = self._meter.read(forget=self._triggers.is_due_by_interval(self._report_every, window))
+        self._services.reporter.log(values, step=self._progress.step, epoch=window.cursor.epoch + 1, split="train")
+        straggling = self._stragglers.message(values, self._meter.seconds)
+        if straggling is not None:
+            self._services.reporter.message(straggling)
+
+    def _evaluate(self, window: Window) -> Mapping[str, Result] | None:
+        """Evaluate, if that is due; return the results if the schedule and early stopping may follow them."""
+        self._meter.pause()
+        results = self._evaluations.after_step(window)
+        self._meter.resume()
+        return results
+
+    def _save(self, window: Window, reason: StopReason | None) -> None:
+        """Save, if that is due, or the results are among the best, or the run ends before its limit."""
+        self._saver.prepare()
+        best, leaving = self._saver.is_best(), reason is not None and reason.before_limit
+        if leaving or best or self._triggers.is_due(self._save_every, window):
+            self._services.stop_wish.moved()  # a save has a grace time of its own
+            self._meter.pause()
+            self._saver.save()
+            self._saver.prove_first(window, leaving=leaving)
+            self._meter.resume()

@@ -1,0 +1,123 @@
+"""The windows that a run trains on, from where it is; before an epoch's first window its parameters are unfrozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from runtime.build import components
+from runtime.build.preparation import Prepared
+from runtime.config.file import LoadedConfiguration
+from runtime.data.batches import Window
+from runtime.data.stream_pieces import Place
+from runtime.data.training_data import How, MappedData, Reading, places_of
+from runtime.distributed.collectives import Agreement, begin_sum_over_ranks
+from runtime.losses.rows import with_rows_checked
+from runtime.run.services import RunServices
+from runtime.strategies import Strategy
+from runtime.training.triggers import Triggers
+
+
+class TrainingWindows:
+    """Reads windows. Collective: every rank calls alike.
+
+    Attributes:
+        agreement: carries stop requests between steps, and compares what the ranks have drawn.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedConfiguration,
+        strategy: Strategy,
+        prepared: Prepared,
+        triggers: Triggers,
+        services: RunServices,
+    ) -> None:
+        self._loaded, self._strategy, self._triggers, self._services = loaded, strategy, triggers, services
+        self._data, self._sharing, self._freezing = prepared.data, prepared.sharing, prepared.freezing
+        self._module, self._progress = prepared.state.module, prepared.state.progress
+        self._reading: Reading | None = None
+        self._places: dict[int, Place] = {}
+        self._epoch = -1  # of the step that is being made
+        self._warmed_up = False
+        self.agreement = Agreement(world_size=strategy.world_size, device=strategy.device, drawn=self._num_drawn)
+
+    @property
+    def places(self) -> Mapping[int, Place]:
+        """Where this rank's readers of a stream are, by worker."""
+        return self._places if self._reading is None else self._reading.places
+
+    def go_on_from(self, training: Mapping[str, Any]) -> None:
+        """Continue where the readers were when a checkpoint was made.
+
+        Args:
+            training: the checkpoint's training state.
+        """
+        self._reading = None
+        self._places = places_of(training.get("stream", {}), self._strategy.rank)
+
+    def begin(self) -> Iterator[Window]:
+        """Begin to read at the run's cursor. The loader's workers live until the next call or :meth:`close`."""
+        self._reading = reading = self._read()
+        if not self._warmed_up:
+            self._strategy.warm_up(reading.filler)
+            self._warmed_up = True
+        return self._unfrozen(reading)
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._reading = None
+
+    def _read(self) -> Reading:
+        objective, loader = self._module.objective, self._loaded.values.data.loader
+        how = How(
+            sharing=self._sharing,
+            make_loader=components.build_loader(self._loaded, self._strategy.device),
+            num_workers=loader.num_workers,
+            weigh=None if objective.counts_samples else objective.checked_weight,
+            num_weights=objective.num_weights,
+            begin_sum=self._begin_sum,
+            ahead=lambda: self.agreement.steps_ahead,
+            tell=self._services.reporter.message,
+        )
+        return self._data.read(
+            how,
+            start=self._progress.cursor,
+            stop=self._triggers.limit_from_here(),
+            skipped=self._progress.skipped_batches,
+            places=self._places,
+        )
+
+    def _unfrozen(self, reading: Reading) -> Iterator[Window]:
+        """Yield windows, each once the parameters of its epoch can be trained. Collective."""
+        self._epoch = -1
+        windows = reading.windows
+        if self._data.samples.own_batches:
+            windows = with_rows_checked(windows, self._module.objective, self._services.reporter.warn)
+        for window in windows:
+            changed = window.cursor.epoch != self._epoch and self._freezing.apply(window.cursor.epoch)
+            self._epoch = window.cursor.epoch
+            if changed:
+                self._strategy.rewrap()
+                self._strategy.warm_up(reading.filler)
+                trainable = sum(p.numel() for p in self._module.parameters() if p.requires_grad)
+                self._services.reporter.message(
+                    f"epoch {window.cursor.epoch + 1}: {trainable:,} parameters are trained"
+                )
+            yield window
+
+    def _num_drawn(self) -> int:
+        return self._data.order.drawn_until(self._epoch) if isinstance(self._data, MappedData) else 0
+
+    def _begin_sum(self, weights: Tensor) -> Callable[[], Tensor]:
+        finish = begin_sum_over_ranks(weights, self._strategy.device)
+
+        def waited() -> Tensor:
+            self._services.times.enter("weigh", self._progress.step + 1)  # here the ranks wait for the slowest reader
+            total = finish()
+            self._services.times.enter("data", self._progress.step + 1)
+            return total
+
+        return waited
