@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from runtime.reporting.tracker import TrackedRun, Tracker
     from runtime.run.result import RunResult
     from runtime.session import evaluate, predict, train
+    from runtime.training.observers import StepReport
+    from runtime.training.stop_reason import StopReason
 
 _MODULES = {
     "InferenceResult": "runtime.inference.checkpoint_inference",
     "Loss": "runtime.objective",
     "Objective": "runtime.objective",
     "RunResult": "runtime.run.result",
+    "StepReport": "runtime.training.observers",
+    "StopReason": "runtime.training.stop_reason",
     "TrackedRun": "runtime.reporting.tracker",
     "Tracker": "runtime.reporting.tracker",
     "evaluate": "runtime.session",
@@ -40,6 +44,8 @@ __all__ = [
     "Loss",
     "Objective",
     "RunResult",
+    "StepReport",
+    "StopReason",
     "TrackedRun",
     "Tracker",
     "errors",

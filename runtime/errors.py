@@ -18,6 +18,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── EvaluationError              evaluation did not see every sample once
  │    └── MetricError             a metric refused its input
  ├── SchedulerError               a cluster's scheduler is missing, refuses a job, or does not answer
+ ├── ObserverError                an observer raised (train(observers=…), reporting.observers)
  ├── PredictionError              predictions cannot be written where, or into what, they are to go
  └── PeerError                    another rank left; its own message tells why
 """
@@ -145,6 +146,10 @@ class MetricError(EvaluationError):
     def __init__(self, metric: str, message: str) -> None:
         self.metric = metric
         super().__init__(message)
+
+
+class ObserverError(LockstepError):
+    """An observer of the user's raised. On one rank, as a rule: each calls its own."""
 
 
 class PredictionError(LockstepError):

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from runtime.run.diagnosis import Examined
     from runtime.run.result import RunResult
     from runtime.strategies import Strategy
+    from runtime.training.observers import Observer
 
 
 class Finished(Protocol):
@@ -79,7 +80,7 @@ class Processes:
     may_tell: Callable[[], bool] = lambda: True
 
 
-def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
+def train(source: Path | str | Mapping[str, Any], *overrides: str, observers: Sequence[Observer] = ()) -> RunResult:
     """Train what a YAML file (or a mapping) describes, in this process or as one of several.
 
     Messages are printed, unless the caller has configured logging for the logger ``lockstep``: see :mod:`runtime.messages`.
@@ -87,6 +88,8 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
     Args:
         source: path of the YAML file, or its content as a mapping.
         overrides: ``key.path=value``.
+        observers: called in their order with a :class:`lockstep.StepReport` after each step of this process, behind those of
+            ``reporting.observers``. They cannot change the run; what one raises ends it.
 
     Raises:
         LockstepError: whatever is wrong, as one message.
@@ -97,7 +100,14 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str) -> RunResult:
     def act(processes: Processes) -> RunResult:
         from runtime.run.run import Run
 
-        run = Run(loaded, processes.strategy, processes.stop_wish, processes.watch.position, notes=notes)
+        run = Run(
+            loaded,
+            processes.strategy,
+            processes.stop_wish,
+            processes.watch.position,
+            notes=notes,
+            observers=observers,
+        )
         processes.may_tell = run.owns_folder
         if loaded.values.limit.time is not None:
             processes.stop_wish.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)

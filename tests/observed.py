@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from runtime.evaluation.evaluator import Evaluator
-from runtime.run.trainer import Trainer
+from runtime.run.state_saver import StateSaver
 from runtime.session import train
+from runtime.training.observers import StepReport
 
 PROJECT = str(Path(__file__).parent / "project")
 
@@ -36,24 +38,26 @@ def configuration(folder: Path | str, **changes: Any) -> dict[str, Any]:
     return copy.deepcopy({**base, **changes})
 
 
-def observe(config: dict[str, Any], *overrides: str) -> dict[str, Any]:
-    """Train, and return losses, final weights, and the buffers at each evaluation and save of this rank."""
+def observe(
+    config: dict[str, Any], *overrides: str, observers: Sequence[Callable[[StepReport], object]] = ()
+) -> dict[str, Any]:
+    """Train, and return losses, final weights, and the buffers of this rank at each evaluation and where a save may follow."""
     buffers: list[bytes] = []
-    evaluate, save = Evaluator.evaluate, Trainer._save
+    evaluate, prepare = Evaluator.evaluate, StateSaver.prepare
 
     def noting_evaluate(self: Any, stop_wished: Any) -> Any:
         buffers.append(_bytes_of(self._strategy.unwrapped))
         return evaluate(self, stop_wished)
 
-    def noting_save(self: Any, window: Any, reason: Any) -> None:
+    def noting_prepare(self: Any) -> None:
         buffers.append(_bytes_of(self._strategy.unwrapped))
-        save(self, window, reason)
+        prepare(self)
 
-    Evaluator.evaluate, Trainer._save = noting_evaluate, noting_save  # type: ignore[method-assign]
+    Evaluator.evaluate, StateSaver.prepare = noting_evaluate, noting_prepare  # type: ignore[method-assign]
     try:
-        result = train(config, *overrides)
+        result = train(config, *overrides, observers=observers)
     finally:
-        Evaluator.evaluate, Trainer._save = evaluate, save  # type: ignore[method-assign]
+        Evaluator.evaluate, StateSaver.prepare = evaluate, prepare  # type: ignore[method-assign]
     records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "outcome": result.outcome,

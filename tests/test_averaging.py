@@ -24,7 +24,7 @@ from runtime.randomness import Purpose, derive, preserved_random_state, seed_eve
 from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool
 from tests.project import tiny
-from tests.test_resumption import observe_stopping
+from tests.test_resumption import observe_leaving_an_evaluation, observe_stopping
 
 EPOCHS, PER_EPOCH, SIZE, BATCH, SLOTS = 4, 4, 60, 16, 5
 SWA = {"kind": "swa", "start": "2 epochs", "learning_rate": 0.05, "anneal": {"epochs": 3}}
@@ -245,28 +245,6 @@ def test_statistics_come_back_with_the_average_that_they_are_of() -> None:
     assert not other.lacks_statistics
 
 
-def observe_leaving_the_statistics(config: dict[str, Any], step: int) -> dict[str, Any]:
-    """Train, asked to stop in the second global batch of the pass for statistics after a step."""
-    from runtime.distributed import collectives
-    from runtime.distributed.stopping import StopWish
-    from runtime.run.evaluations import Evaluations
-
-    seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0
-    go_on, bool_of, seen = Evaluations._statistics_go_on, StopWish.__bool__, []
-
-    def noting(self: Any) -> None:
-        seen.extend([step] if self._progress.step == step else [])
-        go_on(self)
-
-    Evaluations._statistics_go_on = noting  # type: ignore[method-assign]
-    StopWish.__bool__ = lambda self: len(seen) > 1  # type: ignore[method-assign]
-    try:
-        return observe(config)
-    finally:
-        Evaluations._statistics_go_on, StopWish.__bool__ = go_on, bool_of  # type: ignore[method-assign]
-        collectives._SECONDS_BETWEEN = seconds_between
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_a_pass_for_statistics_that_is_cut_short_is_made_up_for(
@@ -275,7 +253,7 @@ def test_a_pass_for_statistics_that_is_cut_short_is_made_up_for(
     averaging, last = {**SWA, "evaluate": evaluate}, EPOCHS * PER_EPOCH
     whole = pool.run(observe, world_size, run(tmp_path / "whole", averaging))[0]
     config = run(tmp_path / "cut", averaging)
-    cut_short = pool.run(observe_leaving_the_statistics, world_size, config, last)[0]
+    cut_short = pool.run(observe_leaving_an_evaluation, world_size, config, last)[0]
     assert (cut_short["outcome"], cut_short["step"]) == ("stopped", last)
     with pytest.raises(CheckpointError, match="still to be computed"):
         exported(tmp_path / "cut")

@@ -51,9 +51,9 @@ def tensors(state: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, bytes]:
     return {"tree": repr(tree).encode(), **{name: value.numpy().tobytes() for name, value in found.items()}}
 
 
-def failure(config: dict[str, Any]) -> str:
+def failure(config: dict[str, Any], **options: Any) -> str:
     try:
-        observe(config)
+        observe(config, **options)
     except DivergenceError as error:
         return str(error)
     return "trained"
@@ -171,27 +171,17 @@ def test_a_kill_during_a_rollback_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
     from runtime.checkpoints.rollback_history import Attempts
-    from runtime.run.run import Run
-    from runtime.training.progress import Progress
+    from runtime.checkpoints.run_state import RunState
 
     changes = {"divergence": {"non_finite": "rollback", "learning_rate_factor": 0.5}}
     whole = observe(run(tmp_path / "whole", **changes))
     config = run(tmp_path / "killed", **changes)
     with monkeypatch.context() as patched:
-        if killed_at == "in the replay":
-            advance = Progress.advance
-
-            def dying(self: Any, window: Any) -> None:
-                advance(self, window)
-                if self.attempt == 1:
-                    raise Killed
-
-            patched.setattr(Progress, "advance", dying)
-        else:
-            owner, name = (Attempts, "record") if killed_at == "before the record" else (Run, "_go_on_from")
+        if killed_at != "in the replay":
+            owner, name = (Attempts, "record") if killed_at == "before the record" else (RunState, "restore")
             patched.setattr(owner, name, kill)
         with pytest.raises(Killed):
-            observe(config)
+            observe(config, observers=[lambda report: kill() if report.attempt == 1 else None])
     resumed = observe(config)
     assert_bitwise_equal(whole, resumed)
     rate = state(tmp_path / "killed", "step-00000005-attempt-1")[1]["optimizer"]["param_groups"][0]["lr"]
@@ -209,7 +199,7 @@ def kill(*args: Any) -> None:
 @single
 def test_a_poisoned_checkpoint_is_never_gone_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The NaN is in the checkpoints of steps 3 and 4 and is noticed at step 5; then the replay is killed."""
-    from runtime.run.run import Run
+    from runtime.checkpoints.run_state import RunState
 
     changes = {
         "model": {"target": "tiny_divergence:PoisonedBuffer", "args": {}},
@@ -219,21 +209,15 @@ def test_a_poisoned_checkpoint_is_never_gone_back_to(tmp_path: Path, monkeypatch
     }
     config = run(tmp_path, **changes)
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Run, "_go_on_from", kill)
+        patched.setattr(RunState, "restore", kill)
         observe(config)
     record = json.loads((tmp_path / "checkpoints" / "rollbacks.json").read_text())["rollbacks"]
     assert [(r["target_step"], r["failed_step"]) for r in record] == [(2, 5)]
     assert any("nan" in repr(state(tmp_path, name)[0]["poison"]) for name in ("step-00000003", "step-00000004"))
-    started: list[int] = []
-    go_on = Run._go_on_from
-
-    def noting(self: Any, found: Any, stored: Any) -> None:
-        go_on(self, found, stored)
-        started.append(self._progress.step)
-
-    monkeypatch.setattr(Run, "_go_on_from", noting)
-    assert "2 times" not in failure({**config, "divergence": {"non_finite": "stop"}})
-    assert started == [2]
+    steps: list[int] = []
+    again = {**config, "divergence": {"non_finite": "stop"}}
+    assert "2 times" not in failure(again, observers=[lambda report: steps.append(report.step)])
+    assert steps[0] == 3
 
 
 def test_a_poisoned_checkpoint_is_never_resumed_after_a_kill_in_the_replay(nursery: Nursery, tmp_path: Path) -> None:

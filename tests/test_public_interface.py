@@ -11,7 +11,7 @@ import lockstep
 from runtime import errors
 
 NAMES = [
-    *("InferenceResult", "Loss", "Objective", "RunResult", "TrackedRun", "Tracker"),
+    *("InferenceResult", "Loss", "Objective", "RunResult", "StepReport", "StopReason", "TrackedRun", "Tracker"),
     *("errors", "evaluate", "predict", "train"),
 ]
 

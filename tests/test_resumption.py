@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runtime.training.observers import StepReport
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
 
@@ -36,25 +37,17 @@ def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any
     """Train, asked to stop after a step (each rank's own wish is what the ranks agree on)."""
     from runtime.distributed import collectives
     from runtime.distributed.stopping import StopWish
-    from runtime.training.progress import Progress
 
     if after is None:
         return observe(config)
     seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0  # agree before every step
-    advance, noted = Progress.advance, []
-
-    def noting(self: Any, window: Any) -> None:
-        advance(self, window)
-        noted.append(self.step)
-
-    Progress.advance = noting  # type: ignore[method-assign]
-    bool_of = StopWish.__bool__
+    bool_of, made = StopWish.__bool__, [0]
     # The wish is read before a step and acted on after it.
-    StopWish.__bool__ = lambda self: (bool(noted) and noted[-1] + 1 >= after) or after == 1  # type: ignore[method-assign]
+    StopWish.__bool__ = lambda self: made[-1] + 1 >= after  # type: ignore[method-assign]
     try:
-        return observe(config)
+        return observe(config, observers=[lambda report: made.append(report.step)])
     finally:
-        Progress.advance, StopWish.__bool__ = advance, bool_of  # type: ignore[method-assign]
+        StopWish.__bool__ = bool_of  # type: ignore[method-assign]
         collectives._SECONDS_BETWEEN = seconds_between
 
 
@@ -160,32 +153,27 @@ def plateau(folder: Path) -> dict[str, Any]:
 
 
 def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str, Any]:
-    """Train, asked to stop in the second round of the evaluation after a step."""
-    from runtime.data.batches import Window
+    """Train, asked to stop in the second round of the evaluation after a step, or of what it needs."""
     from runtime.distributed import collectives
     from runtime.distributed.stopping import StopWish
-    from runtime.evaluation.evaluator import Evaluator
-    from runtime.run.trainer import Trainer
 
     seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0
-    run_share, bool_of = Evaluator._run_share, StopWish.__bool__
-    evaluate, wished, rounds = Trainer._evaluate, [], []
+    bool_of, before, asked = StopWish.__bool__, [], []
 
-    def noting(self: Any, window: Window) -> Any:
-        if self._progress.step == step:
-            wished.append(step)
-        return evaluate(self, window)
+    def is_asked(self: Any) -> bool:
+        asked.extend(before)  # once before the step, then before each round
+        return len(asked) > 2
 
-    def asked(self: Any) -> bool:
-        rounds.extend(wished)
-        return len(rounds) > 1
+    def wait(report: StepReport) -> None:
+        if report.step == step - 1:
+            before.append(report.step)
 
-    Trainer._evaluate, StopWish.__bool__ = noting, asked  # type: ignore[method-assign]
+    StopWish.__bool__ = is_asked  # type: ignore[method-assign]
     try:
-        return observe(config)
+        return observe(config, observers=[wait])
     finally:
-        Trainer._evaluate, StopWish.__bool__ = evaluate, bool_of  # type: ignore[method-assign]
-        Evaluator._run_share, collectives._SECONDS_BETWEEN = run_share, seconds_between
+        StopWish.__bool__ = bool_of  # type: ignore[method-assign]
+        collectives._SECONDS_BETWEEN = seconds_between
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])

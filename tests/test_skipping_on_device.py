@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.strategies.ddp import AcceleratedStrategy
-from runtime.training.step_outcomes import StepOutcomes
+from runtime.training.observers import StepReport
 from tests.observed import assert_bitwise_equal, observe
 from tests.process_pool import ProcessPool
 from tests.test_divergence import failure, run, state, tensors
@@ -21,19 +21,18 @@ SCHEDULE = {"target": "CosineAnnealingLR", "args": {"T_max": 6}, "warmup_steps":
 
 def late(call: Any, *args: Any) -> tuple[Any, int]:
     """Let torch's fused optimizers skip on the CPU as on a GPU; return how often the host learned late, too."""
-    learned_late, settle = [], StepOutcomes.settle
+    learned_late: list[int] = []
 
-    def noting(self: StepOutcomes) -> None:
-        if self._open and self._progress.step == self._open.step and self._meter._step:  # type: ignore[union-attr]
-            learned_late.append(self._progress.step)  # the next step's losses are there already
-        settle(self)
+    def note(report: StepReport) -> None:
+        if report.applied is None:
+            learned_late.append(report.step)
 
     devices = AcceleratedStrategy.skipping_devices
-    AcceleratedStrategy.skipping_devices, StepOutcomes.settle = ("cpu",), noting  # type: ignore[method-assign]
+    AcceleratedStrategy.skipping_devices = ("cpu",)
     try:
-        return call(*args), len(learned_late)
+        return call(*args, observers=[note]), len(learned_late)
     finally:
-        AcceleratedStrategy.skipping_devices, StepOutcomes.settle = devices, settle  # type: ignore[method-assign]
+        AcceleratedStrategy.skipping_devices = devices
 
 
 @single

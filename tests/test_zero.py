@@ -516,21 +516,21 @@ def test_hooks_of_the_users_see_the_runs_optimizer_and_none_that_is_tried_out(
 
 def bytes_of_what_is_saved(config: dict[str, Any]) -> int:
     """Train, and return the most that this rank held of a state that is saved."""
+    from runtime.checkpoints.run_state import RunState
     from runtime.checkpoints.serialization import split_state
-    from runtime.run.state_saver import StateSaver
 
-    collected, held = StateSaver._collected, []
+    collect, held = RunState.collect, []
 
-    def noting(self: Any) -> dict[str, Any]:
-        state = collected(self)
+    def noting(self: Any) -> dict[str, dict[str, Any]]:
+        state = collect(self)
         held.append(sum(tensor.nbytes for tensor in split_state(state)[1].values() if not tensor.is_meta))
         return state
 
-    StateSaver._collected = noting  # type: ignore[method-assign]
+    RunState.collect = noting  # type: ignore[method-assign]
     try:
         observe(config)
     finally:
-        StateSaver._collected = collected  # type: ignore[method-assign]
+        RunState.collect = collect  # type: ignore[method-assign]
     return max(held)
 
 

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from runtime.build import sources
 from runtime.build.objective import OBJECTIVES, losses_of, refused_loss
+from runtime.build.observers import observer_sections
 from runtime.build.optimizer import length_arguments
 from runtime.build.own_trackers import tracker_mistakes
 from runtime.build.resolver import build as _build
@@ -125,6 +126,8 @@ def check_components(loaded: LoadedConfiguration) -> None:
         target, args, filled_in = values.schedule.target, values.schedule.args, length_arguments(loaded)
         found = schedulers.check(target, args, code=loaded.code, filled_in=filled_in)
         mistakes.extend((("schedule",), mistake) for mistake in found)
+    for key, observer in observer_sections(loaded):
+        check_function(key, observer)
     for name, metric in values.evaluation.metrics.items():
         mistakes += [(("evaluation", "metrics", name), m) for m in _metric_mistakes(loaded, name, metric)]
     for number, tracker in enumerate(values.reporting.trackers):

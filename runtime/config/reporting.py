@@ -27,6 +27,9 @@ class Reporting(Section):
     """How often the training loss is read from the device and reported."""
     progress: bool = free(True)
     """A progress bar where the output is a terminal, plain lines elsewhere."""
+    observers: list[Component] = free([])
+    """Functions, or classes whose instances can be called, that get a ``StepReport`` after each step, on every rank. They see
+    plain values alone and change nothing; what one raises ends the run. Default: none."""
     wandb: Annotated[WeightsAndBiases | None, ON_OR_OFF] = free(None)
     """Weights & Biases; ``true`` takes the defaults. Default: off."""
     trackers: list[Component] = free([])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.build.observers import build_observers
 from runtime.build.preparation import Prepared, prepare
 from runtime.build.trackers import build_meter
 from runtime.config.file import LoadedConfiguration
@@ -16,6 +17,7 @@ from runtime.run.state_saver import StateSaver
 from runtime.run.trainer import Trainer
 from runtime.run.training_windows import TrainingWindows
 from runtime.strategies import Strategy
+from runtime.training.observers import Observer
 from runtime.training.triggers import Triggers
 
 
@@ -36,12 +38,14 @@ def build_parts(
     loaded: LoadedConfiguration,
     strategy: Strategy,
     services: RunServices,
+    observers: Sequence[Observer],
     *,
     before: Mapping[str, Any] | None,
 ) -> Parts:
     """Build a run's parts. Collective: every rank must call this.
 
     Args:
+        observers: called behind those of ``reporting.observers``.
         before: training state of the checkpoint that the run goes on from; it is looked at, not loaded.
 
     Raises:
@@ -82,5 +86,6 @@ def build_parts(
         evaluations=evaluations,
         saver=saver,
         meter=meter,
+        observers=build_observers(loaded, observers),
     )
     return Parts(prepared, triggers, windows, evaluations, meter, saver, trainer)

@@ -31,6 +31,7 @@ from runtime.strategies import Strategy
 from runtime.training.divergence import RollbackWanted
 from runtime.training.fitting import out_of_memory
 from runtime.training.garbage import GarbageCollection
+from runtime.training.observers import Observer
 from runtime.training.stop_reason import StopReason
 
 
@@ -43,6 +44,7 @@ class Run:
         stop_wish: set by signals.
         position: told where this rank is.
         notes: lines to report at the start.
+        observers: called after each step, behind those of ``reporting.observers``.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class Run:
         position: Position,
         *,
         notes: Sequence[str] = (),
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._loaded, self._values, self._strategy = loaded, loaded.values, strategy
-        self._position = position
+        self._position, self._observers = position, observers
         self._reporter = Reporter()
         for text in notes:
             self._reporter.message(text)
@@ -111,7 +114,7 @@ class Run:
 
     def _new(self) -> None:
         """Build the parts of a run that begins, and check what users bring."""
-        self._take(build_parts(self._loaded, self._strategy, self._services, before=None))
+        self._take(build_parts(self._loaded, self._strategy, self._services, self._observers, before=None))
         evaluators = self._evaluations.evaluators
         # Before the first record, which names what was found to be inexact.
         check_first_start(FirstStart(self._loaded, self._strategy, self._prepared, evaluators, self._reporter.warn))
@@ -120,7 +123,7 @@ class Run:
         """Build the parts of a run that goes on from a checkpoint, and load it."""
         stored = self._read(found)
         before = stored[1]
-        self._take(build_parts(self._loaded, self._strategy, self._services, before=before))
+        self._take(build_parts(self._loaded, self._strategy, self._services, self._observers, before=before))
         if "code" in before:
             self._changed_code = changes_of(before["code"], self._loaded.code, self._loaded.resolved())
         self._go_on_from(found, stored)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from runtime.checkpoints.run_state import RunState
 from runtime.config.types import Interval
@@ -18,9 +19,12 @@ from runtime.run.services import RunServices
 from runtime.run.state_saver import StateSaver
 from runtime.strategies import Update
 from runtime.training.buffers import buffer_rule
+from runtime.training.observers import NamedObserver, StepReport, notify
 from runtime.training.step_outcomes import StepOutcomes
 from runtime.training.stop_reason import StopReason
 from runtime.training.triggers import Triggers
+
+_NOT_DUE: Mapping[str, Result] = MappingProxyType({})
 
 
 class Trainer:
@@ -32,6 +36,7 @@ class Trainer:
         max_grad_norm: the gradient is clipped to this 2-norm; None does not clip.
         report_every: how often figures of training are read and reported.
         save_every: how often the state is saved, besides the best results and a run that is left.
+        observers: called at the end of each step.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Trainer:
         evaluations: Evaluations,
         saver: StateSaver,
         meter: TrainingMeter,
+        observers: Sequence[NamedObserver] = (),
     ) -> None:
         self._state, self._progress, self._schedule = state, state.progress, state.schedule
         self._strategy = state.strategy
@@ -55,7 +61,8 @@ class Trainer:
         self._report_every, self._save_every = report_every, save_every
         self._triggers, self._agreement = triggers, agreement
         self._evaluations, self._saver, self._meter = evaluations, saver, meter
-        self._services = services
+        self._services, self._observers = services, observers
+        self._learning_rates: list[float] = []
         self._stragglers = Stragglers()
         # An optimizer of somebody else's may draw random numbers; they must be the same on every rank.
         self._seeds_updates = not all(type(part).__module__.startswith("torch.") for part in members(state.optimizer))
@@ -99,11 +106,11 @@ class Trainer:
             outcomes.add(window, update)
             self._services.garbage.after_step(progress.step)
 
-            leaving, reason = self._agreement.end(), None
+            leaving, reason, figures = self._agreement.end(), None, _NOT_DUE
             if leaving or self._is_anything_due(window):  # not after most steps
                 outcomes.settle()
                 enter("report", step)
-                self._report(window)
+                figures = self._report(window)
                 enter("evaluate", step)
                 results = self._evaluate(window)
                 if results is not None:
@@ -113,6 +120,8 @@ class Trainer:
                 reason = self._triggers.stop_reason(asked=leaving or progress.evaluation_due)
                 enter("save", step)
                 self._save(window, reason)
+            if self._observers:
+                self._observe(window, figures, applied=outcomes.applied, stop_reason=reason)
             if reason is not None:
                 return reason
             enter("data", step + 1)
@@ -133,8 +142,10 @@ class Trainer:
         """Clip and update, unless the step is to be skipped."""
         strategy, divergence, progress = self._strategy, self._state.divergence, self._progress
         will_report = self._triggers.is_due(self._report_every, window, ahead=1)
+        if will_report or self._observers:
+            self._learning_rates = self._schedule.learning_rates  # which the schedule changes after the update
         if will_report:
-            self._meter.note_learning_rates(self._schedule.learning_rates)  # the schedule goes on behind the update
+            self._meter.note_learning_rates(self._learning_rates)
         if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
             strategy.discard()
             return Update(skipped=True)
@@ -151,16 +162,17 @@ class Trainer:
         """Whether anything follows the step that was just counted; equal on every rank."""
         return not self._saver.prepared or self._triggers.is_anything_due(window)
 
-    def _report(self, window: Window) -> None:
-        """Report the meter's figures, if they are due. Waits for the device."""
+    def _report(self, window: Window) -> Mapping[str, Result]:
+        """Report the meter's figures, if they are due, and return them. Waits for the device."""
         if not self._triggers.is_due(self._report_every, window):
-            return
+            return _NOT_DUE
         # The interval that the run's end cuts short goes on if the limit is raised.
         values = self._meter.read(forget=self._triggers.is_due_by_interval(self._report_every, window))
         self._services.reporter.log(values, step=self._progress.step, epoch=window.cursor.epoch + 1, split="train")
         straggling = self._stragglers.message(values, self._meter.seconds)
         if straggling is not None:
             self._services.reporter.message(straggling)
+        return values
 
     def _evaluate(self, window: Window) -> Mapping[str, Result] | None:
         """Evaluate, if that is due; return the results if the schedule and early stopping may follow them."""
@@ -179,3 +191,25 @@ class Trainer:
             self._saver.save()
             self._saver.prove_first(window, leaving=leaving)
             self._meter.resume()
+
+    def _observe(
+        self, window: Window, figures: Mapping[str, Result], *, applied: bool | None, stop_reason: StopReason | None
+    ) -> None:
+        """Let observers see the step: plain values that are known here anyway, so nothing waits for the device."""
+        progress = self._progress
+        report = StepReport(
+            step=progress.step,
+            epoch=progress.epoch,
+            batch=window.cursor.batch + 1,
+            attempt=progress.attempt,
+            rank=self._strategy.rank,
+            samples=window.samples,
+            weight=window.weight,
+            epoch_ends=window.epoch_ends,
+            applied=applied,
+            learning_rates=tuple(self._learning_rates),
+            figures=dict(figures),
+            results=dict(self._evaluations.results_of_this_step),
+            stop_reason=stop_reason,
+        )
+        notify(self._observers, report)
