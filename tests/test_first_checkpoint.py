@@ -37,8 +37,8 @@ def hidden(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     )
 
 
-def observe_messages(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    observed = observe(config)
+def observe_messages(config: dict[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:
+    observed = observe(config, **options)
     records = [json.loads(line) for line in Path(config["output"], "metrics.jsonl").read_text().splitlines()]
     return observed, [record["text"] for record in records if record["event"] == "message"]
 
