@@ -1,14 +1,16 @@
 # make train    a trained model on real data
 # make test     linters and all tests
+# make docs     the manual as a site in build/site/, which needs no network to be read
 # make image-test  both images, built and run, and the two machines of compose.yaml (podman)
 # make mutants  one error at a time in a copy of our own code, and which test notices; half an hour to an hour
 # make bench    time per step, to the first step and of a save, against hand-written PyTorch; memory and traffic of each strategy
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := build/docs-venv
 BIN := $(VENV)/bin
 WORKERS ?= 3
 
-.PHONY: train test test-long mutants image-test lint bench venv clean
+.PHONY: train test test-long docs mutants image-test lint bench venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +38,15 @@ test: lint
 
 test-long: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+# The tools of the manual need neither torch nor Lockstep itself: they read the source.
+$(DOCS_VENV)/installed: .ci/docs-requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+docs: $(DOCS_VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean --config-file - < docs/mkdocs.yml
 
 mutants: venv
 	$(BIN)/python -m tests.mutants --workers $(WORKERS) --table benchmarks/mutants.md

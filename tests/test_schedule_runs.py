@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ import yaml
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
-from runtime.build.components import check_components
 from runtime.checkpoints.load import load_state
 from runtime.cli import main
 from runtime.commands.learning_rate_curve import drawn
-from runtime.config.file import load
 from runtime.optimization.planned_rates import Curve, simulate
 from runtime.optimization.schedule import Schedule
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -254,17 +251,3 @@ def test_a_schedule_that_cannot_do_what_it_says_is_a_mistake(
     error = capsys.readouterr().err
     assert key in error
     assert words in error
-
-
-def test_the_readmes_schedules_and_averages_are_valid(tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    section = readme[readme.index("## Schedules and averages") :].partition("\n## ")[0]
-    blocks = re.findall(r"```yaml\n(.*?)```", section, re.S)
-    pieces = [piece for block in blocks for piece in re.split(r"^(?=\w)", block, flags=re.M) if piece]
-    assert len(pieces) == 7
-    for piece in pieces:
-        data = {"train": {"target": "tiny:points"}, "validation": {"target": "tiny:points"}}
-        loaded = load(page(tmp_path, data=data, limit={"epochs": 200}, **yaml.safe_load(piece)))
-        target = loaded.values.schedule.target if loaded.values.schedule else None
-        if target and target != "LambdaLR":  # whose function is the reader's
-            check_components(loaded)

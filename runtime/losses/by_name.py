@@ -337,7 +337,7 @@ def refusal(loss_class: type[nn.Module], args: Mapping[str, Any]) -> str | None:
     if name in EXCLUDED and loss_class.__module__.startswith("torch."):
         return f"{name} cannot be an objective: {EXCLUDED[name]}"
     if "reduction" not in inspect.signature(loss_class).parameters:
-        return f"{name} is not a loss of torch; write an Objective (README, 'Your own model, data and objective')"
+        return f"{name} is not a loss of torch; write an Objective (docs/guides/own-model.md)"
     ours = [key for key in ("reduction", "size_average", "reduce") if key in args]
     return f"{name} sets {ours[0]}, which is the runtime's; leave it out" if ours else None
 
