@@ -48,13 +48,13 @@ def write(page: str, folder: Path) -> None:
 
 
 def ours(folder: Path, processes: int) -> dict[str, float]:
-    code = "import json, sys, lockstep\nresult = lockstep.train('digits_job.yaml')\nprint(json.dumps(dict(result.results)))"
-    if processes == 1:
-        return figures(folder, sys.executable, "-c", code)
+    """Run our half; return the record of its last evaluation."""
     line = ["lockstep", "train", "digits_job.yaml", "--processes", str(processes)]
-    assert subprocess.run(line, cwd=folder, env=environment(), capture_output=True, check=False).returncode == 0
+    done = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     lines = (folder / "runs" / "digits_job" / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == "evaluation"][-1]
+    found: dict[str, float] = [r for r in map(json.loads, lines) if r["event"] == "evaluation"][-1]
+    return found
 
 
 def assert_equal(theirs: dict[str, float], mine: dict[str, float]) -> None:
