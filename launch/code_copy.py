@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.config.file import LoadedConfiguration
-from runtime.errors import ConfigurationError
+from runtime.config.locations import Locations
 
 _MAX_BYTES = 100 << 20
 _MAX_DIFF_BYTES = 1 << 20
@@ -35,29 +34,30 @@ class Revision:
     cut: bool
 
 
-def snapshot(loaded: LoadedConfiguration, folder: Path) -> None:
+def snapshot(code: Path, folder: Path, where: Locations) -> None:
     """Copy a run's code folder.
 
     Args:
         folder: where to; must not be there yet.
+        where: where each key of the configuration was written.
 
     Raises:
         ConfigurationError: it holds so much that it must be more than code.
     """
-    files = list(code_files(loaded.code))
-    sizes = {path: (loaded.code / path).stat().st_size for path in files}
+    files = list(code_files(code))
+    sizes = {path: (code / path).stat().st_size for path in files}
     if (total := sum(sizes.values())) > _MAX_BYTES:
         largest = max(sizes, key=lambda path: sizes[path])
         what = (
-            f"the folder of the run's code ({loaded.code}) holds {total >> 20} MB, most in {largest}, and would be copied: put "
+            f"the folder of the run's code ({code}) holds {total >> 20} MB, most in {largest}, and would be copied: put "
             "data into .gitignore, or name a folder of code alone"
         )
-        raise ConfigurationError([loaded.problem(("code",), what)])
+        raise where.error(("code",), what)
     folder.mkdir(parents=True)
     for path in files:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(loaded.code / path, target)  # what a link points to: it could point elsewhere by then
+        shutil.copy2(code / path, target)  # what a link points to: it could point elsewhere by then
 
 
 def code_files(folder: Path) -> Iterator[Path]:

@@ -146,8 +146,8 @@ def _unfit(loaded: LoadedConfiguration, options: argparse.Namespace) -> Iterator
     configured = loaded.values.strategy.world_size
     if configured is not None and configured != world_size:
         what = f"is {configured}, but {options.nodes} nodes of {world_size // options.nodes} processes are {world_size}"
-        yield loaded.problem(("strategy", "world_size"), what)
+        yield loaded.where.problem(("strategy", "world_size"), what)
     for key, value in flatten(loaded.values.model_dump()).items():
         if isinstance(value, str) and is_secret(key):
             what = "is a secret, and what is submitted is written to files: read it from a variable, passed by --env"
-            yield loaded.problem(key.split("."), what)
+            yield loaded.where.problem(key.split("."), what)

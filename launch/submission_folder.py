@@ -33,7 +33,7 @@ def settled(loaded: LoadedConfiguration, folder: Path) -> list[str]:
     """Return overrides that say where things are which the YAML says relative to itself, since it is a copy that is read."""
     found = [f"code={json.dumps(str(folder / 'code'))}"]  # JSON's text is YAML's, whatever is in it
     if (weights := loaded.values.model.weights) is not None:
-        found.append(f"model.weights.file={json.dumps(str(loaded.beside(weights.file).absolute()))}")
+        found.append(f"model.weights.file={json.dumps(str(loaded.where.beside(weights.file).absolute()))}")
     return found
 
 
@@ -52,7 +52,7 @@ def write(loaded: LoadedConfiguration, job: JobSpec, folder: Path, *, script: st
     try:
         folder.mkdir(parents=True)
         RunFiles(folder.parent.parent).logs.mkdir(exist_ok=True)  # Slurm makes no folder for a log
-        snapshot(loaded, folder / "code")
+        snapshot(loaded.code, folder / "code", loaded.where)
         shutil.copyfile(loaded.source, job.config)
         state = revision(loaded.code)
         if state.changes:

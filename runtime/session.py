@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime import environment
-from runtime.build.resolver import located
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
+from runtime.config.sections import Limit
 from runtime.distributed.launcher_watch import launcher_ended
 from runtime.distributed.network_interface import choose_interface
 from runtime.distributed.stopping import StopWish
@@ -246,7 +246,7 @@ def _together(
     requested = environment.requested_world_size(world_size)
     stop_wish = StopWish(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
-        stack.enter_context(located(loaded))
+        stack.enter_context(loaded.where.completed())
         stack.enter_context(protected_output())
         stack.enter_context(shown_messages())
         stack.enter_context(hidden())
@@ -337,7 +337,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
     from runtime.strategies.zero.launch_check import check_start
 
     check_components(loaded)
-    check_start(loaded)
+    check_start(loaded.values.strategy)
     values = loaded.values
     stack.enter_context(determinism(values.determinism or default_determinism(), values.matmul))
 
@@ -360,15 +360,14 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
     stop_wish.started()
     stack.callback(strategy.close)
     environment.check_world_size(requested, strategy.world_size)
-    return Processes(strategy, stop_wish, _watch(loaded, rank=strategy.rank, world_size=strategy.world_size))
+    return Processes(strategy, stop_wish, _watch(values.limit, rank=strategy.rank, world_size=strategy.world_size))
 
 
-def _watch(loaded: LoadedConfiguration, *, rank: int, world_size: int) -> Watch:
+def _watch(limit: Limit, *, rank: int, world_size: int) -> Watch:
     """Make the watch over the other ranks, which says what it must know of the launch."""
     from runtime.distributed.process_groups import groups_joined
     from runtime.distributed.watchdog import Watch
 
-    limit = loaded.values.limit
     return Watch(
         rank=rank,
         world_size=world_size if environment.is_watched() else 1,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.build import components, sources
-from runtime.build.objective import build_objective
+from runtime.build.builder import Builder
+from runtime.build.components import check_components
 from runtime.config.file import load, load_run
 from runtime.objective import Loss, TrainingModule
 
@@ -61,14 +61,15 @@ class Truth:
 
     def __init__(self, config: Path | Mapping[str, Any], *, num_batches: int = _BATCHES) -> None:
         loaded = load_run(config) if isinstance(config, Path) else load(config)
-        components.check_components(loaded)
-        self.module = TrainingModule(components.build_model(loaded), build_objective(loaded)).double().eval()
+        check_components(loaded)
+        builder = Builder(loaded)
+        self.module = TrainingModule(builder.model(), builder.objective()).double().eval()
         for part in self.module.modules():
             if isinstance(part, _BatchNorm):  # in evaluation its statistics would no longer follow a bias before it
                 part.train()
-        samples = components.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
+        samples = builder.samples("train", batch_size=loaded.values.batch.global_size)
         assert samples is not None
-        order = sources.build_order(loaded, samples.source)
+        order = builder.order(samples.source)
         ids = (order.batch(0, number) for number in range(min(num_batches, order.num_batches(0))))
         self._batches = [_doubled(samples.source[torch.from_numpy(each)]) for each in ids]
 

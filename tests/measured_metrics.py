@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runtime.build import components
-from runtime.build.objective import build_objective
+from runtime.build.builder import Builder
 from runtime.config.file import load
 from runtime.data.batches import slots_of_rank
 from runtime.evaluation.metrics import MetricSet
@@ -167,7 +166,7 @@ def measure(sizes: tuple[int, ...]) -> dict[int, dict[str, dict[str, Any]]]:
 
 def _measured(task: str, size: int, world_size: int, rank: int) -> dict[str, Any]:
     loaded = load_task(task)
-    objective, metrics = build_objective(loaded), MetricSet(components.build_metrics(loaded), CPU)
+    objective, metrics = Builder(loaded).objective(), MetricSet(Builder(loaded).metrics(), CPU)
     output, batch = data(task, size)
     micro_size = 96 if size > 10 else 1
     for number in slots_of_rank(-(-size // micro_size), world_size, rank):

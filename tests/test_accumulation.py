@@ -44,24 +44,27 @@ def relative_difference(
 
 def initial(config: dict[str, Any], tmp_path: Path) -> torch.nn.Module:
     """The model as a run would initialise it."""
-    from runtime.build import components
+    from runtime.build.builder import Builder
+    from runtime.build.components import check_components
     from runtime.config.file import load
 
     loaded = load(config)
-    components.check_components(loaded)
-    return components.build_model(loaded)
+    check_components(loaded)
+    return Builder(loaded).model()
 
 
 def batches_of(config: dict[str, Any], steps: int) -> list[Any]:
     """The global batches of the first steps, as the order draws them."""
-    from runtime.build import components, sources
+    from runtime.build.builder import Builder
+    from runtime.build.components import check_components
     from runtime.config.file import load
 
     loaded = load(config)
-    components.check_components(loaded)
-    samples = components.build_samples(loaded, "train", batch_size=loaded.values.batch.global_size)
+    check_components(loaded)
+    builder = Builder(loaded)
+    samples = builder.samples("train", batch_size=loaded.values.batch.global_size)
     assert samples is not None
-    order = sources.build_order(loaded, samples.source)
+    order = builder.order(samples.source)
     per_epoch = order.num_batches(0)
     return [samples.source[torch.from_numpy(order.batch(s // per_epoch, s % per_epoch))] for s in range(steps)]
 

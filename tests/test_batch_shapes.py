@@ -194,14 +194,14 @@ WRONG: list[Any] = [
 @pytest.mark.single
 @pytest.mark.parametrize(("changes", "key", "words"), WRONG)
 def test_mistakes_are_told_with_their_key(tmp_path: Path, changes: dict[str, Any], key: str, words: str) -> None:
-    from runtime.build import components
-    from runtime.build.objective import build_objective
+    from runtime.build.builder import Builder
+    from runtime.build.components import check_components
     from runtime.config.file import load
 
     with pytest.raises(ConfigurationError) as raised:
         loaded = load(configuration(tmp_path, **(BASE | changes)))
-        components.check_components(loaded)
-        build_objective(loaded)
+        check_components(loaded)
+        Builder(loaded).objective()
     problems = {problem.key: problem.what for problem in raised.value.problems}
     assert key in problems, problems
     assert words in problems[key]

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.build.components import build_samples as build_samples_of
+from runtime.build.builder import Builder
 from runtime.build.components import check_components
-from runtime.build.sources import build_order
 from runtime.config.file import load
 from runtime.data.hugging_face import adapted
 from runtime.errors import ConfigurationError, LockstepError
@@ -31,8 +30,8 @@ ORDERS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_samples(loaded: Any, name: str) -> Any:
-    return build_samples_of(loaded, name, batch_size=16)
+def samples_of(builder: Builder, name: str) -> Any:
+    return builder.samples(name, batch_size=16)
 
 
 def run_of(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
@@ -76,8 +75,8 @@ def test_the_schedule_of_epochs_of_unequal_length_ends_with_the_run(tmp_path: Pa
             schedule={"target": "OneCycleLR", "args": {"max_lr": 0.1}},  # raises where it is stepped too often
         )
     )
-    loaded = load(configuration(tmp_path, data=data, limit={"epochs": 3}))
-    order = build_order(loaded, build_samples(loaded, "train").source)
+    builder = Builder(load(configuration(tmp_path, data=data, limit={"epochs": 3})))
+    order = builder.order(samples_of(builder, "train").source)
     assert result["step"] == sum(order.num_batches(epoch) for epoch in range(3))
 
 
@@ -111,8 +110,8 @@ def test_a_table_is_split_fitted_and_trained_alike_on_two_processes(pool: Proces
     assert largest_difference(alone, two[0]) < 1e-5
     assert alone["results"]["samples"] == 16  # of the validation part
     stored = json.loads((tmp_path / "run" / "preprocessing.json").read_text())
-    loaded = load(config)
-    parts = {name: build_samples(loaded, name).source for name in ("train", "validation", "test")}
+    builder = Builder(load(config))
+    parts = {name: samples_of(builder, name).source for name in ("train", "validation", "test")}
     whole = parts["train"].source
     assert {name: len(part) for name, part in parts.items()} == {"train": 52, "validation": 16, "test": 12}
     assert all(part.source is whole for part in parts.values())  # one copy in memory
@@ -130,7 +129,8 @@ def test_a_validation_file_is_prepared_by_what_the_training_file_says(tmp_path: 
     args = {**config["data"]["train"]["args"], "path": str(tmp_path / "v.csv")}
     loaded = load({**config, "data": {**config["data"], "validation": {"target": "Table", "args": args}}})
     check_components(loaded)
-    found, training = build_samples(loaded, "validation").source, build_samples(loaded, "train").source
+    builder = Builder(loaded)
+    found, training = samples_of(builder, "validation").source, samples_of(builder, "train").source
     a = training.column("a")
     batch = found.__getitems__([0, 1])
     assert batch["inputs"][:, 0].tolist() == pytest.approx(
@@ -205,7 +205,7 @@ def test_a_saved_hugging_face_data_set_trains_by_target(tmp_path: Path) -> None:
     assert result["results"]["samples"] == 8
     loaded = load({**config, "data": {"train": {**train, "args": {"dataset_path": str(tmp_path / "all")}}}})
     with pytest.raises(LockstepError, match="splits train; name one"):
-        build_samples(loaded, "train")
+        samples_of(Builder(loaded), "train")
 
 
 # What is wrong
@@ -256,7 +256,8 @@ def test_values_that_cannot_be_had_are_one_message(tmp_path: Path, data: dict[st
     loaded = load(configuration(tmp_path, data={"train": {"target": "tiny:points"}, **data}))
     with pytest.raises(LockstepError) as told:
         check_components(loaded)
-        build_order(loaded, build_samples(loaded, "train").source)
+        builder = Builder(loaded)
+        builder.order(samples_of(builder, "train").source)
     assert all(word in str(told.value) for word in words), str(told.value)
     assert "\n" not in str(told.value)
 
@@ -266,8 +267,9 @@ def test_values_from_a_file_are_those_of_the_rows_before_the_split(tmp_path: Pat
     np.save(tmp_path / "classes.npy", np.arange(96) % 4)
     data = {"train": {"target": "tiny:points"}, "split": {"validation": 0.25, "stratify": f"{tmp_path}/classes.npy"}}
     loaded = load(configuration(tmp_path, data={**data, "weights": f"{tmp_path}/classes.npy"}))
-    samples, inputs = build_samples(loaded, "train"), points().tensors[0]
-    drawn = build_order(loaded, samples.source).batch(0, 0)
+    builder = Builder(loaded)
+    samples, inputs = samples_of(builder, "train"), points().tensors[0]
+    drawn = builder.order(samples.source).batch(0, 0)
     rows = [int((inputs == row).all(1).nonzero()) for row in samples.source.tensors[0][drawn]]
     assert all(row % 4 for row in rows)  # those of weight 0 are never drawn
 
@@ -287,7 +289,7 @@ def test_a_missing_package_gives_the_install_line(
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(LockstepError) as told:
-        build_samples(load(configuration(tmp_path, data={"train": make})), "train")
+        samples_of(Builder(load(configuration(tmp_path, data={"train": make}))), "train")
     assert line in str(told.value)
 
 

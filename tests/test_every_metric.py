@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import runtime.evaluation.metrics
-from runtime.build.objective import build_objective
+from runtime.build.builder import Builder
 from runtime.evaluation.metric_inputs import feed_of
 from runtime.evaluation.metrics import MetricSet
 from tests.measured_metrics import CPU, data, load_task
@@ -65,7 +65,7 @@ def made(found: type[Any]) -> Any:
 
 def measured(found: type[Any], task: str, cuts: list[list[slice]], monkeypatch: pytest.MonkeyPatch) -> Any:
     """What ranks with these batches get."""
-    objective, ranks = build_objective(load_task(task)), [MetricSet({"it": made(found)}, CPU) for _ in cuts]
+    objective, ranks = Builder(load_task(task)).objective(), [MetricSet({"it": made(found)}, CPU) for _ in cuts]
     output, batch = data(task, SIZE)
     for rank, batches in zip(ranks, cuts, strict=True):
         for ids in batches:

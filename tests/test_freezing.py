@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.build.objective import build_objective
-from runtime.build.optimizer import build_freezing
+from runtime.build.builder import Builder
 from runtime.checkpoints.load import load_state
 from runtime.config.file import load
 from runtime.errors import ConfigurationError
@@ -51,7 +50,8 @@ def state_of(folder: Path, step: int) -> dict[str, Any]:
 def trained(config: dict[str, Any]) -> list[list[str]]:
     """Names of what is trainable, epoch by epoch."""
     loaded, model = built(config)
-    freezing = build_freezing(loaded, TrainingModule(model, build_objective(loaded)))
+    builder = Builder(loaded)
+    freezing = builder.freezing(TrainingModule(model, builder.objective()))
     found = []
     for epoch in range(4):
         freezing.apply(epoch)
@@ -218,8 +218,9 @@ def test_frozen_batch_norm_stands_still_until_it_is_unfrozen(
 
 def test_modules_that_are_wholly_frozen_are_in_evaluation_mode_and_no_others(tmp_path: Path) -> None:
     loaded, model = built(normed(tmp_path, freeze=["encoder.layer.0.*", "encoder.layer.1.norm.*", "bins.*"]))
-    module = TrainingModule(model, build_objective(loaded))
-    freezing = build_freezing(loaded, module)
+    builder = Builder(loaded)
+    module = TrainingModule(model, builder.objective())
+    freezing = builder.freezing(module)
     freezing.apply(0)
     module.eval()
     module.train()

@@ -105,9 +105,7 @@ TASKS = [
 
 def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Take each configuration's steps with the parts of a run, but without its folder, which takes ten times as long."""
-    from runtime.build import components, sources
-    from runtime.build.objective import build_objective
-    from runtime.build.optimizer import build_optimizer
+    from runtime.build.builder import Builder
     from runtime.config import component
     from runtime.config.file import load
     from runtime.config.strategy import DistributedDataParallel
@@ -125,10 +123,11 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for config in configs:
         loaded = load(config)
         component.add_code_folder(loaded.code)
-        module = TrainingModule(components.build_model(loaded), build_objective(loaded))
-        samples, strategy = components.build_samples(loaded, "train", batch_size=16), new_strategy()
+        builder = Builder(loaded)
+        module = TrainingModule(builder.model(), builder.objective())
+        samples, strategy = builder.samples("train", batch_size=16), new_strategy()
         assert samples is not None
-        strategy.prepare(module, build_optimizer(loaded, module))
+        strategy.prepare(module, builder.optimizer(module))
         how = How(
             sharing=Sharing(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),
             make_loader=read_here,
@@ -137,7 +136,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             num_weights=module.objective.num_weights,
             begin_sum=lambda weights: begin_sum_over_ranks(weights, group.device),
         )
-        data = MappedData(samples, sources.build_order(loaded, samples.source))
+        data = MappedData(samples, builder.order(samples.source))
         stop = lambda cursor, steps: steps >= 3  # noqa: E731
         for window in data.read(how, start=Cursor(), stop=stop, skipped=(), places={}).windows:
             for number, microbatch in enumerate(window.microbatches, start=1):

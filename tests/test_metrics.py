@@ -15,8 +15,7 @@ from sklearn import metrics as sk
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.build import components
-from runtime.build.objective import build_objective
+from runtime.build.builder import Builder
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, EvaluationError
 from runtime.evaluation.class_results import MOST_POINTS
@@ -206,8 +205,8 @@ def test_a_mean_over_batches_would_be_another_value(name: str) -> None:
     output, batch = data("many", SIZE)
     values = []
     for ids in (slice(start, start + 96) for start in range(0, SIZE, 96)):
-        metrics = MetricSet(components.build_metrics(loaded), CPU)
-        metrics.update(build_objective(loaded), output[ids], {k: v[ids] for k, v in batch.items()})
+        metrics = MetricSet(Builder(loaded).metrics(), CPU)
+        metrics.update(Builder(loaded).objective(), output[ids], {k: v[ids] for k, v in batch.items()})
         values.append(metrics.compute()["it"])
     assert np.mean(values) != pytest.approx(expected("many")[name], rel=1e-3)
 
@@ -217,7 +216,7 @@ def test_a_mean_over_batches_would_be_another_value(name: str) -> None:
 
 def groups_of(*names: str, task: str = "many") -> list[list[str]]:
     loaded = load_task(task, **{name: TASKS[task][1][name] for name in names})
-    return MetricSet(components.build_metrics(loaded), CPU)._groups
+    return MetricSet(Builder(loaded).metrics(), CPU)._groups
 
 
 @pytest.mark.single
@@ -240,7 +239,7 @@ def test_metrics_of_one_state_are_updated_and_kept_once() -> None:
 def test_states_that_are_equal_after_the_first_batch_only_are_not_shared() -> None:
     """torchmetrics' MetricCollection would take top-1 for top-2 accuracy from here on."""
     loaded = load_task("many", accuracy=TASKS["many"][1]["accuracy"], top2=TASKS["many"][1]["top2"])
-    objective, metrics = build_objective(loaded), MetricSet(components.build_metrics(loaded), CPU)
+    objective, metrics = Builder(loaded).objective(), MetricSet(Builder(loaded).metrics(), CPU)
     metrics.update(objective, torch.eye(5), {"inputs": None, "target": torch.arange(5)})
     metrics.update(objective, torch.eye(5).roll(1, 0) + torch.eye(5) / 2, {"inputs": None, "target": torch.arange(5)})
     assert metrics.compute() == {"accuracy": 0.5, "top2": 1.0}
@@ -249,7 +248,7 @@ def test_states_that_are_equal_after_the_first_batch_only_are_not_shared() -> No
 @pytest.mark.single
 def test_a_look_at_the_figures_changes_nothing_and_an_evaluation_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_task("many", accuracy=TASKS["many"][1]["accuracy"])
-    objective, ranks = build_objective(loaded), [MetricSet(components.build_metrics(loaded), CPU) for _ in range(2)]
+    objective, ranks = Builder(loaded).objective(), [MetricSet(Builder(loaded).metrics(), CPU) for _ in range(2)]
     monkeypatch.setattr("runtime.evaluation.metrics.gather_bytes", lambda *_: [rank._encoded() for rank in ranks])
     right, wrong = torch.eye(5), torch.eye(5).roll(1, 0)
 
@@ -288,7 +287,7 @@ def test_a_users_metric_is_fed_by_the_names_of_its_parameters() -> None:
     from runtime.data.fields import Fields
 
     loaded = load_task("tokens")
-    objective = build_objective(loaded)
+    objective = Builder(loaded).objective()
     objective.fields = Fields(inputs="x", target="y", weight="w", group="who")
     output, target = torch.randn(2, 3, 11), torch.tensor([[1, -100, 2], [-100, -100, 3]])
     batch = {"x": output, "y": target, "w": torch.tensor([0.5, 2.0]), "who": ["anna", "bert"]}
@@ -303,7 +302,7 @@ def test_a_users_metric_is_fed_by_the_names_of_its_parameters() -> None:
 @pytest.mark.single
 def test_a_batch_without_any_counted_target_is_left_out() -> None:
     loaded = load_task("tokens")
-    objective, metrics = build_objective(loaded), MetricSet(components.build_metrics(loaded), CPU)
+    objective, metrics = Builder(loaded).objective(), MetricSet(Builder(loaded).metrics(), CPU)
     output = torch.randn(1, 2, 11)
     metrics.update(objective, output, {"inputs": None, "target": torch.full((1, 2), -100)})
     assert metrics.compute() == {}
@@ -333,19 +332,19 @@ def test_what_cannot_be_fed_is_said_before_the_run(metrics: Any, changes: dict[s
             section = section[name]
         section[last] = value
     with pytest.raises(ConfigurationError, match=words):
-        components.build_metrics(load(config))
+        Builder(load(config)).metrics()
 
 
 @pytest.mark.single
 def test_a_group_of_another_shape_is_named() -> None:
     loaded = load_task("two", mrr=metric("RetrievalMRR"))
     batch = {"inputs": None, "target": torch.ones(3), "group": torch.zeros(2)}
-    metrics = MetricSet(components.build_metrics(loaded), CPU)
+    metrics = MetricSet(Builder(loaded).metrics(), CPU)
     with pytest.raises(EvaluationError, match="whole numbers or names"):
-        metrics.update(build_objective(loaded), torch.randn(3), batch)
+        metrics.update(Builder(loaded).objective(), torch.randn(3), batch)
     batch["group"] = torch.zeros(2, dtype=torch.long)
     with pytest.raises(EvaluationError, match=r"data.fields.group has the shape \(2,\), the target \(3,\)"):
-        metrics.update(build_objective(loaded), torch.randn(3), batch)
+        metrics.update(Builder(loaded).objective(), torch.randn(3), batch)
 
 
 @pytest.mark.single
@@ -363,7 +362,7 @@ def test_the_group_of_a_sample_that_weighs_nothing_is_left_out_with_it(objective
     target = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
     target = target.float() if objective == "MSELoss" else target
     batch = {"y": target, "w": torch.tensor([1.0, 0.0, 2.0, 1.0]), "who": torch.tensor([5, 6, 7, 8])}
-    MetricSet({"own": Probe.make(update)}, CPU).update(build_objective(load(config)), torch.zeros(shape), batch)
+    MetricSet({"own": Probe.make(update)}, CPU).update(Builder(load(config)).objective(), torch.zeros(shape), batch)
     ((targets, indexes),) = seen
     assert indexes.shape == targets.shape
     assert indexes.flatten().tolist() == [5, 5, 7, 7, 8, 8]
@@ -375,7 +374,7 @@ def test_the_group_of_a_sample_that_weighs_nothing_is_left_out_with_it(objective
 
 @pytest.mark.single
 def test_what_grows_with_the_data_is_told_with_what_bounds_it() -> None:
-    metrics = MetricSet(components.build_metrics(load_task("many")), CPU)
+    metrics = MetricSet(Builder(load_task("many")).metrics(), CPU)
     assert metrics.growing == {
         "auroc": "thresholds",
         "average_precision": "thresholds",
@@ -402,7 +401,7 @@ class Largest(TorchDispatchMode):
 def test_binned_curves_take_little_memory_under_deterministic_algorithms() -> None:
     """torchmetrics compares 16 x 5 x 100 values with 2,000 bins there."""
     loaded = load_task("many", binned=metric("AUROC", **MANY, thresholds=100))
-    objective, metrics = build_objective(loaded), MetricSet(components.build_metrics(loaded), CPU)
+    objective, metrics = Builder(loaded).objective(), MetricSet(Builder(loaded).metrics(), CPU)
     output, batch = data("many", 16)
     torch.use_deterministic_algorithms(True)
     try:
@@ -418,13 +417,13 @@ def test_binned_curves_take_little_memory_under_deterministic_algorithms() -> No
 def test_ranked_queries_take_little_memory_under_deterministic_algorithms() -> None:
     """torchmetrics compares each of 6,000 rows with each of 300 queries there."""
     loaded = load_task("two", recall=metric("RetrievalRecall", top_k=3))
-    metrics = MetricSet(components.build_metrics(loaded), CPU)
+    metrics = MetricSet(Builder(loaded).metrics(), CPU)
     output = torch.rand(6000, generator=torch.Generator().manual_seed(0)).logit()
     group = torch.arange(300).repeat(20)
     target = torch.zeros(6000)
     best = [int(torch.where(group == query, output, -torch.inf).argmax()) for query in range(150)]
     target[best] = 1  # the others have nothing to find
-    metrics.update(build_objective(loaded), output, {"inputs": output, "target": target, "group": group})
+    metrics.update(Builder(loaded).objective(), output, {"inputs": output, "target": target, "group": group})
     torch.use_deterministic_algorithms(True)
     try:
         with Largest() as largest:

@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_value_
 
-from runtime.build import components
-from runtime.build.objective import build_objective
-from runtime.build.optimizer import build_optimizer
+from runtime.build.builder import Builder
+from runtime.build.components import check_components
 from runtime.config.component import add_code_folder
 from runtime.config.file import LoadedConfiguration, load
 from runtime.errors import ConfigurationError
@@ -51,11 +50,11 @@ def built(config: dict[str, Any]) -> tuple[LoadedConfiguration, nn.Module]:
     """The configuration and its model as a run begins with it."""
     loaded = load(config)
     add_code_folder(loaded.code)
-    return loaded, components.build_model(loaded)
+    return loaded, Builder(loaded).model()
 
 
 def batches(config: dict[str, Any], steps: int = STEPS) -> Any:
-    samples = components.build_samples(load(config), "train", batch_size=BATCH)
+    samples = Builder(load(config)).samples("train", batch_size=BATCH)
     assert samples is not None
     inputs, target = samples.source.tensors
     for step in range(steps):
@@ -113,7 +112,7 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path: Path, name: st
     reason = optimizer_building.EXCLUDED[name].split(";")[0]
     for target in (name, f"torch.optim:{name}"):
         with pytest.raises(ConfigurationError, match=f"optimizer.target: {name} {reason}"):
-            components.check_components(load(whole_batches(tmp_path, {"target": target, "args": {"lr": 0.1}})))
+            check_components(load(whole_batches(tmp_path, {"target": target, "args": {"lr": 0.1}})))
 
 
 MUON_AND_ADAMW = {
@@ -153,7 +152,8 @@ def test_muon_names_the_parameters_that_it_does_not_take(tmp_path: Path) -> None
     with pytest.raises(
         ConfigurationError, match=r"matrices only, not first.bias, body.0.bias, head.bias: .*target: AdamW"
     ):
-        build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
+        builder = Builder(loaded)
+        builder.optimizer(TrainingModule(model, builder.objective()))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -184,8 +184,9 @@ def groups_of(tmp_path: Path, optimizer: dict[str, Any], **changes: Any) -> dict
     """The optimizer's groups as torch has them: name of each parameter to its group."""
     changes.setdefault("model", {"target": "tiny_transfer:Classifier", "args": {}})
     loaded, model = built(whole_batches(tmp_path, optimizer, **changes))
-    components.check_components(loaded)
-    made = build_optimizer(loaded, TrainingModule(model, build_objective(loaded)))
+    check_components(loaded)
+    builder = Builder(loaded)
+    made = builder.optimizer(TrainingModule(model, builder.objective()))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: group for group in made.param_groups for p in group["params"]}
     assert set(found) == set(names.values())
@@ -347,7 +348,7 @@ def test_schedule_free_weights_are_averaged_where_they_are_evaluated_and_saved(
         optimizer.step()
     training = {f"model.{name}": p.detach().clone() for name, p in by_hand.named_parameters()}
     optimizer.eval()
-    validation = components.build_samples(loaded, "validation", batch_size=BATCH)
+    validation = Builder(loaded).samples("validation", batch_size=BATCH)
     assert validation is not None
     inputs, target = validation.source.tensors
     expected = F.cross_entropy(by_hand(inputs), target).item()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from runtime.build import components
+from runtime.build.builder import Builder
 from runtime.checkpoints.pretrained import WeightsReport, weights_digest
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, RanksDifferError, RunFolderError
@@ -38,7 +38,7 @@ def pretrained(**args: Any) -> dict[str, Tensor]:
 
 def loaded_into(weights: Any, target: str = "tiny_transfer:Plain", **args: Any) -> tuple[WeightsReport, nn.Module]:
     loaded, model = built(fine_tuning(Path("unused"), weights, target, args=args))
-    report = components.load_pretrained(loaded, model)
+    report = Builder(loaded).pretrained(model)
     assert report is not None
     return report, model
 
@@ -212,8 +212,8 @@ def test_a_file_that_cannot_be_used_is_told_by_key(
 def test_a_path_is_relative_to_the_yaml_file(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(json.dumps({**configuration(tmp_path), "name": "run"}))
     loaded = load(tmp_path / "run.yaml")
-    assert loaded.beside("weights/a.pt") == tmp_path / "weights" / "a.pt"
-    assert loaded.beside("/weights/a.pt") == Path("/weights/a.pt")
+    assert loaded.where.beside("weights/a.pt") == tmp_path / "weights" / "a.pt"
+    assert loaded.where.beside("/weights/a.pt") == Path("/weights/a.pt")
 
 
 def test_a_run_starts_from_weights_and_resumes_from_its_checkpoint(pool: ProcessPool, tmp_path: Path) -> None:

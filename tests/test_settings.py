@@ -14,9 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import TensorDataset
 
 from runtime import cli
-from runtime.build.components import build_model, build_training_data
-from runtime.build.objective import build_objective
-from runtime.build.optimizer import build_freezing, build_optimizer, build_schedule, schedule_length
+from runtime.build.builder import Builder
 from runtime.checks.settings import check_settings
 from runtime.config.file import load
 from runtime.errors import ConfigurationError
@@ -200,13 +198,13 @@ TOLD: list[tuple[dict[str, Any], list[str]]] = [
 
 def found(changes: dict[str, Any]) -> list[str]:
     """Return what the check says of a configuration, whose parts are built and not run."""
-    loaded = load(configuration(Path("unused"), **changes))
-    data = build_training_data(loaded)
-    module = TrainingModule(build_model(loaded), build_objective(loaded))
-    build_freezing(loaded, module).unfreeze_all()
-    optimizer = StandIn(build_optimizer(loaded, module))
-    schedule = build_schedule(loaded, optimizer, schedule_length(loaded, data))
-    return list(check_settings(loaded, module, optimizer, schedule, data, processes=1))
+    builder = Builder(load(configuration(Path("unused"), **changes)))
+    data = builder.training_data()
+    module = TrainingModule(builder.model(), builder.objective())
+    builder.freezing(module).unfreeze_all()
+    optimizer = StandIn(builder.optimizer(module))
+    schedule = builder.schedule.build(optimizer, builder.schedule.length(data))
+    return list(check_settings(builder, module, optimizer, schedule, data, processes=1))
 
 
 @pytest.mark.parametrize(("changes", "words"), TOLD, ids=lambda value: value[0] if isinstance(value, list) else "")

@@ -203,7 +203,8 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_the_copy_of_the_code_is_what_git_calls_code_as_it_is_now(project: Path, tmp_path: Path) -> None:
-    snapshot(load(project / "run.yaml"), tmp_path / "copy")
+    loaded = load(project / "run.yaml")
+    snapshot(loaded.code, tmp_path / "copy", loaded.where)
     copied = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert copied == {
         ".gitignore",
@@ -243,8 +244,9 @@ def test_the_commit_and_what_is_not_committed_are_recorded(project: Path) -> Non
 def test_a_code_folder_full_of_data_is_refused(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.code_copy._MAX_BYTES", 100)
     (project / "big.npy").write_bytes(b"\0" * 5000)
+    loaded = load(project / "run.yaml")
     with pytest.raises(ConfigurationError, match=r"run.yaml:\d+ code: .* most in big.npy"):
-        snapshot(load(project / "run.yaml"), tmp_path / "copy")
+        snapshot(loaded.code, tmp_path / "copy", loaded.where)
     assert not (tmp_path / "copy").exists()
 
 

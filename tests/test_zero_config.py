@@ -52,7 +52,7 @@ def with_file(folder: Path, content: Any) -> str:
 
 def test_the_json_follows_from_the_yaml(tmp_path: Path) -> None:
     run = loaded(tmp_path, "    offload_optimizer: cpu\n    offload_parameters: {device: nvme, path: /disk}\n")
-    made = generate(run.values, run.beside)
+    made = generate(run.values, run.where.beside)
     assert made["bf16"] == {"enabled": True}
     assert made["fp16"] == {"enabled": False}
     assert made["gradient_clipping"] == 1.0
@@ -80,7 +80,7 @@ def test_extra_is_merged_in(tmp_path: Path) -> None:
     run = loaded(
         tmp_path, "    extra: {communication_data_type: fp32, zero_optimization: {reduce_bucket_size: 1000}}\n"
     )
-    made = generate(run.values, run.beside)
+    made = generate(run.values, run.where.beside)
     assert made["communication_data_type"] == "fp32"
     assert made["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 1000}
 
@@ -103,7 +103,7 @@ AUTO = {
 
 def test_auto_in_a_file_is_filled_in_from_the_yaml(tmp_path: Path) -> None:
     run = loaded(tmp_path, with_file(tmp_path, AUTO))
-    made = generate(run.values, run.beside)
+    made = generate(run.values, run.where.beside)
     assert "auto" not in json.dumps(made)
     assert made["gradient_clipping"] == 1.0
     assert made["bf16"]["enabled"] is True
@@ -119,7 +119,7 @@ def test_a_file_that_says_the_same_is_taken(tmp_path: Path) -> None:
         "fp16": {"enabled": False},
     }
     run = loaded(tmp_path, with_file(tmp_path, same))
-    assert generate(run.values, run.beside)["train_micro_batch_size_per_gpu"] == 1
+    assert generate(run.values, run.where.beside)["train_micro_batch_size_per_gpu"] == 1
 
 
 @pytest.mark.parametrize(

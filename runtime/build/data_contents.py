@@ -6,14 +6,13 @@ It belongs to what a checkpoint is compared with, so that data of the same lengt
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from runtime.build import components
 from runtime.build.sources import split_key
-from runtime.config.file import LoadedConfiguration
 from runtime.data.digests import digest
+from runtime.data.loading import MakeLoader
 from runtime.data.order import Order, SamplerOrder
 from runtime.data.probing import GLOBAL_RNGS, Stage, few_of, probe, probe_stream
 from runtime.data.samples import Samples
@@ -59,29 +58,27 @@ class Contents:
 
 
 def contents_of(
-    loaded: LoadedConfiguration,
-    strategy: Strategy,
     parts: Mapping[str, Samples | StreamSamples | None],
+    strategy: Strategy,
+    loader: Callable[..., MakeLoader],
     *,
     order: Order | None = None,
     stored: Known | None = None,
 ) -> Contents:
-    """Look at the data, unless ``checks: off``. Collective: every rank must call this.
+    """Look at the data. Collective: every rank must call this.
 
     Args:
         parts: by name, as in ``data``.
+        loader: returns a maker of loaders for a device, with as many ``workers`` as are asked for.
         order: of the training samples.
         stored: what a checkpoint knows; the same samples are read, once.
 
     Raises:
         RanksDifferError: the ranks have different data; on every rank alike.
     """
-    if loaded.values.checks == "off":
-        return Contents()
-    few_workers = min(1, loaded.values.data.loader.num_workers)
-    make_loader = components.build_loader(loaded, strategy.device, workers=few_workers)
+    make_loader = loader(strategy.device, few=True)
     # What is read of a stream in this process may be gone, so that a process of its own reads it.
-    read_apart = components.build_loader(loaded, strategy.device, workers=1)
+    read_apart = loader(strategy.device, workers=1)
     known: dict[str, dict[str, str]] = {}
     differing: dict[str, Differing] = {}
     memory: dict[str, str] = {}
@@ -112,9 +109,7 @@ def contents_of(
         if stage is not None:
             differing[name] = Differing(samples.name_of(stage), stage, stream=isinstance(samples, StreamSamples))
     if isinstance(order, SamplerOrder):
-        known["sampler" if loaded.values.data.sampler is not None else "batch_sampler"] = {
-            _DRAWN: str(order.drawn_until(0))
-        }
+        known["sampler" if order.draws_samples else "batch_sampler"] = {_DRAWN: str(order.drawn_until(0))}
     if order is not None and order.basis() and "train" in known:
         known["train"]["order"] = order.basis()
     # Ranks that read different streams, or draw different samples, are found by other checks, with another cure.

@@ -3,105 +3,88 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from runtime.build.component import Component, call_mistakes
 from runtime.config import component
 from runtime.config.component import ComponentError
-from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import LossPart
-from runtime.config.types import ComponentSection
 from runtime.data.fields import Fields
-from runtime.errors import ConfigurationError, ObjectiveError
+from runtime.errors import ObjectiveError
 from runtime.losses.by_name import refusal, torch_loss
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 
-OBJECTIVES = ("runtime.losses.by_name", "runtime.losses.focal", "runtime.losses.pairwise", "torch.nn")
-"""Where a loss's short name is looked up."""
-
 _CPU = torch.device("cpu")
 
 
-def build_objective(loaded: LoadedConfiguration) -> Objective:
-    """Build the objective from an Objective class or one of torch's losses, under the run's seed."""
+def loss_mistakes(loss: Component) -> list[ComponentError]:
+    """Return what is wrong with a loss: its arguments, or that a loss of torch cannot be an objective."""
+    mistakes = call_mistakes(loss)
+    try:
+        found = loss.locate()
+    except ComponentError:
+        return mistakes
+    what = refusal(found, loss.args) if _is_foreign_loss(found) else None
+    return mistakes if what is None else [*mistakes, ComponentError(what)]
+
+
+def build_objective(one: Component | None, several: Mapping[str, Component], *, fields: Fields, seed: int) -> Objective:
+    """Build the objective from an Objective class or one of torch's losses, under the run's seed.
+
+    Args:
+        one: the loss, where there is one alone.
+        several: losses by name, otherwise.
+        fields: which part of a batch is what; a loss of several may have its own.
+    """
     with preserved_random_state(_CPU):
-        seed_everything(derive(loaded.values.seed, Purpose.INITIALIZATION, 2), _CPU)
-        return _objective(loaded)
-
-
-def _objective(loaded: LoadedConfiguration) -> Objective:
-    values = loaded.values
-    fields = Fields(**values.data.fields.model_dump(), output=values.model.output)
-    built: dict[str, Objective] = {}
-    for key, section in losses_of(loaded):
-        loss = _loss(loaded, key, section)
-        loss.fields = fields
-        weight_key: tuple[str, ...] = ("data", "fields", "weight")
-        if isinstance(section, LossPart):
-            own = {**section.fields.model_dump(), "output": section.output}
-            loss.fields = replace(fields, **{name: part for name, part in own.items() if part is not None})
-            weight_key = (*key, "fields", "weight") if section.fields.weight is not None else weight_key
-        if loss.fields.weight is not None and not loss.reads_sample_weights:
-            raise _wrong(
-                loaded,
-                weight_key,
-                f"{section.target} does not read it; multiply by self.fields.weight_of(batch) in its forward and weight, and "
-                "say reads_sample_weights = True",
-            )
-        built[key[-1]] = loss
-    if not values.objective.losses:
-        return built["objective"]
-    total = WeightedSum(built, {name: part.weight for name, part in values.objective.losses.items()})
+        seed_everything(derive(seed, Purpose.INITIALIZATION, 2), _CPU)
+        if one is not None:
+            return _with_fields(one, fields)
+        built = {name: _with_fields(loss, fields) for name, loss in several.items()}
+    total = WeightedSum(built, {name: loss.section.weight for name, loss in several.items()})
     total.fields = fields
     return total
 
 
-def losses_of(loaded: LoadedConfiguration) -> Iterator[tuple[tuple[str, ...], ComponentSection]]:
-    """Yield key and section of each loss that is configured."""
-    section = loaded.values.objective
-    if section.target is not None:
-        yield ("objective",), ComponentSection(target=section.target, args=section.args)
-    for name, part in section.losses.items():
-        yield ("objective", "losses", name), part
+def _with_fields(bound: Component, fields: Fields) -> Objective:
+    loss, section = _loss(bound), bound.section
+    loss.fields = fields
+    weight_key: tuple[str, ...] = ("data", "fields", "weight")
+    if isinstance(section, LossPart):
+        own = {**section.fields.model_dump(), "output": section.output}
+        loss.fields = replace(fields, **{name: part for name, part in own.items() if part is not None})
+        weight_key = (*bound.key, "fields", "weight") if section.fields.weight is not None else weight_key
+    if loss.fields.weight is not None and not loss.reads_sample_weights:
+        raise bound.where.error(
+            weight_key,
+            f"{bound.target} does not read it; multiply by self.fields.weight_of(batch) in its forward and weight, and "
+            "say reads_sample_weights = True",
+        )
+    return loss
 
 
-def _loss(loaded: LoadedConfiguration, key: tuple[str, ...], section: ComponentSection) -> Objective:
+def _loss(bound: Component) -> Objective:
     try:
-        found = component.locate(section.target, namespaces=OBJECTIVES, code=loaded.code)
-        if _is_foreign_loss(found):
-            arguments = component.resolved(section.args, code=loaded.code)
-            built: Any = component.call(torch_loss, section.target, found, arguments)
-        else:
-            built = component.build(section.target, section.args, namespaces=OBJECTIVES, code=loaded.code)
-    except ComponentError as mistake:
-        raise _wrong(loaded, (*key, *mistake.path), mistake.what) from mistake
+        with bound.blamed():
+            found = bound.locate()
+            if not _is_foreign_loss(found):
+                built: Any = bound.build()
+            else:
+                arguments = component.resolved(bound.args, code=bound.code)
+                built = component.call(torch_loss, bound.target, found, arguments)
     except ObjectiveError as error:
-        raise _wrong(loaded, key, str(error)) from error
+        raise bound.error(str(error)) from error
     if not isinstance(built, Objective):
-        raise _wrong(loaded, (*key, "target"), f"is a {type(built).__name__}, not a runtime.objective.Objective")
+        raise bound.error(f"is a {type(built).__name__}, not a runtime.objective.Objective", "target")
     return built
 
 
 def _is_foreign_loss(found: Any) -> bool:
     return inspect.isclass(found) and issubclass(found, nn.Module) and not issubclass(found, Objective)
-
-
-def refused_loss(loaded: LoadedConfiguration, section: ComponentSection) -> Iterator[ComponentError]:
-    """Yield why a loss of torch cannot be an objective, without building it."""
-    try:
-        found = component.locate(section.target, namespaces=OBJECTIVES, code=loaded.code)
-    except ComponentError:
-        return  # told already
-    what = refusal(found, section.args) if _is_foreign_loss(found) else None
-    if what is not None:
-        yield ComponentError(what)
-
-
-def _wrong(loaded: LoadedConfiguration, key: tuple[str, ...], what: str) -> ConfigurationError:
-    return ConfigurationError([loaded.problem(key, what)])

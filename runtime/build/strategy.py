@@ -20,7 +20,7 @@ def build_strategy(loaded: LoadedConfiguration) -> Strategy:
 
         return ZeroStrategy(
             precision=values.precision,
-            generated=generate(values, loaded.beside),
+            generated=generate(values, loaded.where.beside),
             timeout_seconds=values.limit.stall_seconds,
         )
 

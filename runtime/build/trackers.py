@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.build import components, sources
+from runtime.build.builder import Builder
 from runtime.build.own_trackers import make_own_trackers
 from runtime.checkpoints.run_state import RunState
 from runtime.config import yaml_file
@@ -26,37 +26,38 @@ from runtime.strategies import Strategy
 from runtime.training.progress import Progress
 
 
-def build_meter(
-    loaded: LoadedConfiguration, state: RunState, *, times: PhaseTimes, groups: Sequence[str]
-) -> TrainingMeter:
+def build_meter(builder: Builder, state: RunState, *, times: PhaseTimes, groups: Sequence[str]) -> TrainingMeter:
     """Build what sums up the figures of training between two reports.
 
     Args:
         groups: names of the optimizer's parameter groups.
     """
-    metrics = components.build_metrics(loaded) if loaded.values.evaluation.metrics_on_train else {}
+    metrics = builder.metrics() if builder.values.evaluation.metrics_on_train else {}
     device = state.strategy.device
     return TrainingMeter(device, state.module.objective, MetricSet(metrics, device), times, groups)
 
 
 def restore_meter(
-    meter: TrainingMeter, training: Mapping[str, Any], loaded: LoadedConfiguration, strategy: Strategy
+    meter: TrainingMeter, training: Mapping[str, Any], configuration: Mapping[str, Any], strategy: Strategy
 ) -> None:
     """Go on with what was summed since the last report when a checkpoint was made.
 
     Args:
         training: the checkpoint's training state.
+        configuration: all keys with their values.
     """
     meter.forget()
     if not training.get("meter"):
         return
     stored = in_memory(training["meter"])
-    if training["identity"]["configuration"]["evaluation"] != loaded.resolved()["evaluation"]:
+    if training["identity"]["configuration"]["evaluation"] != configuration["evaluation"]:
         stored["metrics"] = []  # of other metrics
     meter.go_on_from(stored, rank=strategy.rank, world_size=strategy.world_size)
 
 
-def open_trackers(reporter: Reporter, loaded: LoadedConfiguration, progress: Progress, *, run_id: str) -> None:
+def open_trackers(
+    reporter: Reporter, loaded: LoadedConfiguration, builder: Builder, progress: Progress, *, run_id: str
+) -> None:
     """Let a reporter pass on to the configuration's trackers, and to them the files that there are already. For rank 0.
 
     Args:
@@ -67,7 +68,7 @@ def open_trackers(reporter: Reporter, loaded: LoadedConfiguration, progress: Pro
     """
     files = RunFiles(loaded.output)
     folder, resolved = files.folder, loaded.resolved()
-    preparation = sources.preparation(loaded)
+    preparation = builder.sources.preparation
     try:
         # The code's folder as it is: the one of this file is the run folder.
         replace_file(files.config, yaml_file.dump({**resolved, "code": str(loaded.code)}))
@@ -81,11 +82,11 @@ def open_trackers(reporter: Reporter, loaded: LoadedConfiguration, progress: Pro
         run=TrackedRun(name=loaded.name, id=run_id, folder=folder, configuration=resolved, step=progress.step),
         section=loaded.values.reporting,
         pictures=section.pictures,
-        classes=ClassResults.of(components.build_metrics(loaded), section.class_names or preparation["classes"]),
+        classes=ClassResults.of(builder.metrics(), section.class_names or preparation["classes"]),
         records=records,
         reporter=reporter,
     )
-    own = make_own_trackers(loaded.values.reporting.trackers, code=loaded.code, warn=reporter.warn)
+    own = make_own_trackers(builder.components.below("reporting", "trackers").values(), warn=reporter.warn)
     reporter.open([*make_trackers(given), *own], given.run)
     reporter.log_artifact("config", files.config, step=progress.step)
     if preparation["fitted"] is not None:

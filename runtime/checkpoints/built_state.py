@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.config.file import LoadedConfiguration
 from runtime.errors import CheckpointError
 from runtime.objective import TrainingModule
 from runtime.strategies.state_keys import missing_keys
@@ -46,13 +45,16 @@ class Built:
     digests: Mapping[str, str]
 
     @classmethod
-    def of(cls, loaded: LoadedConfiguration, module: TrainingModule, optimizer: Optimizer) -> Built:
-        """Describe module and optimizer behind a schedule, as they were built and before a strategy prepares them."""
-        sections = loaded.resolved()
-        settings = {part: {k: sections[part].get(k) for k in ("target", "args", "losses")} for part in _PARTS}
+    def of(cls, configuration: Mapping[str, Any], module: TrainingModule, optimizer: Optimizer) -> Built:
+        """Describe module and optimizer behind a schedule, as they were built and before a strategy prepares them.
+
+        Args:
+            configuration: all keys with their values.
+        """
+        settings = {part: {k: configuration[part].get(k) for k in ("target", "args", "losses")} for part in _PARTS}
         names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
         return cls(
-            {**settings, "seed": loaded.values.seed},
+            {**settings, "seed": configuration["seed"]},
             [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
             [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups],
             {name: _digest(tensor) for name, tensor in _arguments(module)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 
 from runtime.checkpoints.built_state import OF_SCHEDULES, Built
 from runtime.checkpoints.rollback_history import Rollback
-from runtime.config.file import LoadedConfiguration, exact_keys
+from runtime.config.data import Batch, Data
+from runtime.config.file import exact_keys
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
 from runtime.optimization.averaging import WeightAverage
@@ -194,23 +196,23 @@ def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
 
 def check_identity(
     stored: Identity,
-    loaded: LoadedConfiguration,
+    now: Identity,
     *,
-    data: Mapping[str, Any],
     contents: Mapping[str, str],
-    schedule_length: int | None,
-    weights: str | None,
+    allowed: Sequence[str],
+    folder: Path,
 ) -> None:
     """Compare what a checkpoint was made with and what is asked for now.
 
     Args:
         contents: by part of the data, what is another than it was.
+        allowed: keys that may change.
+        folder: of the run.
 
     Raises:
         RunFolderError: an exact key changed, with its old and new value; or the data did.
     """
-    allowed = loaded.values.resume.allow_changes
-    old, new = exact_keys(stored.configuration), exact_keys(loaded.resolved())
+    old, new = exact_keys(stored.configuration), exact_keys(now.configuration)
     for keys in (old, new):
         keys.pop("batch.slots")  # by default it follows from the first start: judged by slots_on_resumption
     changes = [
@@ -218,16 +220,17 @@ def check_identity(
         for key in sorted(set(old) | set(new))
         if not _same(old.get(key), new.get(key)) and not _allowed(key, allowed)
     ]
-    if stored.schedule_length != schedule_length and not _allowed("limit", allowed):
+    if stored.schedule_length != now.schedule_length and not _allowed("limit", allowed):
         changes.append(
-            f"limit: the schedule's length followed from it: was {stored.schedule_length}, is {schedule_length} "
+            f"limit: the schedule's length followed from it: was {stored.schedule_length}, is {now.schedule_length} "
             "(give schedule.args a length of its own to be free to change the limit)"
         )
-    gone = weights is None and loaded.values.model.weights is not None  # it is no longer needed
-    if stored.weights != weights and not gone and not _allowed("model.weights", allowed):
-        changes.append(f"model.weights: the file's digest was {stored.weights}, is {weights}")
-    if dict(stored.data) != dict(data) and not _allowed("data", allowed):
-        changes.append(f"data.train: was {dict(stored.data)}, is {dict(data)}")
+    named = now.configuration["model"]["weights"] is not None
+    gone = now.weights is None and named  # it is no longer needed
+    if stored.weights != now.weights and not gone and not _allowed("model.weights", allowed):
+        changes.append(f"model.weights: the file's digest was {stored.weights}, is {now.weights}")
+    if dict(stored.data) != dict(now.data) and not _allowed("data", allowed):
+        changes.append(f"data.train: was {dict(stored.data)}, is {dict(now.data)}")
     changes += [
         f"data.{part}: {what} is not what it was: the data, or the code that reads it, changed under the run"
         for part, what in contents.items()
@@ -236,49 +239,57 @@ def check_identity(
     if changes:
         listed = "\n  ".join(changes)
         raise RunFolderError(
-            f"{loaded.output} holds a run of another configuration:\n  {listed}\n"
+            f"{folder} holds a run of another configuration:\n  {listed}\n"
             "Choose another folder (output=…), or insist with resume.allow_changes=[KEY, …]"
         )
 
 
-def cursor_on_resumption(training: Mapping[str, Any], loaded: LoadedConfiguration) -> list[int]:
+def cursor_on_resumption(
+    training: Mapping[str, Any], batch_size: int, data: Data, *, allowed: Sequence[str], folder: Path
+) -> list[int]:
     """Return the epoch and the batch that a resumed run goes on with, where ``batch.global_size`` was allowed to change.
+
+    Args:
+        batch_size: of the global batch, now.
+        allowed: keys that may change.
+        folder: of the run.
 
     Raises:
         RunFolderError: the samples of the epoch that were trained are no whole number of such batches.
     """
     epoch, batch = training["progress"]["cursor"]
-    before, now = training["identity"]["configuration"]["batch"]["global_size"], loaded.values.batch.global_size
-    if before == now or not batch or not _allowed("batch.global_size", loaded.values.resume.allow_changes):
+    before, now = training["identity"]["configuration"]["batch"]["global_size"], batch_size
+    if before == now or not batch or not _allowed("batch.global_size", allowed):
         return [epoch, batch]
-    data = loaded.values.data
     own_batches = (data.batch_sampler, data.group_by_length, data.budget, data.balance)
     by_samples = training["identity"]["data"].get("samples") is not None and not any(own_batches)
     left_out = any(list(cursor) >= [epoch, batch] for cursor in training["progress"]["skipped_batches"])
     if by_samples and not left_out and batch * before % now == 0:
         return [epoch, batch * before // now]
     raise RunFolderError(
-        f"{loaded.output} holds a run that stands within epoch {epoch + 1}, behind {batch} batches of {before}: with "
+        f"{folder} holds a run that stands within epoch {epoch + 1}, behind {batch} batches of {before}: with "
         f"batch.global_size {now} some of its samples would come twice or not at all. Change it where an epoch ends"
         + (f", or to a divisor of {batch * before}" if by_samples and not left_out else "")
     )
 
 
-def slots_on_resumption(stored: int, loaded: LoadedConfiguration) -> int:
+def slots_on_resumption(stored: int, batch: Batch, *, allowed: Sequence[str], folder: Path) -> int:
     """Return K for a resumed run: the stored one, unless a change is allowed.
+
+    Args:
+        allowed: keys that may change.
+        folder: of the run.
 
     Raises:
         RunFolderError: K would have to change.
     """
-    batch = loaded.values.batch
-    allowed = _allowed("batch.slots", loaded.values.resume.allow_changes)
     wanted = batch.slots
     micro_size = batch.largest_slot  # 'auto' keeps what was found at the first start
     if wanted is None:
         wanted = stored if -(-batch.global_size // stored) <= micro_size else -(-batch.global_size // micro_size)
-    if wanted != stored and not allowed:
+    if wanted != stored and not _allowed("batch.slots", allowed):
         raise RunFolderError(
-            f"{loaded.output} holds a run with {stored} slots, and {wanted} are needed now (batch.slots, batch.micro_size). "
+            f"{folder} holds a run with {stored} slots, and {wanted} are needed now (batch.slots, batch.micro_size). "
             "With another number only models without randomness or batch statistics in the forward pass keep the answer: "
             f"insist with resume.allow_changes=[batch.slots]"
         )

@@ -16,16 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.build import components
-from runtime.build.objective import build_objective
-from runtime.build.optimizer import build_freezing, build_optimizer
+from runtime.build.builder import Builder
 from runtime.checkpoints.load import load_state
 from runtime.checkpoints.run_state import RunState, load_module
 from runtime.checks.attributes import attributes_with_tensors, differing_attributes
 from runtime.checks.copies import copy_of, enough_memory
 from runtime.checks.objective import mark_coupled
 from runtime.checks.traces import left_as_it_was
-from runtime.config.file import LoadedConfiguration
 from runtime.distributed.collectives import gather_bytes
 from runtime.objective import TrainingModule
 from runtime.optimization.combined import load_exactly
@@ -42,7 +39,7 @@ _RELATIVE = 1e-3  # what two passes may differ by where kernels are not determin
 
 
 def prove_checkpoint(
-    loaded: LoadedConfiguration,
+    builder: Builder,
     strategy: Strategy,
     state: RunState,
     *,
@@ -59,8 +56,9 @@ def prove_checkpoint(
         warn: told in one line what the checkpoint lacks.
         tell: told why nothing was compared.
     """
-    if strategy.sharded or (loaded.values.compile is not None and loaded.values.compile.blocks):
-        what = "compiled blocks" if not strategy.sharded else f"strategy.kind: {loaded.values.strategy.kind}"
+    values = builder.values
+    if strategy.sharded or (values.compile is not None and values.compile.blocks):
+        what = "compiled blocks" if not strategy.sharded else f"strategy.kind: {values.strategy.kind}"
         tell(f"The first checkpoint is not tried out with {what}; one run with ddp and without compile tells more.")
         return
     told = {"problem": "", "found": []}
@@ -69,7 +67,7 @@ def prove_checkpoint(
         path = saved()
         try:
             if path is not None:
-                told["found"] = _differences(loaded, strategy, state, path, batch)
+                told["found"] = _differences(builder, strategy, state, path, batch)
         except Exception as error:  # user code that cannot be copied, or built twice, is no reason to end a run
             first = str(error).strip().split("\n", maxsplit=1)[0]
             told["problem"] = f"{type(error).__name__}: {first[:200]}"
@@ -86,13 +84,13 @@ def prove_checkpoint(
         tell(f"The first checkpoint was not tried out ({problem}).")
 
 
-def _differences(loaded: LoadedConfiguration, strategy: Strategy, state: RunState, path: Path, batch: Any) -> list[str]:
-    device, key = strategy.device, derive(loaded.values.seed, Purpose.SLOT, state.progress.step, 0)
+def _differences(builder: Builder, strategy: Strategy, state: RunState, path: Path, batch: Any) -> list[str]:
+    device, key = strategy.device, derive(builder.values.seed, Purpose.SLOT, state.progress.step, 0)
     batch = strategy.to_device(batch)
     # A copy's hooks may still write to the original's attributes: they were made with it.
     with preserved_random_state(device), left_as_it_was(state.module, training=True):
         running, running_optimizer = copy_of(state.module, state.optimizer)
-        built, built_optimizer = _built(loaded, strategy, state, path)
+        built, built_optimizer = _built(builder, strategy, state, path)
         with_tensors = attributes_with_tensors(built)
         before, after = (
             _acted(module, optimizer, strategy, batch, key)
@@ -113,17 +111,15 @@ def _differences(loaded: LoadedConfiguration, strategy: Strategy, state: RunStat
     return [*named, *results]
 
 
-def _built(
-    loaded: LoadedConfiguration, strategy: Strategy, state: RunState, path: Path
-) -> tuple[TrainingModule, Optimizer]:
+def _built(builder: Builder, strategy: Strategy, state: RunState, path: Path) -> tuple[TrainingModule, Optimizer]:
     """Build module and optimizer as a start does, and give them the checkpoint."""
-    model = components.build_model(loaded)
-    if loaded.values.batch_norm == "sync":
+    model = builder.model()
+    if builder.values.batch_norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    module = strategy.place(TrainingModule(model, build_objective(loaded)))
-    freezing = build_freezing(loaded, module)
+    module = strategy.place(TrainingModule(model, builder.objective()))
+    freezing = builder.freezing(module)
     freezing.unfreeze_all()
-    optimizer = build_optimizer(loaded, module)
+    optimizer = builder.optimizer(module)
     begin_training(optimizer)
     freezing.apply(0)
     freezing.apply(state.progress.cursor.epoch)

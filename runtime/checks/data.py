@@ -6,15 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from runtime.build.component import Component
 from runtime.build.data_contents import does_not_repeat
 from runtime.build.preparation import Prepared
 from runtime.build.sources import split_key
-from runtime.config.file import LoadedConfiguration
 from runtime.data.order import SamplerOrder
 from runtime.data.probing import GLOBAL_RNGS
 from runtime.data.training_data import MappedData
 from runtime.distributed.collectives import gather_bytes
-from runtime.errors import ConfigurationError
 from runtime.strategies import Strategy
 
 
@@ -40,7 +39,7 @@ def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[
 
 
 def check_sampler(
-    loaded: LoadedConfiguration, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
+    sampler: Component | None, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
 ) -> None:
     """Refuse samplers that draw other samples on each rank or at each drawing, or know of ranks. Collective.
 
@@ -48,7 +47,7 @@ def check_sampler(
         ConfigurationError: naming the sampler and the cure; on every rank alike.
     """
     data = prepared.data
-    if not isinstance(data, MappedData) or not isinstance(data.order, SamplerOrder):
+    if sampler is None or not isinstance(data, MappedData) or not isinstance(data.order, SamplerOrder):
         return
     order, size, world_size = data.order, len(data.samples), strategy.world_size
     repeats = order.repeats()
@@ -59,15 +58,13 @@ def check_sampler(
     names = type(order.sampler).__name__
     if shares is not None or (len({drawn for drawn, _, _ in told}) > 1 and all(repeats for _, repeats, _ in told)):
         names = type(shares).__name__ if shares is not None else names
-        raise _refused(
-            loaded,
+        raise sampler.error(
             f"{names} draws other samples on each rank (a part of the data: {distinct} of {size}). Lockstep shares each global "
             f"batch out by itself, so all ranks must draw the same: leave the sampler out (data.shuffle shuffles), or give it "
             "num_replicas: 1 and rank: 0",
         )
     if not all(repeats for _, repeats, _ in told):
-        raise _refused(
-            loaded,
+        raise sampler.error(
             f"{names} draws something else when it is drawn again under one seed: neither ranks nor a resumed run would "
             f"draw the same. Let it draw from {GLOBAL_RNGS}, which are seeded for each epoch (for torch's samplers leave out "
             "'generator'), and keep no count of its own",
@@ -86,8 +83,3 @@ def _parts(sampler: Any) -> Iterator[Any]:
         sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
         if sampler is None:
             return
-
-
-def _refused(loaded: LoadedConfiguration, what: str) -> ConfigurationError:
-    key = "sampler" if loaded.values.data.sampler is not None else "batch_sampler"
-    return ConfigurationError([loaded.problem(("data", key), what)])

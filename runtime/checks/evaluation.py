@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from runtime.build import components, sources
-from runtime.checks.objective import one_worker
+from runtime.build.builder import Builder
 from runtime.checks.traces import left_as_it_was
-from runtime.config.file import LoadedConfiguration
-from runtime.config.sections import Prediction
+from runtime.config.learning import Schedule
+from runtime.config.locations import Locations
+from runtime.config.sections import Best, EarlyStopping, Prediction
+from runtime.data.fields import Name
+from runtime.data.loading import MakeLoader
 from runtime.data.training_data import MappedData, TrainingData
 from runtime.distributed.collectives import gather_bytes
 from runtime.errors import (
@@ -29,7 +31,6 @@ from runtime.errors import (
     LockstepError,
     MetricError,
     ObjectiveError,
-    Problem,
 )
 from runtime.evaluation.evaluator import Evaluator, Tried
 from runtime.evaluation.metric_inputs import feed_of
@@ -55,7 +56,7 @@ class _Verdict(NamedTuple):
 
 
 def check_evaluation(
-    loaded: LoadedConfiguration,
+    builder: Builder,
     strategy: Strategy,
     data: TrainingData,
     evaluators: Mapping[str, Evaluator],
@@ -69,6 +70,9 @@ def check_evaluation(
         ConfigurationError: a metric refuses what the model gives, a result that is judged does not exist, or a column or label
             of the predictions does not fit.
     """
+    values = builder.values
+    make_loader = builder.loader(strategy.device, few=True)
+    judged = _judged(values.checkpoint.best, values.limit.early_stopping, values.schedule)
     eager = torch.compiler.set_stance("force_eager")  # other shapes would be compiled anew
     with (
         preserved_random_state(strategy.device),
@@ -78,24 +82,25 @@ def check_evaluation(
     ):
         warnings.simplefilter("ignore")  # of so few samples
         for number, (split, evaluator) in enumerate(evaluators.items()):
-            tried, verdict = _tried(loaded, strategy, evaluator)
-            all_tried = _agree(loaded, strategy, verdict, warn)
+            tried, verdict = _tried(evaluator, make_loader)
+            if tried is not None:
+                verdict = _Verdict(remark=_soft_targets(builder, strategy.unwrapped.objective, tried))
+            all_tried = _agree(verdict, strategy, builder.where, warn)
             if tried is None or not all_tried:
                 continue
-            problems = _of_results(loaded, tried, warn) if split == "validation" else []
+            problems = _of_results(judged, tried, values.evaluation.metrics, warn) if split == "validation" else []
             if problems:
-                raise ConfigurationError(problems)
+                raise ConfigurationError([builder.where.problem(key, what) for key, what in problems])
             if number == 0:
-                _agree(loaded, strategy, _of_prediction(loaded, strategy, tried.batch), warn)
-        if not evaluators and loaded.values.prediction != Prediction() and isinstance(data, MappedData):
+                _agree(_of_prediction(builder, strategy, tried.batch), strategy, builder.where, warn)
+        if not evaluators and values.prediction != Prediction() and isinstance(data, MappedData):
             batch = strategy.to_device(data.first_batch(1))
-            _agree(loaded, strategy, _of_prediction(loaded, strategy, batch), warn)
+            _agree(_of_prediction(builder, strategy, batch), strategy, builder.where, warn)
 
 
-def _tried(loaded: LoadedConfiguration, strategy: Strategy, evaluator: Evaluator) -> tuple[Tried | None, _Verdict]:
-    make_loader = components.build_loader(one_worker(loaded), strategy.device)
+def _tried(evaluator: Evaluator, make_loader: MakeLoader) -> tuple[Tried | None, _Verdict]:
     try:
-        tried = evaluator.try_first(make_loader)
+        return evaluator.try_first(make_loader), _Verdict()
     except MetricError as error:
         return None, _Verdict(("evaluation", "metrics", error.metric), str(error))
     except LockstepError as error:
@@ -104,10 +109,9 @@ def _tried(loaded: LoadedConfiguration, strategy: Strategy, evaluator: Evaluator
         if not is_out_of_memory(error):
             raise
         return None, _Verdict(out_of_memory=True)  # the first step tells what would fit
-    return tried, _Verdict(remark=_soft_targets(loaded, strategy.unwrapped.objective, tried))
 
 
-def _agree(loaded: LoadedConfiguration, strategy: Strategy, verdict: _Verdict, warn: Callable[[str], None]) -> bool:
+def _agree(verdict: _Verdict, strategy: Strategy, where: Locations, warn: Callable[[str], None]) -> bool:
     """Raise on all ranks what one of them found; return whether all of them had the memory to try. Collective."""
     replies = gather_bytes(json.dumps(verdict).encode(), strategy.device)
     found = [_Verdict(*json.loads(reply)) for reply in replies]
@@ -115,13 +119,13 @@ def _agree(loaded: LoadedConfiguration, strategy: Strategy, verdict: _Verdict, w
         if other.kind:
             raise _KINDS.get(other.kind, EvaluationError)(other.what)
         if other.what:
-            raise ConfigurationError([loaded.problem(tuple(other.key), other.what)])
+            raise where.error(other.key, other.what)
     for text in list(dict.fromkeys(other.remark for other in found if other.remark))[:1]:
         warn(text)
     return not any(other.out_of_memory for other in found)
 
 
-def _soft_targets(loaded: LoadedConfiguration, objective: Objective, tried: Tried) -> str:
+def _soft_targets(builder: Builder, objective: Objective, tried: Tried) -> str:
     """Return what metrics see of targets that are probabilities; empty where they are not."""
     if not tried.metrics or tried.batch is None:
         return ""
@@ -129,7 +133,7 @@ def _soft_targets(loaded: LoadedConfiguration, objective: Objective, tried: Trie
     between = target[(target > 0) & (target < 1)] if target is not None else None
     if between is None or not between.numel():
         return ""
-    metrics = components.build_metrics(loaded)
+    metrics = builder.metrics()
     values = [name for name, metric in metrics.items() if feed_of(metric).sees == "values"]
     classes = [name for name in metrics if name not in values]
     seen = [f"{', '.join(classes)} {'see' if classes[1:] else 'sees'} the likeliest class"] if classes else []
@@ -137,28 +141,40 @@ def _soft_targets(loaded: LoadedConfiguration, objective: Objective, tried: Trie
     return f"evaluation.metrics: targets are probabilities ({float(between[0]):.3g}, say): {', '.join(seen)}"
 
 
-def _of_results(loaded: LoadedConfiguration, tried: Tried, warn: Callable[[str], None]) -> list[Problem]:
-    """Return what is wrong with the names of results that are judged. Collective."""
-    values = loaded.values
+def _judged(
+    best: Sequence[Best], stopping: EarlyStopping | None, schedule: Schedule | None
+) -> dict[tuple[str, ...], str]:
+    """Return the names of the results that something follows from, by the key that names each."""
+    judged: dict[tuple[str, ...], str] = {
+        ("checkpoint", "best", str(n), "metric"): b.metric for n, b in enumerate(best)
+    }
+    if stopping is not None:
+        judged["limit", "early_stopping", "metric"] = stopping.metric
+    if schedule is not None and schedule.monitor is not None:
+        judged["schedule", "monitor"] = schedule.monitor
+    return judged
+
+
+def _of_results(
+    judged: Mapping[tuple[str, ...], str], tried: Tried, metrics: Container[str], warn: Callable[[str], None]
+) -> list[tuple[tuple[str, ...], str]]:
+    """Return what is wrong with the names of results that are judged, with their keys. Collective.
+
+    Args:
+        metrics: names of those that are configured.
+    """
     try:
         results: dict[str, Any] = {**dict.fromkeys(tried.parts, 0.0), **tried.metrics.compute()}
     except EvaluationError as error:  # it may want more than one microbatch
         warn(f"evaluation.metrics: after one microbatch, {error}")
         return []
-    judged: dict[tuple[str, ...], str] = {
-        ("checkpoint", "best", str(n), "metric"): best.metric for n, best in enumerate(values.checkpoint.best)
-    }
-    if values.limit.early_stopping is not None:
-        judged["limit", "early_stopping", "metric"] = values.limit.early_stopping.metric
-    if values.schedule is not None and values.schedule.monitor is not None:
-        judged["schedule", "monitor"] = values.schedule.monitor
-    return [loaded.problem(key, what) for key, name in judged.items() for what in _unfit(loaded, name, results, tried)]
+    return [(key, what) for key, name in judged.items() for what in _unfit(name, results, tried, metrics)]
 
 
-def _unfit(loaded: LoadedConfiguration, name: str, results: Mapping[str, Any], tried: Tried) -> Iterator[str]:
+def _unfit(name: str, results: Mapping[str, Any], tried: Tried, metrics: Container[str]) -> Iterator[str]:
     base = name.partition("/")[0]
-    silent = base in loaded.values.evaluation.metrics and not any(r.partition("/")[0] == base for r in results)
-    if silent or (not tried.parts and base not in loaded.values.evaluation.metrics):
+    silent = base in metrics and not any(r.partition("/")[0] == base for r in results)
+    if silent or (not tried.parts and base not in metrics):
         return  # nothing of this microbatch counts
     numbers = ", ".join(result for result, value in results.items() if isinstance(value, float))
     if name not in results:
@@ -167,9 +183,10 @@ def _unfit(loaded: LoadedConfiguration, name: str, results: Mapping[str, Any], t
         yield f"{name!r} is not one number; these are: {numbers}"
 
 
-def _of_prediction(loaded: LoadedConfiguration, strategy: Strategy, batch: Any) -> _Verdict:
+def _of_prediction(builder: Builder, strategy: Strategy, batch: Any) -> _Verdict:
     """Predict a microbatch as the section ``prediction`` says, where there is one. Collective where forward passes are."""
-    section, objective = loaded.values.prediction, strategy.unwrapped.objective
+    values, objective = builder.values, strategy.unwrapped.objective
+    section = values.prediction
     if section == Prediction() or batch is None:
         return _Verdict()
     try:
@@ -181,9 +198,10 @@ def _of_prediction(loaded: LoadedConfiguration, strategy: Strategy, batch: Any) 
             output = objective.fields.output_of(strategy.output(positional, named))
             predictions = objective.predicted(full_precision(output))
         size = len(next(iter(predictions.values())))
-        names = loaded.values.evaluation.class_names or sources.preparation(loaded)["classes"] or ()
-        builder = ColumnBuilder(section, _wanted(loaded), loaded.problem, names)
-        builder.build(predictions, np.arange(size), np.arange(size), lambda name: np.arange(size))
+        names = values.evaluation.class_names or builder.sources.preparation["classes"] or ()
+        wanted = _wanted(section, values.data.fields.id, builder.where)
+        columns = ColumnBuilder(section, wanted, builder.where.problem, names)
+        columns.build(predictions, np.arange(size), np.arange(size), lambda name: np.arange(size))
     except ConfigurationError as error:
         (problem,) = error.problems
         return _Verdict(tuple(problem.key.split(".")), problem.what)
@@ -194,10 +212,10 @@ def _of_prediction(loaded: LoadedConfiguration, strategy: Strategy, batch: Any) 
     return _Verdict()
 
 
-def _wanted(loaded: LoadedConfiguration) -> Mapping[str, str]:
+def _wanted(section: Prediction, id_field: Name | None, where: Locations) -> Mapping[str, str]:
     """Return the columns that are wanted; of a sample submission, where it is there already."""
-    section = loaded.values.prediction
     sample = Path(section.sample_submission) if section.sample_submission else None
     if sample is None or section.columns or not sample.is_file():
         return section.columns
-    return columns_of_sample(loaded, Path("predictions.csv"), header_of(sample))
+    header = header_of(sample)
+    return columns_of_sample(section, Path("predictions.csv"), header, id_field=id_field, where=where)

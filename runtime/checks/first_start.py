@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from runtime import environment
+from runtime.build.builder import Builder
 from runtime.build.preparation import Prepared
 from runtime.checks.data import check_sampler, check_samples_repeat
 from runtime.checks.evaluation import check_evaluation
@@ -17,7 +18,6 @@ from runtime.checks.gradients import check_gradients
 from runtime.checks.lone_samples import check_lone_samples
 from runtime.checks.objective import check_additivity
 from runtime.checks.settings import check_settings
-from runtime.config.file import LoadedConfiguration
 from runtime.evaluation.evaluator import Evaluator
 from runtime.strategies import Strategy
 
@@ -31,7 +31,7 @@ class FirstStart:
         warn: takes one line. Rank 0 shows it; every rank may call it.
     """
 
-    loaded: LoadedConfiguration
+    builder: Builder
     strategy: Strategy
     prepared: Prepared
     evaluators: Mapping[str, Evaluator]
@@ -44,11 +44,12 @@ def check_first_start(start: FirstStart) -> None:
     Raises:
         LockstepError: what the first check that failed found.
     """
-    loaded, strategy, prepared, warn = start.loaded, start.strategy, start.prepared, start.warn
-    if loaded.values.checks == "off":
+    builder, strategy, prepared, warn = start.builder, start.strategy, start.prepared, start.warn
+    values, where, size = builder.values, builder.where, builder.values.batch.global_size
+    if values.checks == "off":
         return
     for text in check_settings(
-        loaded,
+        builder,
         strategy.unwrapped,
         prepared.state.optimizer,
         prepared.state.schedule,
@@ -57,9 +58,21 @@ def check_first_start(start: FirstStart) -> None:
     ):
         warn(text)
     samples_repeat = check_samples_repeat(strategy, prepared, warn)
-    check_sampler(loaded, strategy, prepared, warn)
-    check_lone_samples(loaded, strategy, prepared, warn)
-    check_gradients(loaded, strategy, prepared, warn)
+    check_sampler(builder.sampler, strategy, prepared, warn)
+    make_loader = builder.loader(
+        strategy.device, few=True
+    )  # nothing of the data is opened in this process, if it has workers
+    check_lone_samples(values.data, strategy, prepared, make_loader, batch_size=size, where=where, warn=warn)
+    check_gradients(values.strategy, strategy, prepared, make_loader, seed=values.seed, where=where, warn=warn)
     if samples_repeat:  # otherwise two readings of one sample say nothing of the loss
-        check_additivity(loaded, strategy, prepared, warn)
-    check_evaluation(loaded, strategy, prepared.data, start.evaluators, warn)
+        check_additivity(
+            values.objective,
+            strategy,
+            prepared,
+            make_loader,
+            batch_size=size,
+            compiled=values.compile is not None,
+            where=where,
+            warn=warn,
+        )
+    check_evaluation(builder, strategy, prepared.data, start.evaluators, warn)

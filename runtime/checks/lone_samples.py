@@ -14,15 +14,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from runtime.build import components
 from runtime.build.preparation import Prepared
-from runtime.checks.objective import one_worker
 from runtime.checks.traces import left_as_it_was
-from runtime.config.file import LoadedConfiguration
-from runtime.data.loading import read
+from runtime.config.data import Data
+from runtime.config.locations import Locations
+from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import SlotIndex
 from runtime.data.training_data import MappedData
-from runtime.errors import ConfigurationError
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
 
@@ -30,14 +28,21 @@ _TORCHS_WORDS = ("Expected more than 1 value per channel", "Expected more than 1
 
 
 def check_lone_samples(
-    loaded: LoadedConfiguration, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
+    section: Data,
+    strategy: Strategy,
+    prepared: Prepared,
+    make_loader: MakeLoader,
+    *,
+    batch_size: int,
+    where: Locations,
+    warn: Callable[[str], None],
 ) -> None:
     """Refuse slots of one sample where a layer cannot normalise over them; warn of a stream, whose last batch is not known.
 
     Raises:
         ConfigurationError: naming the layer and the batch.
     """
-    data, slots, size = prepared.data, prepared.sharing.slots, loaded.values.batch.global_size
+    data, slots, size = prepared.data, prepared.sharing.slots, batch_size
     norms = _norms(strategy.unwrapped)
     if strategy.sharded:  # nothing is tried out, since half a forward pass would leave parameters gathered
         norms = [(name, part) for name, part in norms if isinstance(part, nn.BatchNorm1d)]
@@ -45,7 +50,7 @@ def check_lone_samples(
         return
     if not isinstance(data, MappedData):
         # How many samples a yielded batch has is the stream's own choice.
-        if not loaded.values.data.drop_last and not data.samples.batches:
+        if not section.drop_last and not data.samples.batches:
             warn(
                 f"model: {norms[0][0]} normalises over the samples of a slot, and the stream's last batch may leave a slot "
                 "with one: set data.drop_last: true"
@@ -54,7 +59,7 @@ def check_lone_samples(
     lone = next((n for n in (size, data.smallest_batch) if _smallest_slot(n, slots) == 1), None)
     if lone is None:
         return
-    layer = norms[0][0] if strategy.sharded else _refusing_layer(loaded, strategy, data)
+    layer = norms[0][0] if strategy.sharded else _refusing_layer(strategy, data, make_loader)
     if layer is None:
         return
     what = (
@@ -63,12 +68,12 @@ def check_lone_samples(
     )
     if lone == size:
         what += f"take at most {max(1, size // 2)} slots (batch.slots, or a larger batch.micro_size), or a larger batch"
-        raise ConfigurationError([loaded.problem(("batch", "slots"), what)])
+        raise where.error(("batch", "slots"), what)
     what += f"set it to true, or take a batch.global_size that leaves none or at least {2 * slots}"
     if strategy.sharded:
         warn(f"data.drop_last: {what}")
         return
-    raise ConfigurationError([loaded.problem(("data", "drop_last"), what)])
+    raise where.error(("data", "drop_last"), what)
 
 
 def _norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -85,9 +90,8 @@ def _smallest_slot(samples: int, slots: int) -> int:
     return min(n for k in range(slots) if (n := samples * (k + 1) // slots - samples * k // slots))
 
 
-def _refusing_layer(loaded: LoadedConfiguration, strategy: Strategy, data: MappedData) -> str | None:
+def _refusing_layer(strategy: Strategy, data: MappedData, make_loader: MakeLoader) -> str | None:
     """Run one sample forward, and return the layer that refuses it; None if none does. Leaves no trace."""
-    make_loader = components.build_loader(one_worker(loaded), strategy.device)
     batch = next(iter(read(data.samples, iter([SlotIndex(0, data.order.batch(0, 0)[:1])]), make_loader)))
     entered: list[str] = []
     hooks = [part.register_forward_pre_hook(_noting(entered, name)) for name, part in _norms(strategy.unwrapped)]

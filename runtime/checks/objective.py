@@ -12,15 +12,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from runtime.build import components
 from runtime.build.preparation import Prepared
 from runtime.checks.traces import left_as_it_was
-from runtime.config.file import LoadedConfiguration
+from runtime.config.learning import Objective as ObjectiveSection
+from runtime.config.locations import Locations
 from runtime.data.batches import Cursor
 from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.samples import SlotIndex
@@ -74,21 +74,32 @@ class Deviation:
 
 
 def check_additivity(
-    loaded: LoadedConfiguration, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
+    section: ObjectiveSection,
+    strategy: Strategy,
+    prepared: Prepared,
+    make_loader: MakeLoader,
+    *,
+    batch_size: int,
+    compiled: bool,
+    where: Locations,
+    warn: Callable[[str], None],
 ) -> None:
     """Refuse an objective that returns a mean; warn of one whose samples depend on each other, and list it as inexact.
 
     Ranks read the same samples, unless a stream shards itself; what one of them finds holds for all. Collective: every rank
     must call this.
 
+    Args:
+        batch_size: samples of a global batch.
+        compiled: whether the model is.
+
     Raises:
         ConfigurationError: the objective returns a mean.
     """
-    module, size = strategy.unwrapped, loaded.values.batch.global_size
+    module = strategy.unwrapped
     if module.objective.couples_samples:
         return
-    make_loader = components.build_loader(one_worker(loaded), strategy.device)
-    sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=size, make_loader=make_loader)
+    sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=batch_size, make_loader=make_loader)
     if strategy.sharded:
         # No gradient, which would wait for a backward pass, and no second try after half a forward pass.
         tries = [(False, strategy.autocast)]
@@ -105,17 +116,17 @@ def check_additivity(
             device=strategy.device,
             to_device=strategy.to_device,
             tries=tries,
-            compiled=loaded.values.compile is not None,
+            compiled=compiled,
             together=strategy.sharded,
         )
     )
     replies = gather_bytes(json.dumps([asdict(deviation) for deviation in found]).encode(), strategy.device)
     found = next((of_rank for reply in replies if (of_rank := [Deviation(**one) for one in json.loads(reply)])), [])
-    for text in judged(loaded, module.objective, found):
+    for text in judged(section, module.objective, found, where):
         warn(text)
 
 
-def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviation]) -> Iterator[str]:
+def judged(section: ObjectiveSection, objective: Objective, found: list[Deviation], where: Locations) -> Iterator[str]:
     """Yield one line for each deviation, and mark the objectives whose samples are coupled.
 
     Raises:
@@ -126,10 +137,10 @@ def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviat
     found = [d for d in found if not (d.of == "sum" and d.is_mean and d.part in of_weights)]
     means = [deviation for deviation in found if deviation.is_mean and deviation.of == "sum"]
     if means:
-        raise ConfigurationError([loaded.problem(_key(loaded, mean), _mean(loaded, mean)) for mean in means])
+        raise ConfigurationError([where.problem(_key(mean), _mean(mean, _target(section, mean))) for mean in means])
     coupled: set[str] = set()
     for deviation in found:
-        name = _target(loaded, deviation)
+        name = _target(section, deviation)
         figures = (
             f"{deviation.both:.6g} over both of two sets, {deviation.first:.6g} + {deviation.second:.6g} over each"
         )
@@ -152,14 +163,6 @@ def judged(loaded: LoadedConfiguration, objective: Objective, found: list[Deviat
         else:
             cure = "it looks like a mean; return a sum" if deviation.is_mean else "return a sum over samples"
             yield f"objective: the part {deviation.of!r} of {name} will be reported wrongly ({figures}): {cure}"
-
-
-def one_worker(loaded: LoadedConfiguration) -> LoadedConfiguration:
-    """Return the configuration with one loader worker, where it has any: nothing of the data is opened in this process then."""
-    data = loaded.values.data
-    loader = data.loader.model_copy(update={"num_workers": min(1, data.loader.num_workers)})
-    values = loaded.values.model_copy(update={"data": data.model_copy(update={"loader": loader})})
-    return replace(loaded, values=values)
 
 
 def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoader = read_here) -> Sets | None:
@@ -336,18 +339,17 @@ def coupled_parts(objective: Objective) -> list[str]:
     return [""] if objective.couples_samples else []
 
 
-def _key(loaded: LoadedConfiguration, deviation: Deviation) -> tuple[str, ...]:
+def _key(deviation: Deviation) -> tuple[str, ...]:
     return ("objective", "losses", deviation.part, "target") if deviation.part else ("objective", "target")
 
 
-def _target(loaded: LoadedConfiguration, deviation: Deviation) -> str:
-    section = loaded.values.objective
+def _target(section: ObjectiveSection, deviation: Deviation) -> str:
     return section.losses[deviation.part].target if deviation.part else section.target or ""
 
 
-def _mean(loaded: LoadedConfiguration, mean: Deviation) -> str:
+def _mean(mean: Deviation, target: str) -> str:
     return (
-        f"{_target(loaded, mean)} returns a mean, not a sum: {mean.first:.6g} and {mean.second:.6g} over two sets of samples, "
+        f"{target} returns a mean, not a sum: {mean.first:.6g} and {mean.second:.6g} over two sets of samples, "
         f"and their average, {mean.both:.6g}, over both. The runtime itself divides by the weight of the global batch, so the "
         "learning rate would be divided by the batch: return the sum (reduction='sum', or .sum() in place of .mean())"
     )

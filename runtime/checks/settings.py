@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from runtime.build import components
-from runtime.build.optimizer import rehearsed_schedule, schedule_length
-from runtime.build.sources import lacking_arguments
+from runtime.build.builder import Builder
+from runtime.build.component import Component
+from runtime.build.components import Components
+from runtime.build.readers import lacking_arguments
+from runtime.build.schedule import ScheduleBuilder
 from runtime.config import component
 from runtime.config.component import described
-from runtime.config.file import LoadedConfiguration
+from runtime.config.data import Loader
+from runtime.config.learning import Averaging, Group
+from runtime.config.learning import Schedule as ScheduleSection
+from runtime.config.locations import Locations
+from runtime.config.sections import Best, EarlyStopping, Limit
 from runtime.config.signatures import class_name
 from runtime.config.types import Interval
 from runtime.data.training_data import TrainingData
 from runtime.errors import ConfigurationError, DivergenceError, LockstepError
 from runtime.objective import TrainingModule
 from runtime.optimization import schedulers
-from runtime.optimization.optimizer import NAMESPACES
 from runtime.optimization.parameter_groups import default_of
 from runtime.optimization.patterns import matches
 from runtime.optimization.planned_rates import simulate
 from runtime.optimization.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 _MOST_STEPS = 20_000  # of a schedule that are looked at: 0.2 s
 _MOST_GROWTH = 100  # times the optimizer's own rate
@@ -67,7 +75,7 @@ class Length(NamedTuple):
 
 
 def check_settings(
-    loaded: LoadedConfiguration,
+    builder: Builder,
     module: TrainingModule,
     optimizer: Optimizer,
     schedule: Schedule,
@@ -84,43 +92,60 @@ def check_settings(
     Raises:
         ConfigurationError: settings that cannot be meant, all together.
     """
-    length = _length(loaded, data)
+    values, length = builder.values, _length(builder.values.limit, data)
+    whole = f"the run has {length.steps:,} steps" if length.steps is not None else "the run"
+    evaluations = length.holds(values.evaluation.every)  # the one at the run's end decides nothing
     found = [
-        *_rates(loaded, optimizer, schedule, data, length),
-        *_optimizer(loaded),
-        *_groups(loaded, module),
-        *_directions(loaded),
-        *_never(loaded, length),
-        *_loader(loaded, processes),
-        *_preparing(loaded),
+        *_rates(builder.schedule, optimizer, schedule, data, length),
+        *_optimizer(builder.components.of("optimizer")),
+        *_groups(values.optimizer.groups, module),
+        *_directions_of(builder),
+        *_warms_up_in_time(values.schedule, length, whole),
+        *_averaging(values.averaging, length, whole),
     ]
-    _refuse(loaded, found)
+    if values.checkpoint.best and evaluations == 0:
+        what = f"{values.evaluation.every} is longer than the run ({whole}): checkpoint.best never judges a result"
+        found.append(Finding(("evaluation", "every"), what))
+    found += _stops_early(values.limit.early_stopping, evaluations)
+    found += _plateaus(values.schedule, evaluations)
+    for number, stage in enumerate(values.model.unfreeze):
+        if length.epochs is not None and stage.epoch > math.ceil(length.epochs):
+            key = ("model", "unfreeze", str(number), "epoch")
+            found.append(Finding(key, f"{stage.epoch} is after the run's last epoch"))
+    spike = values.divergence.spike
+    if spike is not None and length.steps is not None and spike.window >= length.steps:
+        what = f"{spike.window} losses, and {whole}: no jump is ever judged"
+        found.append(Finding(("divergence", "spike", "window"), what))
+    found += _loader(values.data.loader, processes)
+    found += _preparing(builder.components)
+    _refuse(found, builder.where)
     yield from (f"{'.'.join(finding.key)}: {finding.what}" for finding in found)
 
 
-def _preparing(loaded: LoadedConfiguration) -> Iterator[Finding]:
+def _preparing(components: Components) -> Iterator[Finding]:
     for name in ("validation", "test"):
-        if lacking := lacking_arguments(loaded, name):
+        reader = components.find("data", name)
+        if reader is not None and (lacking := lacking_arguments(reader, components.of("data", "train"))):
             what = f"has no {', '.join(lacking)}, which data.train has: its samples are prepared in another way"
-            yield Finding(("data", name), what)
+            yield Finding(reader.key, what)
 
 
-def check_changed_settings(loaded: LoadedConfiguration) -> None:
+def check_changed_settings(builder: Builder) -> None:
     """Refuse what may have been changed when a run is resumed, and cannot be meant: what 'min' and 'max' say.
 
     Raises:
         ConfigurationError: all together; alike on every rank.
     """
-    _refuse(loaded, _directions(loaded))
+    _refuse(_directions_of(builder), builder.where)
 
 
-def _refuse(loaded: LoadedConfiguration, found: Iterable[Finding]) -> None:
-    if refused := [loaded.problem(finding.key, finding.what) for finding in found if finding.refused]:
+def _refuse(found: Iterable[Finding], where: Locations) -> None:
+    if refused := [where.problem(finding.key, finding.what) for finding in found if finding.refused]:
         raise ConfigurationError(refused)
 
 
-def _length(loaded: LoadedConfiguration, data: TrainingData) -> Length:
-    limit, per_epoch = loaded.values.limit, data.steps_per_epoch
+def _length(limit: Limit, data: TrainingData) -> Length:
+    per_epoch = data.steps_per_epoch
     steps = limit.steps if limit.steps is not None else data.num_steps(limit.epochs or 0)
     epochs = (
         limit.epochs if limit.epochs is not None else limit.steps / per_epoch if limit.steps and per_epoch else None
@@ -129,10 +154,10 @@ def _length(loaded: LoadedConfiguration, data: TrainingData) -> Length:
 
 
 def _rates(
-    loaded: LoadedConfiguration, optimizer: Optimizer, schedule: Schedule, data: TrainingData, length: Length
+    builder: ScheduleBuilder, optimizer: Optimizer, schedule: Schedule, data: TrainingData, length: Length
 ) -> Iterator[Finding]:
     """Drive the schedule through the run, on a stand-in for the optimizer."""
-    section = loaded.values.schedule
+    section, scheduler = builder.section, builder.scheduler
     key, name = (
         (("optimizer", "args"), "the optimizer")
         if section is None
@@ -141,7 +166,7 @@ def _rates(
     if length.steps is None:
         return
     try:
-        rehearsed = rehearsed_schedule(loaded, optimizer, schedule, schedule_length(loaded, data))
+        rehearsed = builder.rehearse(optimizer, schedule, builder.length(data))
         steps = min(length.steps, _MOST_STEPS)
         curve = simulate(rehearsed, steps=steps, steps_per_epoch=length.steps_per_epoch)
     except DivergenceError as error:
@@ -150,7 +175,7 @@ def _rates(
     except LockstepError:
         raise
     except Exception as error:
-        if section is not None and section.target is not None and not schedulers.is_known(section.target, loaded.code):
+        if scheduler is not None and not schedulers.is_known(scheduler.target, scheduler.code):
             return  # a class of the user's own may need the optimizer itself, and raises when it is stepped
         yield Finding(key, f"{name} raised {described(error)}", refused=True)
         return
@@ -191,15 +216,15 @@ def _shape(key: tuple[str, ...], name: str, rates: list[float], steps: int, *, w
         )
 
 
-def _optimizer(loaded: LoadedConfiguration) -> Iterator[Finding]:
-    section = loaded.values.optimizer
+def _optimizer(optimizer: Component) -> Iterator[Finding]:
+    section = optimizer.section
     parts: list[tuple[tuple[str, ...], str, dict[str, Any]]] = [(("optimizer",), section.target, section.args)]
     for number, group in enumerate(section.groups):
         args = group.args if group.target else {**section.args, **group.args}
         parts.append((("optimizer", "groups", str(number)), group.target or section.target, args))
     named: set[str] = set()
     for key, target, args in parts:
-        made = component.locate(target, namespaces=NAMESPACES, code=loaded.code)
+        made = component.locate(target, namespaces=optimizer.namespaces, code=optimizer.code)
         if not getattr(made, "__module__", "").startswith("torch.optim"):
             continue  # a class of the user's own may mean anything by such names
         rate, decay = (default_of(made, args, name) for name in ("lr", "weight_decay"))
@@ -222,9 +247,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _groups(loaded: LoadedConfiguration, module: TrainingModule) -> Iterator[Finding]:
+def _groups(groups: Sequence[Group], module: TrainingModule) -> Iterator[Finding]:
     """Compare each group with those before it, which take what they match."""
-    groups = loaded.values.optimizer.groups
     names = [name.removeprefix("model.") for name, _ in module.named_parameters()]
     for number, group in enumerate(groups):
         own = [name for name in names if matches(name, group.match)]
@@ -242,18 +266,33 @@ def _groups(loaded: LoadedConfiguration, module: TrainingModule) -> Iterator[Fin
             )
 
 
-def _directions(loaded: LoadedConfiguration) -> Iterator[Finding]:
-    """Compare each 'min' and 'max' with what is better by the result that is watched."""
-    values = loaded.values
+def _directions_of(builder: Builder) -> list[Finding]:
+    values = builder.values
+    asked = _asked(values.checkpoint.best, values.limit.early_stopping, values.schedule)
+    return [*_directions(asked, builder.metrics(), losses={"loss", *values.objective.losses})] if asked else []
+
+
+def _asked(
+    best: Sequence[Best], stopping: EarlyStopping | None, schedule: ScheduleSection | None
+) -> list[tuple[tuple[str, ...], str, str]]:
+    """Return each 'min' and 'max' with its key and the result that is watched."""
     asked: list[tuple[tuple[str, ...], str, str]]
-    asked = [(("checkpoint", "best", str(n), "mode"), b.metric, b.mode) for n, b in enumerate(values.checkpoint.best)]
-    if (stopping := values.limit.early_stopping) is not None:
+    asked = [(("checkpoint", "best", str(n), "mode"), b.metric, b.mode) for n, b in enumerate(best)]
+    if stopping is not None:
         asked.append((("limit", "early_stopping", "mode"), stopping.metric, stopping.mode))
-    if values.schedule is not None and values.schedule.monitor is not None:
-        mode = values.schedule.args.get("mode", "min")
-        asked.append((("schedule", "args", "mode"), values.schedule.monitor, mode))
-    metrics = components.build_metrics(loaded) if asked else {}
-    losses = {"loss", *values.objective.losses}
+    if schedule is not None and schedule.monitor is not None:
+        asked.append((("schedule", "args", "mode"), schedule.monitor, schedule.args.get("mode", "min")))
+    return asked
+
+
+def _directions(
+    asked: Iterable[tuple[tuple[str, ...], str, str]], metrics: Mapping[str, Metric], *, losses: Container[str]
+) -> Iterator[Finding]:
+    """Compare each 'min' and 'max' with what is better by the result that is watched.
+
+    Args:
+        losses: names of results of which less is better.
+    """
     for key, result, mode in asked:
         better = "min" if result.partition("/")[0] in losses else None
         if result in metrics and metrics[result].higher_is_better is not None:
@@ -265,43 +304,34 @@ def _directions(loaded: LoadedConfiguration) -> Iterator[Finding]:
             yield Finding(key, f"is min, and higher is better of most results that are called like {result!r}")
 
 
-def _never(loaded: LoadedConfiguration, length: Length) -> Iterator[Finding]:
-    """Find what would happen after the run's end only. An interval alone is no such thing: at the end everything is due."""
-    values = loaded.values
-    whole = f"the run has {length.steps:,} steps" if length.steps is not None else "the run"
-    warmup = values.schedule.warmup_steps if values.schedule is not None else 0
+def _warms_up_in_time(section: ScheduleSection | None, length: Length, whole: str) -> Iterator[Finding]:
+    warmup = section.warmup_steps if section is not None else 0
     if length.steps is not None and warmup > length.steps:
-        yield Finding(
-            ("schedule", "warmup_steps"), f"{warmup:,} updates, and {whole}: the rate never reaches its full height"
-        )
-    yield from _averaging(loaded, length, whole)
-    evaluations = length.holds(values.evaluation.every)  # the one at the run's end decides nothing
-    if values.checkpoint.best and evaluations == 0:
-        what = f"{values.evaluation.every} is longer than the run ({whole}): checkpoint.best never judges a result"
-        yield Finding(("evaluation", "every"), what)
-    stopping = values.limit.early_stopping
-    if stopping is not None and evaluations is not None and evaluations <= stopping.patience:
-        what = f"{stopping.patience} evaluations, and the run has {evaluations}: it can never stop early"
+        what = f"{warmup:,} updates, and {whole}: the rate never reaches its full height"
+        yield Finding(("schedule", "warmup_steps"), what)
+
+
+def _stops_early(section: EarlyStopping | None, evaluations: int | None) -> Iterator[Finding]:
+    if section is not None and evaluations is not None and evaluations <= section.patience:
+        what = f"{section.patience} evaluations, and the run has {evaluations}: it can never stop early"
         yield Finding(("limit", "early_stopping", "patience"), what)
-    schedule = values.schedule
-    if schedule is not None and schedule.watches and _number(schedule.args.get("factor")) <= 0:
-        what = f"is {schedule.args['factor']}: the rate would be 0 once {schedule.monitor} no longer improves"
+
+
+def _plateaus(section: ScheduleSection | None, evaluations: int | None) -> Iterator[Finding]:
+    """Look at a schedule that follows evaluations."""
+    if section is None or not section.watches:
+        return
+    if _number(section.args.get("factor")) <= 0:
+        what = f"is {section.args['factor']}: the rate would be 0 once {section.monitor} no longer improves"
         yield Finding(("schedule", "args", "factor"), what, refused=True)
-    if schedule is not None and schedule.watches and evaluations is not None:
-        patience = schedule.args.get("patience", 10)
+    if evaluations is not None:
+        patience = section.args.get("patience", 10)
         if isinstance(patience, int) and evaluations <= patience:
             what = f"{patience} evaluations, and the run has {evaluations}: the rate is never lowered"
             yield Finding(("schedule", "args", "patience"), what)
-    for number, stage in enumerate(values.model.unfreeze):
-        if length.epochs is not None and stage.epoch > math.ceil(length.epochs):
-            yield Finding(("model", "unfreeze", str(number), "epoch"), f"{stage.epoch} is after the run's last epoch")
-    spike = values.divergence.spike
-    if spike is not None and length.steps is not None and spike.window >= length.steps:
-        yield Finding(("divergence", "spike", "window"), f"{spike.window} losses, and {whole}: no jump is ever judged")
 
 
-def _averaging(loaded: LoadedConfiguration, length: Length, whole: str) -> Iterator[Finding]:
-    section = loaded.values.averaging
+def _averaging(section: Averaging | None, length: Length, whole: str) -> Iterator[Finding]:
     if section is None or length.steps is None:
         return
 
@@ -328,8 +358,7 @@ def _averaging(loaded: LoadedConfiguration, length: Length, whole: str) -> Itera
             )
 
 
-def _loader(loaded: LoadedConfiguration, processes: int) -> Iterator[Finding]:
-    loader = loaded.values.data.loader
+def _loader(loader: Loader, processes: int) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if loader.num_workers * processes > 4 * cores:
         each = f" for each of {processes} processes" if processes > 1 else ""

@@ -8,25 +8,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.build import components, sources
-from runtime.build.objective import OBJECTIVES
+from runtime.build.components import TABLE
 from runtime.config import component
 from runtime.config.component import ComponentError
 from runtime.config.signatures import annotated, did_you_mean, signature
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Objective
-from runtime.optimization import optimizer, schedulers
+from runtime.optimization import schedulers
 
-KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("a model", "model", components.MODELS),
-    ("a loss", "objective", OBJECTIVES),
-    ("an optimizer", "optimizer", optimizer.NAMESPACES),
-    ("a schedule", "schedule", schedulers.NAMESPACES),
-    ("a metric", "evaluation.metrics", components.METRICS),
-    ("a data source", "data.train", sources.NAMESPACES),
-    ("a sampler", "data.sampler", sources.SAMPLERS),
-    ("a transform", "data.train.transform", components.TRANSFORMS),
-    ("a collate function", "data.collate", components.COLLATES),
+_NAMESPACES = {row.key.removesuffix(".*"): row.namespaces for row in TABLE}
+KINDS = tuple(
+    (kind, key, _NAMESPACES[key])
+    for kind, key in (
+        ("a model", "model"),
+        ("a loss", "objective"),
+        ("an optimizer", "optimizer"),
+        ("a schedule", "schedule"),
+        ("a metric", "evaluation.metrics"),
+        ("a data source", "data.train"),
+        ("a sampler", "data.sampler"),
+        ("a transform", "data.train.transform"),
+        ("a collate function", "data.collate"),
+    )
 )
 """What a short name can be, the key it is given under, and the modules it is looked up in."""
 

@@ -12,23 +12,22 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from runtime.build import components, sources
-from runtime.build.objective import build_objective
-from runtime.build.optimizer import (
-    build_freezing,
-    build_optimizer,
-    build_schedule,
-    follows_limit,
-    parameter_groups,
-    schedule_length,
-)
+from runtime.build.builder import Builder
+from runtime.build.component import Component
+from runtime.build.components import check_components
+from runtime.build.optimizer import parameter_groups
+from runtime.build.schedule import ScheduleBuilder
+from runtime.build.sources import DataSources
 from runtime.checks.objective import deviations, judged, sets_of
 from runtime.checks.settings import check_settings
 from runtime.checks.traces import left_as_it_was
 from runtime.commands.learning_rate_curve import drawn, save_picture
 from runtime.config import yaml_file
+from runtime.config.data import Batch, Data
 from runtime.config.file import LoadedConfiguration
-from runtime.config.learning import Anneal
+from runtime.config.learning import Anneal, Averaging
+from runtime.config.learning import Objective as ObjectiveSection
+from runtime.config.sections import Limit, RunConfiguration
 from runtime.data.batches import default_slots
 from runtime.data.training_data import TrainingData
 from runtime.determinism import default_determinism
@@ -64,44 +63,60 @@ def show(
     Raises:
         LockstepError: the configuration or the data is wrong.
     """
-    components.check_components(loaded)
+    check_components(loaded)
+    values, builder = loaded.values, Builder(loaded)
     console = Console(highlight=False, soft_wrap=True)
-    data = components.build_training_data(loaded)
+    data = builder.training_data()
     if data.steps_per_epoch == 0:
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
-    model = components.build_model(loaded)
-    weights = components.load_pretrained(loaded, model)
-    components.rebuild_blocks(loaded, model)
-    module = TrainingModule(model, build_objective(loaded))
-    freezing = build_freezing(loaded, module)
+    model = builder.model()
+    weights = builder.pretrained(model)
+    builder.rebuild_blocks(model)
+    module = TrainingModule(model, builder.objective())
+    freezing = builder.freezing(module)
     freezing.unfreeze_all()
-    remarks = [*_forward_pass(loaded, module, data), *_additivity(loaded, module, data, processes)]
-    optimizer = build_optimizer(loaded, module)
-    if loaded.values.checks == "on":
+    slots = values.batch.slots or default_slots(values.batch.global_size, values.batch.largest_slot, processes)
+    remarks: list[str] = []
+    if values.checks == "on":
+        remarks += [*_forward_pass(module, data), *_additivity(builder, module, data, slots=slots)]
+    optimizer = builder.optimizer(module)
+    if values.checks == "on":
         stand_in = StandIn(optimizer)
-        schedule = build_schedule(loaded, stand_in, schedule_length(loaded, data))
-        remarks += check_settings(loaded, module, stand_in, schedule, data, processes=processes)
-    groups = [*_groups(loaded, module, optimizer), *filter(None, [default_rate(loaded.values.optimizer, loaded.code)])]
+        schedule = builder.schedule.build(stand_in, builder.schedule.length(data))
+        remarks += check_settings(builder, module, stand_in, schedule, data, processes=processes)
+    groups = [*_groups(builder.components.of("optimizer"), module, optimizer)]
+    groups += filter(None, [default_rate(values.optimizer, loaded.code)])
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
-    memory = list(_memory(loaded, module, optimizer, processes))
-    curve = _curve(loaded, optimizer, data)
+    state = state_bytes(values.strategy, module, optimizer, processes, deepspeed=builder.deepspeed())
+    memory = [("state", str(state)), *_metric_state(MetricSet(builder.metrics(), _CPU))]
+    total = _total_steps(values.limit, data)
+    curve = _curve(builder.schedule, optimizer, data, total)
+    unit = "samples" if values.data.unit == "samples" else "yielded batch"
+    held_out = _held_out(values.data, builder.sources)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
-        *_steps(loaded, data),
+        *_steps(values.data, values.batch.global_size, values.limit, data, held_out),
         ("a sample", f"{shown(data.first_batch(1))} (a batch of one)")
-        if loaded.values.data.unit == "samples"
+        if values.data.unit == "samples"
         else ("a batch", f"{shown(data.first_batch(1))} (as the stream yields it)"),
-        *_slots(loaded, processes),
+        *_slots(values.batch, slots, processes, unit=unit),
         *memory,
-        ("loss", "\n".join(_losses(loaded, module.objective))),
-        ("learning rate", "\n".join(_schedule(loaded, curve, draw=console.encoding.startswith("utf")))),
-        *_averaging(loaded, module),
+        ("loss", "\n".join(_losses(values.objective, module.objective))),
+        ("learning rate", "\n".join(_schedule(builder.schedule, curve, draw=console.encoding.startswith("utf")))),
+        *_averaging(values.averaging, module),
         ("optimizer", "\n".join(groups)),
         *([("weights", str(weights))] if weights is not None else []),
-        ("parameters", "\n".join(_parameters(loaded, module, freezing, listed=None if all_parameters else _LISTED))),
-        ("exactness", "\n".join(_promises(loaded, module, freezing))),
+        (
+            "parameters",
+            "\n".join(
+                _parameters(
+                    module, freezing, last_epoch=values.limit.epochs, listed=None if all_parameters else _LISTED
+                )
+            ),
+        ),
+        ("exactness", "\n".join(_promises(values, module, freezing))),
         *([("worth a look", "\n".join(remarks))] if remarks else []),
     ):
         table.add_row(f"[bold]{label}[/]", text)
@@ -113,18 +128,20 @@ def show(
         console.print(f"\nwritten: {picture}")
 
 
-def _steps(loaded: LoadedConfiguration, data: TrainingData) -> Iterator[tuple[str, str]]:
-    limit, size = loaded.values.limit, loaded.values.batch.global_size
+def _held_out(section: Data, sources: DataSources) -> str:
+    """Say how many samples are held out of the training data."""
+    names = ("validation", "test") if section.split is not None else ()
+    parts = {name: sources.get(name) for name in names}
+    return "".join(f", {len(part):,} for {name}" for name, part in parts.items() if part is not None)
+
+
+def _steps(section: Data, size: int, limit: Limit, data: TrainingData, held_out: str) -> Iterator[tuple[str, str]]:
     per_epoch, num_samples = data.steps_per_epoch, data.num_samples
-    total = _total_steps(loaded, data)
+    total = _total_steps(limit, data)
     if per_epoch is None or num_samples is None:
         yield "data", "a stream: its length shows when it ends"
         yield "steps", f"{total:,} in all" if total else f"as many as {limit.epochs} passes over the stream have"
         return
-    held_out = ""
-    for name in ("validation", "test") if loaded.values.data.split is not None else ():
-        other = sources.build_source(loaded, name)
-        held_out += f", {len(other):,} for {name}" if other is not None else ""
     yield "data", f"{num_samples:,} training samples{held_out}"
     yield (
         "steps",
@@ -132,7 +149,6 @@ def _steps(loaded: LoadedConfiguration, data: TrainingData) -> Iterator[tuple[st
         + (f" ({(total or 0) / per_epoch:.1f} epochs)" if limit.steps else ""),
     )
     last = data.smallest_batch if per_epoch else 0
-    section = loaded.values.data
     if section.budget is not None:
         yield "smallest batch", f"{last} samples, in the first epoch; epochs may differ in their steps"
     elif section.drop_last and not (section.balance or section.weights):
@@ -141,17 +157,13 @@ def _steps(loaded: LoadedConfiguration, data: TrainingData) -> Iterator[tuple[st
         yield "last batch", f"{last} samples, divided by their own weight"
 
 
-def _total_steps(loaded: LoadedConfiguration, data: TrainingData) -> int | None:
-    limit = loaded.values.limit
+def _total_steps(limit: Limit, data: TrainingData) -> int | None:
     if limit.steps or data.steps_per_epoch is None:
         return limit.steps
     return (limit.epochs or 0) * data.steps_per_epoch
 
 
-def _slots(loaded: LoadedConfiguration, processes: int) -> Iterator[tuple[str, str]]:
-    batch = loaded.values.batch
-    unit = "samples" if loaded.values.data.unit == "samples" else "yielded batch"
-    slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
+def _slots(batch: Batch, slots: int, processes: int, *, unit: str) -> Iterator[tuple[str, str]]:
     origin = "batch.slots" if batch.slots else f"for a first start with {processes} process{'es' * (processes > 1)}"
     sizes = [batch.global_size * (k + 1) // slots - batch.global_size * k // slots for k in range(slots)]
     yield (
@@ -169,11 +181,7 @@ def _slots(loaded: LoadedConfiguration, processes: int) -> Iterator[tuple[str, s
     yield "microbatches", f"{rounds} per step on each of {processes} process{'es' * (processes > 1)}"
 
 
-def _memory(
-    loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer, processes: int
-) -> Iterator[tuple[str, str]]:
-    yield "state", str(state_bytes(loaded, module, optimizer, processes))
-    metrics = MetricSet(components.build_metrics(loaded), _CPU)
+def _metric_state(metrics: MetricSet) -> Iterator[tuple[str, str]]:
     if metrics:
         growing = ", ".join(
             f"{name} ({argument}: 200 would bound it)" if argument else name
@@ -183,14 +191,13 @@ def _memory(
         yield "metric state", f"{in_units(metrics.state_bytes)}{grows}"
 
 
-def _curve(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData) -> Curve | None:
+def _curve(builder: ScheduleBuilder, optimizer: Optimizer, data: TrainingData, total: int | None) -> Curve | None:
     """Simulate the schedule, or return None where nobody knows for how long; the optimizer is not used afterwards."""
-    per_epoch, total = data.steps_per_epoch, _total_steps(loaded, data)
     if total is None:
         return None
-    schedule = build_schedule(loaded, optimizer, schedule_length(loaded, data))
+    per_epoch, schedule = data.steps_per_epoch, builder.build(optimizer, builder.length(data))
     curve = simulate(schedule, steps=total, steps_per_epoch=per_epoch)
-    section, averaging = loaded.values.schedule, loaded.values.averaging
+    section, averaging = builder.section, builder.averaging
     if section is not None and section.warmup_steps:
         curve.marks[section.warmup_steps] = "warmed up"
     if averaging is not None and averaging.start is not None:
@@ -201,8 +208,8 @@ def _curve(loaded: LoadedConfiguration, optimizer: Optimizer, data: TrainingData
     return curve
 
 
-def _schedule(loaded: LoadedConfiguration, curve: Curve | None, *, draw: bool) -> Iterator[str]:
-    section, averaging = loaded.values.schedule, loaded.values.averaging
+def _schedule(builder: ScheduleBuilder, curve: Curve | None, *, draw: bool) -> Iterator[str]:
+    section, averaging = builder.section, builder.averaging
     counted = {"step": "each applied update", "epoch": "each epoch"}
     if section is None:
         yield "constant"
@@ -229,12 +236,11 @@ def _schedule(loaded: LoadedConfiguration, curve: Curve | None, *, draw: bool) -
         yield f"(drawn as if {section.monitor} never stopped improving; it is multiplied by 'factor' where it does)"
     if curve.total > len(curve.rates[0]):
         yield f"(the first {len(curve.rates[0]):,} of {curve.total:,} steps)"
-    if follows_limit(loaded):
+    if builder.follows_limit:
         yield "its length follows from the limit, which then cannot be raised later"
 
 
-def _averaging(loaded: LoadedConfiguration, module: nn.Module) -> Iterator[tuple[str, str]]:
-    section = loaded.values.averaging
+def _averaging(section: Averaging | None, module: nn.Module) -> Iterator[tuple[str, str]]:
     if section is None:
         return
     unit = "update" if section.interval.unit == "step" else "epoch"
@@ -250,10 +256,8 @@ def _averaging(loaded: LoadedConfiguration, module: nn.Module) -> Iterator[tuple
     yield "averaging", "\n".join(lines)
 
 
-def _forward_pass(loaded: LoadedConfiguration, module: TrainingModule, data: TrainingData) -> Iterator[str]:
+def _forward_pass(module: TrainingModule, data: TrainingData) -> Iterator[str]:
     """Say where model or objective do not take a sample; what needs another device than the CPU is left to the start."""
-    if loaded.values.checks == "off":
-        return
     with torch.no_grad(), preserved_random_state(_CPU), left_as_it_was(module, training=False):
         try:
             module(data.first_batch(1))
@@ -263,38 +267,35 @@ def _forward_pass(loaded: LoadedConfiguration, module: TrainingModule, data: Tra
             return
 
 
-def _additivity(
-    loaded: LoadedConfiguration, module: TrainingModule, data: TrainingData, processes: int
-) -> Iterator[str]:
+def _additivity(builder: Builder, module: TrainingModule, data: TrainingData, *, slots: int) -> Iterator[str]:
     """Check the objective as a first start does, on the CPU; where model or data do not work here, the start tells."""
-    batch = loaded.values.batch
-    if loaded.values.checks == "off" or module.objective.couples_samples:
+    if module.objective.couples_samples:
         return
-    slots = batch.slots or default_slots(batch.global_size, batch.largest_slot, processes)
+    values = builder.values
     try:
-        sets = sets_of(data, slots=slots, size=batch.global_size)
+        sets = sets_of(data, slots=slots, size=values.batch.global_size)
     except DataError:
         return
     if sets is not None:
-        found = deviations(module, sets, device=_CPU, compiled=loaded.values.compile is not None)
-        yield from judged(loaded, module.objective, found)
+        found = deviations(module, sets, device=_CPU, compiled=values.compile is not None)
+        yield from judged(values.objective, module.objective, found, builder.where)
 
 
-def _losses(loaded: LoadedConfiguration, objective: Objective) -> Iterator[str]:
+def _losses(section: ObjectiveSection, objective: Objective) -> Iterator[str]:
     """Say what each loss sum is divided by."""
-    parts = objective.parts if isinstance(objective, WeightedSum) else {loaded.values.objective.target or "": objective}
+    parts = objective.parts if isinstance(objective, WeightedSum) else {section.target or "": objective}
     for name, part in parts.items():
-        section = loaded.values.objective.losses.get(name)
-        what = f"{section.weight:g} x {name} ({section.target})" if section is not None else name
+        of_several = section.losses.get(name)
+        what = f"{of_several.weight:g} x {name} ({of_several.target})" if of_several is not None else name
         weighed = f", each counting its weight (data.fields.weight: {part.fields.weight})" * (
             part.fields.weight is not None
         )
         yield f"{what}: the sum over the global batch / its {part.unit}{weighed}"
 
 
-def _groups(loaded: LoadedConfiguration, module: TrainingModule, optimizer: Optimizer) -> Iterator[str]:
+def _groups(bound: Component, module: TrainingModule, optimizer: Optimizer) -> Iterator[str]:
     """One line for each parameter group, in the order of a scheduler's lists."""
-    labelled = iter(parameter_groups(loaded, module))
+    labelled = iter(parameter_groups(bound, module))
     for member in members(optimizer):
         yield type(member).__name__
         for group in member.param_groups:
@@ -304,14 +305,14 @@ def _groups(loaded: LoadedConfiguration, module: TrainingModule, optimizer: Opti
 
 
 def _parameters(
-    loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing, *, listed: int | None
+    module: TrainingModule, freezing: Freezing, *, last_epoch: int | None, listed: int | None
 ) -> Iterator[str]:
     """One line for each number of trainable parameters, then one for each parameter: the first and the last so many."""
     for epoch in (0, *freezing.epochs):
         freezing.apply(epoch)
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in module.parameters()) - trainable
-        reached = loaded.values.limit.epochs is None or epoch < loaded.values.limit.epochs
+        reached = last_epoch is None or epoch < last_epoch
         from_here = (
             f" from epoch {epoch + 1} on{'' if reached else ' (which limit.epochs does not reach)'}" if epoch else ""
         )
@@ -329,8 +330,8 @@ def _parameters(
         yield f"  {name}  {shape}" + ("" if parameter.requires_grad else f"  (frozen{until})")
 
 
-def _promises(loaded: LoadedConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
-    found = inexact_choices(loaded, module.objective)
+def _promises(values: RunConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
+    found = inexact_choices(values, module.objective)
     yield from found
     freezing.unfreeze_all()
     module.train()
@@ -343,7 +344,7 @@ def _promises(loaded: LoadedConfiguration, module: TrainingModule, freezing: Fre
         yield f"{', '.join(sorted(names))}: statistics are those of a slot, so the result depends on K"
     if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules()):
         yield "dropout: masks are drawn per slot, so the result depends on K and on the kind of device"
-    if (loaded.values.determinism or default_determinism()) == "fast":
+    if (values.determinism or default_determinism()) == "fast":
         yield "determinism fast (this machine's default or the YAML): a resumed run is equal to rounding, not bit for bit"
     if not found and not names:
         yield "nothing else depends on K, the world size or the kind of device, beyond rounding"

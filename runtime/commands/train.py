@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from runtime.commands.machines import add_config, add_place, place_of, step_of
-from runtime.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from runtime.config.file import LoadedConfiguration
@@ -48,13 +47,13 @@ def _start(options: argparse.Namespace) -> int:
     nodes = step.nodes if step is not None else options.nodes or 1
     if configured is not None and configured % nodes:
         what = f"is {configured}, which {nodes} machines cannot share evenly"
-        raise ConfigurationError([loaded.problem(("strategy", "world_size"), what)])
+        raise loaded.where.error(("strategy", "world_size"), what)
     processes = options.processes or (configured or 0) // nodes or max(1, gpus)
     loaded, adopted = _with_settings(
         lambda more: load(options.config, [*options.overrides, *more]), world_size=processes * nodes
     )
     check_components(loaded)
-    check_start(loaded)
+    check_start(loaded.values.strategy)
     return train_locally(
         loaded,
         options.config,

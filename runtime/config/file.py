@@ -5,15 +5,15 @@ The order is defaults, YAML, then ``key.path=value``. Nothing here imports torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from runtime.config.locations import Locations, location
 from runtime.config.metric_tasks import with_tasks
 from runtime.config.output_name import TemplateError, escaped, filled
 from runtime.config.plain import ContainsItselfError, plain, put
@@ -37,10 +37,6 @@ class LoadedConfiguration:
     values: RunConfiguration
     source: Path | None
     lines: Mapping[tuple[str, ...], str]
-    sources: dict[str, Any] = dataclass_field(init=False, default_factory=dict, compare=False, repr=False)
-    """Data sets that have been built of it: the parts of one split share what they are part of."""
-    preparation: dict[str, Any] = dataclass_field(init=False, default_factory=dict, compare=False, repr=False)
-    """What a checkpoint that is called says about preparing data, in place of the training data; see ``data/sources.py``."""
 
     @property
     def name(self) -> str:
@@ -55,17 +51,13 @@ class LoadedConfiguration:
     @property
     def code(self) -> Path:
         """The folder of the user's own modules."""
-        base = self.source.resolve().parent if self.source else Path.cwd()
+        base = self.where.folder
         return (base / self.values.code).resolve() if self.values.code else base
 
-    def beside(self, path: str) -> Path:
-        """Return a path that was written in the configuration: relative ones are relative to the YAML file."""
-        base = self.source.resolve().parent if self.source else Path.cwd()
-        return base / Path(path).expanduser()
-
-    def problem(self, key: Sequence[str], what: str) -> Problem:
-        """Make a problem out of a key that is wrong, with the line it was written in."""
-        return Problem(_where(self.lines, tuple(key)), ".".join(key), what)
+    @property
+    def where(self) -> Locations:
+        """Where each key was written."""
+        return Locations(self.lines, self.source.resolve().parent if self.source else Path.cwd())
 
     def resolved(self) -> dict[str, Any]:
         """All keys with their values, defaults included, secrets left out; what is written to the run folder."""
@@ -94,7 +86,7 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         raw, problems = read_file(path, lines)
     problems += _apply_overrides(raw, overrides, lines)
     try:
-        values = _validated(raw, {at: text for at, text in texts.items() if _where(lines, at) != "command line"})
+        values = _validated(raw, {at: text for at, text in texts.items() if location(lines, at) != "command line"})
     except ValidationError as error:
         problems += [problem for detail in error.errors() for problem in _explain(detail, lines)]
     if problems:
@@ -102,9 +94,9 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     values = with_tasks(values)
     loaded = LoadedConfiguration(values, path, lines)
     problems = [
-        *zero_problems(values, lambda key: _where(lines, tuple(key)), loaded.beside),
-        *(loaded.problem(("output",), what) for what in _wrong_output(loaded)),
-        *_wrong_changes(loaded),
+        *zero_problems(values, loaded.where.of, loaded.where.beside),
+        *(loaded.where.problem(("output",), what) for what in _wrong_output(values.output, lambda: loaded.output)),
+        *_wrong_changes(values.resume.allow_changes, loaded.where),
     ]
     if problems:
         raise ConfigurationError(problems)
@@ -131,17 +123,17 @@ def load_run(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = 
     hidden = [key for key, value in flatten(loaded.values.model_dump()).items() if value == HIDDEN]
     if hidden:
         what = f"is a secret, which run folders do not hold: give {hidden[0]}=…, or name the run's own YAML file"
-        raise ConfigurationError([loaded.problem(key.split("."), what) for key in hidden])
+        raise ConfigurationError([loaded.where.problem(key.split("."), what) for key in hidden])
     return replace(loaded, values=loaded.values.model_copy(update={"output": escaped(str(source))}))
 
 
-def _wrong_output(loaded: LoadedConfiguration) -> Iterator[str]:
+def _wrong_output(written: str, fill: Callable[[], Path]) -> Iterator[str]:
     try:
-        folder = str(loaded.output)
+        folder = str(fill())
     except TemplateError as error:
         yield str(error)
         return
-    if not loaded.values.output.strip() or not folder.strip():
+    if not written.strip() or not folder.strip():
         yield "is empty; name a folder of its own for each run, such as runs/{name}"
     elif "\0" in folder:
         yield "has a character that no path can have (NUL)"
@@ -149,12 +141,12 @@ def _wrong_output(loaded: LoadedConfiguration) -> Iterator[str]:
         yield f"is {folder}, the root of all files; name a folder of its own for each run, such as runs/{{name}}"
 
 
-def _wrong_changes(loaded: LoadedConfiguration) -> Iterator[Problem]:
+def _wrong_changes(changes: Sequence[str], where: Locations) -> Iterator[Problem]:
     """Yield what in ``resume.allow_changes`` is no key that a change could be found under."""
-    for number, change in enumerate(loaded.values.resume.allow_changes):
+    for number, change in enumerate(changes):
         what = _unknown_change(tuple(change.split(".")))
         if what is not None:
-            yield loaded.problem(("resume", "allow_changes", str(number)), what)
+            yield where.problem(("resume", "allow_changes", str(number)), what)
 
 
 def _unknown_change(path: tuple[str, ...]) -> str | None:
@@ -270,7 +262,7 @@ def _refuse_objects(value: Any, path: tuple[str, ...], lines: Mapping[tuple[str,
             yield from _refuse_objects(inner, (*path, str(index)), lines)
     elif not (value is None or isinstance(value, bool | int | float | str)):
         what = f"is a {type(value).__name__}; give it as a target, 'package.module:Name'"
-        yield Problem(_where(lines, path), ".".join(path), what)
+        yield Problem(location(lines, path), ".".join(path), what)
 
 
 def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Iterator[Problem]:
@@ -279,7 +271,7 @@ def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Iterator[Prob
     if kind == "combinations":
         for key, what in detail["ctx"]["found"]:
             full = (*path, *key.split(".")) if key else path
-            yield Problem(_where(lines, full), ".".join(full), what)
+            yield Problem(location(lines, full), ".".join(full), what)
         return
     if kind == "extra_forbidden":
         what = f"unknown key{_suggest(path)}"
@@ -298,18 +290,12 @@ def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Iterator[Prob
     else:
         message = detail["msg"].replace("Input should be", "must be").replace("Value error, ", "")
         what = f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
-    yield Problem(_where(lines, path), ".".join(path), what)
+    yield Problem(location(lines, path), ".".join(path), what)
 
 
 def _shown(value: Any) -> str:
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _where(lines: Mapping[tuple[str, ...], str], path: tuple[str, ...]) -> str:
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path, "configuration")
 
 
 def _suggest(path: tuple[str, ...]) -> str:

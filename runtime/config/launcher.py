@@ -16,8 +16,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from runtime.config.data import Batch
 from runtime.config.file import LoadedConfiguration
 from runtime.config.launcher_table import ACCUMULATION, REFUSED, SETTINGS, WITHOUT_EFFECT, NoKeyError, Variables
+from runtime.config.locations import Locations
 from runtime.errors import ConfigurationError, Problem
 
 _OFF = ("", "0", "no", "false", "none")
@@ -71,7 +73,7 @@ def adopt(loaded: LoadedConfiguration, variables: Variables, *, world_size: int,
     Raises:
         ConfigurationError: settings that differ from the YAML, or that no key stands for; all at once.
     """
-    found, problems = _given(loaded, variables)
+    found, problems = _given(variables)
     adopted: dict[str, Given] = {}
     for given in found:
         if given.key in _TRAINING_ONLY and not trains:
@@ -79,9 +81,9 @@ def adopt(loaded: LoadedConfiguration, variables: Variables, *, world_size: int,
         silent = not _written(loaded.values, given.key)
         if given.key == ACCUMULATION:
             silent = loaded.values.batch.slots is None and loaded.values.batch.micro_size is None
-            problem, given = _accumulation(loaded, given, world_size)
+            problem, given = _accumulation(loaded.values.batch, given, world_size, loaded.where)
         else:
-            problem = _difference(loaded, given)
+            problem = _difference(loaded.values, given, loaded.where)
         before = adopted.get(given.key)
         if problem is None and before is not None and before.value != given.value:
             problem = Problem(given.where, "", f"says {given.value!r}, and {before.where} says {before.value!r}")
@@ -124,7 +126,7 @@ def _in_words(given: Given) -> str:
     return f"{given.key}: {given.value} is adopted from {given.where}; the YAML does not say"
 
 
-def _given(loaded: LoadedConfiguration, variables: Variables) -> tuple[list[Given], list[Problem]]:
+def _given(variables: Variables) -> tuple[list[Given], list[Problem]]:
     found, problems = [], []
     for variable, option, counts, cure in REFUSED:
         if variables.get(variable, "").lower() not in _OFF and counts(variables):
@@ -179,37 +181,36 @@ def _given_in_file(path: Path) -> Iterator[Given]:
         yield Given(ACCUMULATION, steps, f"{path} gradient_accumulation_steps")
 
 
-def _difference(loaded: LoadedConfiguration, given: Given) -> Problem | None:
+def _difference(values: BaseModel, given: Given, where: Locations) -> Problem | None:
     """Return what is wrong where the YAML says something else."""
     written = given.key.split(".")
-    if given.key == "optimizer.max_grad_norm" and loaded.values.optimizer.max_grad_value is not None:
+    if given.key == "optimizer.max_grad_norm" and _value(values, "optimizer.max_grad_value") is not None:
         written = ["optimizer", "max_grad_value"]
         same = False
-    elif not _written(loaded.values, given.key):
+    elif not _written(values, given.key):
         return None
     else:
-        same = _same(loaded, given)
+        same = _same(_value(values, given.key), given, where)
     if same:
         return None
-    said, value = _value(loaded.values, ".".join(written)), given.value
+    said, value = _value(values, ".".join(written)), given.value
     said = said.model_dump() if isinstance(said, BaseModel) else said
     what = f"is {said!r}, and {given.where} says {value!r}: let both say the same, or leave one of them out"
-    return loaded.problem(written, what)
+    return where.problem(written, what)
 
 
-def _same(loaded: LoadedConfiguration, given: Given) -> bool:
-    said = _value(loaded.values, given.key)
+def _same(said: Any, given: Given, where: Locations) -> bool:
     if given.key == "strategy.zero.file":
-        return said is not None and loaded.beside(said).resolve() == Path(given.value).resolve()
+        return said is not None and where.beside(said).resolve() == Path(given.value).resolve()
     if given.key.startswith("strategy.zero.offload_"):
         device = given.value["device"] if isinstance(given.value, dict) else given.value
         return said is not None and said.device == device
     return bool(said == given.value)
 
 
-def _accumulation(loaded: LoadedConfiguration, given: Given, world_size: int) -> tuple[Problem | None, Given]:
+def _accumulation(batch: Batch, given: Given, world_size: int, where: Locations) -> tuple[Problem | None, Given]:
     """Return what is wrong with an accumulation of so many microbatches on each rank, or the microbatch that makes it."""
-    batch, steps = loaded.values.batch, given.value
+    steps = given.value
     micro_size = -(-batch.global_size // (steps * world_size))
     adopted = Given(ACCUMULATION, micro_size, f"{steps} microbatches on each rank, by {given.where}")
     key = next((name for name in ("slots", "micro_size") if getattr(batch, name) is not None), None)
@@ -222,7 +223,7 @@ def _accumulation(loaded: LoadedConfiguration, given: Given, world_size: int) ->
         f"is {getattr(batch, key)!r}, and {given.where} says {steps} microbatches on each of {world_size} ranks: leave that "
         "out; the YAML's batch says how an update is shared out"
     )
-    return loaded.problem(("batch", key), what), adopted
+    return where.problem(("batch", key), what), adopted
 
 
 def _value(section: Any, key: str) -> Any:

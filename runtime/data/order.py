@@ -251,6 +251,11 @@ class SamplerOrder(EpochOrder):
         """The user's sampler."""
         return self._sampler
 
+    @property
+    def draws_samples(self) -> bool:
+        """Whether the sampler draws single samples, rather than global batches."""
+        return self._batch_size is not None
+
     def repeats(self) -> bool:
         """Tell whether the first epoch, drawn again under its seed, is the same. Draws it once more."""
         first = self._batches(0)

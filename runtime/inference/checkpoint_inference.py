@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from runtime.build import components, sources
-from runtime.build.data_contents import contents_of, does_not_repeat
-from runtime.build.preparation import build_averaging, build_module, compare_ranks, evaluation_micro_size, evaluator_of
+from runtime.build.builder import Builder
+from runtime.build.data_contents import Contents, contents_of, does_not_repeat
+from runtime.build.evaluation import evaluator_of
+from runtime.build.preparation import build_module, compare_ranks
+from runtime.build.sources import split_key
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.load import Weights, load_weights
 from runtime.checkpoints.resolve import chosen
@@ -76,7 +78,7 @@ class InferenceResult:
     message: str = ""
 
     def __str__(self) -> str:
-        data = ".".join(sources.split_key(self.split))
+        data = ".".join(split_key(self.split))
         return (
             f"{self.checkpoint.name} (step {self.step}, epoch {self.epoch}), {self.weights} weights, on {self.samples:,} "
             f"samples of {data}"
@@ -107,21 +109,22 @@ class Inference:
         self._strategy = strategy
         self._stop_wish = stop_wish
         self._position = position
-        self._target = request.target(loaded)
+        self._target = request.target(loaded.output)
 
     def run(self) -> InferenceResult:
         """Evaluate or predict. Collective: every rank must call this."""
-        loaded, request, strategy = self._loaded, self._request, self._strategy
-        split, which = request.split_in(loaded), request.weights_in(loaded)
+        loaded, request, strategy, values = self._loaded, self._request, self._strategy, self._loaded.values
+        split, which = request.split_in(values.data, values.prediction), request.weights_in(values.averaging)
         if request.act == "predict" and self._target is not None:
             format_of(self._target)
         self._checkpoint = self._chosen()
-        module = build_module(loaded, strategy, training=False)
+        module = build_module(Builder(loaded), strategy, training=False)
         weights = self._loaded_weights()
-        loaded.preparation.update(weights.preparation)  # of the training data, which need not be here
+        # What the checkpoint says of the training data, which need not be here.
+        self._builder = builder = Builder(loaded, stored=weights.preparation)
         self._slots = int(weights.identity["slots"])
-        self._micro_size = evaluation_micro_size(loaded, self._slots)
-        samples = components.build_samples(loaded, split, batch_size=self._micro_size)
+        self._micro_size = builder.evaluation_micro_size(self._slots)
+        samples = builder.samples(split, batch_size=self._micro_size)
         assert samples is not None
         if isinstance(samples, StreamSamples) and (request.act == "predict" or samples.sharded_by == "dataset"):
             raise DataError(
@@ -129,14 +132,18 @@ class Inference:
                 "prediction.data a map-style data set"
             )
         more = {"--split": split, "--weights": which, "command": request.act}
-        compare_ranks(loaded, strategy, module, fingerprint(samples.source), more)
-        for part, differing in contents_of(loaded, strategy, {split: samples}).differing.items():
+        configuration = loaded.resolved()
+        told = fingerprint(samples.source)
+        compare_ranks(strategy, module, told, more, configuration=configuration, code=loaded.code)
+        looked_at = values.checks == "on"
+        contents = contents_of({split: samples}, strategy, builder.loader) if looked_at else Contents()
+        for part, differing in contents.differing.items():
             if strategy.rank == 0:
                 _LOGGER.warning(does_not_repeat(part, differing))
         if request.weights is None and not (weights.averaging or {}).get("count"):
             which = "raw"  # as the run's own evaluations did before averaging.start
         strategy.prepare_evaluation(module)
-        averaging = _restored(strategy, weights, build_averaging(loaded, strategy) if which == "averaged" else None)
+        averaging = _restored(strategy, weights, builder.averaging(strategy) if which == "averaged" else None)
         done = InferenceResult(
             "finished",
             self._checkpoint.path,
@@ -159,7 +166,7 @@ class Inference:
             raise out_of_memory(error, rank=strategy.rank, where=request.act, key=key, size=self._micro_size) from error
 
     def _evaluate(self, done: InferenceResult, samples: Samples | StreamSamples) -> InferenceResult:
-        evaluator = evaluator_of(samples, self._loaded, self._strategy, done.split, slots=self._slots)
+        evaluator = evaluator_of(samples, self._builder, self._strategy, done.split, slots=self._slots)
         with self._rounds(done) as next_round:
             results = evaluator.evaluate(next_round)
         if results is None:
@@ -182,13 +189,13 @@ class Inference:
             columns=ColumnBuilder(
                 section,
                 wanted,
-                self._loaded.problem,
+                self._loaded.where.problem,
                 self._class_names() or (),
-                sources.preparation(self._loaded).get("target_scale"),
+                self._builder.sources.preparation.get("target_scale"),
             ),
             id_part=id_part,
             encode=encode,
-            make_loader=components.build_loader(self._loaded, self._strategy.device),
+            make_loader=self._builder.loader(self._strategy.device),
             seed=self._loaded.values.seed,
         )
         file = PredictionsFile(target, make, force=self._request.force)
@@ -211,7 +218,7 @@ class Inference:
 
     def _class_names(self) -> list[str] | None:
         """Return what the classes are called: as the configuration says, or the training data."""
-        return self._loaded.values.evaluation.class_names or sources.preparation(self._loaded)["classes"]
+        return self._loaded.values.evaluation.class_names or self._builder.sources.preparation["classes"]
 
     def _format(
         self, target: Path, samples: Samples
@@ -225,7 +232,8 @@ class Inference:
             kind = format_of(target)
             return section.columns, id_part, kind.encode, kind
         sample = Path(section.sample_submission)
-        wanted = columns_of_sample(self._loaded, target, self._on_rank_0(lambda: header_of(sample)))
+        header = self._on_rank_0(lambda: header_of(sample))
+        wanted = columns_of_sample(section, target, header, id_field=id_part, where=self._loaded.where)
         (id_column,) = (name for name, kind in wanted.items() if kind == "id")
         if id_part is None and PartsOfData(samples.source).has_column(id_column):
             id_part = id_column
@@ -297,7 +305,9 @@ class Inference:
 
     def _reported(self, done: InferenceResult) -> Mapping[str, Result]:
         """Return what training reported for the same step, if it evaluated the same split and weights."""
-        same = done.split == "validation" and done.weights == Request("evaluate").weights_in(self._loaded)
+        same = done.split == "validation" and done.weights == Request("evaluate").weights_in(
+            self._loaded.values.averaging
+        )
         return self._checkpoint.results if same and self._unchanged else {}
 
     def _write_results(self, done: InferenceResult) -> None:

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime.build import sources
+from runtime.build.sources import available_splits, split_key
 from runtime.checkpoints.resolve import check_choice
+from runtime.config.data import Data
 from runtime.config.file import LoadedConfiguration
+from runtime.config.learning import Averaging
+from runtime.config.locations import Locations
+from runtime.config.sections import Prediction
+from runtime.data.fields import Name
 from runtime.errors import ConfigurationError, Problem
 from runtime.inference.predictions_file import check_target, format_of
 from runtime.inference.sample_submission import header_of
@@ -39,37 +44,36 @@ class Request:
     output: Path | None = None
     force: bool = False
 
-    def target(self, loaded: LoadedConfiguration) -> Path | None:
+    def target(self, run_folder: Path) -> Path | None:
         """Return the file to write, if there is to be one."""
-        default = loaded.output / "predictions.csv" if self.act == "predict" else None
+        default = run_folder / "predictions.csv" if self.act == "predict" else None
         return self.output or default
 
-    def split_in(self, loaded: LoadedConfiguration) -> str:
+    def split_in(self, data: Data, prediction: Prediction) -> str:
         """Return the split that is meant.
 
         Raises:
             ConfigurationError: there is no such data.
         """
-        there = [name for name in sources.SPLITS if sources.has_split(loaded, name)]
+        there = available_splits(data, prediction)
         for name in _DEFAULT_SPLITS[self.act] if self.split is None else (self.split,):
             if name in there:
                 return name
         default = "data.validation or data.test" if self.act == "evaluate" else "prediction.data or data.test"
-        missing = default if self.split is None else ".".join(sources.split_key(self.split))
+        missing = default if self.split is None else ".".join(split_key(self.split))
         what = f"there is no {missing} in the configuration; it has: {', '.join(there)}"
         raise ConfigurationError([Problem("command line", "--split", what)])
 
-    def weights_in(self, loaded: LoadedConfiguration) -> Which:
+    def weights_in(self, averaging: Averaging | None) -> Which:
         """Return which weights are meant.
 
         Raises:
             ConfigurationError: the run has no averaged weights.
         """
-        section = loaded.values.averaging
-        if self.weights == "averaged" and section is None:
+        if self.weights == "averaged" and averaging is None:
             what = "the configuration has no averaging, so there are raw weights only"
             raise ConfigurationError([Problem("command line", "--weights", what)])
-        return self.weights or ("averaged" if section is not None and section.evaluate else "raw")
+        return self.weights or ("averaged" if averaging is not None and averaging.evaluate else "raw")
 
 
 def check_request(loaded: LoadedConfiguration, request: Request) -> None:
@@ -78,26 +82,34 @@ def check_request(loaded: LoadedConfiguration, request: Request) -> None:
     Raises:
         LockstepError: what is wrong.
     """
-    request.split_in(loaded)
-    request.weights_in(loaded)
-    check_choice(loaded.output, request.checkpoint, loaded.values.checkpoint.best)
-    target = request.target(loaded)
+    values = loaded.values
+    request.split_in(values.data, values.prediction)
+    request.weights_in(values.averaging)
+    check_choice(loaded.output, request.checkpoint, values.checkpoint.best)
+    target = request.target(loaded.output)
     if request.act == "predict" and target is not None:
         format_of(target)
-        sample = loaded.values.prediction.sample_submission
+        sample = values.prediction.sample_submission
         if sample is not None:
-            columns_of_sample(loaded, target, header_of(Path(sample)))
+            header = header_of(Path(sample))
+            columns_of_sample(values.prediction, target, header, id_field=values.data.fields.id, where=loaded.where)
     if target is not None:
         check_target(target, force=request.force)
 
 
-def columns_of_sample(loaded: LoadedConfiguration, target: Path, header: Sequence[str]) -> Mapping[str, str]:
+def columns_of_sample(
+    section: Prediction, target: Path, header: Sequence[str], *, id_field: Name | None, where: Locations
+) -> Mapping[str, str]:
     """Return what each column of a sample submission is to hold.
+
+    Args:
+        target: the file to write.
+        header: of the sample submission.
+        id_field: the part of a batch that says what a sample is called.
 
     Raises:
         ConfigurationError: that is not said, or the file to write is no CSV file.
     """
-    section = loaded.values.prediction
     key, what = ("prediction", "columns"), ""
     ids = [name for name, kind in section.columns.items() if kind == "id"]
     if target.suffix != ".csv":
@@ -105,13 +117,12 @@ def columns_of_sample(loaded: LoadedConfiguration, target: Path, header: Sequenc
             [Problem("command line", "--output", f"{target}: a sample submission is filled in as .csv")]
         )
     if not section.columns and len(header) == 2:
-        called = loaded.values.data.fields.id
-        other = header[0] if header[1] == called else header[1]
+        other = header[0] if header[1] == id_field else header[1]
         return {name: "prediction" if name == other else "id" for name in header}
     if not section.columns:
         what = f"say what each column of {section.sample_submission} holds: {', '.join(header)}"
     elif len(ids) != 1 or ids[0] not in header:
         what = f"one column of {section.sample_submission} must hold 'id'; it has: {', '.join(header)}"
     if what:
-        raise ConfigurationError([loaded.problem(key, what)])
+        raise where.error(key, what)
     return section.columns

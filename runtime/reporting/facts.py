@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from runtime.config.file import LoadedConfiguration
+from runtime.config.sections import RunConfiguration
 from runtime.config.signatures import class_name
 from runtime.data.batches import Sharing
 from runtime.data.training_data import TrainingData
@@ -64,14 +65,13 @@ def start_facts(
         "world_size": sharing.world_size,
         "slots": sharing.slots,
         "device": device,
-        "inexact": inexact_choices(loaded, objective),
+        "inexact": inexact_choices(loaded.values, objective),
         **versions(),
     }
 
 
-def inexact_choices(loaded: LoadedConfiguration, objective: Objective) -> list[str]:
+def inexact_choices(values: RunConfiguration, objective: Objective) -> list[str]:
     """Name what in a configuration makes the result depend on K, on the world size, or on the kind of device."""
-    values = loaded.values
     found = []
     if values.strategy.ddp.communication_hook:
         found.append(f"strategy.ddp.communication_hook: gradients are sent in {values.strategy.ddp.communication_hook}")

@@ -94,7 +94,7 @@ def examine(loaded: LoadedConfiguration, strategy: Strategy) -> Examined:
         with suppress(OSError):  # then none sees it
             probe.write_text(token)
     strategy.barrier()
-    finding = _finding(loaded, strategy, folder, sees_folder=_sees(probe, token))
+    finding = _finding(loaded.code, strategy, folder, sees_folder=_sees(probe, token))
     told = gather_bytes(json.dumps(asdict(finding)).encode(), strategy.device)
     findings = [Finding(**json.loads(reply)) for reply in told]
     if strategy.rank == 0:
@@ -140,7 +140,7 @@ def table(examined: Examined) -> str:
     return "\n".join([*lines, "all is well"])
 
 
-def _finding(loaded: LoadedConfiguration, strategy: Strategy, folder: Path, *, sees_folder: bool) -> Finding:
+def _finding(code: Path, strategy: Strategy, folder: Path, *, sees_folder: bool) -> Finding:
     cuda = strategy.device.type == "cuda"
     shared = Path("/dev/shm")  # noqa: S108  # not a file of ours: the kernel's shared memory
     return Finding(
@@ -151,7 +151,7 @@ def _finding(loaded: LoadedConfiguration, strategy: Strategy, folder: Path, *, s
         accelerate=_version("accelerate"),
         lockstep=_version("lockstep-train"),
         device=torch.cuda.get_device_name(strategy.device) if cuda else "cpu",
-        code=code_digest(loaded.code),
+        code=code_digest(code),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         disk_bytes=shutil.disk_usage(folder).free,
         shared_bytes=shutil.disk_usage(shared).free if shared.is_dir() else None,

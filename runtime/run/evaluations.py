@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from runtime.build.preparation import Prepared, build_averaged_evaluation, build_evaluator
+from runtime.build.builder import Builder
+from runtime.build.evaluation import build_averaged_evaluation, build_evaluator
+from runtime.build.preparation import Prepared
 from runtime.checks.settings import check_changed_settings
-from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
 from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.metrics import Result
@@ -30,21 +31,21 @@ class Evaluations:
 
     def __init__(
         self,
-        loaded: LoadedConfiguration,
+        builder: Builder,
         prepared: Prepared,
         strategy: Strategy,
         triggers: Triggers,
         services: RunServices,
     ) -> None:
-        self._loaded = loaded
-        self._every = loaded.values.evaluation.every
+        self._builder = builder
+        self._every = builder.values.evaluation.every
         self._triggers, self._state, self._progress = triggers, prepared.state, prepared.state.progress
         self._services = services
         slots, closing = prepared.sharing.slots, services.closing
-        self._validation = build_evaluator(loaded, strategy, "validation", slots=slots, closing=closing)
-        self._test = build_evaluator(loaded, strategy, "test", slots=slots)
+        self._validation = build_evaluator(builder, strategy, "validation", slots=slots, closing=closing)
+        self._test = build_evaluator(builder, strategy, "test", slots=slots)
         self._weights = build_averaged_evaluation(
-            loaded, prepared, strategy, closing=closing, enter=self._statistics_go_on, tell=services.reporter.message
+            builder, prepared, strategy, closing=closing, enter=self._statistics_go_on, tell=services.reporter.message
         )
         self.results: dict[str, Result] = {}
         self.judged = True
@@ -56,8 +57,8 @@ class Evaluations:
         Raises:
             ConfigurationError: what is judged was changed to what cannot be meant (``checks: on``).
         """
-        if self._loaded.values.checks == "on":
-            check_changed_settings(self._loaded)
+        if self._builder.values.checks == "on":
+            check_changed_settings(self._builder)
         self.results, self.judged = dict(results), judged
         self._step = self._progress.step if results else -1
 

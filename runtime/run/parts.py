@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.build.builder import Builder
 from runtime.build.observers import build_observers
 from runtime.build.preparation import Prepared, prepare
 from runtime.build.trackers import build_meter
@@ -36,6 +37,7 @@ class Parts:
 
 def build_parts(
     loaded: LoadedConfiguration,
+    builder: Builder,
     strategy: Strategy,
     services: RunServices,
     observers: Sequence[Observer],
@@ -52,7 +54,7 @@ def build_parts(
         LockstepError: what is wrong with configuration, data, or the ranks' agreement.
     """
     values = loaded.values
-    prepared = prepare(loaded, strategy, before, services.reporter.warn, services.reporter.message)
+    prepared = prepare(loaded, builder, strategy, before, warn=services.reporter.warn, tell=services.reporter.message)
     triggers = Triggers(
         values.limit,
         (values.reporting.every, values.evaluation.every, values.checkpoint.every),
@@ -60,12 +62,12 @@ def build_parts(
         progress=prepared.state.progress,
         early_stopping=prepared.state.early_stopping,
     )
-    windows = TrainingWindows(loaded, strategy, prepared, triggers, services)
+    windows = TrainingWindows(builder, strategy, prepared, triggers, services)
     services.closing.callback(windows.close)
-    evaluations = Evaluations(loaded, prepared, strategy, triggers, services)
-    meter = build_meter(loaded, prepared.state, times=services.times, groups=prepared.groups)
+    evaluations = Evaluations(builder, prepared, strategy, triggers, services)
+    meter = build_meter(builder, prepared.state, times=services.times, groups=prepared.groups)
     saver = StateSaver(
-        loaded,
+        builder,
         strategy,
         prepared,
         services,
@@ -86,6 +88,6 @@ def build_parts(
         evaluations=evaluations,
         saver=saver,
         meter=meter,
-        observers=build_observers(loaded, observers),
+        observers=build_observers(builder.components, observers),
     )
     return Parts(prepared, triggers, windows, evaluations, meter, saver, trainer)

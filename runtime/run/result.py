@@ -10,9 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from runtime.build import components
+from runtime.build.builder import Builder
 from runtime.checkpoints.load import load_weights
-from runtime.config.file import LoadedConfiguration
 from runtime.evaluation.metrics import Result
 from runtime.state.module_buffers import make_room
 from runtime.training.stop_reason import StopReason
@@ -46,7 +45,7 @@ class RunResult:
         return self.make_model()
 
 
-def model_maker(loaded: LoadedConfiguration, model: nn.Module, saved: Path | None) -> Callable[[], nn.Module]:
+def model_maker(builder: Builder, model: nn.Module, saved: Path | None) -> Callable[[], nn.Module]:
     """Return what makes a run's trained model.
 
     Args:
@@ -57,7 +56,7 @@ def model_maker(loaded: LoadedConfiguration, model: nn.Module, saved: Path | Non
         return lambda: model
 
     def make() -> nn.Module:
-        whole, weights = components.build_model(loaded), load_weights(saved)
+        whole, weights = builder.model(), load_weights(saved)
         make_room(whole, "model.", weights.model, weights.buffers["made"])
         whole.load_state_dict(weights.model)
         return whole

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.schedulers import own_job
+from runtime.build.builder import Builder
 from runtime.build.preparation import tell_of_component
 from runtime.build.trackers import open_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
@@ -57,7 +58,8 @@ class Run:
         notes: Sequence[str] = (),
         observers: Sequence[Observer] = (),
     ) -> None:
-        self._loaded, self._values, self._strategy = loaded, loaded.values, strategy
+        self._loaded, self._builder = loaded, Builder(loaded)
+        self._values, self._strategy = loaded.values, strategy
         self._position, self._observers = position, observers
         self._reporter = Reporter()
         for text in notes:
@@ -94,7 +96,7 @@ class Run:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise self._out_of_memory(error) from error
-                tell_of_component(self._loaded, error, self._state)
+                tell_of_component(self._builder.components, error, self._state)
                 raise
 
     def leaving_seconds(self) -> float:
@@ -109,21 +111,28 @@ class Run:
         """Read a checkpoint's state, of tensors no more than this rank will need."""
         model, training = open_state(found.path) if self._strategy.sharded else load_state(found.path)
         refuse_misfit(training, found.path.name)
-        training["progress"]["cursor"] = cursor_on_resumption(training, self._loaded)
+        values, folder = self._values, self._loaded.output
+        training["progress"]["cursor"] = cursor_on_resumption(
+            training, values.batch.global_size, values.data, allowed=values.resume.allow_changes, folder=folder
+        )
         return model, training
 
     def _new(self) -> None:
         """Build the parts of a run that begins, and check what users bring."""
-        self._take(build_parts(self._loaded, self._strategy, self._services, self._observers, before=None))
+        self._take(
+            build_parts(self._loaded, self._builder, self._strategy, self._services, self._observers, before=None)
+        )
         evaluators = self._evaluations.evaluators
         # Before the first record, which names what was found to be inexact.
-        check_first_start(FirstStart(self._loaded, self._strategy, self._prepared, evaluators, self._reporter.warn))
+        check_first_start(FirstStart(self._builder, self._strategy, self._prepared, evaluators, self._reporter.warn))
 
     def _restored(self, found: Found) -> None:
         """Build the parts of a run that goes on from a checkpoint, and load it."""
         stored = self._read(found)
         before = stored[1]
-        self._take(build_parts(self._loaded, self._strategy, self._services, self._observers, before=before))
+        self._take(
+            build_parts(self._loaded, self._builder, self._strategy, self._services, self._observers, before=before)
+        )
         if "code" in before:
             self._changed_code = changes_of(before["code"], self._loaded.code, self._loaded.resolved())
         self._go_on_from(found, stored)
@@ -144,7 +153,7 @@ class Run:
         self._state.follow(found.rollbacks)
         self._windows.go_on_from(stored[1])
         self._evaluations.go_on_from(found.results, judged=found.judged)
-        restore_meter(self._meter, stored[1], self._loaded, self._strategy)
+        restore_meter(self._meter, stored[1], self._loaded.resolved(), self._strategy)
 
     def _train(self) -> RunResult:
         progress = self._progress
@@ -208,7 +217,7 @@ class Run:
             return
         prepared = self._prepared
         self._services.closing.push(lambda kind, error, trace: self._reporter.finish("failed") if kind else None)
-        open_trackers(self._reporter, self._loaded, self._progress, run_id=prepared.identity.tracker_id)
+        open_trackers(self._reporter, self._loaded, self._builder, self._progress, run_id=prepared.identity.tracker_id)
         self._reporter.log_summary(
             start_facts(
                 self._loaded,
@@ -242,7 +251,7 @@ class Run:
             step=self._progress.step,
             results=self._evaluations.results,
             folder=self._folder.path,
-            make_model=model_maker(self._loaded, self._state.module.model, saved),
+            make_model=model_maker(self._builder, self._state.module.model, saved),
             message=self._triggers.why_early if reason.outcome == "finished" else "",
             stop_reason=reason,
         )

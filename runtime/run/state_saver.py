@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor, get_num_threads, nn
 
+from runtime.build.builder import Builder
 from runtime.build.preparation import Prepared
-from runtime.build.sources import preparation
 from runtime.checks.checkpoint import prove_checkpoint
 from runtime.checks.objective import coupled_parts
 from runtime.code_digests import loaded_code
-from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
 from runtime.data.order import SamplerOrder
 from runtime.data.training_data import MappedData, StreamedData, saved_places
@@ -38,7 +37,7 @@ class StateSaver:
 
     def __init__(
         self,
-        loaded: LoadedConfiguration,
+        builder: Builder,
         strategy: Strategy,
         prepared: Prepared,
         services: RunServices,
@@ -48,12 +47,12 @@ class StateSaver:
         windows: TrainingWindows,
         unproven: bool,
     ) -> None:
-        self._loaded, self._strategy, self._folder = loaded, strategy, services.folder
+        self._builder, self._strategy, self._folder = builder, strategy, services.folder
         self._data, self._identity, self._state = prepared.data, prepared.identity, prepared.state
         self._meter, self._evaluations, self._windows = meter, evaluations, windows
         self._tell, self._warn = services.reporter.message, services.reporter.warn
         self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
-        self._compares = loaded.values.checks == "on" and strategy.world_size > 1 and not strategy.sharded
+        self._compares = builder.values.checks == "on" and strategy.world_size > 1 and not strategy.sharded
         self._unproven = unproven
 
     @property
@@ -109,7 +108,7 @@ class StateSaver:
 
         batch = window.microbatches[0].batch
         prove_checkpoint(
-            self._loaded, self._strategy, self._state, saved=saved, batch=batch, warn=self._warn, tell=self._tell
+            self._builder, self._strategy, self._state, saved=saved, batch=batch, warn=self._warn, tell=self._tell
         )
 
     def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
@@ -124,8 +123,8 @@ class StateSaver:
         state["training"] |= {
             "identity": asdict(self._identity),
             "coupled": coupled_parts(self._state.module.objective),
-            "preparation": preparation(self._loaded),
-            "code": loaded_code(self._loaded.code, self._loaded.resolved()),
+            "preparation": self._builder.sources.preparation,
+            "code": loaded_code(self._builder.code, self._identity.configuration),
             **self._of_reading,
             "made_by": {**versions(), "threads": get_num_threads()},
         }

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.build import components
+from runtime.build.builder import Builder
 from runtime.build.preparation import Prepared
-from runtime.config.file import LoadedConfiguration
 from runtime.data.batches import Window
 from runtime.data.stream_pieces import Place
 from runtime.data.training_data import How, MappedData, Reading, places_of
@@ -29,13 +28,13 @@ class TrainingWindows:
 
     def __init__(
         self,
-        loaded: LoadedConfiguration,
+        builder: Builder,
         strategy: Strategy,
         prepared: Prepared,
         triggers: Triggers,
         services: RunServices,
     ) -> None:
-        self._loaded, self._strategy, self._triggers, self._services = loaded, strategy, triggers, services
+        self._builder, self._strategy, self._triggers, self._services = builder, strategy, triggers, services
         self._data, self._sharing, self._freezing = prepared.data, prepared.sharing, prepared.freezing
         self._module, self._progress = prepared.state.module, prepared.state.progress
         self._reading: Reading | None = None
@@ -71,10 +70,10 @@ class TrainingWindows:
         self._reading = None
 
     def _read(self) -> Reading:
-        objective, loader = self._module.objective, self._loaded.values.data.loader
+        objective, loader = self._module.objective, self._builder.values.data.loader
         how = How(
             sharing=self._sharing,
-            make_loader=components.build_loader(self._loaded, self._strategy.device),
+            make_loader=self._builder.loader(self._strategy.device),
             num_workers=loader.num_workers,
             weigh=None if objective.counts_samples else objective.checked_weight,
             num_weights=objective.num_weights,

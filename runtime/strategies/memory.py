@@ -5,22 +5,33 @@ Activations are not in it: they depend on the microbatch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.config.file import LoadedConfiguration
 from runtime.config.strategy import Strategy
-from runtime.config.zero_json import generate
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
 from runtime.strategies.state_size import StateBytes, optimizer_bytes
 from runtime.strategies.zero.memory import state_bytes_of_zero
 
 
-def state_bytes(loaded: LoadedConfiguration, module: nn.Module, optimizer: Optimizer, world_size: int) -> StateBytes:
-    """Return what each of so many processes holds of a module that has not been prepared."""
-    section = loaded.values.strategy
-    if section.kind == "zero":
-        return state_bytes_of_zero(generate(loaded.values, loaded.beside), module, optimizer, world_size)
+def state_bytes(
+    section: Strategy,
+    module: nn.Module,
+    optimizer: Optimizer,
+    world_size: int,
+    *,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> StateBytes:
+    """Return what each of so many processes holds of a module that has not been prepared.
+
+    Args:
+        deepspeed: DeepSpeed's JSON, where ``strategy.kind`` is ``zero``.
+    """
+    if deepspeed is not None:
+        return state_bytes_of_zero(deepspeed, module, optimizer, world_size)
     shards = max(1, world_size // section.fsdp.replicas) if section.kind == "fsdp" else 1
 
     def held(parameter: Tensor) -> int:

@@ -71,7 +71,7 @@ def nurse() -> int:
         "accelerate",
         "torch.distributed",
         "torch._inductor",  # strict determinism imports it, which takes a second
-        "runtime.build.components",
+        "runtime.build.builder",
         "runtime.launched",
         "runtime.run.run",
         "runtime.session",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
-from runtime.config.file import LoadedConfiguration
+from runtime.config.strategy import Strategy
 from runtime.errors import MissingDependencyError
 
 
-def check_start(loaded: LoadedConfiguration) -> None:
+def check_start(section: Strategy) -> None:
     """Refuse a start that could not do what the configuration says.
 
     Raises:
         MissingDependencyError: deepspeed is asked for and not installed.
     """
-    if loaded.values.strategy.kind == "zero" and importlib.util.find_spec("deepspeed") is None:
+    if section.kind == "zero" and importlib.util.find_spec("deepspeed") is None:
         raise MissingDependencyError("deepspeed", "strategy.kind: zero", "deepspeed")

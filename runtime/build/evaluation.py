@@ -1,0 +1,96 @@
+"""What evaluates the splits of a run, and what decides which weights are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Literal
+
+from runtime.build.builder import Builder
+from runtime.build.preparation import Prepared
+from runtime.data.samples import Samples
+from runtime.data.streams import StreamSamples
+from runtime.data.training_data import MappedData
+from runtime.evaluation.batch_statistics import BatchStatistics
+from runtime.evaluation.evaluator import Evaluator
+from runtime.evaluation.metrics import MetricSet
+from runtime.strategies import Strategy
+from runtime.training.averaged_evaluation import AveragedEvaluation
+
+
+def build_evaluator(
+    builder: Builder,
+    strategy: Strategy,
+    name: Literal["validation", "test"],
+    *,
+    slots: int,
+    closing: ExitStack | None = None,
+) -> Evaluator | None:
+    """Build the evaluator of one split, or None if there is no such data.
+
+    Args:
+        closing: where it is evaluated again and again: loader workers then live until this is closed.
+    """
+    samples = builder.samples(name, batch_size=builder.evaluation_micro_size(slots))
+    if samples is None:
+        return None
+    return evaluator_of(samples, builder, strategy, name, slots=slots, closing=closing)
+
+
+def evaluator_of(
+    samples: Samples | StreamSamples,
+    builder: Builder,
+    strategy: Strategy,
+    name: str,
+    *,
+    slots: int,
+    closing: ExitStack | None = None,
+) -> Evaluator:
+    """Build the evaluator of samples that have been built; see :func:`build_evaluator`."""
+    return Evaluator(
+        name,
+        samples,
+        micro_size=builder.evaluation_micro_size(slots),
+        strategy=strategy,
+        metrics=MetricSet(builder.metrics(), strategy.device),
+        make_loader=builder.loader(strategy.device, closing),
+        seed=builder.values.seed,
+    )
+
+
+def build_averaged_evaluation(
+    builder: Builder,
+    prepared: Prepared,
+    strategy: Strategy,
+    *,
+    closing: ExitStack,
+    enter: Callable[[], None],
+    tell: Callable[[str], None],
+) -> AveragedEvaluation:
+    """Build what decides which weights are evaluated.
+
+    Args:
+        closing: loader workers of such passes live until it is closed.
+        enter: told each global batch of a pass for BatchNorm statistics.
+        tell: told where the averaged weights begin to be evaluated.
+
+    Raises:
+        ConfigurationError: the average would need BatchNorm statistics that cannot be computed.
+    """
+    values, average, data, statistics = builder.values, prepared.state.averaging, prepared.data, None
+    if isinstance(data, MappedData):
+        statistics = BatchStatistics(
+            data.samples,
+            data.order,
+            sharing=prepared.sharing,
+            strategy=strategy,
+            make_loader=builder.loader(strategy.device, closing),
+            seed=values.seed,
+            enter=enter,
+        )
+    elif average is not None and average.has_statistics:
+        what = "swa cannot compute BatchNorm statistics over a stream; use ema, or a model without BatchNorm"
+        raise builder.where.error(("averaging", "kind"), what)
+    wanted = values.averaging is not None and values.averaging.evaluate
+    may_end = values.limit.early_stopping is not None
+    return AveragedEvaluation(average, wanted=wanted, may_end=may_end, statistics=statistics, tell=tell)
