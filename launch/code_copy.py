@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.config.locations import Locations
+from runtime.wording import in_units
 
 _MAX_BYTES = 100 << 20
 _MAX_DIFF_BYTES = 1 << 20
@@ -25,7 +26,7 @@ class Revision:
 
     Args:
         commit: the one checked out; None without git.
-        changes: what is not committed, as git tells it, of at most 1 MB.
+        changes: what is not committed, as git tells it, of at most 1 MiB.
         cut: whether it was more.
     """
 
@@ -49,7 +50,7 @@ def snapshot(code: Path, folder: Path, where: Locations) -> None:
     if (total := sum(sizes.values())) > _MAX_BYTES:
         largest = max(sizes, key=lambda path: sizes[path])
         what = (
-            f"the folder of the run's code ({code}) holds {total >> 20} MB, most in {largest}, and would be copied: put "
+            f"the folder of the run's code ({code}) holds {in_units(total)}, most in {largest}, and would be copied: put "
             "data into .gitignore, or name a folder of code alone"
         )
         raise where.error(("code",), what)

@@ -20,6 +20,7 @@ from launch.accelerate_command import command, environment, shown
 from launch.job import JobSpec
 from launch.node_rendezvous import Place, meet
 from runtime.config.file import LoadedConfiguration
+from runtime.environment import wants_cpu
 from runtime.outcome import read_outcome
 from runtime.run_files import OUTCOME, RunFiles
 
@@ -30,7 +31,7 @@ def num_gpus() -> int:
     """Return the number of GPUs torch can use, none if the user chose the CPU."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if wants_cpu():
         return 0
     return torch.cuda.device_count()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import runtime
 from launch.job import JobSpec, is_secret
+from runtime.arguments import clock_seconds, count
 from runtime.config.file import LoadedConfiguration, flatten, load
 from runtime.errors import ConfigurationError, Problem
 
 _USUAL_SECRETS = ("WANDB_API_KEY", "HF_TOKEN")  # passed on where they are set, without being asked
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -47,20 +46,11 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
 
 
-def count(text: str) -> int:
-    """Parse a number of things there must be at least one of."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def seconds(text: str) -> int:
     """Parse ``[D-]H:MM:SS``."""
-    found = _TIME.fullmatch(text)
-    if found is None or not text.isascii():
+    total = clock_seconds(text)
+    if total is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form H:MM:SS or D-H:MM:SS, such as 4:00:00")
-    parts = {name: int(value or 0) for name, value in found.groupdict().items()}
-    total = ((parts["days"] * 24 + parts["hours"]) * 60 + parts["minutes"]) * 60 + parts["seconds"]
     if total < 60:
         raise argparse.ArgumentTypeError(f"{text!r} is less than a minute")
     return total

@@ -1,4 +1,4 @@
-"""Command lines on which keys of the YAML may stand anywhere, as ``key.path=value`` or ``--key.path value``."""
+"""Command lines: counts, times, and keys of the YAML, anywhere, as ``key.path=value`` or ``--key.path value``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ from collections.abc import Collection, Sequence
 from runtime.errors import ConfigurationError, Problem
 
 _FLAG = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
+
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
+
+
+def count(text: str) -> int:
+    """Parse a number of things there must be at least one of."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def clock_seconds(text: str) -> int | None:
+    """Read ``[D-]H:MM:SS``; None for anything else."""
+    found = _CLOCK.fullmatch(text)
+    if found is None or not text.isascii():
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

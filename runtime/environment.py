@@ -1,4 +1,6 @@
-"""The environment variables that Lockstep reads, all of them here.
+"""What a launch says to its processes in environment variables; and the list of all others that Lockstep reads or sets.
+
+Read here:
 
 LOCKSTEP_WORLD_SIZE     processes that ``lockstep train`` asked for
 LOCKSTEP_LAUNCH         token of one launch, repeated in ``outcome.json``
@@ -10,10 +12,19 @@ LOCKSTEP_DATA           folder in which data is looked for that is neither where
 WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT    set by ``accelerate launch`` and torchrun
 OMPI_COMM_WORLD_*, PMI_*, MPI_LOCAL*, MV2_COMM_WORLD_*    the same, set by ``mpirun``
 GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
-ACCELERATE_*, FSDP_*    settings of ``accelerate launch``: ``config/launcher_table.py`` has the table of them
+ACCELERATE_USE_CPU      the user wants the CPU, whatever devices there are
 TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    tell a restart by torchrun from another job; a cluster's scheduler has such
                         variables of its own, which are read in its folder below ``launch/``
 TORCHELASTIC_USE_AGENT_STORE    whether a launch agent hosts the process group's store
+
+Read where they are used, since they belong to another library or to the user's shell:
+
+ACCELERATE_*, FSDP_*    settings of ``accelerate launch``: ``config/launcher_table.py`` has the table of them
+ACCELERATE_USE_DEEPSPEED, DS_ACCELERATOR, LOCAL_RANK    set for DeepSpeed while it starts: ``strategies/zero``
+CUBLAS_WORKSPACE_CONFIG, NCCL_ALGO    set unless the user has: ``determinism.py``
+OMP_NUM_THREADS         threads of each process, set by the launcher unless the user has: ``launch``
+WANDB_MODE, WANDB_API_KEY, WANDB_BASE_URL, WANDB_INIT_TIMEOUT, NETRC    of Weights & Biases: ``reporting/wandb_tracker.py``
+XDG_CACHE_HOME          folder of cached token files: ``data_sources/source_code.py``
 """
 
 from __future__ import annotations
@@ -21,6 +32,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from runtime.config.launcher_table import is_true
 from runtime.errors import WorldSizeError
 
 _COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCKSTEP_WORLD_SIZE")
@@ -83,6 +95,11 @@ def is_watched() -> bool:
 def store_address() -> tuple[str, int]:
     """The address and port of the process group's store."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1"), whole_number("MASTER_PORT") or 0
+
+
+def wants_cpu() -> bool:
+    """Tell whether the user wants the CPU, whatever devices there are."""
+    return is_true(os.environ.get("ACCELERATE_USE_CPU", ""))
 
 
 def has_chosen_interface() -> bool:

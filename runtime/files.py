@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.machinery
 import sys
-from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 
 from runtime.environment import data_folder
 from runtime.errors import DataError
+from runtime.wording import did_you_mean
 
 PACKAGE = "package:"
 _BLOCK_BYTES = 1 << 16
@@ -50,7 +49,7 @@ def existing(path: str | Path, *, folder: bool = False, provided_by: str | None 
             parent = parent.parent
         what = f"there is no {kind} {wanted}"
         missing = wanted.relative_to(parent).parts[0]
-        what += nearest(missing, [found.name for found in parent.iterdir()], quoted=str(parent / "{}"))
+        what += did_you_mean(missing, [found.name for found in parent.iterdir()], within=str(parent / "{}"))
         if parent != wanted.parent:
             what += f" (there is no folder {parent / missing})"
         elif not wanted.is_absolute():
@@ -79,12 +78,6 @@ def _in_package(name: str, *, folder: bool, provided_by: str | None) -> Path:
     if found:
         raise DataError(f"the package {package!r} is installed, but without {inside}; another version has it{cure}")
     raise DataError(f"the package {package!r}, which has {inside or 'the data'}, is not installed{cure}")
-
-
-def nearest(name: str, known: Iterable[str], *, quoted: str = "{}") -> str:
-    """Return ``; did you mean 'x'?`` for the nearest of the known names, or nothing."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{quoted.format(found[0])}'?" if found else ""
 
 
 def digest(*paths: Path) -> str:

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -72,3 +73,16 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         torch.default_generator.set_state(torch_state)
         if device_state is not None:
             torch.cuda.set_rng_state(device_state, device)
+
+
+def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Hash 64-bit values in place, and return them.
+
+    It is the finaliser of splitmix64: Steele, Lea and Flood 2014, "Fast splittable generators", in Vigna's form.
+    """
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values

@@ -54,8 +54,8 @@ def test_ranks_that_are_alike_are_well() -> None:
         ({"device": "NVIDIA A100"}, "rank 1 (host b) has device NVIDIA A100, rank 0 (host a) cpu"),
         ({"code": "0b"}, "rank 1 (host b) has code 0b, rank 0 (host a) 0a"),
         ({"sees_folder": False}, "rank 1 (host b) does not see in /runs what rank 0 (host a) writes there"),
-        ({"disk_bytes": 5 * 10**8}, "rank 1 (host b) has 500.0 MB of disk left in /runs"),
-        ({"shared_bytes": 64 << 20}, "rank 1 (host b) has 67.1 MB of shared memory (/dev/shm), too little"),
+        ({"disk_bytes": 5 * 10**8}, "rank 1 (host b) has 476.8 MiB of disk left in /runs"),
+        ({"shared_bytes": 64 << 20}, "rank 1 (host b) has 64.0 MiB of shared memory (/dev/shm), too little"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_host(change: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "(errors)",
     "(run_files)",
+    "(wording)",
     "config",
     "(arguments)",
     "(output)",
@@ -85,7 +86,7 @@ def own_imports(module: str) -> set[str]:
 def test_a_package_imports_only_from_those_below_it(module: str) -> None:
     layer = layer_of(module)
     if layer in APART:
-        allowed = {*APART, "(errors)", "(environment)", "(files)", "(json_files)"}
+        allowed = {*APART, "(errors)", "(wording)", "(randomness)", "(environment)", "(files)", "(json_files)"}
         assert {layer_of(imported) for imported in own_imports(module)} <= allowed
         return
     if layer.strip("()") in DOORS:

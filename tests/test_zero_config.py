@@ -240,7 +240,7 @@ def test_the_missing_package_is_named_with_the_line_that_installs_it(
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'lockstep-train\[deepspeed\]'"):
-        check_start(loaded(tmp_path))
+        check_start(loaded(tmp_path).values.strategy)
 
 
 def test_checking_needs_neither_torch_nor_the_package(tmp_path: Path) -> None:

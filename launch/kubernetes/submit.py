@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from launch.job import JobSpec, is_secret
 from launch.kubernetes.manifests import manifests, object_name
 from launch.kubernetes.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
-from launch.options import add_job_options, checked, count, described, variables
+from launch.options import add_job_options, checked, described, variables
+from runtime.arguments import count
 from runtime.config.file import LoadedConfiguration
 from runtime.errors import ConfigurationError, LockstepError, Problem
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from launch.ended_job import Ended, Verdict, judge
 from runtime import json_files
+from runtime.arguments import clock_seconds
 from runtime.errors import SchedulerError
 from runtime.messages import shown_messages
 from runtime.outcome import read_outcome
@@ -126,17 +127,10 @@ def _is_cancelled(job: Mapping[str, str]) -> bool:
     While its last processes end, a job that Slurm has ended for whatever reason is COMPLETING; one that ends by itself, or is
     preempted and has its grace time, is RUNNING to the last.
     """
-    over = _seconds(job.get("RunTime", "")) >= _seconds(job.get("TimeLimit", "")) > 0
+    over = (
+        (clock_seconds(job.get("RunTime", "")) or 0) >= (clock_seconds(job.get("TimeLimit", "")) or 0) > 0
+    )  # or UNLIMITED
     return job.get("JobState") in ("CANCELLED", "COMPLETING") and not over
-
-
-def _seconds(text: str) -> int:
-    """Read ``[D-]HH:MM:SS``; 0 for anything else, such as UNLIMITED."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    if found is None:
-        return 0
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _asked(*command: str) -> subprocess.CompletedProcess[str]:

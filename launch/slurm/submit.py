@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import JobSpec
-from launch.options import add_job_options, checked, count, described, variables
+from launch.options import add_job_options, checked, described, variables
 from launch.slurm.script import SlurmOptions, script
 from launch.submission_folder import SCRIPT, SECRETS, new_folder, settled, write
+from runtime.arguments import count
 from runtime.errors import SchedulerError
 
 # What would make the job's srun, or its ranks, take this shell's job for theirs.

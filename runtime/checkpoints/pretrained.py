@@ -19,10 +19,10 @@ from runtime.checkpoints.load import damage_of, load_model
 from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError
 from runtime.config.learning import Weights
-from runtime.config.signatures import did_you_mean
 from runtime.optimization.patterns import described_misses, matches, useless
 from runtime.run_files import RunFiles
 from runtime.state.durable_files import checksum
+from runtime.wording import did_you_mean
 
 _SAFETENSORS = ".safetensors"
 _INDEX = ".safetensors.index.json"

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.filesize import pick_unit_and_suffix
 from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
 from runtime.checkpoints.inspection import Inspected, Listing
+from runtime.wording import in_units
 
 _STYLES = {"whole": "green", "damaged": "red", "newer format": "red", "moved aside": "yellow"}
 
@@ -66,7 +66,7 @@ def _table(listing: Listing, metrics: Sequence[str], *, with_names: bool) -> Tab
             str(i.epoch or ""),
             *([str(i.attempt)] if attempts else []),
             *(_result(i, metric) for metric in metrics),
-            _in_units(i.size_bytes),
+            in_units(i.size_bytes),
             _age(i.age_seconds),
             Text(state, style=_STYLES.get(state, "")),
             style="" if i.in_use else "dim",
@@ -113,11 +113,6 @@ def _remarks(listing: Listing) -> Iterator[str]:
         yield "A start is refused."
     elif not listing.sound:
         yield "A start finds nothing to go on from, and begins anew."
-
-
-def _in_units(size_bytes: int) -> str:
-    unit, suffix = pick_unit_and_suffix(size_bytes, ["B", "KiB", "MiB", "GiB", "TiB"], 1024)
-    return f"{size_bytes / unit:.0f} {suffix}" if unit == 1 else f"{size_bytes / unit:.1f} {suffix}"
 
 
 def _age(seconds: float) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 from runtime.build.components import TABLE
 from runtime.config import component
 from runtime.config.component import ComponentError
-from runtime.config.signatures import annotated, did_you_mean, signature
+from runtime.config.signatures import annotated, signature
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Objective
 from runtime.optimization import schedulers
+from runtime.wording import did_you_mean
 
 _NAMESPACES = {row.key.removesuffix(".*"): row.namespaces for row in TABLE}
 KINDS = tuple(

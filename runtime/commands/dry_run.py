@@ -44,7 +44,7 @@ from runtime.optimization.rehearsal import StandIn
 from runtime.randomness import preserved_random_state
 from runtime.reporting.facts import inexact_choices
 from runtime.strategies.memory import state_bytes
-from runtime.strategies.state_size import in_units
+from runtime.wording import in_units
 
 _CPU = torch.device("cpu")
 _LISTED = 12  # parameters, from either end

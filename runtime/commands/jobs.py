@@ -13,8 +13,8 @@ from pathlib import Path
 
 from launch import schedulers
 from launch.cluster_scheduler import ClusterScheduler, QueuedJob
-from launch.options import count
 from runtime import json_files
+from runtime.arguments import count
 from runtime.errors import RunFolderError, SchedulerError
 from runtime.run_files import RunFiles
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from launch import schedulers
 from launch.cluster_scheduler import ClusterScheduler, ClusterStep
 from launch.node_rendezvous import Place
+from runtime.arguments import count
 from runtime.errors import ConfigurationError, Problem
 
 
@@ -23,7 +24,7 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         metavar="N",
-        type=_count,
+        type=count,
         default=None,
         help="processes on this machine (default: one per GPU, or 1)",
     )
@@ -36,7 +37,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         "the same command on each, with its own --node-rank; or none of these in a step of Slurm's with one task on each "
         "machine: srun --ntasks-per-node=1",
     )
-    several.add_argument("--nodes", metavar="N", type=_count, help="machines (default: 1)")
+    several.add_argument("--nodes", metavar="N", type=count, help="machines (default: 1)")
     several.add_argument("--node-rank", metavar="R", type=int, help="which of them this is: 0 is the main host")
     several.add_argument("--main-address", metavar="HOST", help="name or address of the main host")
     several.add_argument(
@@ -83,12 +84,6 @@ def step_of(options: argparse.Namespace) -> ClusterStep | None:
 def _scheduler_of(options: argparse.Namespace) -> ClusterScheduler | None:
     said = (options.nodes, options.node_rank, options.main_address)
     return schedulers.scheduler_of_step() if said == (None, None, None) else None
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _port(text: str) -> int:

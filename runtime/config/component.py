@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.config.signatures import argument_mistakes, did_you_mean
+from runtime.config.signatures import argument_mistakes
+from runtime.wording import did_you_mean
 
 _EXTRAS = {
     "datasets": "datasets",

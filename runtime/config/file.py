@@ -18,12 +18,12 @@ from runtime.config.metric_tasks import with_tasks
 from runtime.config.output_name import TemplateError, escaped, filled
 from runtime.config.plain import ContainsItselfError, plain, put
 from runtime.config.sections import RunConfiguration
-from runtime.config.signatures import did_you_mean
 from runtime.config.types import Duration, Interval
 from runtime.config.yaml_file import read_file, read_value
 from runtime.config.zero_rules import zero_problems
 from runtime.errors import ConfigurationError, Problem
 from runtime.run_files import RunFiles
+from runtime.wording import did_you_mean
 
 _YES_AND_NO = ("yes", "no", "on", "off")
 HIDDEN = "(hidden)"

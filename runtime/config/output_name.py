@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.config.signatures import did_you_mean
+from runtime.wording import did_you_mean
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _UNSAFE = re.compile(r"[^\w.+=,@%-]+")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from runtime.wording import did_you_mean
 
 _NUMERIC = {"int", "float", "complex", "bool", "None", "NoneType", "Optional", "Union", "typing", "torch", "Tensor"}
 """All the names in the annotation of an argument that takes no text."""
-
-
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest of the known names, or nothing."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def argument_mistakes(

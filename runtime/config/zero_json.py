@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.config.sections import RunConfiguration
-from runtime.config.signatures import did_you_mean
 from runtime.config.yaml_file import Lines, read_file
 from runtime.config.zero import Offload
 from runtime.errors import ConfigurationError, Problem
+from runtime.wording import did_you_mean
 
 KeyPath = tuple[str, ...]
 

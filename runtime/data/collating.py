@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from runtime.config.signatures import did_you_mean
 from runtime.errors import DataError
+from runtime.wording import did_you_mean
 
 Name = str | int
 

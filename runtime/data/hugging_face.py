@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from runtime.config.signatures import did_you_mean
 from runtime.errors import DataError
+from runtime.wording import did_you_mean
 
 
 class ArrowRows(Dataset[Any]):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from runtime.errors import DataError
-from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
+from runtime.randomness import Purpose, derive, mix, preserved_random_state, seed_everything
 
 Ids = npt.NDArray[np.int64]
 
@@ -83,23 +83,13 @@ class KeyedPermutation:
         for number, key in enumerate(self._keys):
             modulus = self._rows if number % 2 == 0 else self._columns
             # left + f(right), modulo: without a division, which would take most of the time.
-            shift = _mix(right + key)
+            shift = mix(right + key)
             shift >>= _HALF
             shift *= modulus
             shift >>= _HALF
             shift += left
             left, right = right, np.minimum(shift, shift - modulus)  # below zero it wraps to something huge
         return right * self._rows + left
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Hash 64-bit values in place (the finaliser of splitmix64)."""
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values
 
 
 class OwnOrder:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from runtime.errors import DataError
-from runtime.files import digest, existing, nearest, rows_within
+from runtime.files import digest, existing, rows_within
+from runtime.wording import did_you_mean
 
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member; its last two fields are lengths of what follows
 
@@ -81,7 +82,7 @@ class Arrays(Dataset[dict[str, Tensor]]):
     def column(self, name: str) -> NDArray[Any]:
         """Return a whole part, memory-mapped."""
         if name not in self._arrays:
-            raise DataError(f"there is no array {name!r}{nearest(name, self._arrays)}")
+            raise DataError(f"there is no array {name!r}{did_you_mean(name, self._arrays)}")
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _member(path: Path, member: str) -> NDArray[Any]:
     with _opened(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         if member not in names:
-            raise DataError(f"{path} has no member {member!r}{nearest(member, names)}; it has {', '.join(names)}")
+            raise DataError(f"{path} has no member {member!r}{did_you_mean(member, names)}; it has {', '.join(names)}")
         info = archive.getinfo(f"{member}.npy")
         with archive.open(info) as file:
             if info.compress_type != zipfile.ZIP_STORED:

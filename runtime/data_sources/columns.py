@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import DataError, MissingDependencyError
-from runtime.files import nearest
+from runtime.wording import did_you_mean
 
 _BLOCK = 10_000  # rows parsed at once
 
@@ -59,7 +59,7 @@ def checked_names(names: Sequence[str], wanted: Collection[str], path: Path) -> 
         raise DataError(f"{path} has more than one column {twice[0]!r}")
     for name in wanted:
         if name not in names:
-            hint = nearest(name, names) or f"; it has {', '.join(map(repr, names))}"
+            hint = did_you_mean(name, names) or f"; it has {', '.join(map(repr, names))}"
             raise DataError(f"{path} has no column {name!r}{hint}")
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from runtime.errors import DataError
-from runtime.files import digest, existing, nearest, rows_within
+from runtime.files import digest, existing, rows_within
+from runtime.wording import did_you_mean
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _SPLITS = {"train": "train", "test": "t10k"}
@@ -139,7 +140,7 @@ def read_idx(path: Path) -> NDArray[Any]:
 
 def _paths_in(folder: Path, split: str, provided_by: str | None) -> tuple[Path, ...]:
     if split not in _SPLITS:
-        raise DataError(f"split {split!r} is unknown{nearest(split, _SPLITS)}; use 'train' or 'test'")
+        raise DataError(f"split {split!r} is unknown{did_you_mean(split, _SPLITS)}; use 'train' or 'test'")
     names = (f"{_SPLITS[split]}-images-idx3-ubyte", f"{_SPLITS[split]}-labels-idx1-ubyte")
     return tuple(
         zipped if (zipped := folder / f"{name}.gz").is_file() else existing(folder / name, provided_by=provided_by)

@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 
 from runtime.data_sources.columns import Texts, read_csv
 from runtime.errors import DataError
-from runtime.files import digest, existing, nearest, rows_within
+from runtime.files import digest, existing, rows_within
+from runtime.randomness import mix
+from runtime.wording import did_you_mean
 
 _PARTS = ("train", "validation", "test")
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -152,7 +154,7 @@ class Candidates(Dataset[dict[str, Tensor]]):
         provided_by: str | None = None,
     ) -> None:
         if split not in _PARTS[1:]:
-            raise DataError(f"split {split!r} is unknown{nearest(split, _PARTS[1:])}; use 'validation' or 'test'")
+            raise DataError(f"split {split!r} is unknown{did_you_mean(split, _PARTS[1:])}; use 'validation' or 'test'")
         read = _read(
             path,
             user=user,
@@ -254,9 +256,5 @@ def _among(known: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.bo
 
 
 def _mixed(counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return well-mixed bits (the finaliser of Steele, Lea and Flood 2014, "Fast splittable generators", in Vigna's form)."""
-    bits = counter + _GOLDEN
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))
-    return mixed
+    """Return the well-mixed bits of splitmix64 for each state of its counter."""
+    return mix(counter + _GOLDEN)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from runtime.config.component import described
 from runtime.config.sections import Prediction
-from runtime.config.signatures import did_you_mean
 from runtime.data.fields import COLUMN, Fields, Name, part_of
 from runtime.errors import ConfigurationError, DataError, EvaluationError, LockstepError, ObjectiveError, Problem
 from runtime.objective import full_precision, plain, shown
+from runtime.wording import did_you_mean
 
 Values = np.ndarray[Any, Any] | list[Any]
 """One value a sample: numbers, or a list of texts or numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from runtime.config.signatures import did_you_mean
+from runtime.wording import did_you_mean
 
 _LISTED = 8
 

@@ -101,11 +101,16 @@ def inexact_choices(values: RunConfiguration, objective: Objective) -> list[str]
 
 def versions() -> dict[str, Any]:
     """Return the versions of Lockstep, torch and Python, and the commit of the working folder if it is in git."""
-    try:
-        own = version("lockstep-train")
-    except PackageNotFoundError:
-        own = "not installed"
+    own = installed_version("lockstep-train")
     return {"lockstep": own, "torch": torch.__version__, "python": platform.python_version(), "commit": _git_commit()}
+
+
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, or that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +22,13 @@ from runtime.config.file import LoadedConfiguration
 from runtime.distributed.collectives import gather_bytes
 from runtime.distributed.rank_consistency import code_digest
 from runtime.errors import RanksDifferError
+from runtime.reporting.facts import installed_version
 from runtime.strategies import Strategy
+from runtime.wording import in_units
 
 _ALIKE = ("python", "torch", "accelerate", "lockstep", "device", "code")
 _LEAST_DISK_BYTES = 1 << 30
-_LEAST_SHARED_BYTES = 256 << 20  # docker gives 64 MB, on which loader workers die of SIGBUS
+_LEAST_SHARED_BYTES = 256 << 20  # docker gives 64 MiB, on which loader workers die of SIGBUS
 _PROBE = ".lockstep-doctor"
 _LARGE_BYTES = 16 << 20
 _VISIBLE_SECONDS = 10.0  # a file server may take its time to show another machine's file
@@ -119,24 +120,24 @@ def problems_of(findings: Sequence[Finding], *, num_workers: int, folder: Path) 
         if not found.sees_folder:
             yield f"{who} does not see in {folder} what rank 0 (host {first.host}) writes there: the run folder must be shared"
         if found.disk_bytes < _LEAST_DISK_BYTES:
-            yield f"{who} has {_size(found.disk_bytes)} of disk left in {folder}"
+            yield f"{who} has {in_units(found.disk_bytes)} of disk left in {folder}"
         if found.shared_bytes is not None and num_workers and found.shared_bytes < _LEAST_SHARED_BYTES:
-            yield f"{who} has {_size(found.shared_bytes)} of shared memory (/dev/shm), too little for loader workers"
+            yield f"{who} has {in_units(found.shared_bytes)} of shared memory (/dev/shm), too little for loader workers"
 
 
 def table(examined: Examined) -> str:
     """Return findings and network as lines for a person."""
     lines = []
     for found in examined.findings:
-        shared = "no" if found.shared_bytes is None else _size(found.shared_bytes)
+        shared = "no" if found.shared_bytes is None else in_units(found.shared_bytes)
         lines.append(
-            f"rank {found.rank}  host {found.host}  {found.device}  {found.cores} cores  {_size(found.disk_bytes)} disk  "
+            f"rank {found.rank}  host {found.host}  {found.device}  {found.cores} cores  {in_units(found.disk_bytes)} disk  "
             f"{shared} shared memory  python {found.python}  torch {found.torch}  lockstep {found.lockstep}  code {found.code}"
         )
     network = examined.network
     if network is not None:
-        speed = f"{_size(int(network.bytes_per_second))}/s"
-        lines.append(f"all-reduce  {network.latency_seconds * 1000:.2f} ms for one number  {speed} for 16 MB")
+        speed = f"{in_units(int(network.bytes_per_second))}/s"
+        lines.append(f"all-reduce  {network.latency_seconds * 1000:.2f} ms for one number  {speed} for 16 MiB")
     return "\n".join([*lines, "all is well"])
 
 
@@ -148,8 +149,8 @@ def _finding(code: Path, strategy: Strategy, folder: Path, *, sees_folder: bool)
         host=socket.gethostname(),
         python=platform.python_version(),
         torch=torch.__version__,
-        accelerate=_version("accelerate"),
-        lockstep=_version("lockstep-train"),
+        accelerate=installed_version("accelerate"),
+        lockstep=installed_version("lockstep-train"),
         device=torch.cuda.get_device_name(strategy.device) if cuda else "cpu",
         code=code_digest(code),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -194,14 +195,3 @@ def _nearest(folder: Path) -> Path:
     """Return a folder, or the nearest one above it that is there."""
     folder = folder.absolute()
     return folder if folder.is_dir() or folder == folder.parent else _nearest(folder.parent)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

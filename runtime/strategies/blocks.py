@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.config.component import ComponentError
-from runtime.config.signatures import did_you_mean
+from runtime.wording import did_you_mean
 
 
 def blocks_of_classes(module: nn.Module, classes: Sequence[str]) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from runtime.optimization.combined import members
 from runtime.optimization.trial_steps import trial_step
+from runtime.wording import in_units
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,6 @@ class StateBytes:
             f"{in_units(self.parameters)} parameters, {in_units(self.gradients)} gradients, {in_units(self.buffers)} buffers, "
             f"{optimizer} optimizer, on each process{gathered}"
         )
-
-
-def in_units(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def optimizer_bytes(optimizer: Optimizer, held: Callable[[Tensor], float]) -> int | None:

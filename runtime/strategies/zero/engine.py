@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch._C._distributed_c10d import HashStore
 
 from runtime.distributed.process_groups import init_method
+from runtime.environment import wants_cpu
 from runtime.errors import ConfigurationError, Problem
 
 # What `accelerate launch` leaves for its own way of making the engine: the YAML says all of it.
@@ -33,7 +34,7 @@ _COMMUNICATION_BUILD = "deepspeed_shm_comm"
 
 def chose_cpu() -> bool:
     """Tell whether this process computes on the CPU."""
-    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    wanted = wants_cpu()
     return wanted or not torch.cuda.is_available()
 
 
