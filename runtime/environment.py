@@ -13,8 +13,7 @@ WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT    set 
 OMPI_COMM_WORLD_*, PMI_*, MPI_LOCAL*, MV2_COMM_WORLD_*    the same, set by ``mpirun``
 GLOO_SOCKET_IFNAME      the network interface that the user has chosen for gloo
 ACCELERATE_USE_CPU      the user wants the CPU, whatever devices there are
-TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    tell a restart by torchrun from another job; a cluster's scheduler has such
-                        variables of its own, which are read in its folder below ``launch/``
+TORCHELASTIC_RUN_ID, TORCHELASTIC_RESTART_COUNT    tell a restart by torchrun from another job
 TORCHELASTIC_USE_AGENT_STORE    whether a launch agent hosts the process group's store
 
 Read where they are used, since they belong to another library or to the user's shell:
@@ -22,6 +21,7 @@ Read where they are used, since they belong to another library or to the user's 
 ACCELERATE_*, FSDP_*    settings of ``accelerate launch``: ``config/launcher_table.py`` has the table of them
 ACCELERATE_USE_DEEPSPEED, DS_ACCELERATOR, LOCAL_RANK    set for DeepSpeed while it starts: ``strategies/zero``
 CUBLAS_WORKSPACE_CONFIG, NCCL_ALGO    set unless the user has: ``determinism.py``
+SLURM_*                 which job and which step of it this is: ``launch/slurm/variables.py``
 OMP_NUM_THREADS         threads of each process, set by the launcher unless the user has: ``launch``
 WANDB_MODE, WANDB_API_KEY, WANDB_BASE_URL, WANDB_INIT_TIMEOUT, NETRC    of Weights & Biases: ``reporting/wandb_tracker.py``
 XDG_CACHE_HOME          folder of cached token files: ``data_sources/source_code.py``

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_origin
@@ -48,6 +49,8 @@ WRONG = {
     "optimizer": ["optimizer.target=nothing:There"],
     "optimizer.groups.*": ["optimizer.groups=[{match: ['*.bias'], target: 'nothing:There'}]"],
     "evaluation.metrics.*": [f"evaluation.metrics={{one: {WRONG_TARGET}}}"],
+    "reporting.trackers.*": [f"reporting.trackers=[{WRONG_TARGET}]"],
+    "reporting.observers.*": [f"reporting.observers=[{WRONG_TARGET}]"],
 }
 """How each key is given a target that is not there; of those that are not named, by the key itself."""
 
@@ -89,7 +92,7 @@ def test_components_are_bound_to_the_keys_they_stand_under(tmp_path: Path) -> No
 @pytest.mark.parametrize("key", [row.key for row in TABLE])
 def test_what_is_not_there_is_told_by_the_check_with_its_key(tmp_path: Path, key: str) -> None:
     overrides = WRONG.get(key, [f"{key}={WRONG_TARGET}"])
-    where = key.replace("groups.*", "groups.0").replace("*", "one")
+    where = re.sub(r"(groups|trackers|observers)\.\*", r"\1.0", key).replace("*", "one")
     loaded = load(configuration(tmp_path, data=DATA), overrides)
     with pytest.raises(ConfigurationError) as told:
         check_components(loaded)
@@ -98,6 +101,7 @@ def test_what_is_not_there_is_told_by_the_check_with_its_key(tmp_path: Path, key
 
 def test_a_configuration_holds_nothing_that_was_built_from_it(tmp_path: Path) -> None:
     loaded = load(configuration(tmp_path))
+    check_components(loaded)
     before = dict(vars(loaded))
     builder = Builder(loaded)
     assert builder.samples("train", batch_size=4) is not None

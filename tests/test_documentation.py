@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from runtime.arguments import parsed
-from runtime.build.components import build_metrics, check_components
+from runtime.build.builder import Builder
+from runtime.build.components import check_components
 from runtime.cli import _parser
 from runtime.config.file import load
 from runtime.config.sections import RunConfiguration
@@ -73,7 +74,7 @@ def test_metrics_of_the_guide_can_be_built(tmp_path: Path) -> None:
     given["data"] |= {split: {"target": "digits", "args": {"split": split}} for split in ("train", "validation")}
     loaded = load_sections(given, tmp_path)
     check_components(loaded)
-    assert set(build_metrics(loaded)) == {"top5", "f1", "confusion", "auroc", "rmse", "ndcg", "own"}
+    assert set(Builder(loaded).metrics()) == {"top5", "f1", "confusion", "auroc", "rmse", "ndcg", "own"}
 
 
 def test_several_losses_of_the_guide_train_as_written(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def make_own_trackers(trackers: Iterable[Component], *, warn: Callable[[str], No
         try:
             made = bound.build()
         except LockstepError as error:
-            warn(f"reporting.trackers: {error}; going on without it")
+            warn(f"{error}; going on without it")
             continue
         if isinstance(made, Tracker):
             yield made
