@@ -61,4 +61,4 @@ bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sharding.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build runs
