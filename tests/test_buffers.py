@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,12 @@ def test_extra_state_of_plain_data_and_tensors_is_saved(pool: ProcessPool, tmp_p
     assert {step: whole[step] for step in resumed} == resumed
 
 
-def losses_of(config: dict[str, Any]) -> dict[int, float]:
+def losses_of(config: dict[str, Any], observers: Sequence[Any] = ()) -> dict[int, float]:
     import json
 
     from runtime.session import train
 
-    folder = train(config).folder
+    folder = train(config, observers=observers).folder
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: r["loss"] for r in records if r["event"] == "train"}
 

@@ -294,8 +294,8 @@ def test_a_missing_package_gives_the_install_line(
 
 
 @pytest.mark.single
-def test_the_readmes_table_trains_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_readme import block
+def test_the_manuals_table_trains_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.documentation import ROOT, files
 
     generator = np.random.default_rng(0)
     with (tmp_path / "passengers.csv").open("w", newline="") as file:
@@ -304,7 +304,7 @@ def test_the_readmes_table_trains_as_written(tmp_path: Path, monkeypatch: pytest
         writer.writerows(
             [generator.integers(1, 80) if i % 9 else "", generator.normal(30), "ABC"[i % 3], i % 2] for i in range(60)
         )
-    (tmp_path / "passengers.yaml").write_text(block("yaml", "# passengers.yaml"))
+    (tmp_path / "passengers.yaml").write_text(files(ROOT / "docs" / "guides" / "data.md")["passengers.yaml"])
     monkeypatch.chdir(tmp_path)
     result = train("passengers.yaml", "reporting.progress=false")
     assert (result.outcome, result.results["samples"]) == ("finished", 12)

@@ -289,13 +289,10 @@ def test_ranks_that_read_other_weights_are_refused(pool: ProcessPool, tmp_path: 
     assert all("the weights of model.weights" in text for text in told), told
 
 
-def test_the_readmes_page_on_fine_tuning_is_a_valid_configuration(tmp_path: Path) -> None:
-    from tests.test_readme import block
+def test_the_manuals_page_on_fine_tuning_is_a_valid_configuration(tmp_path: Path) -> None:
+    from tests.documentation import ROOT, files
 
-    (tmp_path / "page.yaml").write_text(
-        block("yaml", "# fine_tuning.yaml")
-        + "\ndata: {train: digits}\nbatch: {global_size: 8}\nobjective: MSELoss\nlimit: {epochs: 5}\n"
-    )
+    (tmp_path / "page.yaml").write_text(files(ROOT / "docs" / "guides" / "fine-tuning.md")["fine_tuning.yaml"])
     values = load(tmp_path / "page.yaml").values
     assert [stage.epoch for stage in values.model.unfreeze] == [2, 4]
     assert values.optimizer.no_decay is not None
