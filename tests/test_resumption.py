@@ -37,17 +37,25 @@ def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any
     """Train, asked to stop after a step (each rank's own wish is what the ranks agree on)."""
     from runtime.distributed import collectives
     from runtime.distributed.stopping import StopWish
+    from runtime.training.progress import Progress
 
     if after is None:
         return observe(config)
     seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0  # agree before every step
-    bool_of, made = StopWish.__bool__, [0]
-    # The wish is read before a step and acted on after it.
-    StopWish.__bool__ = lambda self: made[-1] + 1 >= after  # type: ignore[method-assign]
+    advance, noted = Progress.advance, []
+
+    def noting(self: Any, window: Any) -> None:
+        advance(self, window)
+        noted.append(self.step)
+
+    Progress.advance = noting  # type: ignore[method-assign]
+    bool_of = StopWish.__bool__
+    # Read before a step and acted on after it; an evaluation that follows the step before is cut short.
+    StopWish.__bool__ = lambda self: (bool(noted) and noted[-1] + 1 >= after) or after == 1  # type: ignore[method-assign]
     try:
-        return observe(config, observers=[lambda report: made.append(report.step)])
+        return observe(config)
     finally:
-        StopWish.__bool__ = bool_of  # type: ignore[method-assign]
+        Progress.advance, StopWish.__bool__ = advance, bool_of  # type: ignore[method-assign]
         collectives._SECONDS_BETWEEN = seconds_between
 
 
