@@ -123,7 +123,7 @@ class Builder:
             where=self.where,
         )
 
-    def deepspeed(self) -> dict[str, Any] | None:
+    def zero_json(self) -> dict[str, Any] | None:
         """Return DeepSpeed's JSON for the run; None where it is not sharded by ZeRO."""
         return generate(self.values, self.where.beside) if self.values.strategy.kind == "zero" else None
 

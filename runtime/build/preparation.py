@@ -124,7 +124,7 @@ def prepare(
     if stored is not None:
         progress.load_state_dict(stored["progress"])
     freezing.apply(progress.cursor.epoch)
-    memory = state_bytes(values.strategy, module, optimizer, strategy.world_size, deepspeed=builder.deepspeed())
+    memory = state_bytes(values.strategy, module, optimizer, strategy.world_size, zero_json=builder.zero_json())
     parameters = _trained_and_frozen(module)  # of which a strategy may leave this rank a part
     strategy.prepare(module, optimizer)
     averaging = builder.averaging(strategy)

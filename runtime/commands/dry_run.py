@@ -89,7 +89,7 @@ def show(
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
-    state = state_bytes(values.strategy, module, optimizer, processes, deepspeed=builder.deepspeed())
+    state = state_bytes(values.strategy, module, optimizer, processes, zero_json=builder.zero_json())
     memory = [("state", str(state)), *_metric_state(MetricSet(builder.metrics(), _CPU))]
     total = _total_steps(values.limit, data)
     curve = _curve(builder.schedule, optimizer, data, total)

@@ -23,15 +23,15 @@ def state_bytes(
     optimizer: Optimizer,
     world_size: int,
     *,
-    deepspeed: Mapping[str, Any] | None = None,
+    zero_json: Mapping[str, Any] | None = None,
 ) -> StateBytes:
     """Return what each of so many processes holds of a module that has not been prepared.
 
     Args:
-        deepspeed: DeepSpeed's JSON, where ``strategy.kind`` is ``zero``.
+        zero_json: the backend's JSON, where ``strategy.kind`` is ``zero``.
     """
-    if deepspeed is not None:
-        return state_bytes_of_zero(deepspeed, module, optimizer, world_size)
+    if zero_json is not None:
+        return state_bytes_of_zero(zero_json, module, optimizer, world_size)
     shards = max(1, world_size // section.fsdp.replicas) if section.kind == "fsdp" else 1
 
     def held(parameter: Tensor) -> int:
