@@ -1,7 +1,7 @@
 """What all ranks must agree on before the first step: configuration, code, versions, data, shapes; and the weights at a save.
 
-A rank that differs (another version on one host, a data set that another rank draws otherwise) would train something that is
-nobody's model, without a word.
+A rank that differs (another version on one host, a data set that another rank draws otherwise) would silently train a wrong
+model.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def agreed(
     Args:
         known: digests by part of the data, and by what was looked at.
         may_differ: what is left out where ranks differ in it.
-        where: says both in words.
+        where: returns a description of a part of the data and of what was looked at.
 
     Raises:
         RanksDifferError: naming what the ranks have otherwise than rank 0; on every rank alike.
