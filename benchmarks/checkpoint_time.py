@@ -28,9 +28,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from runtime.checkpoints.async_save import BackgroundSaving
+from runtime.checkpoints.async_save import AsyncSaver
 from runtime.checkpoints.checkpoint import CheckpointFolder
-from runtime.data.batches import Cursor, Sharing, Windows
+from runtime.data.batches import Cursor, SlotAssignment, Windows
 from runtime.data.loading import loader_factory
 from runtime.data.order import IndexOrder
 from runtime.data.samples import Samples
@@ -82,7 +82,7 @@ def saves(parameters: int, rounds: int, folder: Path) -> dict[str, Any]:
     tensors = tensors_of(state)
     size = sum(tensor.nbytes for tensor in tensors)
     buffers = [torch.zeros_like(tensor) for tensor in tensors]
-    saving = BackgroundSaving(CheckpointFolder(folder / "lockstep", keep=1, best=[], warn=print))
+    saving = AsyncSaver(CheckpointFolder(folder / "lockstep", keep=1, best=[], warn=print))
     saving.prepare(state)
     saving.wait()
     waits: dict[str, list[float]] = {name: [] for name in ("memcpy", "lockstep", "torch.save", "dcp.async_save")}
@@ -146,7 +146,7 @@ def resumption(step: int) -> float:
         order,
         start=Cursor(0, step),
         stop=lambda cursor, steps: steps >= 1,
-        sharing=Sharing(slots=1, world_size=1, rank=0),
+        assignment=SlotAssignment(slots=1, world_size=1, rank=0),
         make_loader=loader_factory(
             num_workers=0, prefetch_factor=2, pin_memory=False, timeout_seconds=0, start_method=None
         ),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from launch.node_rendezvous import Place
+from launch.node_rendezvous import NodeInfo
 from runtime.errors import SchedulerError
 
 
@@ -135,7 +135,7 @@ class ClusterScheduler:
         """Return the step that this process is a task of, or None."""
         return None
 
-    def own_place(self, *, processes: int, port: int | None) -> Place | None:
+    def own_place(self, *, processes: int, port: int | None) -> NodeInfo | None:
         """Return this machine's place among those of the step; None where it is on its own.
 
         Args:

@@ -15,7 +15,7 @@ _NOT_RUNNABLE = (126, 127)  # a shell's words for a program that is not there, o
 
 
 @dataclass(frozen=True)
-class Ended:
+class JobEnd:
     """How one start of a job ended.
 
     Args:
@@ -40,7 +40,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RequeueDecision:
     """What follows.
 
     Args:
@@ -56,38 +56,40 @@ class Verdict:
     lost: bool = False
 
 
-def judge(ended: Ended) -> Verdict:
+def judge(ended: JobEnd) -> RequeueDecision:
     """Decide whether a job is to go on."""
     outcome = ended.outcome or {}
     kind, message = outcome.get("outcome"), str(outcome.get("message", "")).split("\n")[0]
     if kind == "finished":
-        return Verdict(requeue=False, why="finished")
+        return RequeueDecision(requeue=False, why="finished")
     if ended.cancelled:
         left = "saved, " if kind == "stopped" else ""
-        return Verdict(requeue=False, why=f"{left}the job was cancelled", exit_code=75 if left else 1)
+        return RequeueDecision(requeue=False, why=f"{left}the job was cancelled", exit_code=75 if left else 1)
     if kind == "stopped":
         return _within_limit(ended, _judge_stopped(ended, outcome))
     if kind == "failed" and outcome.get("repeats", True):
         why = f"the failure would repeat: {message}"
-        return Verdict(requeue=False, why=why, exit_code=int(outcome.get("exit_code", 1)))
+        return RequeueDecision(requeue=False, why=why, exit_code=int(outcome.get("exit_code", 1)))
     if kind is None and ended.code in (2, *_NOT_RUNNABLE):
-        return Verdict(requeue=False, why="the run could not be started; its log says why", exit_code=2)
+        return RequeueDecision(requeue=False, why="the run could not be started; its log says why", exit_code=2)
     why = f"processes were lost ({message or 'they left no word'})"
     if not ended.progressed:
         why = f"{why}, as before, and there is no checkpoint since"
-        return Verdict(requeue=False, why=why, exit_code=1)
-    return _within_limit(ended, Verdict(requeue=True, why=why, exit_code=1, lost=True))
+        return RequeueDecision(requeue=False, why=why, exit_code=1)
+    return _within_limit(ended, RequeueDecision(requeue=True, why=why, exit_code=1, lost=True))
 
 
-def _judge_stopped(ended: Ended, outcome: Mapping[str, Any]) -> Verdict:
+def _judge_stopped(ended: JobEnd, outcome: Mapping[str, Any]) -> RequeueDecision:
     reason = outcome.get("reason")
     if not ended.warned and (ended.stop_file or reason == "SIGINT"):
-        return Verdict(requeue=False, why="stopped by the user", exit_code=75)
-    return Verdict(requeue=True, why=f"stopped: {ended.warned or reason or 'the job was asked to end'}", exit_code=75)
+        return RequeueDecision(requeue=False, why="stopped by the user", exit_code=75)
+    return RequeueDecision(
+        requeue=True, why=f"stopped: {ended.warned or reason or 'the job was asked to end'}", exit_code=75
+    )
 
 
-def _within_limit(ended: Ended, verdict: Verdict) -> Verdict:
+def _within_limit(ended: JobEnd, verdict: RequeueDecision) -> RequeueDecision:
     if verdict.requeue and ended.restarts >= ended.max_requeues:
         why = f"{verdict.why}; this was the last of {ended.max_requeues} requeues (--max-requeues)"
-        return Verdict(requeue=False, why=why, exit_code=verdict.exit_code)
+        return RequeueDecision(requeue=False, why=why, exit_code=verdict.exit_code)
     return verdict

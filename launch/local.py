@@ -18,7 +18,7 @@ from typing import Literal
 import runtime
 from launch.accelerate_command import command, environment, shown
 from launch.job import JobSpec
-from launch.node_rendezvous import Place, meet
+from launch.node_rendezvous import NodeInfo, meet
 from runtime.config.file import LoadedConfiguration
 from runtime.environment import wants_cpu
 from runtime.outcome import read_outcome
@@ -43,7 +43,7 @@ def train_locally(
     *,
     processes: int,
     use_gpus: bool,
-    place: Place | None = None,
+    place: NodeInfo | None = None,
     act: Literal["train", "doctor"] = "train",
 ) -> int:
     """Print and run the ``accelerate launch`` line; return 0 finished, 75 stopped, 2 configuration, 1 failure.
@@ -53,7 +53,7 @@ def train_locally(
         act: what the processes do; ``doctor`` leaves the run folder alone.
 
     Raises:
-        MeetingError: the machines did not come together.
+        RendezvousError: the machines did not come together.
     """
     job = JobSpec(
         script=_script(act),
@@ -86,7 +86,9 @@ def _script(act: str) -> Path:
     return Path(runtime.__path__[0]) / f"{act}.py"
 
 
-def _launched(job: JobSpec, run_outcome: Path | None, *, place: Place | None = None, token: str | None = None) -> int:
+def _launched(
+    job: JobSpec, run_outcome: Path | None, *, place: NodeInfo | None = None, token: str | None = None
+) -> int:
     """Run a job and return its exit code.
 
     Args:

@@ -24,7 +24,7 @@ from typing import Any
 
 import runtime
 from launch.local import num_gpus, num_threads
-from launch.node_rendezvous import Place, meet
+from launch.node_rendezvous import NodeInfo, meet
 from runtime.arguments import parsed
 from runtime.config.file import load
 from runtime.errors import LockstepError, WorldSizeError
@@ -51,7 +51,9 @@ def main(given: Sequence[str] | None = None) -> int:
         _check(options)
         token = secrets.token_hex(8)
         if options.nodes > 1:  # all get the same: none joins a start that has failed elsewhere
-            place = Place(options.nodes, options.node_rank, options.main_address, options.main_port, options.processes)
+            place = NodeInfo(
+                options.nodes, options.node_rank, options.main_address, options.main_port, options.processes
+            )
             met, token = meet(place, patience_seconds=limit.start_seconds)
             options.main_address = met.address
         arguments = [str(options.config), *options.overrides]

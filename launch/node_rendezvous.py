@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
-from runtime.errors import MeetingError
+from runtime.errors import RendezvousError
 
 _RETRY_SECONDS = 0.5
 _LINE_BYTES = 4096
@@ -26,7 +26,7 @@ _ALIKE = ("nodes", "processes")
 
 
 @dataclass(frozen=True)
-class Place:
+class NodeInfo:
     """Which of several machines this is, and where they meet.
 
     Args:
@@ -47,11 +47,11 @@ class Place:
         return f"{self.address}:{self.port}"
 
 
-def meet(place: Place, *, patience_seconds: float) -> tuple[Place, str]:
+def meet(place: NodeInfo, *, patience_seconds: float) -> tuple[NodeInfo, str]:
     """Wait for all machines; return a token that all have got, and the place, whose address is one that others can reach.
 
     Raises:
-        MeetingError: one did not come, or was started differently than the first; on every machine that came.
+        RendezvousError: one did not come, or was started differently than the first; on every machine that came.
     """
     until = time.monotonic() + patience_seconds
     if place.node_rank == 0:
@@ -59,7 +59,7 @@ def meet(place: Place, *, patience_seconds: float) -> tuple[Place, str]:
     return place, _join(place, until, patience_seconds)
 
 
-def _receive(place: Place, until: float, patience_seconds: float) -> tuple[Place, str]:
+def _receive(place: NodeInfo, until: float, patience_seconds: float) -> tuple[NodeInfo, str]:
     with ExitStack() as stack:
         server = stack.enter_context(_listening(place))
         came: dict[int, tuple[str, socket.socket]] = {}
@@ -71,7 +71,7 @@ def _receive(place: Place, until: float, patience_seconds: float) -> tuple[Place
                     connection, _ = server.accept()
                 except TimeoutError:
                     missing = ", ".join(str(n) for n in range(1, place.nodes) if n not in came)
-                    raise MeetingError(
+                    raise RendezvousError(
                         f"of {place.nodes} machines, node rank {missing} did not come to {place} within "
                         f"{patience_seconds:g} s (limit.start_seconds): is `lockstep train` running there, with this "
                         "--main-address and --main-port?"
@@ -81,7 +81,7 @@ def _receive(place: Place, until: float, patience_seconds: float) -> tuple[Place
                 if hello is not None:
                     connections.append(connection)
                     came[_checked(place, hello, came)] = (str(hello["host"]), connection)
-        except MeetingError as error:
+        except RendezvousError as error:
             for connection in connections:
                 _say(connection, {"error": str(error)})
             raise
@@ -96,22 +96,22 @@ def _receive(place: Place, until: float, patience_seconds: float) -> tuple[Place
         return replace(place, address=own or place.address), token
 
 
-def _checked(place: Place, hello: dict[str, object], came: dict[int, tuple[str, socket.socket]]) -> int:
+def _checked(place: NodeInfo, hello: dict[str, object], came: dict[int, tuple[str, socket.socket]]) -> int:
     """Return the rank of a machine that has come, or say to it and to all what is wrong with it."""
     host, rank = hello["host"], hello["node_rank"]
     here = asdict(place)
     differing = [f"--{key} {hello.get(key)} there, {here[key]} here" for key in _ALIKE if hello.get(key) != here[key]]
     if differing:
         who = f"host {host} (node rank {rank}) was started otherwise than host {_host()}"
-        raise MeetingError(f"{who}: {'; '.join(differing)}")
+        raise RendezvousError(f"{who}: {'; '.join(differing)}")
     if not isinstance(rank, int) or not 0 < rank < place.nodes:
-        raise MeetingError(f"host {host} says that it is node rank {rank}, of {place.nodes} machines")
+        raise RendezvousError(f"host {host} says that it is node rank {rank}, of {place.nodes} machines")
     if rank in came:
-        raise MeetingError(f"hosts {came[rank][0]} and {host} both say that they are node rank {rank}")
+        raise RendezvousError(f"hosts {came[rank][0]} and {host} both say that they are node rank {rank}")
     return rank
 
 
-def _join(place: Place, until: float, patience_seconds: float) -> str:
+def _join(place: NodeInfo, until: float, patience_seconds: float) -> str:
     why = ""
     while time.monotonic() < until:
         try:
@@ -126,21 +126,21 @@ def _join(place: Place, until: float, patience_seconds: float) -> str:
             if "token" in answer:
                 return str(answer["token"])
             if "error" in answer:
-                raise MeetingError(str(answer["error"]))
+                raise RendezvousError(str(answer["error"]))
             why = "what listens there is not the first machine of this run"
         time.sleep(min(_RETRY_SECONDS, max(0.0, until - time.monotonic())))
-    raise MeetingError(
+    raise RendezvousError(
         f"the main host {place} cannot be reached from host {_host()} ({why}) within {patience_seconds:g} s "
         "(limit.start_seconds): is `lockstep train --node-rank 0` running there, with this --main-port?"
     )
 
 
 @contextmanager
-def _listening(place: Place) -> Iterator[socket.socket]:
+def _listening(place: NodeInfo) -> Iterator[socket.socket]:
     try:
         found = socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise MeetingError(f"the main host {place.address} is unknown here: {_why(error)}") from error
+        raise RendezvousError(f"the main host {place.address} is unknown here: {_why(error)}") from error
     with socket.socket(found[0], found[1]) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -149,10 +149,10 @@ def _listening(place: Place) -> Iterator[socket.socket]:
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 what = f"{place.address} is not an address of this machine ({_host()}), which is node rank 0: the main host"
-                raise MeetingError(what) from error
+                raise RendezvousError(what) from error
             in_use = error.errno == errno.EADDRINUSE
             hint = "; choose another --main-port on all machines" if in_use else ""
-            raise MeetingError(f"{place} cannot be listened at: {_why(error)}{hint}") from error
+            raise RendezvousError(f"{place} cannot be listened at: {_why(error)}{hint}") from error
         yield server
 
 

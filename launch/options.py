@@ -57,7 +57,7 @@ def seconds(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Variables:
+class JobVariables:
     """Variables for a job's processes.
 
     Args:
@@ -69,7 +69,7 @@ class Variables:
     secret: Mapping[str, str]
 
 
-def variables(given: list[str]) -> Variables:
+def variables(given: list[str]) -> JobVariables:
     """Sort the variables of ``--env`` into plain and secret ones.
 
     Raises:
@@ -83,7 +83,7 @@ def variables(given: list[str]) -> Variables:
         found[name] = value if equals else os.environ.get(name, "")
     if problems:
         raise ConfigurationError(problems)
-    return Variables(
+    return JobVariables(
         {name: value for name, value in found.items() if not is_secret(name)},
         {name: value for name, value in found.items() if is_secret(name)},
     )
@@ -103,7 +103,7 @@ def checked(options: argparse.Namespace) -> LoadedConfiguration:
     return loaded
 
 
-def described(loaded: LoadedConfiguration, options: argparse.Namespace, given: Variables) -> JobSpec:
+def described(loaded: LoadedConfiguration, options: argparse.Namespace, given: JobVariables) -> JobSpec:
     """Return the job that a configuration and the common options describe; its run folder is absolute.
 
     Raises:

@@ -13,7 +13,7 @@ LockstepError                     one clear message, never a traceback; ``exit_c
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
  ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
  ├── OpenFilesError               a process has as many files open as it may
- ├── MeetingError                 the machines of one launch do not come together, or were started differently
+ ├── RendezvousError                 the machines of one launch do not come together, or were started differently
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once
  │    └── MetricError             a metric refused its input
@@ -127,7 +127,7 @@ class RanksDifferError(LockstepError):
     """The ranks were not started alike."""
 
 
-class MeetingError(LockstepError):
+class RendezvousError(LockstepError):
     """The machines of one launch did not come together."""
 
 

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from runtime import environment
 from runtime.config.file import LoadedConfiguration, load, load_run
 from runtime.config.launcher import hidden, load_with_settings
-from runtime.config.sections import Limit
+from runtime.config.sections import LimitSection
 from runtime.distributed.launcher_watch import launcher_ended
 from runtime.distributed.network_interface import choose_interface
-from runtime.distributed.stopping import StopWish
+from runtime.distributed.stopping import StopRequest
 from runtime.errors import EQUAL_ON_ALL_RANKS, LockstepError, PeerError
 from runtime.messages import shown_messages
 from runtime.open_files import open_files_error
@@ -35,15 +35,15 @@ from runtime.output import protected_output
 from runtime.run_files import RunFiles
 
 if TYPE_CHECKING:
-    from runtime.distributed.watchdog import Watch
+    from runtime.distributed.watchdog import Watchdog
     from runtime.inference.checkpoint_inference import InferenceResult
-    from runtime.run.diagnosis import Examined
+    from runtime.run.diagnosis import Diagnosis
     from runtime.run.result import RunResult
     from runtime.strategies import Strategy
     from runtime.training.observers import Observer
 
 
-class Finished(Protocol):
+class CommandResult(Protocol):
     """What an act of several processes ends with."""
 
     @property
@@ -62,12 +62,12 @@ class Finished(Protocol):
         ...
 
 
-_R = TypeVar("_R", bound=Finished)
+_R = TypeVar("_R", bound=CommandResult)
 _LOGGER = logging.getLogger("lockstep.session")
 
 
 @dataclass
-class Processes:
+class ProcessContext:
     """The processes that have come together, as one of them sees them.
 
     Attributes:
@@ -75,9 +75,9 @@ class Processes:
     """
 
     strategy: Strategy
-    stop_wish: StopWish
-    watch: Watch
-    may_tell: Callable[[], bool] = lambda: True
+    stop_request: StopRequest
+    watchdog: Watchdog
+    may_write_outcome: Callable[[], bool] = lambda: True
 
 
 def train(source: Path | str | Mapping[str, Any], *overrides: str, observers: Sequence[Observer] = ()) -> RunResult:
@@ -97,20 +97,20 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str, observers: Se
     since = time.monotonic()
     loaded, notes = _with_settings(load, source, overrides, trains=True)
 
-    def act(processes: Processes) -> RunResult:
+    def act(processes: ProcessContext) -> RunResult:
         from runtime.run.run import Run
 
         run = Run(
             loaded,
             processes.strategy,
-            processes.stop_wish,
-            processes.watch.position,
+            processes.stop_request,
+            processes.watchdog.position,
             notes=notes,
             observers=observers,
         )
-        processes.may_tell = run.owns_folder
+        processes.may_write_outcome = run.owns_folder
         if loaded.values.limit.time is not None:
-            processes.stop_wish.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)
+            processes.stop_request.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)
         return run.train()
 
     return _together(
@@ -172,7 +172,7 @@ def predict(
     return _infer("predict", source, overrides, output, asked)
 
 
-def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined:
+def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Diagnosis:
     """Examine the processes that would train, and what lies between them, in place of training.
 
     Raises:
@@ -180,7 +180,7 @@ def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Examined
     """
     loaded, _ = _with_settings(load, source, overrides, trains=True)
 
-    def act(processes: Processes) -> Examined:
+    def act(processes: ProcessContext) -> Diagnosis:
         from runtime.run.diagnosis import examine as examine_ranks
 
         examined = examine_ranks(loaded, processes.strategy)
@@ -216,14 +216,14 @@ def _infer(
 ) -> InferenceResult:
     loaded, notes = _with_settings(load_run, source, overrides, trains=False)
 
-    def infer(processes: Processes) -> InferenceResult:
+    def infer(processes: ProcessContext) -> InferenceResult:
         for text in notes if processes.strategy.rank == 0 else ():
             _LOGGER.info(text)
         from runtime.inference.checkpoint_inference import Inference
-        from runtime.inference.request import Request
+        from runtime.inference.request import InferenceRequest
 
-        request = Request(act, output=Path(output) if output is not None else None, **asked)
-        done = Inference(loaded, request, processes.strategy, processes.stop_wish, processes.watch.position).run()
+        request = InferenceRequest(act, output=Path(output) if output is not None else None, **asked)
+        done = Inference(loaded, request, processes.strategy, processes.stop_request, processes.watchdog.position).run()
         processes.strategy.barrier()  # the launcher ends all once one has left in failure, which a stop is to it
         return done
 
@@ -232,7 +232,7 @@ def _infer(
 
 def _together(
     loaded: LoadedConfiguration,
-    act: Callable[[Processes], _R],
+    act: Callable[[ProcessContext], _R],
     *,
     outcome_file: Path | None,
     world_size: int | None,
@@ -244,20 +244,20 @@ def _together(
         world_size: as configured.
     """
     requested = environment.requested_world_size(world_size)
-    stop_wish = StopWish(loaded.values.limit.grace_seconds)
+    stop_request = StopRequest(loaded.values.limit.grace_seconds)
     with ExitStack() as stack:
         stack.enter_context(loaded.where.completed())
         stack.enter_context(protected_output())
         stack.enter_context(shown_messages())
         stack.enter_context(hidden())
-        stop_wish.install()  # before torch is imported, which takes seconds
-        stack.callback(stop_wish.uninstall)
-        stop_wish.watch_for("the end of the launcher", launcher_ended())
-        stop_wish.on_leave = lambda: write_launch_outcome(
-            {**_stopped(stop_wish), "message": "left before the first step"}
+        stop_request.install()  # before torch is imported, which takes seconds
+        stack.callback(stop_request.uninstall)
+        stop_request.watch_for("the end of the launcher", launcher_ended())
+        stop_request.on_leave = lambda: write_launch_outcome(
+            {**_stopped(stop_request), "message": "left before the first step"}
         )
-        processes = _joined(loaded, requested, stop_wish, stack)
-        strategy, watch = processes.strategy, processes.watch
+        processes = _joined(loaded, requested, stop_request, stack)
+        strategy, watchdog = processes.strategy, processes.watchdog
 
         def tell(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
             if strategy.rank == 0 and in_folder:
@@ -269,35 +269,37 @@ def _together(
 
             repeats = raised(reason) and not _lost_contact(reason)
             outcome = {"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats}
-            tell(outcome, in_folder=processes.may_tell())
+            tell(outcome, in_folder=processes.may_write_outcome())
 
         def tell_of_leaving() -> None:
-            tell({**_stopped(stop_wish), "message": "left without a save"})
+            tell({**_stopped(stop_request), "message": "left without a save"})
 
-        stop_wish.on_leave = tell_of_leaving
-        watch.on_leave = tell_of_others
-        watch.start()
+        stop_request.on_leave = tell_of_leaving
+        watchdog.on_leave = tell_of_others
+        watchdog.start()
         try:
             result = act(processes)
         except BaseException as raised_error:
             _ignore_lost_workers(stack)
-            _tell_of_failure(raised_error, strategy, watch, tell)
+            _tell_of_failure(raised_error, strategy, watchdog, tell)
             raise
         finally:
-            watch.stop()
-        ended = {"outcome": "finished", "exit_code": 0} if result.outcome == "finished" else _stopped(stop_wish)
+            watchdog.stop()
+        ended = {"outcome": "finished", "exit_code": 0} if result.outcome == "finished" else _stopped(stop_request)
         told = {"message": result.message} if result.message else {}
         tell({**ended, "step": result.step, **told})
         return result
 
 
-def _tell_of_failure(raised_error: BaseException, strategy: Strategy, watch: Watch, tell: Callable[..., None]) -> None:
+def _tell_of_failure(
+    raised_error: BaseException, strategy: Strategy, watchdog: Watchdog, tell: Callable[..., None]
+) -> None:
     """Tell other ranks and the launcher what ends this rank; raise the error that says it in words, if there is another."""
     error = _in_words(raised_error)
     try:
         lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(str(error))
         if not isinstance(error, EQUAL_ON_ALL_RANKS):
-            watch.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
+            watchdog.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
         exit_code = error.exit_code if isinstance(error, LockstepError) else 1
         repeats = not (lost_contact or isinstance(error, PeerError))
         tell({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
@@ -325,12 +327,12 @@ def _in_words(error: BaseException) -> BaseException:
     return open_files_error(error) or lost_worker(error) or error
 
 
-def _stopped(stop_wish: StopWish) -> dict[str, Any]:
+def _stopped(stop_request: StopRequest) -> dict[str, Any]:
     """Return the outcome of a run that was asked to stop; the reason is None where another rank was asked."""
-    return {"outcome": "stopped", "exit_code": 75, "reason": stop_wish.reason}
+    return {"outcome": "stopped", "exit_code": 75, "reason": stop_request.reason}
 
 
-def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, stack: ExitStack) -> Processes:
+def _joined(loaded: LoadedConfiguration, requested: int, stop_request: StopRequest, stack: ExitStack) -> ProcessContext:
     """Check the components, join the process group, and make the watch over it, which is not started yet."""
     from runtime.build.components import check_components
     from runtime.determinism import default_determinism, determinism
@@ -349,7 +351,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
         choose_interface(environment.store_address()[0])
         stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME", None)  # it would hold for what else this process does
     stall_seconds = values.limit.stall_seconds
-    stop_wish.starting()
+    stop_request.starting()
     try:
         strategy = build_strategy(loaded)
     except DistError as error:
@@ -357,18 +359,20 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_wish: StopWish, st
         raise PeerError(
             f"the ranks did not come together at {address}:{port} within {stall_seconds:g} s (limit.stall_seconds): {error}"
         ) from error
-    stop_wish.started()
+    stop_request.started()
     stack.callback(strategy.close)
     environment.check_world_size(requested, strategy.world_size)
-    return Processes(strategy, stop_wish, _watch(values.limit, rank=strategy.rank, world_size=strategy.world_size))
+    return ProcessContext(
+        strategy, stop_request, _watchdog(values.limit, rank=strategy.rank, world_size=strategy.world_size)
+    )
 
 
-def _watch(limit: Limit, *, rank: int, world_size: int) -> Watch:
+def _watchdog(limit: LimitSection, *, rank: int, world_size: int) -> Watchdog:
     """Make the watch over the other ranks, which says what it must know of the launch."""
     from runtime.distributed.process_groups import groups_joined
-    from runtime.distributed.watchdog import Watch
+    from runtime.distributed.watchdog import Watchdog
 
-    return Watch(
+    return Watchdog(
         rank=rank,
         world_size=world_size if environment.is_watched() else 1,
         host=socket.gethostname(),

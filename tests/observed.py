@@ -45,9 +45,9 @@ def observe(
     buffers: list[bytes] = []
     evaluate, prepare = Evaluator.evaluate, StateSaver.prepare
 
-    def noting_evaluate(self: Any, stop_wished: Any) -> Any:
+    def noting_evaluate(self: Any, stop_requested: Any) -> Any:
         buffers.append(_bytes_of(self._strategy.unwrapped))
-        return evaluate(self, stop_wished)
+        return evaluate(self, stop_requested)
 
     def noting_prepare(self: Any) -> None:
         buffers.append(_bytes_of(self._strategy.unwrapped))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from runtime.data.batches import Cursor, Sharing, Windows
+from runtime.data.batches import Cursor, SlotAssignment, Windows
 from runtime.data.loading import loader_factory
 from runtime.data.order import Order
 from runtime.data.samples import Samples
@@ -35,7 +35,7 @@ def read_steps(
             order(),
             start=start,
             stop=lambda cursor, steps: cursor.epoch >= epochs,
-            sharing=Sharing(slots, world_size, rank),
+            assignment=SlotAssignment(slots, world_size, rank),
             make_loader=loader_factory(
                 num_workers=num_workers,
                 prefetch_factor=2,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from runtime import cli
-from runtime.checks.objective import Sets, deviations
+from runtime.checks.objective import SampleSets, deviations
 from runtime.errors import ConfigurationError
 from runtime.losses.by_name import torch_loss
 from runtime.losses.weighted_sum import WeightedSum
@@ -175,11 +175,13 @@ class SharedStream(IterableDataset):
         return iter([points()[i] for i in range(rank, 48, ranks)])
 
 
-def sets(dtype: torch.dtype, *, target: Callable[[Tensor], Tensor] = lambda t: t) -> Sets:
+def sets(dtype: torch.dtype, *, target: Callable[[Tensor], Tensor] = lambda t: t) -> SampleSets:
     inputs, numbers = (tensor[:8] for tensor in points().tensors)
     batch = (inputs.to(dtype), target(numbers))
     first, second = tuple(t[:4] for t in batch), tuple(t[4:] for t in batch)
-    return Sets(first, second, batch, (4, 4), lambda: iter([tuple(t[i : i + 1] for t in batch) for i in range(8)]))
+    return SampleSets(
+        first, second, batch, (4, 4), lambda: iter([tuple(t[i : i + 1] for t in batch) for i in range(8)])
+    )
 
 
 def found(objective: Objective, dtype: torch.dtype = torch.float32, **options: Any) -> list[tuple[str, str, bool]]:

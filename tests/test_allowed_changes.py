@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.config.learning import Averaging
+from runtime.config.learning import AveragingSection
 from runtime.errors import CheckpointError
 from runtime.optimization.averaging import WeightAverage
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -275,14 +275,14 @@ def test_arguments_that_became_buffers_change_and_what_was_learnt_stays(
 @pytest.mark.single
 def test_an_average_taken_in_more_often_than_it_has_waited_goes_on() -> None:
     module = torch.nn.Linear(1, 1)
-    seldom = WeightAverage(module, Averaging(kind="ema", every="10 steps"))
+    seldom = WeightAverage(module, AveragingSection(kind="ema", every="10 steps"))
     for _ in range(5):
         seldom.update()
-    often = WeightAverage(module, Averaging(kind="ema", every="3 steps"))
+    often = WeightAverage(module, AveragingSection(kind="ema", every="3 steps"))
     often.load_state_dict(seldom.state_dict())
     often.update()
     assert often.count == 1
-    by_epoch = WeightAverage(module, Averaging(kind="ema", every="3 epochs"))
+    by_epoch = WeightAverage(module, AveragingSection(kind="ema", every="3 epochs"))
     by_epoch.load_state_dict(seldom.state_dict())
     by_epoch.after_epoch()
     assert by_epoch.count == 0  # five steps are no epochs
@@ -291,9 +291,9 @@ def test_an_average_taken_in_more_often_than_it_has_waited_goes_on() -> None:
 @pytest.mark.single
 def test_a_later_start_of_an_average_forgets_what_came_before_it() -> None:
     module = torch.nn.Linear(1, 1)
-    early = WeightAverage(module, Averaging(kind="ema"))
+    early = WeightAverage(module, AveragingSection(kind="ema"))
     early.update()
-    late = WeightAverage(module, Averaging(kind="ema", start="4 steps"))
+    late = WeightAverage(module, AveragingSection(kind="ema", start="4 steps"))
     late.load_state_dict(early.state_dict())
     assert late.count == 0
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.config.learning import Averaging
+from runtime.config.learning import AveragingSection
 from runtime.optimization.averaging import WeightAverage, averaged_state
 
 pytestmark = pytest.mark.single
 UPDATES, DECAY = 1000, 0.999
 
 
-def averaged_by(dtype: torch.dtype, section: Averaging) -> tuple[nn.Module, WeightAverage]:
+def averaged_by(dtype: torch.dtype, section: AveragingSection) -> tuple[nn.Module, WeightAverage]:
     """A weight that is 0 at first and 2 (with 2i where there is an imaginary part) from then on, and a constant integer."""
     module = nn.Module()
     module.weight = nn.Parameter(torch.zeros(3, dtype=dtype))
@@ -34,7 +34,9 @@ def averaged_by(dtype: torch.dtype, section: Averaging) -> tuple[nn.Module, Weig
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 )
 def test_the_average_moves_by_its_formula_in_every_type(dtype: torch.dtype, kind: str) -> None:
-    section = Averaging(decay=DECAY) if kind == "ema" else Averaging(kind="swa", start="1 step", every="1 step")
+    section = (
+        AveragingSection(decay=DECAY) if kind == "ema" else AveragingSection(kind="swa", start="1 step", every="1 step")
+    )
     module, average = averaged_by(dtype, section)
     truth = 2 * (1 - DECAY**UPDATES) if kind == "ema" else 2 * (UPDATES - 1) / UPDATES
     expected = truth * (1 + 1j) if dtype.is_complex else truth
@@ -51,7 +53,7 @@ def test_the_average_moves_by_its_formula_in_every_type(dtype: torch.dtype, kind
 
 
 def test_what_is_exported_has_the_models_types() -> None:
-    module, average = averaged_by(torch.bfloat16, Averaging(decay=DECAY))
+    module, average = averaged_by(torch.bfloat16, AveragingSection(decay=DECAY))
     stored = average.state_dict()
     stored = {**stored, "average": {f"model.{name}": value for name, value in stored["average"].items()}}
     state = OrderedDict((name, value.detach()) for name, value in module.named_parameters())

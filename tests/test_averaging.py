@@ -15,8 +15,8 @@ from torch.optim import SGD, lr_scheduler, swa_utils
 from runtime.checkpoints.load import load_state
 from runtime.cli import main
 from runtime.commands.weights_file import export
-from runtime.config.learning import Averaging
-from runtime.data.batches import cut
+from runtime.config.learning import AveragingSection
+from runtime.data.batches import slot_slice
 from runtime.data.order import IndexOrder
 from runtime.errors import CheckpointError
 from runtime.optimization.averaging import WeightAverage
@@ -53,7 +53,7 @@ def slots(epoch: int) -> Iterator[list[list[int]]]:
     order = IndexOrder(SIZE, batch_size=BATCH, seed=0, shuffle=True, drop_last=False)
     for number in range(order.num_batches(epoch)):
         ids = order.batch(epoch, number)
-        yield [cut(ids, SLOTS, slot).tolist() for slot in range(SLOTS)]
+        yield [slot_slice(ids, SLOTS, slot).tolist() for slot in range(SLOTS)]
 
 
 def initial() -> nn.Module:
@@ -174,7 +174,7 @@ def test_ema_is_torchs_averaged_model(pool: ProcessPool, tmp_path: Path, world_s
 @pytest.mark.parametrize(("start", "every"), [(0, 1), (3, 1), (2, 3)])
 def test_an_average_warms_up_begins_and_waits_as_its_formula_says(start: int, every: int) -> None:
     module = nn.Linear(1, 1, bias=False).double()
-    section = Averaging(
+    section = AveragingSection(
         decay=0.4, warmup=True, every=f"{every} steps", **({"start": f"{start} steps"} if start else {})
     )  # type: ignore[arg-type]
     average, expected, taken = WeightAverage(module, section), None, 0
@@ -234,7 +234,7 @@ def test_swa_that_is_stopped_after_any_step_goes_on_bitwise(
 
 
 def test_statistics_come_back_with_the_average_that_they_are_of() -> None:
-    section = Averaging(kind="swa", start="1 step", every="1 step")  # type: ignore[arg-type]
+    section = AveragingSection(kind="swa", start="1 step", every="1 step")  # type: ignore[arg-type]
     average = WeightAverage(nn.BatchNorm1d(2), section)
     for _ in range(3):
         average.update()

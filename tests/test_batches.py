@@ -14,7 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.data.batches import Cursor, Sharing, Window, Windows, cut, default_slots, slots_of_rank, with_weights
+from runtime.data.batches import (
+    Cursor,
+    SlotAssignment,
+    Window,
+    Windows,
+    default_slots,
+    slot_slice,
+    slots_of_rank,
+    with_weights,
+)
 from runtime.data.loading import loader_factory
 from runtime.data.order import IndexOrder
 from runtime.data.samples import Samples
@@ -54,7 +63,7 @@ def windows_of(
         start=start,
         stop=lambda cursor, steps: cursor.epoch >= epochs,
         skipped=skipped,
-        sharing=Sharing(slots, world_size, rank),
+        assignment=SlotAssignment(slots, world_size, rank),
         make_loader=make_loader(num_workers),
     )
     return iter(made)
@@ -126,7 +135,7 @@ def test_batches_that_are_left_out_are_so_in_every_epoch_and_nothing_else_is(epo
 @settings(max_examples=50, deadline=None)
 def test_slots_partition_a_batch_evenly_and_in_order(n: int, slots: int) -> None:
     ids = np.arange(n)
-    parts = [cut(ids, slots, k) for k in range(slots)]
+    parts = [slot_slice(ids, slots, k) for k in range(slots)]
     assert np.concatenate(parts).tolist() == ids.tolist()
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert max(map(len, parts)) == -(-n // slots)

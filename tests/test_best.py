@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.checkpoints.best import BestResults, ranked
-from runtime.config.sections import Best
+from runtime.config.sections import BestSection
 
 pytestmark = pytest.mark.single
 
@@ -20,7 +20,7 @@ VALUES = st.lists(st.sampled_from([0.25, 0.5, 0.75, 1.0, math.nan, math.inf, -ma
 def test_saving_what_is_best_so_far_saves_the_best_of_all(
     values: list[float], resumed_after: int, keep: int, largest: bool
 ) -> None:
-    wanted = Best(metric="score", mode="max" if largest else "min", keep=keep)
+    wanted = BestSection(metric="score", mode="max" if largest else "min", keep=keep)
     results = [{"step": step, "score": value} for step, value in enumerate(values)]
     saved: list[dict[str, float]] = []
     best = BestResults([wanted], saved)
@@ -36,12 +36,12 @@ def test_saving_what_is_best_so_far_saves_the_best_of_all(
 
 
 def test_what_is_no_number_is_no_best() -> None:
-    best = BestResults([Best(metric="confusion", mode="max"), Best(metric="absent", mode="min")], [])
+    best = BestResults([BestSection(metric="confusion", mode="max"), BestSection(metric="absent", mode="min")], [])
     assert not best.improved_by({"confusion": [[1, 2], [3, 4]], "loss": 0.5})
 
 
 def test_one_of_several_metrics_is_enough() -> None:
-    wanted = [Best(metric="loss", mode="min"), Best(metric="accuracy", mode="max")]
+    wanted = [BestSection(metric="loss", mode="min"), BestSection(metric="accuracy", mode="max")]
     best = BestResults(wanted, [{"loss": 0.5, "accuracy": 0.5}])
     assert best.improved_by({"loss": 0.6, "accuracy": 0.6})
     assert best.improved_by({"loss": 0.4, "accuracy": 0.4})

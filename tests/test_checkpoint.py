@@ -13,7 +13,7 @@ import torch
 from runtime.checkpoints.checkpoint import CheckpointFolder, listed
 from runtime.checkpoints.load import load_state
 from runtime.checkpoints.snapshot import HostBuffers, Snapshot
-from runtime.config.sections import Best
+from runtime.config.sections import BestSection
 from runtime.errors import CheckpointError
 from runtime.state import durable_files
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.single
 
 
 def folder(
-    path: Path, *, keep: int = 10, best: list[Best] | None = None, warnings: list[str] | None = None
+    path: Path, *, keep: int = 10, best: list[BestSection] | None = None, warnings: list[str] | None = None
 ) -> CheckpointFolder:
     return CheckpointFolder(path, keep=keep, best=best or [], warn=(warnings if warnings is not None else []).append)
 
@@ -39,7 +39,7 @@ def save(checkpoints: CheckpointFolder, step: int, **results: float) -> Path:
 
 
 def steps(checkpoints: CheckpointFolder) -> list[int]:
-    return [checkpoint.step for checkpoint, _ in listed(checkpoints.folder, checkpoints.attempts)]
+    return [checkpoint.step for checkpoint, _ in listed(checkpoints.folder, checkpoints.rollback_history)]
 
 
 def test_the_newest_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_newest_and_the_best_of_each_metric_are_kept(tmp_path: Path) -> None:
-    best = [Best(metric="loss", mode="min"), Best(metric="accuracy", mode="max", keep=2)]
+    best = [BestSection(metric="loss", mode="min"), BestSection(metric="accuracy", mode="max", keep=2)]
     checkpoints = folder(tmp_path, keep=2, best=best)
     for step, loss, accuracy in [
         (1, 0.9, 0.1),

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.config.sections import Prediction
+from runtime.config.sections import PredictionSection
 from runtime.data.fields import Fields
 from runtime.data.splitting import subset
 from runtime.errors import ConfigurationError, DataError, EvaluationError, ObjectiveError, PredictionError, Problem
 from runtime.inference import predictions_file
-from runtime.inference.columns import ColumnBuilder, PartsOfData, model_arguments
+from runtime.inference.columns import ColumnBuilder, DataColumns, model_arguments
 from runtime.inference.predictions_file import CsvFile, JsonLinesFile, ParquetFile, PredictionsFile
 from runtime.losses.by_name import NextTokenLoss, torch_loss
 from runtime.objective import Objective
@@ -30,7 +30,7 @@ LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 3.0]], dtype=torch.float64)
 
 def built(objective: Objective, output: Any, columns: dict[str, str], **section: Any) -> dict[str, list[Any]]:
     builder = ColumnBuilder(
-        Prediction.model_construct(labels=section.pop("labels", []), top_k=section.pop("top_k", None)),
+        PredictionSection.model_construct(labels=section.pop("labels", []), top_k=section.pop("top_k", None)),
         columns,
         lambda key, what: Problem("config.yaml:1", ".".join(key), what),
         section.pop("names", ()),
@@ -144,7 +144,7 @@ def test_mistakes_are_told_with_their_key() -> None:
     with pytest.raises(
         EvaluationError, match=r"shape \(2, 3\) for 3 samples; each sample needs one row.*data\.collate"
     ):
-        ColumnBuilder(Prediction(), {}, lambda key, what: Problem("", "", what)).build(
+        ColumnBuilder(PredictionSection(), {}, lambda key, what: Problem("", "", what)).build(
             CLASSES.predicted(LOGITS), np.arange(3), np.arange(3)
         )
     with pytest.raises(EvaluationError, match=r"is a dict, not a tensor.*model\.output"):
@@ -161,7 +161,7 @@ def test_what_the_model_is_called_with() -> None:
 
 
 def test_ids_are_one_text_or_number_for_each_sample() -> None:
-    index, parts = np.arange(2), PartsOfData(object())
+    index, parts = np.arange(2), DataColumns(object())
     assert parts.ids((torch.zeros(2, 1),), index, None) is index
     assert list(parts.ids((0, torch.tensor([7, 8])), index, 1)) == [7, 8]
     assert parts.ids({"n": [np.str_("a"), "b"]}, index, "n") == ["a", "b"]
@@ -188,18 +188,18 @@ class InAFile(WithColumns):
 @pytest.mark.parametrize("batch", [torch.zeros(2, 1), (torch.zeros(2, 1),), {"x": torch.zeros(2, 1)}])
 def test_ids_that_the_batch_lacks_are_a_column_of_the_data_set(batch: Any) -> None:
     index = np.array([1, 2])
-    assert PartsOfData(WithColumns()).ids(batch, index, "n") == ["b", "c"]
-    assert list(PartsOfData(subset(WithColumns(), np.array([2, 0, 1]))).ids(batch, index, "row")) == [5, 6]
-    assert PartsOfData(InAFile()).of(batch, index, "row") == ["06", "07"]
+    assert DataColumns(WithColumns()).ids(batch, index, "n") == ["b", "c"]
+    assert list(DataColumns(subset(WithColumns(), np.array([2, 0, 1]))).ids(batch, index, "row")) == [5, 6]
+    assert DataColumns(InAFile()).of(batch, index, "row") == ["06", "07"]
     for name, words in (
         ("none", r"column\('none'\) raised KeyError"),
         ("short", r"column\('short'\) has the shape \(2,\) for 3 samples"),
     ):
-        assert not PartsOfData(WithColumns()).has_column(name)
+        assert not DataColumns(WithColumns()).has_column(name)
         with pytest.raises(DataError, match=rf"data\.fields\.id: WithColumns\.{words}"):
-            PartsOfData(WithColumns()).ids(batch, index, name)
+            DataColumns(WithColumns()).ids(batch, index, name)
     with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no method column\(name\)"):
-        PartsOfData(object()).ids(batch, index, "n")
+        DataColumns(object()).ids(batch, index, "n")
 
 
 def numbers(dtype: Any) -> Any:

@@ -170,7 +170,7 @@ def test_the_last_step_can_be_rolled_back_too(pool: ProcessPool, tmp_path: Path,
 def test_a_kill_during_a_rollback_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
-    from runtime.checkpoints.rollback_history import Attempts
+    from runtime.checkpoints.rollback_history import RollbackHistory
     from runtime.checkpoints.run_state import RunState
 
     changes = {"divergence": {"non_finite": "rollback", "learning_rate_factor": 0.5}}
@@ -178,7 +178,7 @@ def test_a_kill_during_a_rollback_changes_nothing(
     config = run(tmp_path / "killed", **changes)
     with monkeypatch.context() as patched:
         if killed_at != "in the replay":
-            owner, name = (Attempts, "record") if killed_at == "before the record" else (RunState, "restore")
+            owner, name = (RollbackHistory, "record") if killed_at == "before the record" else (RunState, "restore")
             patched.setattr(owner, name, kill)
         with pytest.raises(Killed):
             observe(config, observers=[lambda report: kill() if report.attempt == 1 else None])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runtime.config.file import load
-from runtime.config.sections import EarlyStopping as Section
+from runtime.config.sections import EarlyStoppingSection as Section
 from runtime.errors import ConfigurationError, EvaluationError
 from runtime.training.early_stopping import EarlyStopping
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe

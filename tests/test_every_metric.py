@@ -11,7 +11,7 @@ import pytest
 
 import runtime.evaluation.metrics
 from runtime.build.builder import Builder
-from runtime.evaluation.metric_inputs import feed_of
+from runtime.evaluation.metric_inputs import signature_of
 from runtime.evaluation.metrics import MetricSet
 from tests.measured_metrics import CPU, data, load_task
 
@@ -86,7 +86,7 @@ def test_no_metric_depends_on_how_the_data_is_shared_out(monkeypatch: pytest.Mon
         warnings.simplefilter("ignore")
         for task, found in classes():
             seen += 1
-            feed_of(made(found))
+            signature_of(made(found))
             whole = measured(found, task, [[slice(0, SIZE)]], monkeypatch)
             shared = measured(found, task, cut, monkeypatch)
             assert whole, found

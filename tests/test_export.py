@@ -21,7 +21,7 @@ from runtime.checkpoints.snapshot import HostBuffers
 from runtime.cli import main
 from runtime.commands import weights_file as module
 from runtime.commands.weights_file import export
-from runtime.config.learning import Averaging
+from runtime.config.learning import AveragingSection
 from runtime.errors import CheckpointError, ConfigurationError
 from runtime.objective import TrainingModule
 from runtime.optimization.averaging import WeightAverage
@@ -176,7 +176,7 @@ def test_every_type_and_shape_comes_out_bit_for_bit(tmp_path: Path, suffix: str)
 @pytest.mark.parametrize("weights", ["raw", "averaged"])
 def test_tied_weights_are_under_both_names(tmp_path: Path, suffix: str, weights: str) -> None:
     training_module = TrainingModule(Tied(), tiny.PairObjective())
-    average = WeightAverage(training_module, Averaging(decay=0.5))
+    average = WeightAverage(training_module, AveragingSection(decay=0.5))
     for _ in range(2):
         with torch.no_grad():
             for parameter in training_module.parameters():

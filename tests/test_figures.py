@@ -143,7 +143,7 @@ def test_curves_have_their_points_and_the_names_of_their_classes() -> None:
 
 
 def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.config.reporting import WeightsAndBiases
+    from runtime.config.reporting import WeightsAndBiasesSection
     from runtime.reporting.wandb_tracker import WandbTracker
 
     logged: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     told: list[str] = []
-    wandb = WandbTracker(WeightsAndBiases(mode="offline"), warn=told.append, classes=FOUND)
+    wandb = WandbTracker(WeightsAndBiasesSection(mode="offline"), warn=told.append, classes=FOUND)
     wandb.start(TrackedRun(name="run", id="id", folder=tmp_path, configuration={}, step=0))
     figures = tracker(tmp_path, told, others=wandb)
     figures.log(RESULTS, step=7, epoch=1, split="validation")

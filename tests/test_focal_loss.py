@@ -89,8 +89,8 @@ def test_two_classes_by_softmax_are_binary_by_sigmoid() -> None:
 def test_soft_labels_agree_with_the_probability_of_agreement() -> None:
     target = torch.rand(12, 4, generator=generator, dtype=torch.float64)
     p = LOGITS.sigmoid()
-    agreement = p * target + (1 - p) * (1 - target)
-    expected = F.binary_cross_entropy(p, target, reduction="none") * (1 - agreement) ** 2
+    stop_consensus = p * target + (1 - p) * (1 - target)
+    expected = F.binary_cross_entropy(p, target, reduction="none") * (1 - stop_consensus) ** 2
     torch.testing.assert_close(FocalLoss().losses(LOGITS, target), expected)
 
 

@@ -116,20 +116,20 @@ def wrappers_alive(config: dict[str, Any]) -> list[int]:
     """Train, and return how many of the earlier wrappers are alive whenever the module is wrapped."""
     import weakref
 
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
-    wrap, made, alive = AcceleratedStrategy._wrap, [], []
+    wrap, made, alive = DDPStrategy._wrap, [], []
 
     def noting(self: Any) -> None:
         alive.append(sum(reference() is not None for reference in made))
         wrap(self)
         made.append(weakref.ref(self._wrapped))
 
-    AcceleratedStrategy._wrap = noting  # type: ignore[method-assign]
+    DDPStrategy._wrap = noting  # type: ignore[method-assign]
     try:
         observe(config)
     finally:
-        AcceleratedStrategy._wrap = wrap  # type: ignore[method-assign]
+        DDPStrategy._wrap = wrap  # type: ignore[method-assign]
     return alive
 
 

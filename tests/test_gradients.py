@@ -77,23 +77,23 @@ def test_an_output_that_no_loss_looks_at_is_no_use_of_its_parameters(
 
 def incomplete(config: dict[str, Any]) -> tuple[str, int]:
     """Train, and return the error and how many updates were made."""
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
     updates: list[bool] = []
-    prepare = AcceleratedStrategy.prepare
+    prepare = DDPStrategy.prepare
 
     def noting(self: Any, module: Any, optimizer: Any) -> None:
         prepare(self, module, optimizer)
         step = self._optimizer_step
         self._optimizer_step = lambda: (updates.append(True), step())
 
-    AcceleratedStrategy.prepare = noting  # type: ignore[method-assign]
+    DDPStrategy.prepare = noting  # type: ignore[method-assign]
     try:
         observe(config)
     except GradientError as error:
         return str(error), len(updates)
     finally:
-        AcceleratedStrategy.prepare = prepare  # type: ignore[method-assign]
+        DDPStrategy.prepare = prepare  # type: ignore[method-assign]
     return "trained", len(updates)
 
 

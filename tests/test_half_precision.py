@@ -35,11 +35,11 @@ def half(folder: Path, precision: str, **changes: Any) -> dict[str, Any]:
 def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
     """Train, and return a digest of each slot's gradient, as the backward pass hands it to the parameters, by step and slot."""
     from runtime.run import trainer
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
     found: dict[tuple[int, int], Any] = {}
     now: list[Any] = [None]
-    derive, prepare = trainer.derive, AcceleratedStrategy.prepare
+    derive, prepare = trainer.derive, DDPStrategy.prepare
 
     def noting(seed: int, *keys: Any) -> Any:
         now[0] = keys[1:]  # step and slot
@@ -55,11 +55,11 @@ def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
             parameter.register_hook(note)
         prepare(self, module, optimizer)
 
-    trainer.derive, AcceleratedStrategy.prepare = noting, hooked  # type: ignore[method-assign]
+    trainer.derive, DDPStrategy.prepare = noting, hooked  # type: ignore[method-assign]
     try:
         observe(config)
     finally:
-        trainer.derive, AcceleratedStrategy.prepare = derive, prepare  # type: ignore[method-assign]
+        trainer.derive, DDPStrategy.prepare = derive, prepare  # type: ignore[method-assign]
     return {key: digest.hexdigest() for key, digest in found.items()}
 
 
@@ -116,10 +116,10 @@ def test_fp16_trains_sharded_what_it_trains_whole_with_any_optimizer(
 @pytest.mark.single
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_accelerate_does_the_mixed_precision(tmp_path: Path, precision: str) -> None:
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
     seen: list[Any] = []
-    step, forward = AcceleratedStrategy.step, AcceleratedStrategy.forward
+    step, forward = DDPStrategy.step, DDPStrategy.forward
 
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self.autocast():
@@ -135,11 +135,11 @@ def test_accelerate_does_the_mixed_precision(tmp_path: Path, precision: str) -> 
         seen.append(loss.output.dtype)
         return loss
 
-    AcceleratedStrategy.step, AcceleratedStrategy.forward = noting, looking  # type: ignore[method-assign]
+    DDPStrategy.step, DDPStrategy.forward = noting, looking  # type: ignore[method-assign]
     try:
         observe(half(tmp_path, precision, limit={"steps": 1}))
     finally:
-        AcceleratedStrategy.step, AcceleratedStrategy.forward = step, forward  # type: ignore[method-assign]
+        DDPStrategy.step, DDPStrategy.forward = step, forward  # type: ignore[method-assign]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert seen[-1] == (precision, dtype, True, precision == "bf16")
     assert set(seen[:-1]) == {dtype}  # and not copied to float32

@@ -18,19 +18,19 @@ import pytest
 from rich.console import Console
 
 from runtime.checkpoints import inspection
-from runtime.checkpoints.inspection import Inspected, Listing, inspect, newest_whole
+from runtime.checkpoints.inspection import CheckpointInfo, CheckpointListing, inspect, newest_whole
 from runtime.checkpoints.load import damage_of
-from runtime.checkpoints.rollback_history import Attempts, Rollback
+from runtime.checkpoints.rollback_history import Rollback, RollbackHistory
 from runtime.cli import main
 from runtime.commands.checkpoint_table import print_listing
-from runtime.config.sections import Best
+from runtime.config.sections import BestSection
 from runtime.errors import CheckpointError, RunFolderError
 from tests.observed import configuration, observe
 from tests.test_checkpoint import folder, save, snapshot
 
 
 def rolled_back(path: Path, *, attempt: int = 1, to: int) -> None:
-    Attempts(path).record(Rollback(attempt, to, to + 1, "the loss jumped", (), 1.0))
+    RollbackHistory(path).record(Rollback(attempt, to, to + 1, "the loss jumped", (), 1.0))
 
 
 def spoil(checkpoint: Path, file: str = "model.safetensors") -> None:
@@ -39,7 +39,7 @@ def spoil(checkpoint: Path, file: str = "model.safetensors") -> None:
     (checkpoint / file).write_bytes(content)
 
 
-def states(listing: Listing) -> dict[int, str]:
+def states(listing: CheckpointListing) -> dict[int, str]:
     return {c.step: ("abandoned " if c.abandoned else "") + c.state for c in listing.checkpoints}
 
 
@@ -50,7 +50,7 @@ def on_disk(path: Path) -> dict[str, Any]:
     }
 
 
-def shown(listing: Listing, width: int) -> list[str]:
+def shown(listing: CheckpointListing, width: int) -> list[str]:
     out = io.StringIO()
     print_listing(listing, Console(file=out, width=width, highlight=False))
     return [line.rstrip() for line in out.getvalue().splitlines()]
@@ -59,7 +59,7 @@ def shown(listing: Listing, width: int) -> list[str]:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """Steps 1 moved aside, 2 whole, 3 damaged, 4 whole and abandoned, 5 whole in the second attempt, 6 partial."""
-    best = [Best(metric="loss", mode="min", keep=2), Best(metric="accuracy", mode="max")]
+    best = [BestSection(metric="loss", mode="min", keep=2), BestSection(metric="accuracy", mode="max")]
     path = tmp_path / "checkpoints"
     checkpoints = folder(path, best=best)
     first = save(checkpoints, 1)
@@ -227,7 +227,7 @@ def test_json_holds_what_the_table_shows_and_no_nan(tmp_path: Path, capsys: pyte
     assert told["goes_on_from"] == checkpoint["name"] == written.name
     assert checkpoint["results"] == {"loss": None, "accuracy": 0.25}
     assert checkpoint["age_seconds"] > 20 * 365 * 86400
-    assert checkpoint.keys() == Inspected.__dataclass_fields__.keys()
+    assert checkpoint.keys() == CheckpointInfo.__dataclass_fields__.keys()
 
 
 @pytest.mark.parametrize("width", [50, 80, 120, 200])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runtime.checkpoints.pretrained import load_weights
-from runtime.config.learning import Weights
+from runtime.config.learning import WeightsSection
 from runtime.errors import DataError, LockstepError
 from runtime.files import existing
 from runtime.session import train
@@ -166,7 +166,7 @@ def test_pretrained_efficientnet_names_what_is_on_two_photos(monkeypatch: pytest
     from sklearn.datasets import load_sample_images
 
     model = EfficientNet.from_name("efficientnet-lite0")
-    report = load_weights(model, Weights(file=str(file)), file)
+    report = load_weights(model, WeightsSection(file=str(file)), file)
     assert (report.missing, report.unexpected, len(report.loaded)) == ([], [], len(model.state_dict()))
     model.eval()
     named = []

@@ -25,7 +25,7 @@ from kubernetes_validate.utils import all_versions, major_minor
 from launch import node
 from launch.job import JobSpec
 from launch.kubernetes.manifests import manifests, object_name
-from launch.kubernetes.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
+from launch.kubernetes.pods import Pods, SecretKey, TrainingRuntime, Volume, WorkloadKind
 from launch.kubernetes.yaml_text import manifest_text
 from runtime.arguments import parsed
 from runtime.errors import ConfigurationError, LockstepError
@@ -113,9 +113,11 @@ def pods(**changes: Any) -> Pods:
 ON_CPUS = {"nodes": 1, "processes_per_node": 2, "use_gpus": False, "secrets": [], "environment": {}}
 KINDS = {
     "job": manifests(job(), pods()),
-    "jobset": manifests(job(), pods(kind=Kind.JOBSET)),
-    "trainjob": manifests(job(), pods(kind=Kind.TRAINJOB)),
-    "trainjob-runtime": manifests(job(), pods(kind=Kind.TRAINJOB, runtime=TrainingRuntime("torch-distributed"))),
+    "jobset": manifests(job(), pods(kind=WorkloadKind.JOBSET)),
+    "trainjob": manifests(job(), pods(kind=WorkloadKind.TRAINJOB)),
+    "trainjob-runtime": manifests(
+        job(), pods(kind=WorkloadKind.TRAINJOB, runtime=TrainingRuntime("torch-distributed"))
+    ),
     "one-machine": manifests(job(**ON_CPUS), pods(secrets={}, cpus=None, memory=None, namespace=None)),
 }
 
@@ -225,8 +227,8 @@ def test_kubectl_reads_what_was_meant(kind: str, tmp_path: Path) -> None:
     assert kubectl_reads(KINDS[kind], tmp_path) == list(yaml.safe_load_all(KINDS[kind]))
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_kubectl_reads_hostile_values_as_the_texts_they_are(kind: Kind, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", WorkloadKind)
+def test_kubectl_reads_hostile_values_as_the_texts_they_are(kind: WorkloadKind, tmp_path: Path) -> None:
     environment = {f"V{number}": value for number, value in enumerate(HOSTILE)}
     overrides = [f"name={value}" for value in HOSTILE]
     config_text = "\n".join(HOSTILE) + "\n \n\ttab \n\n"

@@ -108,16 +108,16 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from runtime.build.builder import Builder
     from runtime.config import component
     from runtime.config.file import load
-    from runtime.config.strategy import DistributedDataParallel
-    from runtime.data.batches import Cursor, Sharing
+    from runtime.config.strategy import DDPSection
+    from runtime.data.batches import Cursor, SlotAssignment
     from runtime.data.loading import read_here
-    from runtime.data.training_data import How, MappedData
+    from runtime.data.training_data import MappedData, ReadOptions
     from runtime.distributed.collectives import begin_sum_over_ranks
     from runtime.objective import TrainingModule
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
-    def new_strategy() -> AcceleratedStrategy:
-        return AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())
+    def new_strategy() -> DDPStrategy:
+        return DDPStrategy(precision="fp32", options=DDPSection())
 
     group, found = new_strategy(), []
     for config in configs:
@@ -128,8 +128,8 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         samples, strategy = builder.samples("train", batch_size=16), new_strategy()
         assert samples is not None
         strategy.prepare(module, builder.optimizer(module))
-        how = How(
-            sharing=Sharing(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),
+        how = ReadOptions(
+            assignment=SlotAssignment(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),
             make_loader=read_here,
             num_workers=0,
             weigh=None if module.objective.counts_samples else module.objective.checked_weight,

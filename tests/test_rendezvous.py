@@ -31,11 +31,11 @@ def run(folder: Path, kind: str) -> dict[str, Any]:
 
 def act_after_act(config: dict[str, Any], output: str, agent_port: int | None) -> tuple[list[Any], list[bool]]:
     """Train, evaluate and predict; return what came of it, and whether each was watched over until its end."""
-    from runtime.distributed.watchdog import Watch
+    from runtime.distributed.watchdog import Watchdog
     from runtime.session import evaluate, predict, train
 
     watched: list[bool] = []
-    stop = Watch.stop
+    stop = Watchdog.stop
 
     def noted(self: Any) -> None:
         watched.append(not self._over.is_set())
@@ -46,14 +46,14 @@ def act_after_act(config: dict[str, Any], output: str, agent_port: int | None) -
         told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(agent_port)}
     before = dict(os.environ)
     os.environ.update(told)
-    Watch.stop = noted  # type: ignore[method-assign]
+    Watchdog.stop = noted  # type: ignore[method-assign]
     try:
         trained = train(config)
         evaluated = evaluate(config, split="test")
         predict(config, output=output)
         return [trained.step, evaluated.results["samples"], evaluate(config, split="test").results], watched
     finally:
-        Watch.stop = stop  # type: ignore[method-assign]
+        Watchdog.stop = stop  # type: ignore[method-assign]
         os.environ.clear()
         os.environ.update(before)
 

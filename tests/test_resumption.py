@@ -36,7 +36,7 @@ def deep(folder: Path, **changes: Any) -> dict[str, Any]:
 def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any]:
     """Train, asked to stop after a step (each rank's own wish is what the ranks agree on)."""
     from runtime.distributed import collectives
-    from runtime.distributed.stopping import StopWish
+    from runtime.distributed.stopping import StopRequest
     from runtime.training.progress import Progress
 
     if after is None:
@@ -49,13 +49,13 @@ def observe_stopping(config: dict[str, Any], after: int | None) -> dict[str, Any
         noted.append(self.step)
 
     Progress.advance = noting  # type: ignore[method-assign]
-    bool_of = StopWish.__bool__
+    bool_of = StopRequest.__bool__
     # Read before a step and acted on after it; an evaluation that follows the step before is cut short.
-    StopWish.__bool__ = lambda self: (bool(noted) and noted[-1] + 1 >= after) or after == 1  # type: ignore[method-assign]
+    StopRequest.__bool__ = lambda self: (bool(noted) and noted[-1] + 1 >= after) or after == 1  # type: ignore[method-assign]
     try:
         return observe(config)
     finally:
-        Progress.advance, StopWish.__bool__ = advance, bool_of  # type: ignore[method-assign]
+        Progress.advance, StopRequest.__bool__ = advance, bool_of  # type: ignore[method-assign]
         collectives._SECONDS_BETWEEN = seconds_between
 
 
@@ -163,10 +163,10 @@ def plateau(folder: Path) -> dict[str, Any]:
 def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str, Any]:
     """Train, asked to stop in the second round of the evaluation after a step, or of what it needs."""
     from runtime.distributed import collectives
-    from runtime.distributed.stopping import StopWish
+    from runtime.distributed.stopping import StopRequest
 
     seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0
-    bool_of, before, asked = StopWish.__bool__, [], []
+    bool_of, before, asked = StopRequest.__bool__, [], []
 
     def is_asked(self: Any) -> bool:
         asked.extend(before)  # once before the step, then before each round
@@ -176,11 +176,11 @@ def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str
         if report.step == step - 1:
             before.append(report.step)
 
-    StopWish.__bool__ = is_asked  # type: ignore[method-assign]
+    StopRequest.__bool__ = is_asked  # type: ignore[method-assign]
     try:
         return observe(config, observers=[wait])
     finally:
-        StopWish.__bool__ = bool_of  # type: ignore[method-assign]
+        StopRequest.__bool__ = bool_of  # type: ignore[method-assign]
         collectives._SECONDS_BETWEEN = seconds_between
 
 
@@ -304,7 +304,7 @@ def observe_stopping_between_evaluations(config: dict[str, Any], after: int) -> 
     from runtime.evaluation.evaluator import Evaluator
 
     evaluate = Evaluator.evaluate
-    Evaluator.evaluate = lambda self, stop_wished: evaluate(self)  # type: ignore[method-assign]
+    Evaluator.evaluate = lambda self, stop_requested: evaluate(self)  # type: ignore[method-assign]
     try:
         return observe_stopping(config, after)
     finally:

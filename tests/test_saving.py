@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from runtime.checkpoints import checkpoint, serialization
-from runtime.checkpoints.async_save import BackgroundSaving
+from runtime.checkpoints.async_save import AsyncSaver
 from runtime.checkpoints.checkpoint import CheckpointFolder, listed
 from runtime.checkpoints.load import load_state
-from runtime.checkpoints.rollback_history import Attempts, Rollback
+from runtime.checkpoints.rollback_history import Rollback, RollbackHistory
 from runtime.checkpoints.snapshot import HostBuffers
-from runtime.config.sections import Best
+from runtime.config.sections import BestSection
 from runtime.data.batches import Cursor
 from runtime.errors import CheckpointError, RunFolderError
 from tests.observed import configuration, observe
@@ -49,7 +49,7 @@ def test_what_is_written_is_the_state_at_the_save_whatever_training_does_meanwhi
     monkeypatch.setattr(checkpoint, "write_tensors", waiting)
     weight = torch.arange(6.0).view(2, 3)
     state = {"model": {"weight": weight, "transposed": weight.t()}, "training": {"progress": {"step": 1}}}
-    saving = BackgroundSaving(folder(tmp_path))
+    saving = AsyncSaver(folder(tmp_path))
     saving.prepare(state)
     saving.save(state, **of_step(1))
     assert reached.wait(30)
@@ -96,7 +96,7 @@ def test_one_save_waits_for_the_one_before_and_none_follows_a_failure(
         return path
 
     monkeypatch.setattr(CheckpointFolder, "write", counting)
-    saving = BackgroundSaving(folder(tmp_path))
+    saving = AsyncSaver(folder(tmp_path))
     for step in (1, 2, 3, 4):
         saving.save({"model": {"weight": torch.zeros(2)}, "training": {}}, **of_step(step))
     saving.wait()
@@ -133,7 +133,7 @@ def test_a_save_that_failed_behind_the_loop_ends_the_run_on_every_rank(
     assert set(replies) == {replies[0]}
     assert replies[0].startswith("step 4 could not be saved to")
     assert "No space left on device" in replies[0]
-    assert [c.step for c, _ in listed(tmp_path / "checkpoints", Attempts(tmp_path / "checkpoints"))] == [2]
+    assert [c.step for c, _ in listed(tmp_path / "checkpoints", RollbackHistory(tmp_path / "checkpoints"))] == [2]
 
 
 @single
@@ -141,7 +141,7 @@ def test_another_owner_of_the_folder_keeps_a_checkpoint_from_its_final_name(tmp_
     def taken_over() -> None:
         raise RunFolderError("was taken over")
 
-    saving = BackgroundSaving(folder(tmp_path, before_commit=taken_over))
+    saving = AsyncSaver(folder(tmp_path, before_commit=taken_over))
     saving.save({"model": {}, "training": {}}, **of_step(1))
     saving.wait()
     assert saving.problem == "was taken over"
@@ -150,7 +150,7 @@ def test_another_owner_of_the_folder_keeps_a_checkpoint_from_its_final_name(tmp_
 
 @single
 def test_the_best_checkpoints_bear_epoch_and_value_and_are_recorded(tmp_path: Path) -> None:
-    best = [Best(metric="loss", mode="min"), Best(metric="top/1", mode="max")]
+    best = [BestSection(metric="loss", mode="min"), BestSection(metric="top/1", mode="max")]
     checkpoints = folder(tmp_path, keep=1, best=best)
     for step, loss, top in [(1, 0.5, 0.1), (2, 0.25, 0.9), (3, 0.75, 0.2)]:
         results = {"loss": loss, "top/1": top}
@@ -181,12 +181,12 @@ def test_abandoned_checkpoints_are_not_read_and_go_with_the_next_save(tmp_path: 
     state = {"model": {}, "training": {}}
     for step in (1, 2, 3):
         checkpoints.write(HostBuffers().copy(state, **of_step(step, loss=float(-step))))
-    checkpoints.attempts.record(Rollback(1, 1, 4, "NaN", (Cursor(0, 3),), 0.5))
+    checkpoints.rollback_history.record(Rollback(1, 1, 4, "NaN", (Cursor(0, 3),), 0.5))
     again = folder(tmp_path)
-    newest, (best,) = again.newest(), again.best(Best(metric="loss", mode="min"))
+    newest, (best,) = again.newest(), again.best(BestSection(metric="loss", mode="min"))
     assert newest is not None
     assert (newest.step, best.step) == (1, 1)
-    assert again.attempts.rollbacks == checkpoints.attempts.rollbacks
+    assert again.rollback_history.rollbacks == checkpoints.rollback_history.rollbacks
     again.write(HostBuffers().copy(state, step=2, attempt=1, epoch=1, results={}))
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step-00000001", "step-00000002-attempt-1"]
 

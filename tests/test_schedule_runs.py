@@ -17,7 +17,7 @@ from torch.optim import SGD, lr_scheduler
 from runtime.checkpoints.load import load_state
 from runtime.cli import main
 from runtime.commands.learning_rate_curve import drawn
-from runtime.optimization.planned_rates import Curve, simulate
+from runtime.optimization.planned_rates import PlannedRates, simulate
 from runtime.optimization.schedule import Schedule
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
 from tests.process_pool import ProcessPool
@@ -149,7 +149,7 @@ def test_the_drawing_passes_through_every_rate(steps: int) -> None:
 def test_groups_of_equal_rates_are_one_curve() -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.2, 0.1)]
     curve = simulate(Schedule(SGD(groups), warmup_steps=2), steps=3, steps_per_epoch=1)
-    assert curve == Curve(3, [[0.05, 0.1, 0.1], [0.1, 0.2, 0.2]], [2, 1])
+    assert curve == PlannedRates(3, [[0.05, 0.1, 0.1], [0.1, 0.2, 0.2]], [2, 1])
 
 
 def page(folder: Path, **changes: Any) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.strategies.ddp import AcceleratedStrategy
+from runtime.strategies.ddp import DDPStrategy
 from runtime.training.observers import StepReport
 from tests.observed import assert_bitwise_equal, observe
 from tests.process_pool import ProcessPool
@@ -27,12 +27,12 @@ def late(call: Any, *args: Any) -> tuple[Any, int]:
         if report.applied is None:
             learned_late.append(report.step)
 
-    devices = AcceleratedStrategy.skipping_devices
-    AcceleratedStrategy.skipping_devices = ("cpu",)
+    devices = DDPStrategy.skipping_devices
+    DDPStrategy.skipping_devices = ("cpu",)
     try:
         return call(*args, observers=[note]), len(learned_late)
     finally:
-        AcceleratedStrategy.skipping_devices = devices
+        DDPStrategy.skipping_devices = devices
 
 
 @single

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from runtime.distributed import stopping
-from runtime.distributed.stopping import StopWish
+from runtime.distributed.stopping import StopRequest
 
 ROOT = Path(__file__).parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -30,7 +30,7 @@ PRELUDE = '''
 import ctypes, signal, sys, threading, time
 from pathlib import Path
 from runtime.distributed import stopping
-from runtime.distributed.stopping import StopWish
+from runtime.distributed.stopping import StopRequest
 
 stopping._POLL_SECONDS = 0.02
 
@@ -61,7 +61,7 @@ def tell_the_wish():
         time.sleep(0.005)
     print(wish.reason, flush=True)
 
-wish = StopWish()
+wish = StopRequest()
 wish.install()
 '''
 
@@ -148,8 +148,8 @@ def get_signal() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def wish(get_signal: object) -> Iterator[StopWish]:
-    made = StopWish()
+def wish(get_signal: object) -> Iterator[StopRequest]:
+    made = StopRequest()
     made.install()
     yield made
     made.uninstall()
@@ -185,7 +185,7 @@ def test_a_second_interrupt_ends_the_process_wherever_it_is(main_thread: str) ->
 
 
 def test_one_ctrl_c_that_arrives_twice_is_one(
-    wish: StopWish, get_signal: Callable[[int], None], left: list[int], monkeypatch: pytest.MonkeyPatch
+    wish: StopRequest, get_signal: Callable[[int], None], left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stopping, "_SAME_WISH_SECONDS", 1e6)
     get_signal(signal.SIGINT)
@@ -198,7 +198,7 @@ def test_one_ctrl_c_that_arrives_twice_is_one(
 
 
 def test_no_other_signal_forces_an_end_however_often_it_comes(
-    wish: StopWish, get_signal: Callable[[int], None], left: list[int], monkeypatch: pytest.MonkeyPatch
+    wish: StopRequest, get_signal: Callable[[int], None], left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stopping, "_SAME_WISH_SECONDS", 0)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -236,11 +236,11 @@ wish.uninstall()
 @pytest.fixture
 def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Wait until the file has been looked for again."""
-    identity, num_looks = stopping._identity, 0
+    fingerprint, num_looks = stopping._identity, 0
 
     def counted(path: Path) -> object:
         nonlocal num_looks
-        found = identity(path)
+        found = fingerprint(path)
         num_looks += 1
         return found
 
@@ -252,7 +252,7 @@ def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return wait
 
 
-def test_a_file_that_appears_is_a_wish(wish: StopWish, tmp_path: Path, look: Callable[[], None]) -> None:
+def test_a_file_that_appears_is_a_wish(wish: StopRequest, tmp_path: Path, look: Callable[[], None]) -> None:
     assert not wish.watch_file(tmp_path / "STOP")
     look()
     assert not wish
@@ -262,7 +262,7 @@ def test_a_file_that_appears_is_a_wish(wish: StopWish, tmp_path: Path, look: Cal
 
 
 def test_a_file_left_over_from_before_is_no_wish_until_it_is_touched(
-    wish: StopWish, tmp_path: Path, look: Callable[[], None]
+    wish: StopRequest, tmp_path: Path, look: Callable[[], None]
 ) -> None:
     (tmp_path / "STOP").touch()
     assert wish.watch_file(tmp_path / "STOP")
@@ -273,7 +273,7 @@ def test_a_file_left_over_from_before_is_no_wish_until_it_is_touched(
 
 
 def test_a_file_left_over_from_before_may_be_removed_and_made_again(
-    wish: StopWish, tmp_path: Path, look: Callable[[], None]
+    wish: StopRequest, tmp_path: Path, look: Callable[[], None]
 ) -> None:
     stop = tmp_path / "STOP"
     stop.touch()
@@ -287,7 +287,7 @@ def test_a_file_left_over_from_before_may_be_removed_and_made_again(
     wait_until(lambda: wish)
 
 
-def test_a_folder_that_is_not_there_holds_no_file(wish: StopWish, tmp_path: Path, look: Callable[[], None]) -> None:
+def test_a_folder_that_is_not_there_holds_no_file(wish: StopRequest, tmp_path: Path, look: Callable[[], None]) -> None:
     assert not wish.watch_file(tmp_path / "nowhere" / "STOP")
     look()
     assert not wish
@@ -297,7 +297,7 @@ def test_signals_are_heard_while_the_file_server_is_silent(
     get_signal: Callable[[int], None], tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging, over = threading.Event(), threading.Event()
-    wish = StopWish()
+    wish = StopRequest()
     wish.install()
     wish.watch_file(tmp_path / "STOP")
 
@@ -316,7 +316,7 @@ def test_signals_are_heard_while_the_file_server_is_silent(
     over.set()
 
 
-def test_the_time_limit_leaves_time_to_save(wish: StopWish, clock: Clock) -> None:
+def test_the_time_limit_leaves_time_to_save(wish: StopRequest, clock: Clock) -> None:
     margin = 10.0
     wish.limit_time(60, since=1000, margin=lambda: margin)
     clock.look(1049)
@@ -347,7 +347,7 @@ def test_who_has_not_left_by_the_end_of_the_grace_time_is_ended(on_leave: str | 
 
 
 def test_the_grace_time_begins_with_the_wish_and_again_with_each_move(
-    wish: StopWish, get_signal: Callable[[int], None], clock: Clock, left: list[int]
+    wish: StopRequest, get_signal: Callable[[int], None], clock: Clock, left: list[int]
 ) -> None:
     wish.grace_seconds = 120
     wish.limit_time(1e9, since=0, margin=lambda: 0)
@@ -363,7 +363,7 @@ def test_the_grace_time_begins_with_the_wish_and_again_with_each_move(
 
 
 def test_without_a_grace_time_nobody_is_ended(
-    wish: StopWish, get_signal: Callable[[int], None], clock: Clock, left: list[int]
+    wish: StopRequest, get_signal: Callable[[int], None], clock: Clock, left: list[int]
 ) -> None:
     get_signal(signal.SIGTERM)
     clock.now = 1e9
@@ -382,7 +382,7 @@ def note_sigterm(pipe: Connection) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_a_child_writes_no_signals_to_its_parents_socket(method: str, wish: StopWish) -> None:
+def test_a_child_writes_no_signals_to_its_parents_socket(method: str, wish: StopRequest) -> None:
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     process = context.Process(target=note_sigterm, args=(theirs,))
@@ -397,7 +397,7 @@ def test_a_child_writes_no_signals_to_its_parents_socket(method: str, wish: Stop
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_can_be_terminated_from_its_first_moment(wish: StopWish) -> None:
+def test_a_forked_child_can_be_terminated_from_its_first_moment(wish: StopRequest) -> None:
     for _ in range(20):
         process = multiprocessing.get_context("fork").Process(target=signal.pause)
         process.start()
@@ -411,7 +411,7 @@ def test_a_forked_child_can_be_terminated_from_its_first_moment(wish: StopWish) 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers_ignore", [True, False])
-def test_a_signal_to_a_loader_worker_alone_is_no_wish(wish: StopWish, workers_ignore: bool) -> None:
+def test_a_signal_to_a_loader_worker_alone_is_no_wish(wish: StopRequest, workers_ignore: bool) -> None:
     from functools import partial
 
     import torch
@@ -471,7 +471,7 @@ def test_nothing_is_left_behind_by_hundreds_of_runs(tmp_path: Path) -> None:
         return set(os.listdir("/dev/fd")), set(threading.enumerate()), handlers, fd, list(stopping._installed)  # noqa: PTH208
 
     before = state()
-    wish = StopWish()
+    wish = StopRequest()
     for _ in range(200):
         wish.install()
         wish.watch_file(tmp_path / "STOP")
@@ -480,8 +480,8 @@ def test_nothing_is_left_behind_by_hundreds_of_runs(tmp_path: Path) -> None:
     assert state() == before
 
 
-def test_a_wish_within_a_wish_reaches_both(wish: StopWish, get_signal: Callable[[int], None]) -> None:
-    inner = StopWish()
+def test_a_wish_within_a_wish_reaches_both(wish: StopRequest, get_signal: Callable[[int], None]) -> None:
+    inner = StopRequest()
     inner.install()
     get_signal(signal.SIGTERM)
     inner.uninstall()
@@ -493,7 +493,7 @@ def test_a_wake_up_file_closed_by_its_owner_is_forgotten() -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())
-    wish = StopWish()
+    wish = StopRequest()
     wish.install()
     reader.close()
     writer.close()
@@ -505,7 +505,7 @@ def test_an_event_loop_around_a_run_still_gets_its_signals() -> None:
     async def run() -> str:
         loop, got = asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGUSR2, got.set)
-        wish = StopWish()
+        wish = StopRequest()
         wish.install()
         signal.raise_signal(signal.SIGUSR2)
         await asyncio.wait_for(got.wait(), 10)
@@ -519,7 +519,7 @@ def test_an_event_loop_around_a_run_still_gets_its_signals() -> None:
 
 def test_another_thread_takes_no_signals_but_hears_of_the_file(tmp_path: Path) -> None:
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    wish, reasons = StopWish(), []
+    wish, reasons = StopRequest(), []
 
     def run() -> None:
         wish.install()

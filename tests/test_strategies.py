@@ -30,14 +30,14 @@ def deep(folder: Path, **changes: Any) -> dict[str, Any]:
 def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
     """Train one reporting-free run; count gradient buckets through a communication hook, and other collectives."""
     from runtime.distributed import collectives
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
     buckets: list[int] = []
     others: list[int] = []
-    prepare, warm_up, all_reduce = AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce
+    prepare, warm_up, all_reduce = DDPStrategy.prepare, DDPStrategy.warm_up, dist.all_reduce
     seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0  # a stop message at every step
-    steps_ahead = collectives.Agreement.steps_ahead
-    collectives.Agreement.steps_ahead = property(lambda self: 8)  # type: ignore[assignment, method-assign]  # not by the clock
+    steps_ahead = collectives.StopConsensus.steps_ahead
+    collectives.StopConsensus.steps_ahead = property(lambda self: 8)  # type: ignore[assignment, method-assign]  # not by the clock
 
     def hook(state: Any, bucket: Any) -> Any:
         buckets.append(bucket.buffer().nbytes)
@@ -59,13 +59,13 @@ def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
         others.append(tensor.nbytes)
         return all_reduce(tensor, *args, **kwargs)
 
-    AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce = hooked, warmed, counted
+    DDPStrategy.prepare, DDPStrategy.warm_up, dist.all_reduce = hooked, warmed, counted
     try:
         observe(config)
     finally:
-        AcceleratedStrategy.prepare, AcceleratedStrategy.warm_up, dist.all_reduce = prepare, warm_up, all_reduce
+        DDPStrategy.prepare, DDPStrategy.warm_up, dist.all_reduce = prepare, warm_up, all_reduce
         collectives._SECONDS_BETWEEN = seconds_between
-        collectives.Agreement.steps_ahead = steps_ahead  # type: ignore[method-assign]
+        collectives.StopConsensus.steps_ahead = steps_ahead  # type: ignore[method-assign]
     gradients = list(buckets)
     for size in gradients:  # the hook's own all-reduces
         others.remove(size)

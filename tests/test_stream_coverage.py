@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.data.batches import Cursor, Sharing
+from runtime.data.batches import Cursor, SlotAssignment
 from runtime.data.loading import loader_factory
-from runtime.data.stream_pieces import Place
+from runtime.data.stream_pieces import ReaderState
 from runtime.data.streams import StreamSamples
-from runtime.data.training_data import How, StreamedData
+from runtime.data.training_data import ReadOptions, StreamedData
 from tests.process_pool import ProcessPool
 from tests.project.tiny_streams import Numbers, Shares, Stateful, StatefulShares, UnevenShares
 
@@ -34,13 +34,13 @@ Steps = list[tuple[Cursor, dict[int, list[int]]]]
 
 
 def steps_of_rank(
-    source: str, num_workers: int, start: Cursor, places: Mapping[int, Place], stop_after: int | None
-) -> tuple[Steps, Cursor, dict[int, Place]]:
+    source: str, num_workers: int, start: Cursor, places: Mapping[int, ReaderState], stop_after: int | None
+) -> tuple[Steps, Cursor, dict[int, ReaderState]]:
     """Read as a run does: this rank's slots of each step, the cursor behind the last and where the readers stand there."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     sharded_by: Any = "dataset" if source.endswith("shares") else "runtime"
-    how = How(
-        sharing=Sharing(SLOTS, world_size, rank),
+    how = ReadOptions(
+        assignment=SlotAssignment(SLOTS, world_size, rank),
         make_loader=loader_factory(
             num_workers=num_workers, prefetch_factor=2, pin_memory=False, timeout_seconds=0, start_method=None
         ),

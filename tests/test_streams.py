@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.data.batches import Cursor, Sharing
+from runtime.data.batches import Cursor, SlotAssignment
 from runtime.data.loading import loader_factory
 from runtime.data.stream_pieces import StreamIndex
 from runtime.data.stream_windows import StreamWindows
@@ -46,7 +46,7 @@ def steps_of(
         ),
         start=start,
         stop=lambda cursor, steps: cursor.epoch >= epochs,
-        sharing=Sharing(slots, world_size, rank),
+        assignment=SlotAssignment(slots, world_size, rank),
         make_loader=loader(num_workers),
         num_workers=num_workers,
         weigh=None,
@@ -133,7 +133,7 @@ def test_a_stream_that_can_tell_its_place_is_not_read_again() -> None:
         samples := StreamSamples(Stateful(500), sharded_by="runtime", batch_size=10, seed=0),
         start=START,
         stop=lambda cursor, steps: False,
-        sharing=Sharing(2, 1, 0),
+        assignment=SlotAssignment(2, 1, 0),
         make_loader=loader(0),
         num_workers=0,
         weigh=None,
@@ -151,7 +151,7 @@ def test_a_stream_that_can_tell_its_place_is_not_read_again() -> None:
         samples,
         start=Cursor(0, 30),
         stop=lambda cursor, steps: cursor.epoch >= 1,
-        sharing=Sharing(2, 1, 0),
+        assignment=SlotAssignment(2, 1, 0),
         make_loader=loader(0),
         num_workers=0,
         weigh=None,
@@ -181,7 +181,7 @@ def test_the_place_of_a_stream_that_shares_itself_out_is_that_of_its_next_turn()
         StreamSamples(StatefulShares(500), sharded_by="dataset", batch_size=10, seed=0),
         start=START,
         stop=lambda cursor, steps: False,
-        sharing=Sharing(2, 1, 0),
+        assignment=SlotAssignment(2, 1, 0),
         make_loader=loader(0),
         num_workers=0,
         weigh=None,

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from launch.code_copy import code_files, revision, snapshot
-from launch.ended_job import Ended, judge
+from launch.ended_job import JobEnd, judge
 from launch.options import seconds, variables
 from launch.slurm.requeue import first_ended
 from launch.slurm.requeue import main as judge_job
@@ -35,31 +35,31 @@ MISTAKE = {"outcome": "failed", "exit_code": 2, "message": "no such key", "repea
 @pytest.mark.parametrize(
     ("ended", "requeue", "exit_code"),
     [
-        (Ended(FINISHED, 0), False, 0),
-        (Ended(FINISHED, 0, warned="the time limit is near"), False, 0),
-        (Ended(BY_FILE, 0, warned="the time limit is near", stop_file=True), True, 75),
-        (Ended(BY_FILE, 0, stop_file=True), False, 75),
-        (Ended({**BY_FILE, "reason": None}, 0, stop_file=True), False, 75),  # another rank saw the file first
-        (Ended({**SAVED, "reason": "SIGINT"}, 0), False, 75),
-        (Ended({**SAVED, "reason": "the time limit"}, 0), True, 75),
-        (Ended(SAVED, 0), True, 75),  # preempted: saves, leaves with 0, and must not be taken for finished
-        (Ended(SAVED, 0, cancelled=True), False, 75),
-        (Ended(None, 143, cancelled=True), False, 1),
-        (Ended(LOST, 1), True, 75),
-        (Ended(LOST, 1, progressed=False), False, 1),
-        (Ended(None, 137), True, 75),  # rank 0 itself was killed
-        (Ended(None, 137, progressed=False), False, 1),
-        (Ended(NAN, 1), False, 1),
-        (Ended(MISTAKE, 2), False, 2),
-        (Ended({"outcome": "failed", "exit_code": 1}, 1), False, 1),  # of a version that did not say
-        (Ended(None, 2), False, 2),  # before there could be an outcome
-        (Ended(None, 127), False, 2),  # there is no such Python on the nodes
-        (Ended(SAVED, 0, restarts=3, max_requeues=3), False, 75),
-        (Ended(SAVED, 0, restarts=2, max_requeues=3), True, 75),
-        (Ended(LOST, 1, restarts=3, max_requeues=3), False, 1),
+        (JobEnd(FINISHED, 0), False, 0),
+        (JobEnd(FINISHED, 0, warned="the time limit is near"), False, 0),
+        (JobEnd(BY_FILE, 0, warned="the time limit is near", stop_file=True), True, 75),
+        (JobEnd(BY_FILE, 0, stop_file=True), False, 75),
+        (JobEnd({**BY_FILE, "reason": None}, 0, stop_file=True), False, 75),  # another rank saw the file first
+        (JobEnd({**SAVED, "reason": "SIGINT"}, 0), False, 75),
+        (JobEnd({**SAVED, "reason": "the time limit"}, 0), True, 75),
+        (JobEnd(SAVED, 0), True, 75),  # preempted: saves, leaves with 0, and must not be taken for finished
+        (JobEnd(SAVED, 0, cancelled=True), False, 75),
+        (JobEnd(None, 143, cancelled=True), False, 1),
+        (JobEnd(LOST, 1), True, 75),
+        (JobEnd(LOST, 1, progressed=False), False, 1),
+        (JobEnd(None, 137), True, 75),  # rank 0 itself was killed
+        (JobEnd(None, 137, progressed=False), False, 1),
+        (JobEnd(NAN, 1), False, 1),
+        (JobEnd(MISTAKE, 2), False, 2),
+        (JobEnd({"outcome": "failed", "exit_code": 1}, 1), False, 1),  # of a version that did not say
+        (JobEnd(None, 2), False, 2),  # before there could be an outcome
+        (JobEnd(None, 127), False, 2),  # there is no such Python on the nodes
+        (JobEnd(SAVED, 0, restarts=3, max_requeues=3), False, 75),
+        (JobEnd(SAVED, 0, restarts=2, max_requeues=3), True, 75),
+        (JobEnd(LOST, 1, restarts=3, max_requeues=3), False, 1),
     ],
 )
-def test_a_job_goes_on_if_that_can_help_and_nobody_stopped_it(ended: Ended, requeue: bool, exit_code: int) -> None:
+def test_a_job_goes_on_if_that_can_help_and_nobody_stopped_it(ended: JobEnd, requeue: bool, exit_code: int) -> None:
     verdict = judge(ended)
     assert verdict.requeue == requeue
     assert verdict.why

@@ -13,7 +13,7 @@ from kubeflow_trainer_api import models
 
 from launch import node
 from launch.kubernetes.manifests import manifests
-from launch.kubernetes.pods import Kind, TrainingRuntime, Volume
+from launch.kubernetes.pods import TrainingRuntime, Volume, WorkloadKind
 from runtime.arguments import parsed
 from runtime.cli import main
 from tests.kubeflow_trainer import ANCESTOR, TORCH_DISTRIBUTED, jobset_spec, pod
@@ -147,7 +147,9 @@ def test_what_an_installed_runtime_brings_of_its_own_stays() -> None:
 def test_a_folder_to_work_in_arrives_as_it_is_called() -> None:
     folder = "/work $(HOME)/it's"
     changes = {"working_folder": Path(folder), "run_folder": Path(folder) / "runs"}
-    asked = pods(kind=Kind.TRAINJOB, runtime=TrainingRuntime("x"), volumes=[Volume("runs", PurePosixPath(folder))])
+    asked = pods(
+        kind=WorkloadKind.TRAINJOB, runtime=TrainingRuntime("x"), volumes=[Volume("runs", PurePosixPath(folder))]
+    )
     trainer = documents(manifests(job(**changes), asked))["TrainJob"]["spec"]["trainer"]
     assert [filled_in(word, {"HOME": "/root"}) for word in trainer["command"]][-1] == f"--chdir={folder}"
 

@@ -612,7 +612,7 @@ def test_fp16_skips_what_overflows_as_ddp_does_and_goes_on_bit_for_bit(
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2])
 def test_compiled_blocks_train_what_they_train_uncompiled(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
-    from tests.test_fully_sharded import observe_compiled
+    from tests.test_fsdp import observe_compiled
 
     model = gpt(tmp_path)["model"]
     model = {**model, "args": {**model["args"], "dropout": 0.0}}

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launch.job import JobSpec
-from launch.kubernetes.pods import Kind, Pods, config_name, problems
+from launch.kubernetes.pods import Pods, WorkloadKind, config_name, problems
 from launch.kubernetes.trainjob import trainjob_documents
 from launch.kubernetes.workloads import indexed_job, jobset, metadata, service
 from launch.kubernetes.yaml_text import manifest_text
@@ -60,9 +60,9 @@ def _documents(job: JobSpec, pods: Pods) -> Iterator[dict[str, Any]]:
         "immutable": True,
         "data": {"run.yaml": pods.config_text},
     }
-    if pods.kind is Kind.TRAINJOB:
+    if pods.kind is WorkloadKind.TRAINJOB:
         yield from trainjob_documents(name, job, pods)
-    elif pods.kind is Kind.JOBSET:
+    elif pods.kind is WorkloadKind.JOBSET:
         yield jobset(name, job, pods)
     else:
         if job.nodes > 1:

@@ -22,7 +22,7 @@ _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
-class Kind(StrEnum):
+class WorkloadKind(StrEnum):
     """What starts the pods, as kubectl names it."""
 
     JOB = "job"
@@ -86,14 +86,14 @@ class Pods:
     memory: str | None = None
     user: int = 1000
     group: int = 1000
-    kind: Kind = Kind.JOB
+    kind: WorkloadKind = WorkloadKind.JOB
     runtime: TrainingRuntime | None = None
 
 
 def pod_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
     """Return what each pod is; ``name`` is that of the Job, JobSet or TrainJob."""
     mounts, volumes = _mounts_and_volumes(name, job, pods)
-    named = {"subdomain": name} if pods.kind is Kind.JOB and job.nodes > 1 else {}
+    named = {"subdomain": name} if pods.kind is WorkloadKind.JOB and job.nodes > 1 else {}
     return {
         "restartPolicy": "Never",
         **named,
@@ -139,7 +139,7 @@ def _arguments(name: str, job: JobSpec, pods: Pods) -> Iterator[tuple[str, bool]
         yield "--gpus", True
     if job.nodes == 1:
         return
-    first = f"{name}-0" if pods.kind is Kind.JOB else f"{name}-{NODE}-0-0"
+    first = f"{name}-0" if pods.kind is WorkloadKind.JOB else f"{name}-{NODE}-0-0"
     for argument in ("--nodes", str(job.nodes), "--main-address", f"{first}.{name}", "--main-port", str(PORT)):
         yield argument, True
     yield "--node-rank", True
@@ -213,7 +213,7 @@ def problems(job: JobSpec, pods: Pods) -> Iterator[Problem]:
     if 0 in (pods.user, pods.group):
         yield _problem("--user", "is root, as whom no pod is to run; give USER:GROUP by number, 1000:1000")
     if pods.runtime is not None:
-        if pods.kind is not Kind.TRAINJOB:
+        if pods.kind is not WorkloadKind.TRAINJOB:
             yield _problem("--runtime", "is what a TrainJob refers to: add --trainjob")
         if not _OBJECT.fullmatch(pods.runtime.name):
             yield _problem("--runtime", f"{pods.runtime.name!r} is no name of a runtime")

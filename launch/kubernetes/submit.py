@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from launch.job import JobSpec, is_secret
 from launch.kubernetes.manifests import manifests, object_name
-from launch.kubernetes.pods import Kind, Pods, SecretKey, TrainingRuntime, Volume
+from launch.kubernetes.pods import Pods, SecretKey, TrainingRuntime, Volume, WorkloadKind
 from launch.options import add_job_options, checked, described, variables
 from runtime.arguments import count
 from runtime.config.file import LoadedConfiguration
@@ -70,15 +70,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--jobset",
         dest="kind",
         action="store_const",
-        const=Kind.JOBSET,
-        default=Kind.JOB,
+        const=WorkloadKind.JOBSET,
+        default=WorkloadKind.JOB,
         help="make a JobSet, which starts all pods anew when one has failed",
     )
     kinds.add_argument(
         "--trainjob",
         dest="kind",
         action="store_const",
-        const=Kind.TRAINJOB,
+        const=WorkloadKind.TRAINJOB,
         help="make a TrainJob of Kubeflow's Trainer, and the runtime that it refers to",
     )
     parser.add_argument(
@@ -209,7 +209,11 @@ def _apply(text: str, *, namespace: str | None) -> None:
 
 def _tell(job: JobSpec, pods: Pods) -> None:
     name, kind = object_name(job.name), pods.kind
-    beside = {Kind.JOB: "service,", Kind.JOBSET: "", Kind.TRAINJOB: "" if pods.runtime else "trainingruntime,"}
+    beside = {
+        WorkloadKind.JOB: "service,",
+        WorkloadKind.JOBSET: "",
+        WorkloadKind.TRAINJOB: "" if pods.runtime else "trainingruntime,",
+    }
     made = f"{kind},{beside[kind]}configmap"
     ours = f"app.kubernetes.io/instance={name}"
     selector = f"{ours},batch.kubernetes.io/job-completion-index=0"

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.ended_job import Ended, Verdict, judge
+from launch.ended_job import JobEnd, RequeueDecision, judge
 from runtime import json_files
 from runtime.arguments import clock_seconds
 from runtime.errors import SchedulerError
@@ -49,7 +49,7 @@ def _decide(options: argparse.Namespace) -> int:
     newest, outcome = _newest_checkpoint(run), read_outcome(files.outcome, options.launch)
     job = dict(re.findall(r"(\w+)=(\S*)", _asked("scontrol", "-o", "show", "job", options.job).stdout))
     verdict = judge(
-        Ended(
+        JobEnd(
             outcome=outcome,
             code=options.code,
             warned=options.warned,
@@ -62,7 +62,7 @@ def _decide(options: argparse.Namespace) -> int:
     )
     by_slurm = int(job.get("Restarts") or 0) > restart
     if by_slurm:  # a node is lost, or the grace time of a preemption is over; nothing else could be done about it here
-        verdict = Verdict(requeue=True, why="Slurm itself put it back")
+        verdict = RequeueDecision(requeue=True, why="Slurm itself put it back")
     _tell(verdict, logs / f"restart-{restart}", outcome)
     if not verdict.requeue:
         return verdict.exit_code
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tell(verdict: Verdict, ranks: Path, outcome: Mapping[str, Any] | None) -> None:
+def _tell(verdict: RequeueDecision, ranks: Path, outcome: Mapping[str, Any] | None) -> None:
     """Say what becomes of the job, after the last lines of the rank that ended first: a log is read from its end."""
     rank = first_ended(ranks / "srun.log", str((outcome or {}).get("message", "")))
     log = ranks / f"rank-{rank}.log"

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from launch.cluster_scheduler import ClusterScheduler, ClusterStep, JobIdentity, QueuedJob
-from launch.node_rendezvous import Place
+from launch.node_rendezvous import NodeInfo
 from launch.slurm.variables import slurm_job, slurm_step
 
 
@@ -59,7 +59,7 @@ class Slurm(ClusterScheduler):
         """See :class:`ClusterScheduler`."""
         return slurm_step()
 
-    def own_place(self, *, processes: int, port: int | None) -> Place | None:
+    def own_place(self, *, processes: int, port: int | None) -> NodeInfo | None:
         """See :class:`ClusterScheduler`."""
         from launch.slurm.step import place_in_step
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import subprocess
 
-from launch.node_rendezvous import Place
+from launch.node_rendezvous import NodeInfo
 from launch.slurm.variables import SlurmStep
 from runtime.errors import ConfigurationError, Problem, SchedulerError
 
 _SECONDS = 60
 
 
-def place_in_step(step: SlurmStep, *, processes: int, port: int | None) -> Place | None:
+def place_in_step(step: SlurmStep, *, processes: int, port: int | None) -> NodeInfo | None:
     """Return this machine's place; None where the step has but one task, which is on its own.
 
     Args:
@@ -34,7 +34,7 @@ def place_in_step(step: SlurmStep, *, processes: int, port: int | None) -> Place
             "give srun --ntasks-per-node=1, and --processes N here"
         )
         raise ConfigurationError([Problem("command line", "srun", what)])
-    return Place(step.nodes, step.node_rank, _address(step.node_list), port or 10000 + step.job % 20000, processes)
+    return NodeInfo(step.nodes, step.node_rank, _address(step.node_list), port or 10000 + step.job % 20000, processes)
 
 
 def _address(node_list: str) -> str:

@@ -26,7 +26,7 @@ Known = Mapping[str, Mapping[str, str]]
 """By part of the data: what was looked at (a sample's number, ``beginning``, ``order``, ``held out``), and a digest of it."""
 
 
-class Differing(NamedTuple):
+class UnrepeatableRead(NamedTuple):
     """What gives something else when a sample is read again.
 
     Args:
@@ -41,7 +41,7 @@ class Differing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contents:
+class DataContents:
     """What was found.
 
     Args:
@@ -52,7 +52,7 @@ class Contents:
     """
 
     known: Known = field(default_factory=dict)
-    differing: Mapping[str, Differing] = field(default_factory=dict)
+    differing: Mapping[str, UnrepeatableRead] = field(default_factory=dict)
     memory: Mapping[str, str] = field(default_factory=dict)
     state_lacks: str = ""
 
@@ -64,7 +64,7 @@ def contents_of(
     *,
     order: Order | None = None,
     stored: Known | None = None,
-) -> Contents:
+) -> DataContents:
     """Look at the data. Collective: every rank must call this.
 
     Args:
@@ -80,7 +80,7 @@ def contents_of(
     # What is read of a stream in this process may be gone, so that a process of its own reads it.
     read_apart = loader(strategy.device, workers=1)
     known: dict[str, dict[str, str]] = {}
-    differing: dict[str, Differing] = {}
+    differing: dict[str, UnrepeatableRead] = {}
     memory: dict[str, str] = {}
     state_lacks = ""
     for name, samples in parts.items():
@@ -107,7 +107,7 @@ def contents_of(
             stage = first.differs
             state_lacks = first.state_lacks if name == "train" else state_lacks
         if stage is not None:
-            differing[name] = Differing(samples.name_of(stage), stage, stream=isinstance(samples, StreamSamples))
+            differing[name] = UnrepeatableRead(samples.name_of(stage), stage, stream=isinstance(samples, StreamSamples))
     if isinstance(order, SamplerOrder):
         known["sampler" if order.draws_samples else "batch_sampler"] = {_DRAWN: str(order.drawn_until(0))}
     if order is not None and order.basis() and "train" in known:
@@ -116,10 +116,10 @@ def contents_of(
     common = agreed(
         known, may_differ=(_BEGINNING, _DRAWN), host=socket.gethostname(), device=strategy.device, where=_where
     )
-    return Contents(common, differing, memory, state_lacks)
+    return DataContents(common, differing, memory, state_lacks)
 
 
-def does_not_repeat(part: str, differing: Differing) -> str:
+def does_not_repeat(part: str, differing: UnrepeatableRead) -> str:
     """Return the warning, in one line."""
     of_stream = differing.stream and differing.stage == "the data set"
     again = "the stream is read again from its beginning" if of_stream else "a sample is read again"

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Literal
 
 from runtime.build.builder import Builder
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.data.training_data import MappedData
@@ -60,7 +60,7 @@ def evaluator_of(
 
 def build_averaged_evaluation(
     builder: Builder,
-    prepared: Prepared,
+    prepared: RunComponents,
     strategy: Strategy,
     *,
     closing: ExitStack,
@@ -82,7 +82,7 @@ def build_averaged_evaluation(
         statistics = BatchStatistics(
             data.samples,
             data.order,
-            sharing=prepared.sharing,
+            assignment=prepared.assignment,
             strategy=strategy,
             make_loader=builder.loader(strategy.device, closing),
             seed=values.seed,

@@ -39,7 +39,7 @@ def build_metrics(
     from torchmetrics import Metric
 
     from runtime.evaluation.class_results import num_classes_of
-    from runtime.evaluation.metric_inputs import feed_of
+    from runtime.evaluation.metric_inputs import signature_of
 
     metrics: dict[str, Metric] = {}
     for name, bound in components.items():
@@ -47,7 +47,7 @@ def build_metrics(
         if not isinstance(metric, Metric):
             raise bound.error("is not a torchmetrics.Metric", "target")
         try:
-            feed = feed_of(metric)
+            feed = signature_of(metric)
         except EvaluationError as error:
             raise bound.error(str(error), "target") from error
         if feed.needs_group and not has_groups:

@@ -14,9 +14,9 @@ from runtime.build.component import Component
 from runtime.checkpoints.pretrained import WeightsReport, load_weights, weights_digest
 from runtime.checkpoints.serialization import split_state
 from runtime.config.component import ComponentError, described
-from runtime.config.learning import Weights
+from runtime.config.learning import WeightsSection
 from runtime.config.locations import Locations
-from runtime.config.strategy import Compile
+from runtime.config.strategy import CompileSection
 from runtime.errors import CheckpointError, DataError
 from runtime.files import PACKAGE, existing
 from runtime.objective import TrainingModule
@@ -64,7 +64,7 @@ def _refuse_lazy(model: Component, built: nn.Module) -> None:
 
 
 def rebuild_blocks(
-    model: nn.Module, *, recomputed: list[str], wrapped: list[str], compiled: Compile | None, where: Locations
+    model: nn.Module, *, recomputed: list[str], wrapped: list[str], compiled: CompileSection | None, where: Locations
 ) -> None:
     """Let blocks of a model be recomputed in the backward pass, and it or its blocks be compiled.
 
@@ -112,7 +112,7 @@ def _blocks(model: nn.Module, classes: list[str]) -> list[nn.Module]:
         raise ComponentError(mistake.what, ()) from mistake  # the key of the list is the one that is wrong
 
 
-def load_pretrained(model: nn.Module, section: Weights | None, where: Locations) -> WeightsReport | None:
+def load_pretrained(model: nn.Module, section: WeightsSection | None, where: Locations) -> WeightsReport | None:
     """Load the weights that a run starts from, if there are any, and return what became of them."""
     if section is None:
         return None
@@ -120,7 +120,7 @@ def load_pretrained(model: nn.Module, section: Weights | None, where: Locations)
         return load_weights(model, section, _pretrained_file(section, where))
 
 
-def pretrained_digest(section: Weights | None, where: Locations) -> str | None:
+def pretrained_digest(section: WeightsSection | None, where: Locations) -> str | None:
     """Return the digest of the weights that a run starts from; None if there are none, or they are gone."""
     if section is None:
         return None
@@ -130,7 +130,7 @@ def pretrained_digest(section: Weights | None, where: Locations) -> str | None:
         return None
 
 
-def _pretrained_file(section: Weights, where: Locations) -> Path:
+def _pretrained_file(section: WeightsSection, where: Locations) -> Path:
     if not section.file.startswith(PACKAGE):
         return where.beside(section.file)
     try:

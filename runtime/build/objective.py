@@ -13,7 +13,7 @@ from torch import nn
 from runtime.build.component import Component, call_mistakes
 from runtime.config import component
 from runtime.config.component import ComponentError
-from runtime.config.learning import LossPart
+from runtime.config.learning import LossPartSection
 from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
 from runtime.losses.by_name import refusal, torch_loss
@@ -57,7 +57,7 @@ def _with_fields(bound: Component, fields: Fields) -> Objective:
     loss, section = _loss(bound), bound.section
     loss.fields = fields
     weight_key: tuple[str, ...] = ("data", "fields", "weight")
-    if isinstance(section, LossPart):
+    if isinstance(section, LossPartSection):
         own = {**section.fields.model_dump(), "output": section.output}
         loss.fields = replace(fields, **{name: part for name, part in own.items() if part is not None})
         weight_key = (*bound.key, "fields", "weight") if section.fields.weight is not None else weight_key

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from runtime.build.component import Component
 from runtime.config.component import ComponentError
-from runtime.config.learning import Model
+from runtime.config.learning import ModelSection
 from runtime.config.locations import Locations
 from runtime.objective import TrainingModule
 from runtime.optimization import optimizer as optimizer_building
@@ -58,7 +58,7 @@ def group_names(optimizer: Component, module: nn.Module, built: Optimizer) -> tu
     )
 
 
-def build_freezing(section: Model, module: TrainingModule, where: Locations) -> Freezing:
+def build_freezing(section: ModelSection, module: TrainingModule, where: Locations) -> Freezing:
     """Build what freezes and unfreezes parameters; nothing is frozen by it yet."""
     stages = [(stage.epoch, stage.match) for stage in section.unfreeze]
     with where.blamed("model"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.build.component import Component, call_mistakes
 from runtime.config.component import ComponentError
-from runtime.config.data import Data, SampleValues
+from runtime.config.data import DataSection, SampleValues
 from runtime.config.locations import Locations
 from runtime.config.types import ComponentSection
 from runtime.data.batching import BalancedOrder, BudgetOrder, LengthGroupedOrder
@@ -53,7 +53,7 @@ class ValueReader:
 
 
 def build_order(
-    data: Data, source: Any, *, batch_size: int, seed: int, sampler: Component | None, reader: ValueReader
+    data: DataSection, source: Any, *, batch_size: int, seed: int, sampler: Component | None, reader: ValueReader
 ) -> Order:
     """Build the order of the training samples.
 
@@ -89,7 +89,9 @@ def _names_first_parameter(sampler: Component) -> bool:
     return first in sampler.args
 
 
-def _order_by_values(data: Data, source: Any, *, batch_size: int, seed: int, reader: ValueReader) -> Order | None:
+def _order_by_values(
+    data: DataSection, source: Any, *, batch_size: int, seed: int, reader: ValueReader
+) -> Order | None:
     """Build the order that follows from a length, class or weight of each training sample, or None if none is asked for."""
 
     def of(section: str, key: str, values: SampleValues, *, numbers: bool = True) -> Values:

@@ -15,17 +15,17 @@ from torch import nn
 
 from runtime.build.builder import Builder
 from runtime.build.components import Components
-from runtime.build.data_contents import Contents, changed, contents_of
+from runtime.build.data_contents import DataContents, changed, contents_of
 from runtime.build.model import pretrained_digest, refuse_extra_state, refuse_sparse
 from runtime.build.optimizer import group_names
-from runtime.checkpoints.built_state import Built
-from runtime.checkpoints.run_state import Identity, RunState, check_identity, slots_on_resumption
+from runtime.checkpoints.built_state import BuiltState
+from runtime.checkpoints.run_state import RunFingerprint, RunState, check_identity, slots_on_resumption
 from runtime.code_digests import loaded_code
 from runtime.config.component import described
-from runtime.config.data import Batch
+from runtime.config.data import BatchSection
 from runtime.config.file import LoadedConfiguration, flatten
 from runtime.config.locations import Locations
-from runtime.data.batches import Sharing, default_slots
+from runtime.data.batches import SlotAssignment, default_slots
 from runtime.data.training_data import MappedData, TrainingData
 from runtime.distributed.collectives import sum_over_ranks
 from runtime.distributed.rank_consistency import code_digest, compare, shapes
@@ -49,7 +49,7 @@ _OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporti
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunComponents:
     """What a run consists of before its first step.
 
     Args:
@@ -59,9 +59,9 @@ class Prepared:
     """
 
     data: TrainingData
-    contents: Contents
-    identity: Identity
-    sharing: Sharing
+    contents: DataContents
+    fingerprint: RunFingerprint
+    assignment: SlotAssignment
     state: RunState
     freezing: Freezing
     groups: tuple[str, ...]
@@ -77,7 +77,7 @@ def prepare(
     *,
     warn: Callable[[str], None],
     tell: Callable[[str], None],
-) -> Prepared:
+) -> RunComponents:
     """Build a run's parts, module and optimizer as the strategy prepares them. Collective: every rank must call this.
 
     Args:
@@ -97,7 +97,7 @@ def prepare(
     freezing = builder.freezing(module)
     freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
     data = builder.training_data()
-    told = data.identity((strategy.world_size, values.data.loader.num_workers))
+    told = data.fingerprint((strategy.world_size, values.data.loader.num_workers))
     seen = {"a run folder shared with rank 0": _sees_run_folder(loaded.output)} if strategy.world_size > 1 else {}
     resolved = loaded.resolved()
     more = {"the weights of model.weights": weights, **seen}
@@ -109,17 +109,17 @@ def prepare(
         raise DataError("data.train: drop_last leaves no global batch; it has fewer samples than batch.global_size")
     length = builder.schedule.length(data)
     contents = _contents(builder, strategy, data, stored)
-    fresh = _Fresh(module, data, contents, length if builder.schedule.follows_limit else None, weights)
-    identity = _identity(builder, strategy, fresh, stored, warn=warn, resolved=resolved, folder=loaded.output)
-    sharing = Sharing(identity.slots, strategy.world_size, strategy.rank)
+    fresh = _FirstStart(module, data, contents, length if builder.schedule.follows_limit else None, weights)
+    fingerprint = _identity(builder, strategy, fresh, stored, warn=warn, resolved=resolved, folder=loaded.output)
+    assignment = SlotAssignment(fingerprint.slots, strategy.world_size, strategy.rank)
     if values.batch_norm == "sync":
-        refuse_fillers(sharing, loaded.where, smallest_batch=data.smallest_batch)
+        refuse_fillers(assignment, loaded.where, smallest_batch=data.smallest_batch)
     optimizer = builder.optimizer(module)
     groups = group_names(builder.components.of("optimizer"), module, optimizer)
     begin_training(optimizer)
     freezing.apply(0)
     schedule = builder.schedule.build(optimizer, length)
-    built = Built.of(resolved, module, optimizer)
+    built = BuiltState.of(resolved, module, optimizer)
     progress = Progress()
     if stored is not None:
         progress.load_state_dict(stored["progress"])
@@ -138,7 +138,7 @@ def prepare(
     state = RunState(
         module, optimizer, schedule, averaging, strategy, divergence, early_stopping, progress, built, buffers
     )
-    return Prepared(data, contents, identity, sharing, state, freezing, groups, parameters, memory)
+    return RunComponents(data, contents, fingerprint, assignment, state, freezing, groups, parameters, memory)
 
 
 def tell_of_component(components: Components, error: Exception, state: RunState) -> None:
@@ -162,18 +162,19 @@ def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:
     return trained, sum(p.numel() for p in module.parameters()) - trained
 
 
-def refuse_fillers(sharing: Sharing, where: Locations, *, smallest_batch: int) -> None:
+def refuse_fillers(assignment: SlotAssignment, where: Locations, *, smallest_batch: int) -> None:
     """Refuse synchronised BatchNorm where a rank would run a filler, whose samples would enter the others' statistics."""
-    if sharing.slots % sharing.world_size or smallest_batch < sharing.slots:
+    if assignment.slots % assignment.world_size or smallest_batch < assignment.slots:
         raise where.error(
             ("batch_norm",),
             "sync needs a real slot on every rank in every forward pass: let the world size divide batch.slots "
-            f"(now {sharing.slots}), and set data.drop_last if an epoch's last batch (now {smallest_batch} samples) is smaller",
+            f"(now {assignment.slots}), and set data.drop_last if an epoch's last batch (now {smallest_batch} samples) is "
+            "smaller",
         )
 
 
 @dataclass(frozen=True)
-class _Fresh:
+class _FirstStart:
     """What K is found with at a first start, and what identifies the data and the weights.
 
     Args:
@@ -182,7 +183,7 @@ class _Fresh:
 
     module: TrainingModule
     data: TrainingData
-    contents: Contents
+    contents: DataContents
     schedule_length: int | None
     weights: str | None
 
@@ -266,57 +267,59 @@ def _sees_run_folder(folder: Path) -> bool:
 def _identity(
     builder: Builder,
     strategy: Strategy,
-    fresh: _Fresh,
+    fresh: _FirstStart,
     stored: Mapping[str, Any] | None,
     *,
     warn: Callable[[str], None],
     resolved: Mapping[str, Any],
     folder: Path,
-) -> Identity:
+) -> RunFingerprint:
     values, world_size = builder.values, strategy.world_size
     batch = values.batch
     if batch.global_size < world_size:
         what = f"{batch.global_size} {values.data.unit} cannot keep {world_size} processes busy; use fewer processes"
         raise builder.where.error(("batch", "global_size"), what)
-    data = fresh.data.identity((world_size, values.data.loader.num_workers))
+    data = fresh.data.fingerprint((world_size, values.data.loader.num_workers))
     length, weights = fresh.schedule_length, fresh.weights
     if stored is None:
         slots = batch.slots or default_slots(batch.global_size, _micro_size(batch, strategy, fresh), world_size)
         known = fresh.contents.known
-        return Identity(resolved, slots, data, length, secrets.token_hex(4), weights, known)
-    identity = Identity(**stored["identity"])
-    differing = changed(identity.contents, fresh.contents.known)
-    now = Identity(resolved, identity.slots, data, length, identity.tracker_id, weights)
+        return RunFingerprint(resolved, slots, data, length, secrets.token_hex(4), weights, known)
+    fingerprint = RunFingerprint(**stored["identity"])
+    differing = changed(fingerprint.contents, fresh.contents.known)
+    now = RunFingerprint(resolved, fingerprint.slots, data, length, fingerprint.tracker_id, weights)
     allowed = values.resume.allow_changes
-    check_identity(identity, now, contents=differing, allowed=allowed, folder=folder)
-    slots = slots_on_resumption(identity.slots, batch, allowed=allowed, folder=folder)
-    if weights is not None and weights != identity.weights:
+    check_identity(fingerprint, now, contents=differing, allowed=allowed, folder=folder)
+    slots = slots_on_resumption(fingerprint.slots, batch, allowed=allowed, folder=folder)
+    if weights is not None and weights != fingerprint.weights:
         warn("model.weights: the file's other content changes nothing: a run that goes on has its checkpoint's weights")
     threads, before = torch.get_num_threads(), stored["made_by"].get("threads")
     if strategy.device.type == "cpu" and threads != before:
         warn(
             f"{threads} threads a process, {before} before: equal to rounding from here on, not bit for bit (OMP_NUM_THREADS)"
         )
-    if slots != identity.slots:
+    if slots != fingerprint.slots:
         warn(
-            f"K changes from {identity.slots} to {slots}: from here on only models without randomness or batch statistics "
+            f"K changes from {fingerprint.slots} to {slots}: from here on only models without randomness or batch statistics "
             "in the forward pass keep the answer"
         )
-    known = {**identity.contents, **fresh.contents.known}
-    return Identity(resolved, slots, data, length, identity.tracker_id, weights or identity.weights, known)
+    known = {**fingerprint.contents, **fresh.contents.known}
+    return RunFingerprint(resolved, slots, data, length, fingerprint.tracker_id, weights or fingerprint.weights, known)
 
 
-def _contents(builder: Builder, strategy: Strategy, data: TrainingData, stored: Mapping[str, Any] | None) -> Contents:
+def _contents(
+    builder: Builder, strategy: Strategy, data: TrainingData, stored: Mapping[str, Any] | None
+) -> DataContents:
     """Look at all data that the run reads, unless ``checks: off``. Collective."""
     evaluated = {name: builder.samples(name, batch_size=1) for name in ("validation", "test")}
     if builder.values.checks == "off":
-        return Contents()
+        return DataContents()
     order = data.order if isinstance(data, MappedData) else None
     before = stored["identity"].get("contents", {}) if stored is not None else None
     return contents_of({"train": data.samples, **evaluated}, strategy, builder.loader, order=order, stored=before)
 
 
-def _micro_size(batch: Batch, strategy: Strategy, fresh: _Fresh) -> int:
+def _micro_size(batch: BatchSection, strategy: Strategy, fresh: _FirstStart) -> int:
     if batch.micro_size != "auto":
         return batch.largest_slot
     largest = -(-batch.global_size // strategy.world_size)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from runtime.build.component import Component
-from runtime.config.data import Data, Loader, Split
+from runtime.config.data import DataSection, LoaderSection, SplitSection
 from runtime.data.fields import Fields
 from runtime.data.loading import MakeLoader, loader_factory
 from runtime.data.samples import Samples
@@ -17,7 +17,7 @@ from runtime.data.streams import StreamSamples
 
 def build_samples(
     source: Any,
-    section: Split | None,
+    section: SplitSection | None,
     *,
     transform: Component | None,
     collate: Component | None,
@@ -55,14 +55,14 @@ def build_samples(
     )
 
 
-def order_of_stream(data: Data) -> str | None:
+def order_of_stream(data: DataSection) -> str | None:
     """Return the key that asks for an order, which a stream has itself; None where there is none."""
     orders = ("shuffle", "sampler", "batch_sampler", "group_by_length", "budget", "balance", "weights")
     return next((name for name in orders if getattr(data, name)), None)
 
 
 def build_loader(
-    section: Loader,
+    section: LoaderSection,
     worker_init: Component | None,
     device: torch.device,
     closing: ExitStack | None = None,

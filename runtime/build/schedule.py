@@ -11,10 +11,9 @@ from torch.optim.swa_utils import SWALR
 
 from runtime.build.component import Component
 from runtime.config.component import ComponentError
-from runtime.config.learning import Anneal, Averaging
-from runtime.config.learning import Schedule as ScheduleSection
+from runtime.config.learning import AnnealSection, AveragingSection, ScheduleSection
 from runtime.config.locations import Locations
-from runtime.config.sections import Limit
+from runtime.config.sections import LimitSection
 from runtime.data.training_data import TrainingData
 from runtime.errors import DivergenceError
 from runtime.optimization import schedulers
@@ -53,8 +52,8 @@ class ScheduleBuilder:
 
     section: ScheduleSection | None
     scheduler: Component | None
-    averaging: Averaging | None
-    limit: Limit
+    averaging: AveragingSection | None
+    limit: LimitSection
     where: Locations
 
     @property
@@ -111,11 +110,11 @@ class ScheduleBuilder:
         )
 
 
-def _successor(averaging: Averaging | None, optimizer: Optimizer) -> Successor | None:
+def _successor(averaging: AveragingSection | None, optimizer: Optimizer) -> Successor | None:
     """Build what the rate follows while late weights are averaged; torch wants it built after the first scheduler."""
     if averaging is None or averaging.start is None or averaging.learning_rate is None:
         return None
-    anneal = averaging.anneal or Anneal(epochs=10)
+    anneal = averaging.anneal or AnnealSection(epochs=10)
     length = anneal.epochs or anneal.steps
     assert length is not None
     scheduler = SWALR(optimizer, averaging.learning_rate, anneal_epochs=length, anneal_strategy=anneal.strategy)

@@ -11,8 +11,8 @@ import torch
 from runtime.build.component import Component
 from runtime.build.orders import ValueReader
 from runtime.build.readers import name_of, with_shared_arguments
-from runtime.config.data import Data, Split
-from runtime.config.sections import Prediction
+from runtime.config.data import DataSection, SplitSection
+from runtime.config.sections import PredictionSection
 from runtime.data.class_names import class_names
 from runtime.data.fields import Name
 from runtime.data.hugging_face import adapted
@@ -30,13 +30,13 @@ def split_key(name: str) -> tuple[str, str]:
     return ("prediction", "data") if name == "predict" else ("data", name)
 
 
-def split_section(name: str, data: Data, prediction: Prediction) -> Split | None:
+def split_section(name: str, data: DataSection, prediction: PredictionSection) -> SplitSection | None:
     """Return a split's section, or None where the configuration has none; data that is held out has none."""
-    split: Split | None = prediction.data if name == "predict" else getattr(data, name)
+    split: SplitSection | None = prediction.data if name == "predict" else getattr(data, name)
     return split
 
 
-def available_splits(data: Data, prediction: Prediction) -> list[str]:
+def available_splits(data: DataSection, prediction: PredictionSection) -> list[str]:
     """Return the splits that there are, of their own or held out."""
     return [
         name
@@ -58,7 +58,7 @@ class DataSources:
 
     def __init__(
         self,
-        data: Data,
+        data: DataSection,
         readers: Mapping[str, Component],
         values: ValueReader,
         *,

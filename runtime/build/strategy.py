@@ -25,17 +25,17 @@ def build_strategy(loaded: LoadedConfiguration) -> Strategy:
         )
 
     if values.strategy.kind == "fsdp":
-        from runtime.strategies.fsdp import FullyShardedStrategy
+        from runtime.strategies.fsdp import FSDPStrategy
 
-        return FullyShardedStrategy(
+        return FSDPStrategy(
             precision=values.precision,
             section=values.strategy.fsdp,
             max_grad_value=values.optimizer.max_grad_value,
             timeout_seconds=values.limit.stall_seconds,
         )
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
-    return AcceleratedStrategy(
+    return DDPStrategy(
         precision=values.precision,
         options=values.strategy.ddp,
         max_grad_value=values.optimizer.max_grad_value,

@@ -18,7 +18,7 @@ from runtime.reporting.json_lines import JsonLines
 from runtime.reporting.meters import PhaseTimes, TrainingMeter
 from runtime.reporting.reporter import Reporter
 from runtime.reporting.tracker import TrackedRun
-from runtime.reporting.trackers import Given, make_trackers
+from runtime.reporting.trackers import TrackerInputs, make_trackers
 from runtime.run_files import RunFiles
 from runtime.state.durable_files import replace_file
 from runtime.state.shards import in_memory
@@ -78,7 +78,7 @@ def open_trackers(
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
     section = loaded.values.evaluation
-    given = Given(
+    given = TrackerInputs(
         run=TrackedRun(name=loaded.name, id=run_id, folder=folder, configuration=resolved, step=progress.step),
         section=loaded.values.reporting,
         pictures=section.pictures,

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoints.checkpoint import CheckpointFolder, write_along
+from runtime.checkpoints.checkpoint import CheckpointFolder, write_own_shard
 from runtime.checkpoints.snapshot import HostBuffers, Snapshot
-from runtime.checkpoints.writer_group import ALONE, Writers
+from runtime.checkpoints.writer_group import SINGLE_WRITER, WriterGroup
 from runtime.errors import LockstepError
 
 
-class BackgroundSaving:
+class AsyncSaver:
     """Saves one checkpoint at a time. For rank 0, and for every rank that holds a part of the state.
 
     Args:
@@ -30,7 +30,7 @@ class BackgroundSaving:
         longest_seconds: the longest a save has taken, from the copy to the final name.
     """
 
-    def __init__(self, checkpoints: CheckpointFolder | None, writers: Writers = ALONE) -> None:
+    def __init__(self, checkpoints: CheckpointFolder | None, writers: WriterGroup = SINGLE_WRITER) -> None:
         self._checkpoints = checkpoints
         self._writers = writers
         self._buffers = HostBuffers()
@@ -74,7 +74,7 @@ class BackgroundSaving:
             if self._checkpoints is not None:
                 self.saved = self._checkpoints.write(snapshot, self._writers)
             else:
-                write_along(snapshot, self._writers)
+                write_own_shard(snapshot, self._writers)
         except LockstepError as error:
             self.problem = str(error)
         except Exception as error:

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from runtime.config.sections import Best
+from runtime.config.sections import BestSection
 
 _T = TypeVar("_T")
 
 
-def ranked(candidates: Iterable[_T], best: Best, results: Callable[[_T], Mapping[str, Any]]) -> list[_T]:
+def ranked(candidates: Iterable[_T], best: BestSection, results: Callable[[_T], Mapping[str, Any]]) -> list[_T]:
     """Return the best candidates, best first, the earlier one of two that are equal; only finite numbers are judged.
 
     Args:
@@ -38,7 +38,7 @@ class BestResults:
         saved: the results of all checkpoints that there are, oldest first.
     """
 
-    def __init__(self, wanted: Sequence[Best], saved: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, wanted: Sequence[BestSection], saved: Iterable[Mapping[str, Any]]) -> None:
         self._wanted = wanted
         known = list(saved)
         self._best = [ranked(known, best, _themselves) for best in wanted]

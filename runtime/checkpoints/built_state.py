@@ -29,7 +29,7 @@ _REGROUP = "optimizer.groups, optimizer.no_decay, optimizer.layer_decay or model
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltState:
     """How optimizer and module were built; plain data.
 
     Args:
@@ -45,7 +45,7 @@ class Built:
     digests: Mapping[str, str]
 
     @classmethod
-    def of(cls, configuration: Mapping[str, Any], module: TrainingModule, optimizer: Optimizer) -> Built:
+    def of(cls, configuration: Mapping[str, Any], module: TrainingModule, optimizer: Optimizer) -> BuiltState:
         """Describe module and optimizer behind a schedule, as they were built and before a strategy prepares them.
 
         Args:

@@ -32,12 +32,12 @@ from typing import Any
 from runtime import json_files
 from runtime.checkpoints.best import ranked
 from runtime.checkpoints.load import damage_of
-from runtime.checkpoints.rollback_history import Attempts
+from runtime.checkpoints.rollback_history import RollbackHistory
 from runtime.checkpoints.serialization import write_tensors
-from runtime.checkpoints.sharded_files import INDEX, Receipt, index_of, write_pieces
+from runtime.checkpoints.sharded_files import INDEX, WrittenShards, index_of, write_pieces
 from runtime.checkpoints.snapshot import Snapshot
-from runtime.checkpoints.writer_group import ALONE, Writers
-from runtime.config.sections import Best
+from runtime.checkpoints.writer_group import SINGLE_WRITER, WriterGroup
+from runtime.config.sections import BestSection
 from runtime.errors import CheckpointError
 from runtime.state.durable_files import make_folder, replace_file, sync_folder, write_durably
 
@@ -83,7 +83,7 @@ class CheckpointFolder:
         folder: Path,
         *,
         keep: int,
-        best: Sequence[Best],
+        best: Sequence[BestSection],
         warn: Callable[[str], None],
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
@@ -92,13 +92,13 @@ class CheckpointFolder:
         self._best = best
         self._warn = warn
         self._before_commit = before_commit
-        self.attempts = Attempts(folder)
+        self.rollback_history = RollbackHistory(folder)
 
-    def write(self, snapshot: Snapshot, writers: Writers = ALONE) -> Path:
+    def write(self, snapshot: Snapshot, writers: WriterGroup = SINGLE_WRITER) -> Path:
         """Write one checkpoint and drop those that are no longer kept.
 
         Args:
-            writers: the ranks that write it together; the others call :func:`write_along` meanwhile.
+            writers: the ranks that write it together; the others call :func:`write_own_shard` meanwhile.
 
         Raises:
             CheckpointError: it could not be written; what was there before is untouched.
@@ -122,7 +122,7 @@ class CheckpointFolder:
         self._finish(partial, final, snapshot, writers)
         return final
 
-    def _finish(self, partial: Path, final: Path, snapshot: Snapshot, writers: Writers) -> None:
+    def _finish(self, partial: Path, final: Path, snapshot: Snapshot, writers: WriterGroup) -> None:
         try:
             _write_files(partial, snapshot, writers)
             self._before_commit()
@@ -174,7 +174,7 @@ class CheckpointFolder:
         for path in self.folder.glob("step-*.partial-*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def best(self, best: Best) -> list[Checkpoint]:
+    def best(self, best: BestSection) -> list[Checkpoint]:
         """Return the kept checkpoints with the best results, best first."""
         return self._ranked(self._checkpoints(), best)
 
@@ -196,7 +196,7 @@ class CheckpointFolder:
 
     def _checkpoints(self) -> Iterator[Checkpoint]:
         """Yield those that no rollback has abandoned, oldest first."""
-        found = (checkpoint for checkpoint, abandoned in listed(self.folder, self.attempts) if not abandoned)
+        found = (checkpoint for checkpoint, abandoned in listed(self.folder, self.rollback_history) if not abandoned)
         yield from sorted(found, key=lambda c: (c.step, c.attempt, bool(c.results)))
 
     def record_best(self) -> None:
@@ -216,7 +216,7 @@ class CheckpointFolder:
             replace_file(file, text)
 
     @staticmethod
-    def _ranked(checkpoints: Iterable[Checkpoint], best: Best) -> list[Checkpoint]:
+    def _ranked(checkpoints: Iterable[Checkpoint], best: BestSection) -> list[Checkpoint]:
         there = list(checkpoints)  # oldest first
         return ranked(
             [checkpoint for checkpoint in there if checkpoint.judged or checkpoint is there[-1]], best, _results
@@ -229,7 +229,7 @@ class CheckpointFolder:
         judged = [c for c in checkpoints if c.judged]  # the best of a run that goes on from here
         for best in self._best:
             kept |= {c.path for c in [*self._ranked(checkpoints, best), *self._ranked(judged, best)]}
-        for checkpoint, _ in listed(self.folder, self.attempts):
+        for checkpoint, _ in listed(self.folder, self.rollback_history):
             if checkpoint.path not in kept:
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
                 doomed = checkpoint.path.with_name(f"{checkpoint.path.name}.partial-{secrets.token_hex(4)}")
@@ -241,18 +241,18 @@ def _results(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return checkpoint.results
 
 
-def listed(folder: Path, attempts: Attempts) -> list[tuple[Checkpoint, bool]]:
+def listed(folder: Path, rollback_history: RollbackHistory) -> list[tuple[Checkpoint, bool]]:
     """Return every checkpoint that bears a final name, and whether a rollback has abandoned it."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = _NAME.fullmatch(path.name)
         if match is not None and not _UNFINISHED.search(path.name) and path.is_dir():
             checkpoint = _opened(path, step=int(match[1]), attempt=int(match[2] or 0))
-            found.append((checkpoint, attempts.abandoned(checkpoint.step, checkpoint.attempt)))
+            found.append((checkpoint, rollback_history.abandoned(checkpoint.step, checkpoint.attempt)))
     return found
 
 
-def write_along(snapshot: Snapshot, writers: Writers) -> None:
+def write_own_shard(snapshot: Snapshot, writers: WriterGroup) -> None:
     """Write this rank's part of a checkpoint that rank 0 makes. For the other ranks."""
     folder = writers.tell()
     if folder is not None:
@@ -260,7 +260,7 @@ def write_along(snapshot: Snapshot, writers: Writers) -> None:
         writers.gather(receipt.as_bytes())
 
 
-def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
+def _write_files(folder: Path, snapshot: Snapshot, writers: WriterGroup) -> None:
     together = writers.world_size > 1  # the others wait to be asked, whatever is whole
     version = 2 if together or snapshot.shards else 1
     tree = {
@@ -275,7 +275,7 @@ def _write_files(folder: Path, snapshot: Snapshot, writers: Writers) -> None:
     files: dict[str, tuple[int, str]] = {}
     if together or snapshot.shards:
         own = write_pieces(folder, snapshot, rank=0, world_size=writers.world_size)
-        receipts = [Receipt.read(told) for told in writers.gather(own.as_bytes())]
+        receipts = [WrittenShards.read(told) for told in writers.gather(own.as_bytes())]
         index = index_of(receipts, folder)
         for receipt in receipts:
             files |= receipt.files

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 from runtime import json_files
 from runtime.checkpoints.checkpoint import Checkpoint, listed
 from runtime.checkpoints.load import damage_of
-from runtime.checkpoints.rollback_history import Attempts
+from runtime.checkpoints.rollback_history import RollbackHistory
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.run_files import RunFiles
 
@@ -32,7 +32,7 @@ _BIG_BYTES = 1 << 28  # verified in about a quarter of a second; from here on a 
 
 
 @dataclass(frozen=True)
-class Inspected:
+class CheckpointInfo:
     """One folder among a run's checkpoints.
 
     Args:
@@ -69,7 +69,7 @@ class Inspected:
 
 
 @dataclass(frozen=True)
-class Listing:
+class CheckpointListing:
     """The checkpoints of one run.
 
     Args:
@@ -80,18 +80,18 @@ class Listing:
     """
 
     folder: Path
-    checkpoints: Sequence[Inspected]
+    checkpoints: Sequence[CheckpointInfo]
     best: Sequence[str]
     notes: Sequence[str]
 
     @property
-    def newest(self) -> Inspected | None:
+    def newest(self) -> CheckpointInfo | None:
         """The checkpoint that a start tries first."""
         candidates = [c for c in self.checkpoints if c.in_use]
         return candidates[-1] if candidates else None
 
     @property
-    def goes_on_from(self) -> Inspected | None:
+    def goes_on_from(self) -> CheckpointInfo | None:
         """The checkpoint that a start goes on from; None if it would begin anew, or refuse one of a newer format."""
         for checkpoint in reversed(self.checkpoints):
             if checkpoint.in_use and checkpoint.state != "damaged":
@@ -116,7 +116,7 @@ class Listing:
         return json.dumps(_without_nan(whole), indent=2, allow_nan=False)
 
 
-def inspect(run: Path) -> Listing:
+def inspect(run: Path) -> CheckpointListing:
     """Look at all checkpoints of a run and verify every byte of them; on a terminal, a bar shows how far it is.
 
     Args:
@@ -128,7 +128,7 @@ def inspect(run: Path) -> Listing:
     """
     folder = checkpoints_folder(run)
     try:
-        known: dict[tuple[Path, int | None], Inspected] = {}
+        known: dict[tuple[Path, int | None], CheckpointInfo] = {}
         for _ in range(_LOOKS):
             there = {(c.path, _inode(c.path)): (c, abandoned) for c, abandoned in _there(folder)}
             known |= _verified({key: found for key, found in there.items() if key not in known})
@@ -140,7 +140,7 @@ def inspect(run: Path) -> Listing:
         raise RunFolderError(f"{folder} cannot be read: {error.strerror or error}") from error
     order = {checkpoint.path.name: _age_order(checkpoint) for checkpoint, _ in there.values()}
     found = sorted((i for i in known.values() if i.name in order), key=lambda i: order[i.name])
-    return Listing(folder, list(_with_places(found, best)), list(best), notes)
+    return CheckpointListing(folder, list(_with_places(found, best)), list(best), notes)
 
 
 def newest_whole(run: Path, *, warn: Callable[[str], None]) -> Checkpoint:
@@ -157,7 +157,7 @@ def newest_whole(run: Path, *, warn: Callable[[str], None]) -> Checkpoint:
     folder = checkpoints_folder(run)
     try:
         for _ in range(_LOOKS):
-            usable = [c for c, abandoned in listed(folder, Attempts(folder)) if not abandoned]
+            usable = [c for c, abandoned in listed(folder, RollbackHistory(folder)) if not abandoned]
             for checkpoint in sorted(usable, key=_age_order, reverse=True):
                 damage = damage_of(checkpoint.path)
                 if damage is None:
@@ -198,18 +198,18 @@ def is_checkpoint(folder: Path) -> bool:
 
 def _there(folder: Path) -> Iterator[tuple[Checkpoint, bool]]:
     """Yield finished checkpoints and whether they are abandoned, then those that a start or a kill left behind."""
-    attempts = Attempts(folder)
-    yield from listed(folder, attempts)
+    rollback_history = RollbackHistory(folder)
+    yield from listed(folder, rollback_history)
     for path in sorted(folder.iterdir()):
         match = _UNFINISHED.fullmatch(path.name)
         if match is not None and path.is_dir():
             step, attempt = int(match[1]), int(match[2] or 0)
-            yield Checkpoint(path, step, attempt, epoch=0, results={}), attempts.abandoned(step, attempt)
+            yield Checkpoint(path, step, attempt, epoch=0, results={}), rollback_history.abandoned(step, attempt)
 
 
 def _verified(
     there: Mapping[tuple[Path, int | None], tuple[Checkpoint, bool]],
-) -> dict[tuple[Path, int | None], Inspected]:
+) -> dict[tuple[Path, int | None], CheckpointInfo]:
     sizes = {key: _size(key[0]) for key in there}
     console = Console(stderr=True)
     shown = console.is_terminal and sum(sizes.values()) >= _BIG_BYTES
@@ -224,7 +224,7 @@ def _verified(
     return found
 
 
-def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> Inspected:
+def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> CheckpointInfo:
     path = checkpoint.path
     unfinished = _UNFINISHED.fullmatch(path.name)
     state: State = "whole"
@@ -241,7 +241,7 @@ def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> I
         age = max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         age = 0.0  # it has just gone, and will be left out
-    return Inspected(
+    return CheckpointInfo(
         name=path.name,
         step=checkpoint.step,
         epoch=checkpoint.epoch,
@@ -266,14 +266,14 @@ def _best(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
         return {}, ["best.json cannot be read; it is written anew at the next save"]
 
 
-def _with_places(found: Sequence[Inspected], best: Mapping[str, Sequence[str]]) -> Iterator[Inspected]:
+def _with_places(found: Sequence[CheckpointInfo], best: Mapping[str, Sequence[str]]) -> Iterator[CheckpointInfo]:
     abandoned = {i.name for i in found if i.abandoned}  # a rollback leaves best.json as it is until the next save
     places: dict[str, dict[str, int]] = {}
     for metric, names in best.items():
         for place, name in enumerate((name for name in names if name not in abandoned), start=1):
             places.setdefault(name, {})[metric] = place
     for inspected in found:
-        yield Inspected(**{**vars(inspected), "best_of": places.get(inspected.name, {})})
+        yield CheckpointInfo(**{**vars(inspected), "best_of": places.get(inspected.name, {})})
 
 
 def _age_order(checkpoint: Checkpoint) -> tuple[int, int, bool, str]:

@@ -58,7 +58,7 @@ def load_model(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Weights:
+class LoadedWeights:
     """What of a checkpoint is needed to call its model.
 
     Args:
@@ -75,12 +75,12 @@ class Weights:
     objective: Mapping[str, Any]
     averaging: Mapping[str, Any] | None
     buffers: Mapping[str, Any]
-    identity: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
     preparation: Mapping[str, Any]
     code: Mapping[str, Mapping[str, str]]
 
 
-def load_weights(path: Path) -> Weights:
+def load_weights(path: Path) -> LoadedWeights:
     """Return what is needed to call the model of a verified checkpoint, on the CPU; the optimizer's state is not read.
 
     Raises:
@@ -96,7 +96,7 @@ def load_weights(path: Path) -> Weights:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
         ) from error
-    return Weights(
+    return LoadedWeights(
         model,
         parts["objective"],
         parts["averaging"],

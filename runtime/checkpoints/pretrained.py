@@ -18,7 +18,7 @@ from runtime import json_files
 from runtime.checkpoints.load import damage_of, load_model
 from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError
-from runtime.config.learning import Weights
+from runtime.config.learning import WeightsSection
 from runtime.optimization.patterns import described_misses, matches, useless
 from runtime.run_files import RunFiles
 from runtime.state.durable_files import checksum
@@ -64,7 +64,7 @@ class WeightsReport:
         return len(self.loaded) + len(self.missing) + len(self.left_out)
 
 
-def load_weights(model: nn.Module, section: Weights, file: Path) -> WeightsReport:
+def load_weights(model: nn.Module, section: WeightsSection, file: Path) -> WeightsReport:
     """Load weights into a model that was built, on the CPU; types are the model's.
 
     Args:
@@ -152,7 +152,7 @@ def _naming(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     return did_you_mean(next(iter(found), ""), state)
 
 
-def _renamed(found: Mapping[str, Tensor], section: Weights) -> dict[str, Tensor]:
+def _renamed(found: Mapping[str, Tensor], section: WeightsSection) -> dict[str, Tensor]:
     strip = section.strip or ""
     if strip and not any(name.startswith(strip) for name in found):
         raise ComponentError(f"no name in the file begins with {strip!r}: it has {_listed(list(found))}", ("strip",))
@@ -160,7 +160,7 @@ def _renamed(found: Mapping[str, Tensor], section: Weights) -> dict[str, Tensor]
     return {(section.prefix or "") + name.removeprefix(strip): value for name, value in found.items()}
 
 
-def _read(file: Path, section: Weights) -> dict[str, Tensor]:
+def _read(file: Path, section: WeightsSection) -> dict[str, Tensor]:
     if file.is_dir():
         return _of_folder(file, section)
     if not file.is_file():
@@ -210,7 +210,7 @@ def _content(file: Path) -> Any:
         raise ComponentError(f"{file} cannot be read: {first_line}", ("file",)) from error
 
 
-def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
+def _of_folder(folder: Path, section: WeightsSection) -> dict[str, Tensor]:
     file = folder / f"model{_SAFETENSORS}"
     if not file.is_file() and (folder / f"model{_INDEX}").is_file():
         return _read(folder / f"model{_INDEX}", section)
@@ -225,7 +225,7 @@ def _of_folder(folder: Path, section: Weights) -> dict[str, Tensor]:
     return _tensors(load_model(folder), file, section)
 
 
-def _tensors(content: Any, file: Path, section: Weights) -> dict[str, Tensor]:
+def _tensors(content: Any, file: Path, section: WeightsSection) -> dict[str, Tensor]:
     """Return the state dict within what a file holds."""
     for part in section.entry.split(".") if section.entry else ():
         if not isinstance(content, Mapping) or part not in content:

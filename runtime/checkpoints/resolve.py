@@ -9,8 +9,8 @@ from runtime import json_files
 from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder, listed
 from runtime.checkpoints.inspection import checkpoints_folder, is_checkpoint, newest_whole
 from runtime.checkpoints.load import damage_of
-from runtime.checkpoints.rollback_history import Attempts
-from runtime.config.sections import Best
+from runtime.checkpoints.rollback_history import RollbackHistory
+from runtime.config.sections import BestSection
 from runtime.errors import CheckpointError, ConfigurationError, Problem
 from runtime.run_files import RunFiles
 
@@ -18,7 +18,7 @@ NEWEST = "newest"
 _BEST = "best:"
 
 
-def check_choice(run: Path, choice: str, best: Sequence[Best]) -> None:
+def check_choice(run: Path, choice: str, best: Sequence[BestSection]) -> None:
     """Refuse a choice that cannot be met, as far as that is seen without reading the checkpoints' contents.
 
     Raises:
@@ -26,7 +26,7 @@ def check_choice(run: Path, choice: str, best: Sequence[Best]) -> None:
     """
     if choice == NEWEST:
         folder = checkpoints_folder(run)
-        if all(abandoned for _, abandoned in listed(folder, Attempts(folder))):
+        if all(abandoned for _, abandoned in listed(folder, RollbackHistory(folder))):
             raise CheckpointError(f"{run} holds no whole checkpoint")
     elif choice.startswith(_BEST):
         _best(run, choice, best, warn=lambda text: None)
@@ -34,7 +34,7 @@ def check_choice(run: Path, choice: str, best: Sequence[Best]) -> None:
         _named(run, choice)
 
 
-def chosen(run: Path, choice: str, best: Sequence[Best], *, warn: Callable[[str], None]) -> Checkpoint:
+def chosen(run: Path, choice: str, best: Sequence[BestSection], *, warn: Callable[[str], None]) -> Checkpoint:
     """Return the checkpoint that is meant, every byte of it verified.
 
     Args:
@@ -58,7 +58,7 @@ def chosen(run: Path, choice: str, best: Sequence[Best], *, warn: Callable[[str]
     return Checkpoint(found, int(tree["step"]), int(tree["attempt"]), int(tree["epoch"]), dict(tree["results"]))
 
 
-def _best(run: Path, choice: str, best: Sequence[Best], *, warn: Callable[[str], None]) -> Checkpoint:
+def _best(run: Path, choice: str, best: Sequence[BestSection], *, warn: Callable[[str], None]) -> Checkpoint:
     metric = choice.removeprefix(_BEST)
     kept_by = {b.metric: b for b in best}
     if metric not in kept_by:

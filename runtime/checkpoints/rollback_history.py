@@ -55,7 +55,7 @@ class Rollback:
         return attempt < self.attempt and step > self.target_step
 
 
-class Attempts:
+class RollbackHistory:
     """The rollbacks of one run, in order.
 
     Args:

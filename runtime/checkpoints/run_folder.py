@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from runtime.checkpoints.async_save import BackgroundSaving
+from runtime.checkpoints.async_save import AsyncSaver
 from runtime.checkpoints.best import BestResults
 from runtime.checkpoints.checkpoint import Checkpoint, CheckpointFolder
 from runtime.checkpoints.rollback_history import Rollback
-from runtime.checkpoints.run_lock import Fence
+from runtime.checkpoints.run_lock import RunLock
 from runtime.checkpoints.sharded_files import tensors_on_disk
-from runtime.checkpoints.writer_group import Writers
-from runtime.config.sections import Checkpoint as CheckpointSection
-from runtime.config.sections import Resume
+from runtime.checkpoints.writer_group import WriterGroup
+from runtime.config.sections import CheckpointSection, ResumeSection
 from runtime.distributed.collectives import on_rank_0
 from runtime.errors import CheckpointError, DivergenceError, RunFolderError
 from runtime.run_files import RunFiles
@@ -33,7 +32,7 @@ _LOGGER = logging.getLogger("lockstep.checkpoints")
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """A checkpoint to go on from, as rank 0 found it.
 
     Args:
@@ -83,8 +82,8 @@ class RunFolder:
         self._section = section
         self._warn = warn
         self._checkpoints: CheckpointFolder | None = None
-        self._saving: BackgroundSaving | None = None
-        self._fence: Fence | None = None
+        self._saving: AsyncSaver | None = None
+        self._run_lock: RunLock | None = None
         self._best = BestResults(section.best, [])
         self._prepared = False
         self._went_on_from: Path | None = None
@@ -99,17 +98,17 @@ class RunFolder:
         """
         self._on_rank_0(self._open)
         if self._checkpoints is not None or self._num_writers > 1:
-            writers = Writers(rank=self._rank, world_size=self._num_writers, timeout_seconds=self._timeout_seconds)
-            self._saving = BackgroundSaving(self._checkpoints, writers)
+            writers = WriterGroup(rank=self._rank, world_size=self._num_writers, timeout_seconds=self._timeout_seconds)
+            self._saving = AsyncSaver(self._checkpoints, writers)
 
     def close(self) -> None:
         """Let what is being written be finished, and other jobs in. Never raises."""
         if self._saving is not None:
             self._saving.wait()
-        if self._fence is not None:
-            self._fence.release()
+        if self._run_lock is not None:
+            self._run_lock.release()
 
-    def newest(self, resume: Resume) -> Found | None:
+    def newest(self, resume: ResumeSection) -> ResumePoint | None:
         """Return the newest whole checkpoint. Collective: every rank must call this.
 
         Raises:
@@ -171,10 +170,10 @@ class RunFolder:
     @property
     def owned(self) -> bool:
         """Tell whether the folder was opened and no other job has taken it over; known on rank 0 only."""
-        if self._fence is None:
+        if self._run_lock is None:
             return False
         try:
-            self._fence.check()
+            self._run_lock.check()
         except RunFolderError:
             return False
         return True
@@ -203,7 +202,7 @@ class RunFolder:
             self._saving.wait()
         self._on_rank_0(self._refuse_problem)
 
-    def roll_back(self, wanted: RollbackWanted, *, max_rollbacks: int, learning_rate_factor: float) -> Found:
+    def roll_back(self, wanted: RollbackWanted, *, max_rollbacks: int, learning_rate_factor: float) -> ResumePoint:
         """Abandon what came after the last good checkpoint, and return that. Collective: every rank must call this.
 
         Good is a checkpoint whose model holds no NaN or infinity, and which an earlier rollback has not returned to in vain.
@@ -240,15 +239,15 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
         job, restart = self._job
-        self._fence = Fence(self.path, job=job, restart=restart, wait=_LOGGER.info)  # at once: it may take a while
-        self._fence.acquire()
+        self._run_lock = RunLock(self.path, job=job, restart=restart, wait=_LOGGER.info)  # at once: it may take a while
+        self._run_lock.acquire()
         files.stop.unlink(missing_ok=True)  # of an earlier start
         self._checkpoints = CheckpointFolder(
             files.checkpoints,
             keep=self._section.keep,
             best=self._section.best,
             warn=self._warn,
-            before_commit=self._fence.check,
+            before_commit=self._run_lock.check,
         )
         self._checkpoints.clear_partial()
 
@@ -260,15 +259,15 @@ class RunFolder:
 
     def _roll_back(self, wanted: RollbackWanted, max_rollbacks: int, factor: float) -> dict[str, Any]:
         assert self._checkpoints is not None
-        attempts = self._checkpoints.attempts
+        rollback_history = self._checkpoints.rollback_history
         where = f"step {wanted.step}: {wanted.reason}"
-        if len(attempts.rollbacks) >= max_rollbacks:
+        if len(rollback_history.rollbacks) >= max_rollbacks:
             raise DivergenceError(
                 f"{where}; the run has been rolled back {max_rollbacks} times (divergence.max_rollbacks)"
             )
 
         def returned_in_vain(checkpoint: Checkpoint) -> str | None:
-            last = attempts.rollbacks[-1] if attempts.rollbacks else None
+            last = rollback_history.rollbacks[-1] if rollback_history.rollbacks else None
             if last is not None and last.target_step == checkpoint.step and checkpoint.attempt < last.attempt:
                 return "the last rollback returned to it, and the run went astray again"
             return _poison(checkpoint)
@@ -276,10 +275,10 @@ class RunFolder:
         target = self._checkpoints.newest(usable=returned_in_vain) or self._checkpoints.newest(usable=_poison)
         if target is None:
             raise DivergenceError(f"{where}; there is no checkpoint with finite weights to return to")
-        attempt = max([rollback.attempt for rollback in attempts.rollbacks], default=0) + 1
-        assert self._fence is not None
-        self._fence.check()
-        attempts.record(Rollback(attempt, target.step, wanted.step, wanted.reason, (wanted.cursor,), factor))
+        attempt = max([rollback.attempt for rollback in rollback_history.rollbacks], default=0) + 1
+        assert self._run_lock is not None
+        self._run_lock.check()
+        rollback_history.record(Rollback(attempt, target.step, wanted.step, wanted.reason, (wanted.cursor,), factor))
         return self._as_plain(target)
 
     def _as_plain(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -288,18 +287,18 @@ class RunFolder:
         saved = [dict(results) for results in self._checkpoints.results()]
         if checkpoint is None:
             return {"saved": saved}
-        rollbacks = [asdict(rollback) for rollback in self._checkpoints.attempts.since(checkpoint.attempt)]
+        rollbacks = [asdict(rollback) for rollback in self._checkpoints.rollback_history.since(checkpoint.attempt)]
         found = {"path": str(checkpoint.path), "results": dict(checkpoint.results), "judged": checkpoint.judged}
         return {"saved": saved, "found": found | {"rollbacks": rollbacks}}
 
-    def _go_on(self, reply: Mapping[str, Any]) -> Found | None:
+    def _go_on(self, reply: Mapping[str, Any]) -> ResumePoint | None:
         self._best = BestResults(self._section.best, reply["saved"])
         if "found" not in reply:
             return None
         found = reply["found"]
         self._went_on_from = Path(found["path"])
         rollbacks = tuple(Rollback.read(entry) for entry in found["rollbacks"])
-        return Found(Path(found["path"]), found["results"], found["judged"], rollbacks)
+        return ResumePoint(Path(found["path"]), found["results"], found["judged"], rollbacks)
 
     def _refuse_problem(self) -> None:
         if self._saving is not None and self._saving.problem is not None:

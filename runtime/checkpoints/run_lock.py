@@ -58,7 +58,7 @@ class _Lock:
 _NO_LOCK = _Lock(0, b"", None, released=True)
 
 
-class Fence:
+class RunLock:
     """The right to write to one run folder. For rank 0; acquired once.
 
     Args:
@@ -77,7 +77,7 @@ class Fence:
         self._poll_seconds = min(0.1, fence_seconds / 30)
         self._number = self._counter = 0  # of our lock
         self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="lockstep-fence", daemon=True)
+        self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="lockstep-fence", daemon=True)
 
     def acquire(self) -> bool:
         """Become the folder's owner; return whether a lock was taken over that its owner had not released.
@@ -90,7 +90,7 @@ class Fence:
             taken_over = self._take()
         except OSError as error:
             raise RunFolderError(f"run folder {self._folder} cannot be locked: {error.strerror or error}") from error
-        self._heart.start()
+        self._heartbeat_thread.start()
         return taken_over
 
     def check(self) -> None:
@@ -112,8 +112,8 @@ class Fence:
     def release(self) -> None:
         """Give the folder up if it is ours. Raises nothing: all that was to be written is written."""
         self._stop.set()
-        if self._heart.is_alive():
-            self._heart.join()
+        if self._heartbeat_thread.is_alive():
+            self._heartbeat_thread.join()
             self._raise_counter(released=True)
 
     def _take(self) -> bool:
@@ -173,7 +173,7 @@ class Fence:
                 raise
             return self._look(tries - 1)
 
-    def _beat(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._stop.wait(self._me.fence_seconds / 6):
             self._raise_counter()
 

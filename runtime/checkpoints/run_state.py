@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from runtime.checkpoints.built_state import OF_SCHEDULES, Built
+from runtime.checkpoints.built_state import OF_SCHEDULES, BuiltState
 from runtime.checkpoints.rollback_history import Rollback
-from runtime.config.data import Batch, Data
+from runtime.config.data import BatchSection, DataSection
 from runtime.config.file import exact_keys
 from runtime.errors import CheckpointError, RunFolderError
 from runtime.objective import TrainingModule
@@ -44,7 +44,7 @@ class RunState:
     divergence: Divergence
     early_stopping: EarlyStopping | None
     progress: Progress
-    built: Built
+    built: BuiltState
     buffers: BufferState
 
     def collect(self) -> dict[str, dict[str, Any]]:
@@ -142,7 +142,7 @@ def load_module(
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunFingerprint:
     """What must be the same, or knowingly changed, when a run is resumed.
 
     Args:
@@ -171,7 +171,7 @@ def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
         CheckpointError: naming the checkpoint.
     """
     try:
-        identity, progress = Identity(**training["identity"]), Progress()
+        fingerprint, progress = RunFingerprint(**training["identity"]), Progress()
         progress.load_state_dict(training["progress"])
         counters = (
             progress.step,
@@ -179,11 +179,17 @@ def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
             progress.samples,
             progress.attempt,
             *progress.cursor,
-            identity.slots,
+            fingerprint.slots,
         )
-        maps = (identity.configuration, identity.data, training["made_by"], training["optimizer"], training["buffers"])
+        maps = (
+            fingerprint.configuration,
+            fingerprint.data,
+            training["made_by"],
+            training["optimizer"],
+            training["buffers"],
+        )
         _group_keys(training["optimizer"]["param_groups"])
-        sound = all(type(number) is int and number >= 0 for number in counters) and identity.slots > 0
+        sound = all(type(number) is int and number >= 0 for number in counters) and fingerprint.slots > 0
         sound &= all(isinstance(mapping, Mapping) for mapping in maps)
     except (ValueError, LookupError, TypeError, AttributeError):
         sound = False
@@ -195,8 +201,8 @@ def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
 
 
 def check_identity(
-    stored: Identity,
-    now: Identity,
+    stored: RunFingerprint,
+    now: RunFingerprint,
     *,
     contents: Mapping[str, str],
     allowed: Sequence[str],
@@ -245,7 +251,7 @@ def check_identity(
 
 
 def cursor_on_resumption(
-    training: Mapping[str, Any], batch_size: int, data: Data, *, allowed: Sequence[str], folder: Path
+    training: Mapping[str, Any], batch_size: int, data: DataSection, *, allowed: Sequence[str], folder: Path
 ) -> list[int]:
     """Return the epoch and the batch that a resumed run goes on with, where ``batch.global_size`` was allowed to change.
 
@@ -273,7 +279,7 @@ def cursor_on_resumption(
     )
 
 
-def slots_on_resumption(stored: int, batch: Batch, *, allowed: Sequence[str], folder: Path) -> int:
+def slots_on_resumption(stored: int, batch: BatchSection, *, allowed: Sequence[str], folder: Path) -> int:
     """Return K for a resumed run: the stored one, unless a change is allowed.
 
     Args:

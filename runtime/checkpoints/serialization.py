@@ -45,8 +45,8 @@ def split_state(state: Any, shards: dict[str, Shard] | None = None) -> tuple[Any
     seen: dict[Any, str] = {}
 
     def first_name(value: Tensor, path: str) -> str:
-        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
-        return seen.setdefault(identity, path)
+        fingerprint = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
+        return seen.setdefault(fingerprint, path)
 
     def split(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):

@@ -22,13 +22,13 @@ from runtime import json_files
 from runtime.checkpoints.serialization import dtype_called, dtype_name, write_tensors
 from runtime.checkpoints.snapshot import Snapshot
 from runtime.errors import CheckpointError
-from runtime.state.shards import Piece, Shard, TensorOnDisk
+from runtime.state.shards import FileSlice, Shard, TensorOnDisk
 
 INDEX = "shards.json"
 
 
 @dataclass(frozen=True)
-class Receipt:
+class WrittenShards:
     """What one rank has written.
 
     Args:
@@ -46,7 +46,7 @@ class Receipt:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def read(cls, told: bytes) -> Receipt:
+    def read(cls, told: bytes) -> WrittenShards:
         """Undo :meth:`as_bytes`."""
         content = json.loads(told)
         return cls(
@@ -54,7 +54,7 @@ class Receipt:
         )
 
 
-def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int) -> Receipt:
+def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int) -> WrittenShards:
     """Write what this rank has to save; what goes wrong is in the receipt, since others wait for it."""
     files: dict[str, tuple[int, str]] = {}
     pieces: dict[str, dict[str, dict[str, Any]]] = {}
@@ -78,13 +78,13 @@ def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int
                 for name, shard in held.items()
             }
     except OSError as error:
-        return Receipt(problem=error.strerror or str(error))
+        return WrittenShards(problem=error.strerror or str(error))
     except CheckpointError as error:
-        return Receipt(problem=str(error))
-    return Receipt(files, pieces)
+        return WrittenShards(problem=str(error))
+    return WrittenShards(files, pieces)
 
 
-def index_of(receipts: Sequence[Receipt], folder: Path) -> dict[str, Any]:
+def index_of(receipts: Sequence[WrittenShards], folder: Path) -> dict[str, Any]:
     """Return the content of ``shards.json``.
 
     Raises:
@@ -131,7 +131,7 @@ def tensors_on_disk(checkpoint: Path, part: str) -> dict[str, TensorOnDisk]:
             view = file.get_slice(name)
             shape = tuple(view.get_shape())
             dtype = dtype_called(view.get_dtype())
-            found[name] = TensorOnDisk(shape, dtype, [Piece(path, name, (0,) * len(shape), shape)])
+            found[name] = TensorOnDisk(shape, dtype, [FileSlice(path, name, (0,) * len(shape), shape)])
     return found
 
 
@@ -148,7 +148,7 @@ def _indexed(checkpoint: Path, name: str, entry: Mapping[str, Any]) -> TensorOnD
             raise ValueError(f"a piece of {name} does not lie within it")
         if Path(piece["file"]).name != piece["file"]:
             raise ValueError(f"{name} is said to be in {piece['file']!r}, which is no file of the checkpoint")
-        pieces.append(Piece(checkpoint / piece["file"], name, tuple(piece["offsets"]), tuple(piece["shape"])))
+        pieces.append(FileSlice(checkpoint / piece["file"], name, tuple(piece["offsets"]), tuple(piece["shape"])))
     if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
         raise ValueError(f"the pieces of {name} do not make it up")
     return TensorOnDisk(shape, dtype_called(entry["dtype"]), pieces)

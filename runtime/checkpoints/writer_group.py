@@ -16,7 +16,7 @@ from runtime.distributed.collectives import from_rank_0, gather_bytes
 _CPU = torch.device("cpu")
 
 
-class Writers:
+class WriterGroup:
     """The ranks that save. Every method is collective among them.
 
     Args:
@@ -41,5 +41,5 @@ class Writers:
         return gather_bytes(payload, _CPU, self._group) if self._group is not None else [payload]
 
 
-ALONE = Writers()
+SINGLE_WRITER = WriterGroup()
 """Rank 0 by itself."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.build.component import Component
 from runtime.build.data_contents import does_not_repeat
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.build.sources import split_key
 from runtime.data.order import SamplerOrder
 from runtime.data.probing import GLOBAL_RNGS
@@ -17,7 +17,7 @@ from runtime.distributed.collectives import gather_bytes
 from runtime.strategies import Strategy
 
 
-def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]) -> bool:
+def check_samples_repeat(strategy: Strategy, prepared: RunComponents, warn: Callable[[str], None]) -> bool:
     """Warn of data sets, transforms and collate functions that give something else when a sample is read again. Collective.
 
     Returns:
@@ -39,7 +39,7 @@ def check_samples_repeat(strategy: Strategy, prepared: Prepared, warn: Callable[
 
 
 def check_sampler(
-    sampler: Component | None, strategy: Strategy, prepared: Prepared, warn: Callable[[str], None]
+    sampler: Component | None, strategy: Strategy, prepared: RunComponents, warn: Callable[[str], None]
 ) -> None:
     """Refuse samplers that draw other samples on each rank or at each drawing, or know of ranks. Collective.
 

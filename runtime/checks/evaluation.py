@@ -16,9 +16,9 @@ import torch
 
 from runtime.build.builder import Builder
 from runtime.checks.traces import left_as_it_was
-from runtime.config.learning import Schedule
+from runtime.config.learning import ScheduleSection
 from runtime.config.locations import Locations
-from runtime.config.sections import Best, EarlyStopping, Prediction
+from runtime.config.sections import BestSection, EarlyStoppingSection, PredictionSection
 from runtime.data.fields import Name
 from runtime.data.loading import MakeLoader
 from runtime.data.training_data import MappedData, TrainingData
@@ -32,8 +32,8 @@ from runtime.errors import (
     MetricError,
     ObjectiveError,
 )
-from runtime.evaluation.evaluator import Evaluator, Tried
-from runtime.evaluation.metric_inputs import feed_of
+from runtime.evaluation.evaluator import Evaluator, TrialBatch
+from runtime.evaluation.metric_inputs import signature_of
 from runtime.inference.columns import ColumnBuilder, model_arguments
 from runtime.inference.request import columns_of_sample
 from runtime.inference.sample_submission import header_of
@@ -93,12 +93,12 @@ def check_evaluation(
                 raise ConfigurationError([builder.where.problem(key, what) for key, what in problems])
             if number == 0:
                 _agree(_of_prediction(builder, strategy, tried.batch), strategy, builder.where, warn)
-        if not evaluators and values.prediction != Prediction() and isinstance(data, MappedData):
+        if not evaluators and values.prediction != PredictionSection() and isinstance(data, MappedData):
             batch = strategy.to_device(data.first_batch(1))
             _agree(_of_prediction(builder, strategy, batch), strategy, builder.where, warn)
 
 
-def _tried(evaluator: Evaluator, make_loader: MakeLoader) -> tuple[Tried | None, _Verdict]:
+def _tried(evaluator: Evaluator, make_loader: MakeLoader) -> tuple[TrialBatch | None, _Verdict]:
     try:
         return evaluator.try_first(make_loader), _Verdict()
     except MetricError as error:
@@ -125,7 +125,7 @@ def _agree(verdict: _Verdict, strategy: Strategy, where: Locations, warn: Callab
     return not any(other.out_of_memory for other in found)
 
 
-def _soft_targets(builder: Builder, objective: Objective, tried: Tried) -> str:
+def _soft_targets(builder: Builder, objective: Objective, tried: TrialBatch) -> str:
     """Return what metrics see of targets that are probabilities; empty where they are not."""
     if not tried.metrics or tried.batch is None:
         return ""
@@ -134,7 +134,7 @@ def _soft_targets(builder: Builder, objective: Objective, tried: Tried) -> str:
     if between is None or not between.numel():
         return ""
     metrics = builder.metrics()
-    values = [name for name, metric in metrics.items() if feed_of(metric).sees == "values"]
+    values = [name for name, metric in metrics.items() if signature_of(metric).sees == "values"]
     classes = [name for name in metrics if name not in values]
     seen = [f"{', '.join(classes)} {'see' if classes[1:] else 'sees'} the likeliest class"] if classes else []
     seen += [f"{', '.join(values)} {'see' if values[1:] else 'sees'} the probabilities"] if values else []
@@ -142,7 +142,7 @@ def _soft_targets(builder: Builder, objective: Objective, tried: Tried) -> str:
 
 
 def _judged(
-    best: Sequence[Best], stopping: EarlyStopping | None, schedule: Schedule | None
+    best: Sequence[BestSection], stopping: EarlyStoppingSection | None, schedule: ScheduleSection | None
 ) -> dict[tuple[str, ...], str]:
     """Return the names of the results that something follows from, by the key that names each."""
     judged: dict[tuple[str, ...], str] = {
@@ -156,7 +156,7 @@ def _judged(
 
 
 def _of_results(
-    judged: Mapping[tuple[str, ...], str], tried: Tried, metrics: Container[str], warn: Callable[[str], None]
+    judged: Mapping[tuple[str, ...], str], tried: TrialBatch, metrics: Container[str], warn: Callable[[str], None]
 ) -> list[tuple[tuple[str, ...], str]]:
     """Return what is wrong with the names of results that are judged, with their keys. Collective.
 
@@ -171,7 +171,7 @@ def _of_results(
     return [(key, what) for key, name in judged.items() for what in _unfit(name, results, tried, metrics)]
 
 
-def _unfit(name: str, results: Mapping[str, Any], tried: Tried, metrics: Container[str]) -> Iterator[str]:
+def _unfit(name: str, results: Mapping[str, Any], tried: TrialBatch, metrics: Container[str]) -> Iterator[str]:
     base = name.partition("/")[0]
     silent = base in metrics and not any(r.partition("/")[0] == base for r in results)
     if silent or (not tried.parts and base not in metrics):
@@ -187,7 +187,7 @@ def _of_prediction(builder: Builder, strategy: Strategy, batch: Any) -> _Verdict
     """Predict a microbatch as the section ``prediction`` says, where there is one. Collective where forward passes are."""
     values, objective = builder.values, strategy.unwrapped.objective
     section = values.prediction
-    if section == Prediction() or batch is None:
+    if section == PredictionSection() or batch is None:
         return _Verdict()
     try:
         positional, named = model_arguments(objective.fields, batch)
@@ -212,7 +212,7 @@ def _of_prediction(builder: Builder, strategy: Strategy, batch: Any) -> _Verdict
     return _Verdict()
 
 
-def _wanted(section: Prediction, id_field: Name | None, where: Locations) -> Mapping[str, str]:
+def _wanted(section: PredictionSection, id_field: Name | None, where: Locations) -> Mapping[str, str]:
     """Return the columns that are wanted; of a sample submission, where it is there already."""
     sample = Path(section.sample_submission) if section.sample_submission else None
     if sample is None or section.columns or not sample.is_file():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from runtime import environment
 from runtime.build.builder import Builder
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.checks.data import check_sampler, check_samples_repeat
 from runtime.checks.evaluation import check_evaluation
 from runtime.checks.gradients import check_gradients
@@ -33,7 +33,7 @@ class FirstStart:
 
     builder: Builder
     strategy: Strategy
-    prepared: Prepared
+    prepared: RunComponents
     evaluators: Mapping[str, Evaluator]
     warn: Callable[[str], None]
 

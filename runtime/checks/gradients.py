@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.checks.traces import left_as_it_was
 from runtime.config.locations import Locations
-from runtime.config.strategy import Strategy as StrategySection
+from runtime.config.strategy import StrategySection
 from runtime.config.zero_rules import UNUSED_PARAMETERS
 from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import SlotIndex
@@ -22,7 +22,7 @@ from runtime.strategies.reduction import listed
 def check_gradients(
     section: StrategySection,
     strategy: Strategy,
-    prepared: Prepared,
+    prepared: RunComponents,
     make_loader: MakeLoader,
     *,
     seed: int,
@@ -34,7 +34,7 @@ def check_gradients(
     Raises:
         ConfigurationError: the ranks' gradients could not be summed.
     """
-    batch = first_slot(prepared.data, make_loader, slots=prepared.sharing.slots)
+    batch = first_slot(prepared.data, make_loader, slots=prepared.assignment.slots)
     if batch is None:
         return
     with preserved_random_state(strategy.device), left_as_it_was(strategy.unwrapped, training=True):

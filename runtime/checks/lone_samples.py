@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.checks.traces import left_as_it_was
-from runtime.config.data import Data
+from runtime.config.data import DataSection
 from runtime.config.locations import Locations
 from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import SlotIndex
@@ -28,9 +28,9 @@ _TORCHS_WORDS = ("Expected more than 1 value per channel", "Expected more than 1
 
 
 def check_lone_samples(
-    section: Data,
+    section: DataSection,
     strategy: Strategy,
-    prepared: Prepared,
+    prepared: RunComponents,
     make_loader: MakeLoader,
     *,
     batch_size: int,
@@ -42,7 +42,7 @@ def check_lone_samples(
     Raises:
         ConfigurationError: naming the layer and the batch.
     """
-    data, slots, size = prepared.data, prepared.sharing.slots, batch_size
+    data, slots, size = prepared.data, prepared.assignment.slots, batch_size
     norms = _norms(strategy.unwrapped)
     if strategy.sharded:  # nothing is tried out, since half a forward pass would leave parameters gathered
         norms = [(name, part) for name, part in norms if isinstance(part, nn.BatchNorm1d)]

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.checks.traces import left_as_it_was
-from runtime.config.learning import Objective as ObjectiveSection
+from runtime.config.learning import ObjectiveSection
 from runtime.config.locations import Locations
 from runtime.data.batches import Cursor
 from runtime.data.loading import MakeLoader, read, read_here
@@ -40,7 +40,7 @@ _ROUNDINGS = 4.0
 _SPREADS = 10.0  # of how far the same samples are apart under another seed
 
 
-class Sets(NamedTuple):
+class SampleSets(NamedTuple):
     """Two sets of samples as batches, both sets in one batch, and what reads each sample as a batch of its own.
 
     Args:
@@ -56,7 +56,7 @@ class Sets(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Deviation:
+class AdditivityError:
     """A sum, or a weight, over both sets that is not what it is over the one and over the other.
 
     Args:
@@ -76,7 +76,7 @@ class Deviation:
 def check_additivity(
     section: ObjectiveSection,
     strategy: Strategy,
-    prepared: Prepared,
+    prepared: RunComponents,
     make_loader: MakeLoader,
     *,
     batch_size: int,
@@ -99,7 +99,7 @@ def check_additivity(
     module = strategy.unwrapped
     if module.objective.couples_samples:
         return
-    sets = sets_of(prepared.data, slots=prepared.sharing.slots, size=batch_size, make_loader=make_loader)
+    sets = sets_of(prepared.data, slots=prepared.assignment.slots, size=batch_size, make_loader=make_loader)
     if strategy.sharded:
         # No gradient, which would wait for a backward pass, and no second try after half a forward pass.
         tries = [(False, strategy.autocast)]
@@ -121,12 +121,16 @@ def check_additivity(
         )
     )
     replies = gather_bytes(json.dumps([asdict(deviation) for deviation in found]).encode(), strategy.device)
-    found = next((of_rank for reply in replies if (of_rank := [Deviation(**one) for one in json.loads(reply)])), [])
+    found = next(
+        (of_rank for reply in replies if (of_rank := [AdditivityError(**one) for one in json.loads(reply)])), []
+    )
     for text in judged(section, module.objective, found, where):
         warn(text)
 
 
-def judged(section: ObjectiveSection, objective: Objective, found: list[Deviation], where: Locations) -> Iterator[str]:
+def judged(
+    section: ObjectiveSection, objective: Objective, found: list[AdditivityError], where: Locations
+) -> Iterator[str]:
     """Yield one line for each deviation, and mark the objectives whose samples are coupled.
 
     Raises:
@@ -165,7 +169,7 @@ def judged(section: ObjectiveSection, objective: Objective, found: list[Deviatio
             yield f"objective: the part {deviation.of!r} of {name} will be reported wrongly ({figures}): {cure}"
 
 
-def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoader = read_here) -> Sets | None:
+def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoader = read_here) -> SampleSets | None:
     """Read two small sets of training samples, and both in one batch no larger than a slot; None where that is not possible."""
     slot = -(-size // slots)
     if isinstance(data, MappedData):
@@ -180,7 +184,7 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
             alone = [SlotIndex(0, ids[i : i + 1]) for i in range(2 * half)]
             return read(data.samples, iter(alone), make_loader)
 
-        return Sets(first, second, both, (half, half), singles)
+        return SampleSets(first, second, both, (half, half), singles)
     source = data.samples.source
     if hasattr(source, "__next__"):
         return None  # what is read here would be gone
@@ -198,10 +202,10 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
         alone = [StreamIndex(Cursor(), number, of, range(of)) for number in range(one.samples + other.samples)]
         return (piece.batch for piece in read(copy(data.samples), iter(alone), make_loader) if piece.samples)
 
-    return Sets(one.batch, other.batch, whole.batch, (one.samples, other.samples), streamed)
+    return SampleSets(one.batch, other.batch, whole.batch, (one.samples, other.samples), streamed)
 
 
-def _sets_within(data: StreamedData, make_loader: MakeLoader) -> Sets | None:
+def _sets_within(data: StreamedData, make_loader: MakeLoader) -> SampleSets | None:
     """Take both sets out of the first yielded batch of several samples; None if there is none, or it cannot be cut."""
     slots = data.samples.batch_size
     indices = (StreamIndex(Cursor(), slot, slots, range(slots)) for slot in range(slots))
@@ -216,7 +220,7 @@ def _sets_within(data: StreamedData, make_loader: MakeLoader) -> Sets | None:
 
     if rows(0, half) is None:
         return None
-    return Sets(
+    return SampleSets(
         rows(0, half),
         rows(half, 2 * half),
         rows(0, 2 * half),
@@ -228,7 +232,7 @@ def _sets_within(data: StreamedData, make_loader: MakeLoader) -> Sets | None:
 
 def deviations(
     module: TrainingModule,
-    sets: Sets,
+    sets: SampleSets,
     *,
     device: torch.device,
     to_device: Callable[[Any], Any] = lambda batch: batch,
@@ -238,7 +242,7 @@ def deviations(
     ),
     compiled: bool = False,
     together: bool = False,
-) -> list[Deviation]:
+) -> list[AdditivityError]:
     """Compare an objective's sums and weights over two sets with those over both. Leaves no trace.
 
     An error here, of so few samples or in evaluation mode, is ignored: the first step reports it if it is real.
@@ -265,8 +269,8 @@ def deviations(
 
 
 def _compared(
-    module: TrainingModule, sets: Sets, device: torch.device, to_device: Callable[[Any], Any], *, together: bool
-) -> list[Deviation]:
+    module: TrainingModule, sets: SampleSets, device: torch.device, to_device: Callable[[Any], Any], *, together: bool
+) -> list[AdditivityError]:
     objective = module.objective
     names = list(objective.parts) if isinstance(objective, WeightedSum) else [""]
     weights = [
@@ -305,10 +309,10 @@ def _compared(
             shares = (sets.sizes, (weights[0][place], weights[1][place]))
             means = [(first[key] * a + second[key] * b) / (a + b) for a, b in shares if a + b > 0]
             is_mean = any(abs(mean - both[key]) <= allowed for mean in means)
-            found.append(Deviation(*key, first[key], second[key], both[key], is_mean))
+            found.append(AdditivityError(*key, first[key], second[key], both[key], is_mean))
     for part, one, other, whole in zip(names, *weights, strict=True):
         if abs(one + other - whole) > 1e-6 * (one + other + whole):
-            found.append(Deviation("weight", part, one, other, whole))
+            found.append(AdditivityError("weight", part, one, other, whole))
     return [deviation for deviation in found if deviation.is_mean or not sets.always_together]
 
 
@@ -339,15 +343,15 @@ def coupled_parts(objective: Objective) -> list[str]:
     return [""] if objective.couples_samples else []
 
 
-def _key(deviation: Deviation) -> tuple[str, ...]:
+def _key(deviation: AdditivityError) -> tuple[str, ...]:
     return ("objective", "losses", deviation.part, "target") if deviation.part else ("objective", "target")
 
 
-def _target(section: ObjectiveSection, deviation: Deviation) -> str:
+def _target(section: ObjectiveSection, deviation: AdditivityError) -> str:
     return section.losses[deviation.part].target if deviation.part else section.target or ""
 
 
-def _mean(mean: Deviation, target: str) -> str:
+def _mean(mean: AdditivityError, target: str) -> str:
     return (
         f"{target} returns a mean, not a sum: {mean.first:.6g} and {mean.second:.6g} over two sets of samples, "
         f"and their average, {mean.both:.6g}, over both. The runtime itself divides by the weight of the global batch, so the "

@@ -16,11 +16,10 @@ from runtime.build.readers import lacking_arguments
 from runtime.build.schedule import ScheduleBuilder
 from runtime.config import component
 from runtime.config.component import described
-from runtime.config.data import Loader
-from runtime.config.learning import Averaging, Group
-from runtime.config.learning import Schedule as ScheduleSection
+from runtime.config.data import LoaderSection
+from runtime.config.learning import AveragingSection, GroupSection, ScheduleSection
 from runtime.config.locations import Locations
-from runtime.config.sections import Best, EarlyStopping, Limit
+from runtime.config.sections import BestSection, EarlyStoppingSection, LimitSection
 from runtime.config.signatures import class_name
 from runtime.config.types import Interval
 from runtime.data.training_data import TrainingData
@@ -53,7 +52,7 @@ _HIGHER_IS_BETTER = (
 )
 
 
-class Finding(NamedTuple):
+class SettingProblem(NamedTuple):
     """What a setting says that is not, or hardly, meant."""
 
     key: tuple[str, ...]
@@ -61,7 +60,7 @@ class Finding(NamedTuple):
     refused: bool = False
 
 
-class Length(NamedTuple):
+class RunLength(NamedTuple):
     """The run's length as far as it is known."""
 
     steps: int | None
@@ -105,29 +104,29 @@ def check_settings(
     ]
     if values.checkpoint.best and evaluations == 0:
         what = f"{values.evaluation.every} is longer than the run ({whole}): checkpoint.best never judges a result"
-        found.append(Finding(("evaluation", "every"), what))
+        found.append(SettingProblem(("evaluation", "every"), what))
     found += _stops_early(values.limit.early_stopping, evaluations)
     found += _plateaus(values.schedule, evaluations)
     for number, stage in enumerate(values.model.unfreeze):
         if length.epochs is not None and stage.epoch > math.ceil(length.epochs):
             key = ("model", "unfreeze", str(number), "epoch")
-            found.append(Finding(key, f"{stage.epoch} is after the run's last epoch"))
+            found.append(SettingProblem(key, f"{stage.epoch} is after the run's last epoch"))
     spike = values.divergence.spike
     if spike is not None and length.steps is not None and spike.window >= length.steps:
         what = f"{spike.window} losses, and {whole}: no jump is ever judged"
-        found.append(Finding(("divergence", "spike", "window"), what))
+        found.append(SettingProblem(("divergence", "spike", "window"), what))
     found += _loader(values.data.loader, processes)
     found += _preparing(builder.components)
     _refuse(found, builder.where)
     yield from (f"{'.'.join(finding.key)}: {finding.what}" for finding in found)
 
 
-def _preparing(components: Components) -> Iterator[Finding]:
+def _preparing(components: Components) -> Iterator[SettingProblem]:
     for name in ("validation", "test"):
         reader = components.find("data", name)
         if reader is not None and (lacking := lacking_arguments(reader, components.of("data", "train"))):
             what = f"has no {', '.join(lacking)}, which data.train has: its samples are prepared in another way"
-            yield Finding(reader.key, what)
+            yield SettingProblem(reader.key, what)
 
 
 def check_changed_settings(builder: Builder) -> None:
@@ -139,23 +138,23 @@ def check_changed_settings(builder: Builder) -> None:
     _refuse(_directions_of(builder), builder.where)
 
 
-def _refuse(found: Iterable[Finding], where: Locations) -> None:
+def _refuse(found: Iterable[SettingProblem], where: Locations) -> None:
     if refused := [where.problem(finding.key, finding.what) for finding in found if finding.refused]:
         raise ConfigurationError(refused)
 
 
-def _length(limit: Limit, data: TrainingData) -> Length:
+def _length(limit: LimitSection, data: TrainingData) -> RunLength:
     per_epoch = data.steps_per_epoch
     steps = limit.steps if limit.steps is not None else data.num_steps(limit.epochs or 0)
     epochs = (
         limit.epochs if limit.epochs is not None else limit.steps / per_epoch if limit.steps and per_epoch else None
     )
-    return Length(steps, epochs, per_epoch)
+    return RunLength(steps, epochs, per_epoch)
 
 
 def _rates(
-    builder: ScheduleBuilder, optimizer: Optimizer, schedule: Schedule, data: TrainingData, length: Length
-) -> Iterator[Finding]:
+    builder: ScheduleBuilder, optimizer: Optimizer, schedule: Schedule, data: TrainingData, length: RunLength
+) -> Iterator[SettingProblem]:
     """Drive the schedule through the run, on a stand-in for the optimizer."""
     section, scheduler = builder.section, builder.scheduler
     key, name = (
@@ -170,19 +169,19 @@ def _rates(
         steps = min(length.steps, _MOST_STEPS)
         curve = simulate(rehearsed, steps=steps, steps_per_epoch=length.steps_per_epoch)
     except DivergenceError as error:
-        yield Finding(key, f"{name}: {error}", refused=True)
+        yield SettingProblem(key, f"{name}: {error}", refused=True)
         return
     except LockstepError:
         raise
     except Exception as error:
         if scheduler is not None and not schedulers.is_known(scheduler.target, scheduler.code):
             return  # a class of the user's own may need the optimizer itself, and raises when it is stepped
-        yield Finding(key, f"{name} raised {described(error)}", refused=True)
+        yield SettingProblem(key, f"{name} raised {described(error)}", refused=True)
         return
     for rates in curve.rates:
         negative = next((step for step, rate in enumerate(rates, 1) if rate < 0), None)
         if negative is not None:
-            yield Finding(
+            yield SettingProblem(
                 key,
                 f"{name} makes the rate {rates[negative - 1]:.3g} at step {negative}; it must not be negative",
                 True,
@@ -191,32 +190,36 @@ def _rates(
     highest = [max(column) for column in zip(*curve.rates, strict=True)]
     constant = all(min(rates) == max(rates) for rates in curve.rates)
     if not any(highest):
-        yield Finding(key, "all learning rates are 0 through the whole run, so nothing is trained")
+        yield SettingProblem(key, "all learning rates are 0 through the whole run, so nothing is trained")
     elif section is not None and section.target is not None and constant and 1 < length.steps == steps:
         if not section.watches:
-            yield Finding(key, f"{name} never changes the rate: the run has {steps:,} steps; see schedule.interval")
+            yield SettingProblem(
+                key, f"{name} never changes the rate: the run has {steps:,} steps; see schedule.interval"
+            )
     elif section is not None:
         full = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
         if highest[-1] > _MOST_GROWTH * full:
-            yield Finding(key, f"{name} makes the rate grow from {full:.3g} to {highest[-1]:.3g} at the run's end")
+            yield SettingProblem(
+                key, f"{name} makes the rate grow from {full:.3g} to {highest[-1]:.3g} at the run's end"
+            )
         yield from _shape(key, name, highest, steps, warmup=section.warmup_steps)
 
 
-def _shape(key: tuple[str, ...], name: str, rates: list[float], steps: int, *, warmup: int) -> Iterator[Finding]:
+def _shape(key: tuple[str, ...], name: str, rates: list[float], steps: int, *, warmup: int) -> Iterator[SettingProblem]:
     last = max(step for step, rate in enumerate(rates, 1) if rate > 0)
     if steps - last > max(1, steps // 20):
-        yield Finding(
+        yield SettingProblem(
             key, f"{name} makes the rate 0 after step {last:,} of {steps:,}: nothing is trained from there on"
         )
     begun = min(warmup, steps - 1)  # a warm-up rises by intention
     lowest = rates.index(min(rates[begun:]), begun)
     if name.endswith("CosineAnnealingLR") and max(rates[lowest:]) > 2 * rates[lowest] + 0.05 * max(rates):
-        yield Finding(
+        yield SettingProblem(
             key, f"{name} is lowest after step {lowest:,} of {steps:,}, and rises again: T_max is shorter than the run"
         )
 
 
-def _optimizer(optimizer: Component) -> Iterator[Finding]:
+def _optimizer(optimizer: Component) -> Iterator[SettingProblem]:
     section = optimizer.section
     parts: list[tuple[tuple[str, ...], str, dict[str, Any]]] = [(("optimizer",), section.target, section.args)]
     for number, group in enumerate(section.groups):
@@ -240,14 +243,14 @@ def _optimizer(optimizer: Component) -> Iterator[Finding]:
         ):  # fmt: skip
             if wrong and name not in named:
                 named.add(name)
-                yield Finding((*key, "args", name), what.format(args.get(name, decay)), refused)
+                yield SettingProblem((*key, "args", name), what.format(args.get(name, decay)), refused)
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _groups(groups: Sequence[Group], module: TrainingModule) -> Iterator[Finding]:
+def _groups(groups: Sequence[GroupSection], module: TrainingModule) -> Iterator[SettingProblem]:
     """Compare each group with those before it, which take what they match."""
     names = [name.removeprefix("model.") for name, _ in module.named_parameters()]
     for number, group in enumerate(groups):
@@ -255,25 +258,25 @@ def _groups(groups: Sequence[Group], module: TrainingModule) -> Iterator[Finding
         before = {name: n for n in reversed(range(number)) for name in own if matches(name, groups[n].match)}
         key = ("optimizer", "groups", str(number), "match")
         if own and len(before) == len(own):
-            yield Finding(
+            yield SettingProblem(
                 key, f"all that it matches is in optimizer.groups.{min(before.values())} already", refused=True
             )
         elif before:
             name, first = next(iter(before.items()))
             others = f" and {len(before) - 1} more" if len(before) > 1 else ""
-            yield Finding(
+            yield SettingProblem(
                 key, f"{name}{others} is also matched by optimizer.groups.{first}, which comes first and has it"
             )
 
 
-def _directions_of(builder: Builder) -> list[Finding]:
+def _directions_of(builder: Builder) -> list[SettingProblem]:
     values = builder.values
     asked = _asked(values.checkpoint.best, values.limit.early_stopping, values.schedule)
     return [*_directions(asked, builder.metrics(), losses={"loss", *values.objective.losses})] if asked else []
 
 
 def _asked(
-    best: Sequence[Best], stopping: EarlyStopping | None, schedule: ScheduleSection | None
+    best: Sequence[BestSection], stopping: EarlyStoppingSection | None, schedule: ScheduleSection | None
 ) -> list[tuple[tuple[str, ...], str, str]]:
     """Return each 'min' and 'max' with its key and the result that is watched."""
     asked: list[tuple[tuple[str, ...], str, str]]
@@ -287,7 +290,7 @@ def _asked(
 
 def _directions(
     asked: Iterable[tuple[tuple[str, ...], str, str]], metrics: Mapping[str, Metric], *, losses: Container[str]
-) -> Iterator[Finding]:
+) -> Iterator[SettingProblem]:
     """Compare each 'min' and 'max' with what is better by the result that is watched.
 
     Args:
@@ -299,39 +302,41 @@ def _directions(
             better = "max" if metrics[result].higher_is_better else "min"
         if better is not None and mode != better:
             word = {"min": "lower", "max": "higher"}[better]
-            yield Finding(key, f"is {mode}, but {word} is better of {result!r}: write mode: {better}", refused=True)
+            yield SettingProblem(
+                key, f"is {mode}, but {word} is better of {result!r}: write mode: {better}", refused=True
+            )
         elif better is None and mode == "min" and any(word in result.lower() for word in _HIGHER_IS_BETTER):
-            yield Finding(key, f"is min, and higher is better of most results that are called like {result!r}")
+            yield SettingProblem(key, f"is min, and higher is better of most results that are called like {result!r}")
 
 
-def _warms_up_in_time(section: ScheduleSection | None, length: Length, whole: str) -> Iterator[Finding]:
+def _warms_up_in_time(section: ScheduleSection | None, length: RunLength, whole: str) -> Iterator[SettingProblem]:
     warmup = section.warmup_steps if section is not None else 0
     if length.steps is not None and warmup > length.steps:
         what = f"{warmup:,} updates, and {whole}: the rate never reaches its full height"
-        yield Finding(("schedule", "warmup_steps"), what)
+        yield SettingProblem(("schedule", "warmup_steps"), what)
 
 
-def _stops_early(section: EarlyStopping | None, evaluations: int | None) -> Iterator[Finding]:
+def _stops_early(section: EarlyStoppingSection | None, evaluations: int | None) -> Iterator[SettingProblem]:
     if section is not None and evaluations is not None and evaluations <= section.patience:
         what = f"{section.patience} evaluations, and the run has {evaluations}: it can never stop early"
-        yield Finding(("limit", "early_stopping", "patience"), what)
+        yield SettingProblem(("limit", "early_stopping", "patience"), what)
 
 
-def _plateaus(section: ScheduleSection | None, evaluations: int | None) -> Iterator[Finding]:
+def _plateaus(section: ScheduleSection | None, evaluations: int | None) -> Iterator[SettingProblem]:
     """Look at a schedule that follows evaluations."""
     if section is None or not section.watches:
         return
     if _number(section.args.get("factor")) <= 0:
         what = f"is {section.args['factor']}: the rate would be 0 once {section.monitor} no longer improves"
-        yield Finding(("schedule", "args", "factor"), what, refused=True)
+        yield SettingProblem(("schedule", "args", "factor"), what, refused=True)
     if evaluations is not None:
         patience = section.args.get("patience", 10)
         if isinstance(patience, int) and evaluations <= patience:
             what = f"{patience} evaluations, and the run has {evaluations}: the rate is never lowered"
-            yield Finding(("schedule", "args", "patience"), what)
+            yield SettingProblem(("schedule", "args", "patience"), what)
 
 
-def _averaging(section: Averaging | None, length: Length, whole: str) -> Iterator[Finding]:
+def _averaging(section: AveragingSection | None, length: RunLength, whole: str) -> Iterator[SettingProblem]:
     if section is None or length.steps is None:
         return
 
@@ -345,24 +350,24 @@ def _averaging(section: Averaging | None, length: Length, whole: str) -> Iterato
         return
     if start >= length.steps:
         what = f"{section.start} is not before the end of the run, so nothing would be averaged; {whole}"
-        yield Finding(("averaging", "start"), what, refused=True)
+        yield SettingProblem(("averaging", "start"), what, refused=True)
     elif length.steps // every == start // every:
         what = f"weights would be taken in after each {section.interval}, which never comes: {whole}"
-        yield Finding(("averaging", "every"), what)
+        yield SettingProblem(("averaging", "every"), what)
     elif section.anneal is not None:
         anneal = section.anneal.steps or (section.anneal.epochs or 0) * (length.steps_per_epoch or 0)
         if anneal > length.steps - start:
-            yield Finding(
+            yield SettingProblem(
                 ("averaging", "anneal"),
                 f"is longer than what is left of the run: {section.learning_rate} is not reached",
             )
 
 
-def _loader(loader: Loader, processes: int) -> Iterator[Finding]:
+def _loader(loader: LoaderSection, processes: int) -> Iterator[SettingProblem]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if loader.num_workers * processes > 4 * cores:
         each = f" for each of {processes} processes" if processes > 1 else ""
-        yield Finding(
+        yield SettingProblem(
             ("data", "loader", "num_workers"),
             f"{loader.num_workers} workers{each} on {cores} cores: they take time from each other",
         )

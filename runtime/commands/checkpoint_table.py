@@ -10,13 +10,13 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from runtime.checkpoints.inspection import Inspected, Listing
+from runtime.checkpoints.inspection import CheckpointInfo, CheckpointListing
 from runtime.wording import in_units
 
 _STYLES = {"whole": "green", "damaged": "red", "newer format": "red", "moved aside": "yellow"}
 
 
-def print_listing(listing: Listing, console: Console) -> None:
+def print_listing(listing: CheckpointListing, console: Console) -> None:
     """Print the table, and what is not well."""
     if not listing.checkpoints:
         console.print(f"{listing.folder} holds no checkpoints", soft_wrap=True, markup=False)
@@ -26,7 +26,7 @@ def print_listing(listing: Listing, console: Console) -> None:
         console.print(note, soft_wrap=True, markup=False)
 
 
-def _print_table(listing: Listing, console: Console) -> None:
+def _print_table(listing: CheckpointListing, console: Console) -> None:
     """Print one line for each checkpoint; or two, in a narrow terminal: the name needs one for itself then."""
     metrics, hidden = _metrics(listing), list[str]()
     table = _table(listing, metrics, with_names=True)
@@ -50,7 +50,7 @@ def _width(table: Table, console: Console) -> int:
     return console.measure(table, options=console.options.update(width=10_000)).maximum
 
 
-def _table(listing: Listing, metrics: Sequence[str], *, with_names: bool) -> Table:
+def _table(listing: CheckpointListing, metrics: Sequence[str], *, with_names: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     attempts = any(i.attempt for i in listing.checkpoints)
     if with_names:
@@ -74,7 +74,7 @@ def _table(listing: Listing, metrics: Sequence[str], *, with_names: bool) -> Tab
     return table
 
 
-def _metrics(listing: Listing) -> list[str]:
+def _metrics(listing: CheckpointListing) -> list[str]:
     """Return the results that have a column: the loss and what the best are judged by, or all."""
     numbers = {n: None for i in listing.checkpoints for n, v in i.results.items() if isinstance(v, float)}
     if listing.best:
@@ -82,7 +82,7 @@ def _metrics(listing: Listing) -> list[str]:
     return [name for name in numbers if name != "samples"]
 
 
-def _result(inspected: Inspected, metric: str) -> Text:
+def _result(inspected: CheckpointInfo, metric: str) -> Text:
     value = inspected.results.get(metric)
     if not isinstance(value, float):
         return Text("")
@@ -90,7 +90,7 @@ def _result(inspected: Inspected, metric: str) -> Text:
     return Text(f"{value:.4g}" + (f" #{place}" if place else ""), style="bold" if place == 1 else "")
 
 
-def _remarks(listing: Listing) -> Iterator[str]:
+def _remarks(listing: CheckpointListing) -> Iterator[str]:
     """Yield what a table cannot say: what is wrong, and what the next start will do."""
     if any(i.best_of for i in listing.checkpoints):
         yield "#1: the best of its metric (best.json)"

@@ -23,11 +23,10 @@ from runtime.checks.settings import check_settings
 from runtime.checks.traces import left_as_it_was
 from runtime.commands.learning_rate_curve import drawn, save_picture
 from runtime.config import yaml_file
-from runtime.config.data import Batch, Data
+from runtime.config.data import BatchSection, DataSection
 from runtime.config.file import LoadedConfiguration
-from runtime.config.learning import Anneal, Averaging
-from runtime.config.learning import Objective as ObjectiveSection
-from runtime.config.sections import Limit, RunConfiguration
+from runtime.config.learning import AnnealSection, AveragingSection, ObjectiveSection
+from runtime.config.sections import LimitSection, RunConfiguration
 from runtime.data.batches import default_slots
 from runtime.data.training_data import TrainingData
 from runtime.determinism import default_determinism
@@ -39,7 +38,7 @@ from runtime.optimization.averaging import batch_norms
 from runtime.optimization.combined import members
 from runtime.optimization.freezing import Freezing
 from runtime.optimization.optimizer import default_rate
-from runtime.optimization.planned_rates import Curve, simulate
+from runtime.optimization.planned_rates import PlannedRates, simulate
 from runtime.optimization.rehearsal import StandIn
 from runtime.randomness import preserved_random_state
 from runtime.reporting.facts import inexact_choices
@@ -128,14 +127,16 @@ def show(
         console.print(f"\nwritten: {picture}")
 
 
-def _held_out(section: Data, sources: DataSources) -> str:
+def _held_out(section: DataSection, sources: DataSources) -> str:
     """Say how many samples are held out of the training data."""
     names = ("validation", "test") if section.split is not None else ()
     parts = {name: sources.get(name) for name in names}
     return "".join(f", {len(part):,} for {name}" for name, part in parts.items() if part is not None)
 
 
-def _steps(section: Data, size: int, limit: Limit, data: TrainingData, held_out: str) -> Iterator[tuple[str, str]]:
+def _steps(
+    section: DataSection, size: int, limit: LimitSection, data: TrainingData, held_out: str
+) -> Iterator[tuple[str, str]]:
     per_epoch, num_samples = data.steps_per_epoch, data.num_samples
     total = _total_steps(limit, data)
     if per_epoch is None or num_samples is None:
@@ -157,13 +158,13 @@ def _steps(section: Data, size: int, limit: Limit, data: TrainingData, held_out:
         yield "last batch", f"{last} samples, divided by their own weight"
 
 
-def _total_steps(limit: Limit, data: TrainingData) -> int | None:
+def _total_steps(limit: LimitSection, data: TrainingData) -> int | None:
     if limit.steps or data.steps_per_epoch is None:
         return limit.steps
     return (limit.epochs or 0) * data.steps_per_epoch
 
 
-def _slots(batch: Batch, slots: int, processes: int, *, unit: str) -> Iterator[tuple[str, str]]:
+def _slots(batch: BatchSection, slots: int, processes: int, *, unit: str) -> Iterator[tuple[str, str]]:
     origin = "batch.slots" if batch.slots else f"for a first start with {processes} process{'es' * (processes > 1)}"
     sizes = [batch.global_size * (k + 1) // slots - batch.global_size * k // slots for k in range(slots)]
     yield (
@@ -191,7 +192,9 @@ def _metric_state(metrics: MetricSet) -> Iterator[tuple[str, str]]:
         yield "metric state", f"{in_units(metrics.state_bytes)}{grows}"
 
 
-def _curve(builder: ScheduleBuilder, optimizer: Optimizer, data: TrainingData, total: int | None) -> Curve | None:
+def _curve(
+    builder: ScheduleBuilder, optimizer: Optimizer, data: TrainingData, total: int | None
+) -> PlannedRates | None:
     """Simulate the schedule, or return None where nobody knows for how long; the optimizer is not used afterwards."""
     if total is None:
         return None
@@ -208,7 +211,7 @@ def _curve(builder: ScheduleBuilder, optimizer: Optimizer, data: TrainingData, t
     return curve
 
 
-def _schedule(builder: ScheduleBuilder, curve: Curve | None, *, draw: bool) -> Iterator[str]:
+def _schedule(builder: ScheduleBuilder, curve: PlannedRates | None, *, draw: bool) -> Iterator[str]:
     section, averaging = builder.section, builder.averaging
     counted = {"step": "each applied update", "epoch": "each epoch"}
     if section is None:
@@ -218,7 +221,7 @@ def _schedule(builder: ScheduleBuilder, curve: Curve | None, *, draw: bool) -> I
         when = "each evaluation" if section.watches else counted[section.interval]
         yield (f"{section.target}, stepped after {when}" if section.target else "constant") + warmed
     if averaging is not None and averaging.learning_rate is not None:
-        anneal = averaging.anneal or Anneal(epochs=10)
+        anneal = averaging.anneal or AnnealSection(epochs=10)
         length = f"{anneal.epochs or anneal.steps} {'epochs' if anneal.epochs else 'updates'}"
         yield f"after {averaging.start}: to {averaging.learning_rate:.3g} over {length} ({anneal.strategy}), and constant"
     if curve is None:
@@ -240,7 +243,7 @@ def _schedule(builder: ScheduleBuilder, curve: Curve | None, *, draw: bool) -> I
         yield "its length follows from the limit, which then cannot be raised later"
 
 
-def _averaging(section: Averaging | None, module: nn.Module) -> Iterator[tuple[str, str]]:
+def _averaging(section: AveragingSection | None, module: nn.Module) -> Iterator[tuple[str, str]]:
     if section is None:
         return
     unit = "update" if section.interval.unit == "step" else "epoch"

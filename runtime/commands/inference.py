@@ -71,11 +71,11 @@ def _infer(options: argparse.Namespace) -> int:
 
     from launch.local import infer_locally, num_gpus
     from runtime.build.components import check_components
-    from runtime.inference.request import Request, check_request
+    from runtime.inference.request import InferenceRequest, check_request
 
     check_components(loaded)
     chosen = chosen_options(options)
-    check_request(loaded, Request(options.act, **chosen))
+    check_request(loaded, InferenceRequest(options.act, **chosen))
     flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None and not isinstance(value, bool)]
     flags += ["--force"] if options.force else []
     gpus = num_gpus()

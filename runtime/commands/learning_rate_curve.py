@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runtime.errors import ConfigurationError, MissingDependencyError, Problem
-from runtime.optimization.planned_rates import Curve
+from runtime.optimization.planned_rates import PlannedRates
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
 _BRAILLE = 0x2800
 _SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def drawn(curve: Curve, *, width: int = 44, height: int = 9) -> Iterator[str]:
+def drawn(curve: PlannedRates, *, width: int = 44, height: int = 9) -> Iterator[str]:
     """Draw the curve of each group in braille dots, one line at a time, with axes.
 
     Args:
@@ -61,12 +61,12 @@ def _row(rate: float, bottom: float, top: float, rows: int) -> int:
     return min(rows - 1, max(0, round((1.0 - share) * (rows - 1))))
 
 
-def _axis(curve: Curve, width: int) -> str:
+def _axis(curve: PlannedRates, width: int) -> str:
     ticks = {round(mark * (width - 1) / 4) for mark in range(5)}
     return "".join("┬" if column in ticks else "─" for column in range(width))
 
 
-def _step_labels(curve: Curve, width: int) -> str:
+def _step_labels(curve: PlannedRates, width: int) -> str:
     line, shown, before = [" "] * width, len(curve.rates[0]), ""
     for mark in range(5):
         text = f"{max(1, round(shown * mark / 4)):,}"
@@ -78,7 +78,7 @@ def _step_labels(curve: Curve, width: int) -> str:
     return "".join(line).rstrip() + " steps"
 
 
-def save_picture(curve: Curve, path: Path, *, title: str) -> None:
+def save_picture(curve: PlannedRates, path: Path, *, title: str) -> None:
     """Draw the curve with matplotlib.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch import schedulers
 from launch.cluster_scheduler import ClusterScheduler, ClusterStep
-from launch.node_rendezvous import Place
+from launch.node_rendezvous import NodeInfo
 from runtime.arguments import count
 from runtime.errors import ConfigurationError, Problem
 
@@ -48,7 +48,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def place_of(options: argparse.Namespace, processes: int) -> Place | None:
+def place_of(options: argparse.Namespace, processes: int) -> NodeInfo | None:
     """Return this machine's place among several, None where it is alone.
 
     Raises:
@@ -72,7 +72,7 @@ def place_of(options: argparse.Namespace, processes: int) -> Place | None:
         )
     if problems:
         raise ConfigurationError(problems)
-    return Place(nodes, rank, address, options.main_port or 29500, processes)
+    return NodeInfo(nodes, rank, address, options.main_port or 29500, processes)
 
 
 def step_of(options: argparse.Namespace) -> ClusterStep | None:

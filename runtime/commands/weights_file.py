@@ -33,7 +33,7 @@ _SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedFile:
     """What was written.
 
     Args:
@@ -66,7 +66,7 @@ def export(
     weights: Literal["raw", "averaged"] = "raw",
     force: bool = False,
     warn: Callable[[str], None],
-) -> Exported:
+) -> ExportedFile:
     """Write the model's state dict to a safetensors or torch file.
 
     A safetensors file holds tied weights under each of their names; in torch's they share their memory, and so they do when
@@ -102,7 +102,7 @@ def export(
         )
     num_bytes = _write(out, state, metadata, force=force)
     distinct = {id(tensor): tensor.numel() for tensor in state.values()}
-    return Exported(out, checkpoint.name, weights, len(state), sum(distinct.values()), num_bytes)
+    return ExportedFile(out, checkpoint.name, weights, len(state), sum(distinct.values()), num_bytes)
 
 
 def _check_target(out: Path, *, force: bool) -> None:

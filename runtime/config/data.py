@@ -24,7 +24,7 @@ def alone(key: str) -> Shorthand:
 Share = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)]
 
 
-class HoldOut(Section):
+class HoldOutSection(Section):
     """Parts of ``data.train`` that are held out at random. What the data is prepared by is fitted on what remains."""
 
     validation: Share | None = None
@@ -55,7 +55,7 @@ class HoldOut(Section):
         )
 
 
-class LengthGroups(Section):
+class LengthGroupsSection(Section):
     """Batches of samples of similar length, so that little is padded."""
 
     lengths: SampleValues
@@ -64,7 +64,7 @@ class LengthGroups(Section):
     """Samples are sorted within stretches of this many batches of a random order."""
 
 
-class Budget(Section):
+class BudgetSection(Section):
     """Global batches of as many samples as a budget allows; none is above it, nor above ``batch.global_size`` samples."""
 
     tokens: float | int = Field(gt=0)
@@ -77,7 +77,7 @@ class Budget(Section):
     """See ``group_by_length``."""
 
 
-class Balance(Section):
+class BalanceSection(Section):
     """Every class drawn equally often; small classes repeat."""
 
     classes: SampleValues
@@ -86,7 +86,7 @@ class Balance(Section):
     """Draws of an epoch. Default: as many as there are samples."""
 
 
-class SampleWeights(Section):
+class SampleWeightsSection(Section):
     """Samples drawn with replacement, in proportion to a weight."""
 
     values: SampleValues
@@ -95,7 +95,7 @@ class SampleWeights(Section):
     """Draws of an epoch. Default: as many as there are samples."""
 
 
-class Fields(Section):
+class FieldsSection(Section):
     """Which part of a batch is what: keys of a mapping, or positions in a tuple."""
 
     inputs: str | int | list[str | int] | dict[str, str | int] | None = None
@@ -112,7 +112,7 @@ class Fields(Section):
     """The query or user that a sample belongs to, for ranking metrics."""
 
 
-class Split(ComponentSection):
+class SplitSection(ComponentSection):
     """One part of the data: what makes the data set, and what happens to its samples."""
 
     transform: Component | None = None
@@ -135,7 +135,7 @@ class Split(ComponentSection):
         return refuse(self, (self.yields == "batches" and self.sharded_by is None, "yields", what))
 
 
-class Loader(Section):
+class LoaderSection(Section):
     """torch's DataLoader. Nothing here changes the result, only the speed. Workers always live as long as the run
     (``persistent_workers``).
     """
@@ -161,18 +161,18 @@ class Loader(Section):
         )
 
 
-class Data(Section):
+class DataSection(Section):
     """Which data is trained on and evaluated on."""
 
-    train: Annotated[Split, TARGET_ALONE]
+    train: Annotated[SplitSection, TARGET_ALONE]
     """What is trained on."""
-    validation: Annotated[Split, TARGET_ALONE] | None = None
+    validation: Annotated[SplitSection, TARGET_ALONE] | None = None
     """What is evaluated at intervals."""
-    test: Annotated[Split, TARGET_ALONE] | None = None
+    test: Annotated[SplitSection, TARGET_ALONE] | None = None
     """What is evaluated once, at the end of the run."""
-    split: HoldOut | None = None
+    split: HoldOutSection | None = None
     """Parts of ``data.train`` held out at random, in place of ``data.validation`` and ``data.test``. Default: none."""
-    fields: Fields = Fields()
+    fields: FieldsSection = FieldsSection()
     """Which part of a batch is what."""
     shuffle: bool | None = None
     """A new keyed permutation of the training samples for each epoch (the default); off: their own order."""
@@ -180,19 +180,19 @@ class Data(Section):
     """A torch Sampler over training indices, called with the data set, drawn once per epoch under the epoch's seed."""
     batch_sampler: Component | None = None
     """A torch batch sampler, called with the data set; each of its batches is one global batch."""
-    group_by_length: Annotated[LengthGroups, alone("lengths")] | None = None
+    group_by_length: Annotated[LengthGroupsSection, alone("lengths")] | None = None
     """Batches of samples of similar length."""
-    budget: Budget | None = None
+    budget: BudgetSection | None = None
     """Global batches of as many samples as a budget of tokens allows."""
-    balance: Annotated[Balance, alone("classes")] | None = None
+    balance: Annotated[BalanceSection, alone("classes")] | None = None
     """Every class drawn equally often."""
-    weights: Annotated[SampleWeights, alone("values")] | None = None
+    weights: Annotated[SampleWeightsSection, alone("values")] | None = None
     """Samples drawn with replacement, in proportion to a weight."""
     drop_last: bool = False
     """Leave out each epoch's last, smaller global batch."""
     collate: Component | None = None
     """Makes a batch from a list of samples. Default: torch's ``default_collate``."""
-    loader: Loader = Loader()
+    loader: LoaderSection = LoaderSection()
     """How samples are read."""
 
     @property
@@ -241,7 +241,7 @@ class Data(Section):
         )
 
 
-class Batch(Section):
+class BatchSection(Section):
     """How many samples one update sees, and how they are cut up."""
 
     global_size: int = Field(ge=1)

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from runtime.config.data import Batch
+from runtime.config.data import BatchSection
 from runtime.config.file import LoadedConfiguration
 from runtime.config.launcher_table import ACCUMULATION, REFUSED, SETTINGS, WITHOUT_EFFECT, NoKeyError, Variables
 from runtime.config.locations import Locations
@@ -27,7 +27,7 @@ _TRAINING_ONLY = ("optimizer.max_grad_norm", ACCUMULATION)
 
 
 @dataclass(frozen=True)
-class Given:
+class LauncherValue:
     """A value of a key that was given outside the YAML.
 
     Args:
@@ -44,7 +44,7 @@ _NAMES = {setting.variable for setting in SETTINGS} | {name for name, *_ in (*RE
 
 def load_with_settings(
     read: Callable[[list[str]], LoadedConfiguration], variables: Variables, *, world_size: int, trains: bool = True
-) -> tuple[LoadedConfiguration, list[Given], list[str]]:
+) -> tuple[LoadedConfiguration, list[LauncherValue], list[str]]:
     """Return the configuration with the settings of the environment in it, those that were adopted, and a line about each.
 
     Args:
@@ -62,7 +62,9 @@ def load_with_settings(
     return loaded, adopted, [*map(_in_words, adopted), *_without_effect(variables)]
 
 
-def adopt(loaded: LoadedConfiguration, variables: Variables, *, world_size: int, trains: bool = True) -> list[Given]:
+def adopt(
+    loaded: LoadedConfiguration, variables: Variables, *, world_size: int, trains: bool = True
+) -> list[LauncherValue]:
     """Return the settings on which the YAML is silent, to be added to it.
 
     Args:
@@ -74,7 +76,7 @@ def adopt(loaded: LoadedConfiguration, variables: Variables, *, world_size: int,
         ConfigurationError: settings that differ from the YAML, or that no key stands for; all at once.
     """
     found, problems = _given(variables)
-    adopted: dict[str, Given] = {}
+    adopted: dict[str, LauncherValue] = {}
     for given in found:
         if given.key in _TRAINING_ONLY and not trains:
             continue
@@ -116,17 +118,17 @@ def hidden() -> Iterator[None]:
         os.environ.update(before)
 
 
-def overrides(adopted: list[Given]) -> list[str]:
+def overrides(adopted: list[LauncherValue]) -> list[str]:
     """Return adopted settings as overrides, for processes that the launcher's own flags would hide them from."""
     return [f"{given.key}={json.dumps(given.value)}" for given in adopted]
 
 
-def _in_words(given: Given) -> str:
+def _in_words(given: LauncherValue) -> str:
     """Return the line that tells a user of it."""
     return f"{given.key}: {given.value} is adopted from {given.where}; the YAML does not say"
 
 
-def _given(variables: Variables) -> tuple[list[Given], list[Problem]]:
+def _given(variables: Variables) -> tuple[list[LauncherValue], list[Problem]]:
     found, problems = [], []
     for variable, option, counts, cure in REFUSED:
         if variables.get(variable, "").lower() not in _OFF and counts(variables):
@@ -142,13 +144,13 @@ def _given(variables: Variables) -> tuple[list[Given], list[Problem]]:
             problems.append(Problem("environment", setting.variable, what))
             continue
         if value is not None:
-            found.append(Given(setting.key, value, f"{setting.variable} (accelerate launch {setting.option})"))
+            found.append(LauncherValue(setting.key, value, f"{setting.variable} (accelerate launch {setting.option})"))
             if setting.key == "strategy.zero.file":
                 found += _given_in_file(Path(value))
     return found, problems
 
 
-def _given_in_file(path: Path) -> Iterator[Given]:
+def _given_in_file(path: Path) -> Iterator[LauncherValue]:
     """Yield what a JSON file of DeepSpeed's says that keys of the YAML stand for; a file that is wrong is told later."""
     try:
         content = json.loads(path.read_text())
@@ -163,25 +165,25 @@ def _given_in_file(path: Path) -> Iterator[Given]:
     zero = content.get("zero_optimization")
     for precision in ("bf16", "fp16"):
         if inner(precision, "enabled") is True:
-            yield Given("precision", precision, f"{path} {precision}.enabled")
+            yield LauncherValue("precision", precision, f"{path} {precision}.enabled")
     if isinstance(stage := inner("zero_optimization", "stage"), int):
-        yield Given("strategy.zero.stage", stage, f"{path} zero_optimization.stage")
+        yield LauncherValue("strategy.zero.stage", stage, f"{path} zero_optimization.stage")
     for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         offload = zero.get(name) if isinstance(zero, dict) else None
         if isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme"):
             parts = {"device": offload["device"], "path": offload.get("nvme_path")}
             parts |= {"pin_memory": offload["pin_memory"]} if isinstance(offload.get("pin_memory"), bool) else {}
             value = {name: part for name, part in parts.items() if part is not None}
-            yield Given(f"strategy.zero.{key}", value, f"{path} zero_optimization.{name}")
+            yield LauncherValue(f"strategy.zero.{key}", value, f"{path} zero_optimization.{name}")
     clipping = content.get("gradient_clipping")
     if isinstance(clipping, int | float) and clipping > 0:
-        yield Given("optimizer.max_grad_norm", float(clipping), f"{path} gradient_clipping")
+        yield LauncherValue("optimizer.max_grad_norm", float(clipping), f"{path} gradient_clipping")
     steps = content.get("gradient_accumulation_steps")
     if isinstance(steps, int) and steps > 1:
-        yield Given(ACCUMULATION, steps, f"{path} gradient_accumulation_steps")
+        yield LauncherValue(ACCUMULATION, steps, f"{path} gradient_accumulation_steps")
 
 
-def _difference(values: BaseModel, given: Given, where: Locations) -> Problem | None:
+def _difference(values: BaseModel, given: LauncherValue, where: Locations) -> Problem | None:
     """Return what is wrong where the YAML says something else."""
     written = given.key.split(".")
     if given.key == "optimizer.max_grad_norm" and _value(values, "optimizer.max_grad_value") is not None:
@@ -199,7 +201,7 @@ def _difference(values: BaseModel, given: Given, where: Locations) -> Problem | 
     return where.problem(written, what)
 
 
-def _same(said: Any, given: Given, where: Locations) -> bool:
+def _same(said: Any, given: LauncherValue, where: Locations) -> bool:
     if given.key == "strategy.zero.file":
         return said is not None and where.beside(said).resolve() == Path(given.value).resolve()
     if given.key.startswith("strategy.zero.offload_"):
@@ -208,11 +210,13 @@ def _same(said: Any, given: Given, where: Locations) -> bool:
     return bool(said == given.value)
 
 
-def _accumulation(batch: Batch, given: Given, world_size: int, where: Locations) -> tuple[Problem | None, Given]:
+def _accumulation(
+    batch: BatchSection, given: LauncherValue, world_size: int, where: Locations
+) -> tuple[Problem | None, LauncherValue]:
     """Return what is wrong with an accumulation of so many microbatches on each rank, or the microbatch that makes it."""
     steps = given.value
     micro_size = -(-batch.global_size // (steps * world_size))
-    adopted = Given(ACCUMULATION, micro_size, f"{steps} microbatches on each rank, by {given.where}")
+    adopted = LauncherValue(ACCUMULATION, micro_size, f"{steps} microbatches on each rank, by {given.where}")
     key = next((name for name in ("slots", "micro_size") if getattr(batch, name) is not None), None)
     if key is None or batch.micro_size == micro_size:
         return None, adopted

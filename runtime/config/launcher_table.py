@@ -22,7 +22,7 @@ class NoKeyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Setting:
+class LauncherSetting:
     """A setting of the launcher's and the key of the YAML that it stands for.
 
     Args:
@@ -115,69 +115,77 @@ _DYNAMO, _OFFLOADS = "ACCELERATE_DYNAMO_", {"none": None, "": None, "cpu": "cpu"
 _PRECISIONS = {"no": None, "": None, "fp32": None, "none": None, "bf16": "bf16", "fp16": "fp16"}
 
 SETTINGS = (
-    Setting(
+    LauncherSetting(
         "ACCELERATE_MIXED_PRECISION",
         "--mixed_precision",
         "precision",
         _choice(_PRECISIONS, "is a precision that Lockstep does not have; take bf16 or fp16"),
     ),
-    Setting(
+    LauncherSetting(
         f"{_DYNAMO}BACKEND", "--dynamo_backend", "compile.backend", lambda t: (_unless("no")(t) or "").lower() or None
     ),
-    Setting(f"{_DYNAMO}MODE", "--dynamo_mode", "compile.mode", _unless("default"), _compiles),
-    Setting(f"{_DYNAMO}USE_FULLGRAPH", "--dynamo_use_fullgraph", "compile.fullgraph", _if_true(True), _compiles),
-    Setting(f"{_DYNAMO}USE_DYNAMIC", "--dynamo_use_dynamic", "compile.dynamic", _if_true(True), _compiles),
-    Setting(_FSDP, "--use_fsdp", "strategy.kind", _if_true("fsdp")),
-    Setting(
+    LauncherSetting(f"{_DYNAMO}MODE", "--dynamo_mode", "compile.mode", _unless("default"), _compiles),
+    LauncherSetting(
+        f"{_DYNAMO}USE_FULLGRAPH", "--dynamo_use_fullgraph", "compile.fullgraph", _if_true(True), _compiles
+    ),
+    LauncherSetting(f"{_DYNAMO}USE_DYNAMIC", "--dynamo_use_dynamic", "compile.dynamic", _if_true(True), _compiles),
+    LauncherSetting(_FSDP, "--use_fsdp", "strategy.kind", _if_true("fsdp")),
+    LauncherSetting(
         "FSDP_RESHARD_AFTER_FORWARD",
         "--fsdp_reshard_after_forward",
         "strategy.fsdp.reshard_after_forward",
         _reshards,
         _with_fsdp,
     ),
-    Setting(
+    LauncherSetting(
         "FSDP_SHARDING_STRATEGY",
         "--fsdp_sharding_strategy",
         "strategy.fsdp.reshard_after_forward",
         _reshards,
         _with_fsdp,
     ),
-    Setting("FSDP_OFFLOAD_PARAMS", "--fsdp_offload_params", "strategy.fsdp.cpu_offload", _if_true(True), _with_fsdp),
-    Setting(
+    LauncherSetting(
+        "FSDP_OFFLOAD_PARAMS", "--fsdp_offload_params", "strategy.fsdp.cpu_offload", _if_true(True), _with_fsdp
+    ),
+    LauncherSetting(
         "FSDP_TRANSFORMER_CLS_TO_WRAP",
         "--fsdp_transformer_layer_cls_to_wrap",
         "strategy.fsdp.wrap",
         _classes,
         _with_fsdp,
     ),
-    Setting(
+    LauncherSetting(
         "FSDP_MIN_NUM_PARAMS",
         "--fsdp_min_num_params",
         "strategy.fsdp.min_parameters",
         _number(int, least=0),
         _with_fsdp_by_size,
     ),
-    Setting(_ZERO, "--use_deepspeed", "strategy.kind", _if_true("zero")),
-    Setting(
+    LauncherSetting(_ZERO, "--use_deepspeed", "strategy.kind", _if_true("zero")),
+    LauncherSetting(
         "ACCELERATE_DEEPSPEED_ZERO_STAGE", "--zero_stage", "strategy.zero.stage", _number(int, least=-1), _with_zero
     ),
-    Setting(
+    LauncherSetting(
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
         "--offload_optimizer_device",
         "strategy.zero.offload_optimizer",
         _choice(_OFFLOADS, "is a device that nothing is offloaded to; take cpu or nvme"),
         _with_zero,
     ),
-    Setting(
+    LauncherSetting(
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
         "--offload_param_device",
         "strategy.zero.offload_parameters",
         _choice(_OFFLOADS, "is a device that nothing is offloaded to; take cpu or nvme"),
         _with_zero,
     ),
-    Setting("ACCELERATE_DEEPSPEED_CONFIG_FILE", "--deepspeed_config_file", "strategy.zero.file", _file, _with_zero),
-    Setting("ACCELERATE_GRADIENT_CLIPPING", "--gradient_clipping", "optimizer.max_grad_norm", _number(float, least=0)),
-    Setting(
+    LauncherSetting(
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE", "--deepspeed_config_file", "strategy.zero.file", _file, _with_zero
+    ),
+    LauncherSetting(
+        "ACCELERATE_GRADIENT_CLIPPING", "--gradient_clipping", "optimizer.max_grad_norm", _number(float, least=0)
+    ),
+    LauncherSetting(
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "--gradient_accumulation_steps", ACCUMULATION, _number(int, least=1)
     ),
 )

@@ -18,7 +18,7 @@ from runtime.config.types import (
 )
 
 
-class Weights(Section):
+class WeightsSection(Section):
     """Weights that the run starts from; a resumed run takes its checkpoint's."""
 
     file: str = Field(min_length=1, json_schema_extra={"resume": "free"})
@@ -37,7 +37,7 @@ class Weights(Section):
     """Patterns of the model's names that stay as they were built, such as those of a new head."""
 
 
-class Unfreezing(Section):
+class UnfreezingSection(Section):
     """What is trained from the start of an epoch on."""
 
     epoch: int = Field(ge=2)
@@ -49,16 +49,16 @@ class Unfreezing(Section):
 _FILE_ALONE = Shorthand(lambda value: {"file": value} if isinstance(value, str) else value, {"type": "string"})
 
 
-class Model(ComponentSection):
+class ModelSection(ComponentSection):
     """A torch module: built, then given weights, then frozen in parts."""
 
     output: str | int | None = None
     """Which part of what the model returns is its output: a key, attribute (``logits``) or position. Default: all of it."""
-    weights: Annotated[Weights, _FILE_ALONE] | None = None
+    weights: Annotated[WeightsSection, _FILE_ALONE] | None = None
     """Pretrained weights; a path alone stands for ``file``. Default: as the model was built."""
     freeze: list[str] = []
     """Patterns of parameters that are not trained: ``backbone.*``; a later ``!backbone.norm.*`` takes names back."""
-    unfreeze: list[Unfreezing] = []
+    unfreeze: list[UnfreezingSection] = []
     """Frozen parameters that are trained from later epochs on."""
     frozen_mode: Literal["eval", "train"] = "eval"
     """Mode of modules all of whose parameters are frozen; ``eval``: BatchNorm statistics stand still, dropout is off."""
@@ -75,7 +75,7 @@ class Model(ComponentSection):
         )
 
 
-class LossFields(Section):
+class LossFieldsSection(Section):
     """Parts of the batch that one of several losses reads in place of those of ``data.fields``."""
 
     target: str | int | list[str | int] | None = None
@@ -84,25 +84,25 @@ class LossFields(Section):
     """Weight of each sample, or of each element of the target."""
 
 
-class LossPart(ComponentSection):
+class LossPartSection(ComponentSection):
     """One of several losses."""
 
     weight: float = Field(1.0, ge=0)
     """What its mean is multiplied by."""
     output: str | int | None = None
     """Which part of what the model returns it is given. Default: that of ``model.output``."""
-    fields: LossFields = LossFields()
+    fields: LossFieldsSection = LossFieldsSection()
     """Which part of a batch is what, for this loss. Default: as ``data.fields`` says."""
 
 
-class Objective(Section):
+class ObjectiveSection(Section):
     """What is minimised: one loss, or a weighted sum of the means of several."""
 
     target: str | None = Field(None, min_length=1)
     """A loss of torch or of Lockstep by name, or ``package.module:Name`` of an ``Objective``."""
     args: dict[str, Any] = {}
     """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
-    losses: dict[str, LossPart] = {}
+    losses: dict[str, LossPartSection] = {}
     """In place of a target: several losses by the names that they are reported under. The model is called once; each
     loss is divided by what it counts itself. Metrics see the output and the target of the first."""
 
@@ -117,7 +117,7 @@ class Objective(Section):
         )
 
 
-class Group(Section):
+class GroupSection(Section):
     """Optimizer arguments for some of the parameters."""
 
     match: list[str] = Field(min_length=1)
@@ -128,7 +128,7 @@ class Group(Section):
     """Another optimizer for these parameters, as AdamW beside Muon; ``args`` are then all of its arguments."""
 
 
-class NoDecay(Section):
+class NoDecaySection(Section):
     """Parameters without weight decay, whichever group they are in; a group's own ``weight_decay`` stands."""
 
     biases_and_norms: bool = True
@@ -145,7 +145,7 @@ _PATTERNS_ALONE = Shorthand(
 )
 
 
-class LayerDecay(Section):
+class LayerDecaySection(Section):
     """Smaller learning rates towards the input: each layer multiplies the rate of the one above by ``factor``."""
 
     factor: float = Field(gt=0, lt=1)
@@ -160,18 +160,18 @@ class LayerDecay(Section):
         return refuse(self, (several, "layers", f"{several!r} has more than one {{i}}"))
 
 
-class Optimizer(ComponentSection):
+class OptimizerSection(ComponentSection):
     """A torch optimizer by name, or the user's own by target."""
 
     max_grad_norm: float | None = Field(None, gt=0)
     """Scale the gradient down to this 2-norm where it is longer. Default: no clipping."""
     max_grad_value: float | None = Field(None, gt=0)
     """Clamp each element of the global batch's gradient to plus or minus this. Default: no clipping."""
-    groups: list[Group] = []
+    groups: list[GroupSection] = []
     """Parameters with other arguments; what no group matches gets ``args``."""
-    no_decay: Annotated[Annotated[NoDecay | None, ON_OR_OFF], _PATTERNS_ALONE] = None
+    no_decay: Annotated[Annotated[NoDecaySection | None, ON_OR_OFF], _PATTERNS_ALONE] = None
     """Parameters without weight decay; ``true``: biases and norms; a list: the patterns alone. Default: all decay."""
-    layer_decay: LayerDecay | None = None
+    layer_decay: LayerDecaySection | None = None
     """Layer-wise learning rates. Default: one rate."""
 
     @model_validator(mode="after")
@@ -180,7 +180,7 @@ class Optimizer(ComponentSection):
         return refuse(self, (both, "max_grad_value", "clip by norm or by value, not both; leave one of the two out"))
 
 
-class Schedule(Section):
+class ScheduleSection(Section):
     """How the learning rate changes: a linear warm-up, then a torch scheduler by name.
 
     ``T_max``, ``total_steps`` and ``total_iters``, where required and left out, become the length of the run; then the limit
@@ -219,7 +219,7 @@ class Schedule(Section):
         return (self.target or "").endswith("ReduceLROnPlateau")
 
 
-class Anneal(Section):
+class AnnealSection(Section):
     """How the learning rate goes to that of stochastic weight averaging (torch's SWALR)."""
 
     epochs: int | None = Field(None, ge=1)
@@ -234,7 +234,7 @@ class Anneal(Section):
         return refuse(self, ((self.epochs is None) == (self.steps is None), "", "give either 'epochs' or 'steps'"))
 
 
-class Averaging(Section):
+class AveragingSection(Section):
     """A running average of the weights, kept beside them."""
 
     kind: Literal["ema", "swa"] = "ema"
@@ -250,7 +250,7 @@ class Averaging(Section):
     learning_rate: float | None = Field(None, gt=0)
     """``swa``: what the rates of all parameter groups go to from ``start`` on, in place of the schedule's. Default: the
     schedule goes on."""
-    anneal: Anneal | None = None
+    anneal: AnnealSection | None = None
     """``swa``: how they go to ``learning_rate``. Default: over 10 epochs, along a cosine."""
     evaluate: bool = True
     """Evaluate the averaged weights, as soon as there are any, rather than the raw ones."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from runtime.config.types import ON_OR_OFF, Component, Every, Interval, Section, free
 
 
-class WeightsAndBiases(Section):
+class WeightsAndBiasesSection(Section):
     """Weights & Biases, written by rank 0 alone."""
 
     mode: Literal["online", "offline", "disabled"] | None = free(None)
@@ -20,7 +20,7 @@ class WeightsAndBiases(Section):
     """Labels of the run."""
 
 
-class Reporting(Section):
+class ReportingSection(Section):
     """What is told while the run goes on."""
 
     every: Every = free(Interval(50, "step"))
@@ -30,7 +30,7 @@ class Reporting(Section):
     observers: list[Component] = free([])
     """Functions, or classes whose instances can be called, that get a ``StepReport`` after each step, on every rank. They see
     plain values alone and change nothing; what one raises ends the run. Default: none."""
-    wandb: Annotated[WeightsAndBiases | None, ON_OR_OFF] = free(None)
+    wandb: Annotated[WeightsAndBiasesSection | None, ON_OR_OFF] = free(None)
     """Weights & Biases; ``true`` takes the defaults. Default: off."""
     trackers: list[Component] = free([])
     """Trackers of your own: classes that extend ``lockstep.Tracker``, made and called on rank 0 alone. One that raises is

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from runtime.config import yielded_batches
-from runtime.config.data import Batch, Data, Split
-from runtime.config.learning import Averaging, Model, Objective, Optimizer, Schedule
-from runtime.config.reporting import Reporting
+from runtime.config.data import BatchSection, DataSection, SplitSection
+from runtime.config.learning import AveragingSection, ModelSection, ObjectiveSection, OptimizerSection, ScheduleSection
+from runtime.config.reporting import ReportingSection
 from runtime.config.signatures import class_name
-from runtime.config.strategy import Compile, Strategy
+from runtime.config.strategy import CompileSection, StrategySection
 from runtime.config.types import (
     NAMED_BY_CLASS,
     ON_OR_OFF,
@@ -31,7 +31,7 @@ from runtime.config.types import (
 )
 
 
-class EarlyStopping(Section):
+class EarlyStoppingSection(Section):
     """Ends a run whose evaluations no longer improve.
 
     The state of the best one is saved and kept, whatever ``checkpoint`` says. Raising ``patience`` continues the run.
@@ -47,7 +47,7 @@ class EarlyStopping(Section):
     """What a result must be better by than the best one to count as an improvement."""
 
 
-class Limit(Section):
+class LimitSection(Section):
     """When the run is finished (exactly one of ``epochs`` and ``steps``), and how long one start of it may take."""
 
     epochs: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
@@ -56,7 +56,7 @@ class Limit(Section):
     """Global batches."""
     time: Time | None = free(None)
     """Time this start may take, such as ``3h55m``; the run then saves, early enough to be done by then, and can go on later."""
-    early_stopping: EarlyStopping | None = free(None)
+    early_stopping: EarlyStoppingSection | None = free(None)
     """Finish before the limit once a result no longer improves. Default: off."""
     grace_seconds: float = Field(120.0, gt=0, json_schema_extra={"resume": "free"})
     """Longest time from being asked to stop until the last save is done; then the process leaves without one."""
@@ -72,7 +72,7 @@ class Limit(Section):
         return refuse(self, ((self.epochs is None) == (self.steps is None), "", "give either 'epochs' or 'steps'"))
 
 
-class Evaluation(Section):
+class EvaluationSection(Section):
     """When and how the validation data is evaluated."""
 
     every: Every = free(Interval(1, "epoch"))
@@ -91,10 +91,10 @@ class Evaluation(Section):
     """Also compute the metrics on the training batches, at every report (in training mode, before each update)."""
 
 
-class Prediction(Section):
+class PredictionSection(Section):
     """What ``lockstep predict`` predicts, and what it writes. Nothing here changes the training."""
 
-    data: Annotated[Split, TARGET_ALONE] | None = None
+    data: Annotated[SplitSection, TARGET_ALONE] | None = None
     """What is predicted; it needs no target. Default: ``data.test``."""
     columns: dict[str, str] = {}
     """Name in the file to what it holds: ``id``, ``index``, ``prediction``, ``class``, ``probability``, ``probabilities``,
@@ -122,7 +122,7 @@ class Prediction(Section):
         )
 
 
-class Spike(Section):
+class SpikeSection(Section):
     """When a step's loss counts as a jump. Watching costs one small all-reduce and a wait for the device at each step."""
 
     sigma: float = Field(6.0, gt=0, json_schema_extra={"resume": "free"})
@@ -133,7 +133,7 @@ class Spike(Section):
     """What happens then."""
 
 
-class Divergence(Section):
+class DivergenceSection(Section):
     """What becomes of a step whose gradient is not finite or whose loss jumps; decided before the update, on all ranks.
 
     ``stop``: the run ends with a message. ``skip``: the update is left out; weights, optimizer and averages stay as they are
@@ -142,7 +142,7 @@ class Divergence(Section):
 
     non_finite: Literal["stop", "skip", "rollback"] = free("stop")
     """What happens where a gradient is NaN or infinite. (With fp16 the loss scale is lowered and the step skipped, always.)"""
-    spike: Spike | None = free(None)
+    spike: SpikeSection | None = free(None)
     """Watch the training loss for jumps. Default: off."""
     max_skips: int = Field(100, ge=1, json_schema_extra={"resume": "free"})
     """Updates skipped in a row before the run stops."""
@@ -157,7 +157,7 @@ class Divergence(Section):
         return "rollback" in (self.non_finite, self.spike.policy if self.spike is not None else None)
 
 
-class Best(Section):
+class BestSection(Section):
     """Which checkpoints are the best."""
 
     metric: str
@@ -168,18 +168,18 @@ class Best(Section):
     """How many are kept."""
 
 
-class Checkpoint(Section):
+class CheckpointSection(Section):
     """When the state is saved, and what is kept."""
 
     every: Every = free(Interval(1, "epoch"))
     """How often. A run also saves when it ends or is asked to stop."""
     keep: int = Field(2, ge=1, json_schema_extra={"resume": "free"})
     """Newest checkpoints kept, besides the best."""
-    best: list[Best] = free([])
+    best: list[BestSection] = free([])
     """Judged at each evaluation; one that is among the best is saved at once, whatever ``every`` says."""
 
 
-class Resume(Section):
+class ResumeSection(Section):
     """Whether a run folder's state is continued."""
 
     mode: Literal["auto", "never", "must"] = free("auto")
@@ -209,23 +209,23 @@ class RunConfiguration(Section):
     to the working folder."""
     code: str | None = free(None)
     """Folder of the user's own modules, relative to the YAML file. Default: the YAML file's folder."""
-    model: Annotated[Model, TARGET_ALONE]
+    model: Annotated[ModelSection, TARGET_ALONE]
     """What is trained."""
-    data: Data
+    data: DataSection
     """What is trained on and evaluated on."""
-    batch: Batch
+    batch: BatchSection
     """How many samples one update sees."""
-    objective: Annotated[Objective, TARGET_ALONE]
+    objective: Annotated[ObjectiveSection, TARGET_ALONE]
     """What is minimised: a loss of torch by name, one of Lockstep's, or the user's own by target; or several."""
-    optimizer: Annotated[Optimizer, TARGET_ALONE]
+    optimizer: Annotated[OptimizerSection, TARGET_ALONE]
     """How parameters are updated."""
-    schedule: Annotated[Schedule, TARGET_ALONE] | None = None
+    schedule: Annotated[ScheduleSection, TARGET_ALONE] | None = None
     """How the learning rate changes. Default: it does not."""
-    averaging: Averaging | None = None
+    averaging: AveragingSection | None = None
     """A running average of the weights. Default: none."""
-    limit: Limit
+    limit: LimitSection
     """When the run is finished."""
-    divergence: Divergence = Divergence()
+    divergence: DivergenceSection = DivergenceSection()
     """What becomes of a step that must not be applied."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the forward and backward pass (autocast; fp16 with a loss scale). Weights keep their own type."""
@@ -237,31 +237,31 @@ class RunConfiguration(Section):
     batch_norm: Literal["local", "sync"] = "local"
     """``local``: statistics of each slot, as on one process. ``sync``: over all ranks' simultaneous slots (GPU only);
     the result then depends on the world size."""
-    compile: Annotated[Compile | None, ON_OR_OFF] = None
+    compile: Annotated[CompileSection | None, ON_OR_OFF] = None
     """torch.compile. Default: off."""
-    strategy: Strategy = Strategy()
+    strategy: StrategySection = StrategySection()
     """How the processes share the work."""
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationSection = EvaluationSection()
     """When and how the validation data is evaluated."""
-    prediction: Prediction = free(Prediction())
+    prediction: PredictionSection = free(PredictionSection())
     """What ``lockstep predict`` predicts and writes."""
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointSection = CheckpointSection()
     """When the state is saved."""
-    reporting: Reporting = Reporting()
+    reporting: ReportingSection = ReportingSection()
     """What is told while the run goes on."""
-    resume: Annotated[Resume, _MODE_ALONE] = Resume()
+    resume: Annotated[ResumeSection, _MODE_ALONE] = ResumeSection()
     """Whether a run folder's state is continued; ``auto``, ``never`` and ``must`` may be written directly."""
     checks: Annotated[Literal["on", "off"], _ON_OR_OFF_BY_NAME] = free("on")
     """Whether the first start checks what the user's data, model, objective and optimizer do (``runtime/checks``), and the
     data's order once an epoch. ``off`` gives these up, not the promises of Lockstep's own code."""
 
     @property
-    def best(self) -> list[Best]:
+    def best(self) -> list[BestSection]:
         """What checkpoints are kept for being the best by: what the configuration says, and what early stopping watches."""
         watched, best = self.limit.early_stopping, self.checkpoint.best
         if watched is None or any((b.metric, b.mode) == (watched.metric, watched.mode) for b in best):
             return best
-        return [*best, Best(metric=watched.metric, mode=watched.mode)]
+        return [*best, BestSection(metric=watched.metric, mode=watched.mode)]
 
     _one_slot_each = model_validator(mode="before")(yielded_batches.one_slot_each)
 
@@ -271,7 +271,7 @@ class RunConfiguration(Section):
         own = class_name(self.objective.target) != (self.objective.target or "")  # its parts show when it is called
         named = {name: own or name.partition("/")[0] in known for name in self._judged()}
         unknown = f"known results: {', '.join(sorted(known))}"
-        schedule, validated = self.schedule or Schedule(warmup_steps=1), self.data.has("validation")
+        schedule, validated = self.schedule or ScheduleSection(warmup_steps=1), self.data.has("validation")
         stopping = self.limit.early_stopping
         start = self.averaging.start if self.averaging is not None else None
         end = (self.limit.steps if start.unit == "step" else self.limit.epochs) if start is not None else None

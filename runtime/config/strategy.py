@@ -7,10 +7,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from runtime.config.types import Section, free, refuse
-from runtime.config.zero import Zero
+from runtime.config.zero import ZeroSection
 
 
-class Compile(Section):
+class CompileSection(Section):
     """torch.compile of the model. Off unless this section is there; ``compile: true`` takes the defaults."""
 
     blocks: list[str] = []
@@ -25,7 +25,7 @@ class Compile(Section):
     """Refuse graph breaks."""
 
 
-class DistributedDataParallel(Section):
+class DDPSection(Section):
     """Options of torch's DistributedDataParallel."""
 
     bucket_mb: float = Field(25.0, gt=0)
@@ -48,7 +48,7 @@ class DistributedDataParallel(Section):
         )
 
 
-class ShardedPrecision(Section):
+class ShardedPrecisionSection(Section):
     """Types in which sharded parameters travel. The parameters themselves, and the optimizer's state, keep their own."""
 
     parameters: Literal["bf16", "fp16"]
@@ -57,7 +57,7 @@ class ShardedPrecision(Section):
     """What gradients are summed over the ranks in."""
 
 
-class FullySharded(Section):
+class FSDPSection(Section):
     """Options of FSDP2, torch's fully_shard."""
 
     wrap: list[str] = free([])
@@ -66,7 +66,7 @@ class FullySharded(Section):
     """Instead of ``wrap``: blocks are the smallest modules with parts and at least so many parameters."""
     reshard_after_forward: bool = free(True)
     """Let a block go after its forward pass, and gather it again for its backward pass: less memory, more sent."""
-    mixed_precision: ShardedPrecision | None = None
+    mixed_precision: ShardedPrecisionSection | None = None
     """Types in which parameters and gradients travel. Default: their own."""
     cpu_offload: bool = free(False)
     """Keep parameters, gradients and optimizer state in host memory; the optimizer steps there."""
@@ -81,7 +81,7 @@ class FullySharded(Section):
         return refuse(self, (both, "min_parameters", "blocks are told by class or by size; leave one of the two out"))
 
 
-class Strategy(Section):
+class StrategySection(Section):
     """How the processes share the work."""
 
     kind: Literal["ddp", "fsdp", "zero"] = free("ddp")
@@ -89,11 +89,11 @@ class Strategy(Section):
     hold it together."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
     """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
-    ddp: DistributedDataParallel = DistributedDataParallel()
+    ddp: DDPSection = DDPSection()
     """Options of DistributedDataParallel."""
-    fsdp: FullySharded = FullySharded()
+    fsdp: FSDPSection = FSDPSection()
     """Options of FSDP2."""
-    zero: Zero = Zero()
+    zero: ZeroSection = ZeroSection()
     """Options of DeepSpeed's ZeRO."""
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.config.data import Batch, Data, Split
+from runtime.config.data import BatchSection, DataSection, SplitSection
 
 
 def one_slot_each(values: Any) -> Any:
@@ -22,7 +22,9 @@ def one_slot_each(values: Any) -> Any:
     return {**values, "batch": {**batch, "micro_size": 1, "slots": size}}
 
 
-def rules(data: Data, batch: Batch, predicted: Split | None, *, micro_size: int | None) -> list[tuple[Any, str, str]]:
+def rules(
+    data: DataSection, batch: BatchSection, predicted: SplitSection | None, *, micro_size: int | None
+) -> list[tuple[Any, str, str]]:
     """Return what does not go with streams that yield batches: (broken, key, what is wrong).
 
     Args:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from runtime.config.types import Section, Shorthand, free, refuse
 
 
-class Offload(Section):
+class OffloadSection(Section):
     """Where a part of the training state lives while it is not needed; a device alone stands for the section."""
 
     device: Literal["cpu", "nvme"]
@@ -39,14 +39,14 @@ _DEVICE_ALONE = Shorthand(
 )
 
 
-class Zero(Section):
+class ZeroSection(Section):
     """What is sharded over the processes (Rajbhandari et al., "ZeRO", 2020), through the package deepspeed."""
 
     stage: int = Field(2, json_schema_extra={"resume": "free", "enum": [1, 2, 3]})
     """``1``: optimizer state; ``2``: and gradients; ``3``: and parameters, which each forward and backward pass gathers."""
-    offload_optimizer: Annotated[Offload | None, _DEVICE_ALONE] = free(None)
+    offload_optimizer: Annotated[OffloadSection | None, _DEVICE_ALONE] = free(None)
     """Keep optimizer state (and the float32 weights) off the GPU, and update there. Default: on the GPU."""
-    offload_parameters: Annotated[Offload | None, _DEVICE_ALONE] = free(None)
+    offload_parameters: Annotated[OffloadSection | None, _DEVICE_ALONE] = free(None)
     """Stage 3: keep the parameters off the GPU. Default: on the GPU."""
     extra: dict[str, Any] = free({})
     """More of DeepSpeed's JSON, as in ``{zero_optimization: {reduce_bucket_size: 50000000}}``."""

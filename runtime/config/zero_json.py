@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from runtime.config.sections import RunConfiguration
 from runtime.config.yaml_file import Lines, read_file
-from runtime.config.zero import Offload
+from runtime.config.zero import OffloadSection
 from runtime.errors import ConfigurationError, Problem
 from runtime.wording import did_you_mean
 
@@ -59,14 +59,14 @@ _REFUSED: dict[KeyPath, str] = {
 }
 
 
-class Follows(NamedTuple):
+class FollowsKey(NamedTuple):
     """A value of DeepSpeed's JSON that another key of the YAML says."""
 
     value: Any
     key: str
 
 
-class Source(NamedTuple):
+class WrittenValues(NamedTuple):
     """Values for DeepSpeed's JSON that the user wrote, and where.
 
     Args:
@@ -100,7 +100,7 @@ def generate(values: RunConfiguration, beside: Callable[[str], Path]) -> dict[st
     return _without_auto(generated)
 
 
-def _merged(sources: list[Source]) -> dict[str, Any]:
+def _merged(sources: list[WrittenValues]) -> dict[str, Any]:
     """Merge what the user wrote; a later source has the last word."""
     merged: dict[str, Any] = {}
     for source in sources:
@@ -111,7 +111,7 @@ def _merged(sources: list[Source]) -> dict[str, Any]:
 
 def read_sources(
     values: RunConfiguration, where: Callable[[KeyPath], str], beside: Callable[[str], Path]
-) -> tuple[list[Source], list[Problem]]:
+) -> tuple[list[WrittenValues], list[Problem]]:
     """Return the file's values and then those of ``extra``, and what is wrong with the file itself.
 
     Args:
@@ -119,7 +119,7 @@ def read_sources(
         beside: returns a path relative to the YAML.
     """
     zero = values.strategy.zero
-    extra = Source(zero.extra, ".".join(_EXTRA), lambda path: where((*_EXTRA, *path)))
+    extra = WrittenValues(zero.extra, ".".join(_EXTRA), lambda path: where((*_EXTRA, *path)))
     if zero.file is None:
         return [extra], []
     path, lines = beside(zero.file), Lines()
@@ -132,10 +132,12 @@ def read_sources(
         return [extra], error.problems
     except ValueError as error:
         return [extra], [Problem(str(path), "", f"is not JSON: {error}")]
-    return [Source(content, "", lambda path: lines[path] if path in lines else lines[()]), extra], problems
+    return [WrittenValues(content, "", lambda path: lines[path] if path in lines else lines[()]), extra], problems
 
 
-def contradictions(values: RunConfiguration, sources: list[Source], where: Callable[[KeyPath], str]) -> list[Problem]:
+def contradictions(
+    values: RunConfiguration, sources: list[WrittenValues], where: Callable[[KeyPath], str]
+) -> list[Problem]:
     """Return all that the user's own JSON says against the YAML, against itself, or to nobody.
 
     Args:
@@ -194,28 +196,28 @@ def _said_before(before: tuple[Any, str] | None, value: Any) -> str | None:
     return f"{value!r} contradicts {before[1]}, which says {before[0]!r}"
 
 
-def _following(values: RunConfiguration) -> dict[KeyPath, Follows]:
+def _following(values: RunConfiguration) -> dict[KeyPath, FollowsKey]:
     """Return what Lockstep tells DeepSpeed, whatever else is written."""
     zero, precision = values.strategy.zero, values.precision
     following = {
-        ("train_micro_batch_size_per_gpu",): Follows(1, "batch.micro_size"),
-        ("gradient_accumulation_steps",): Follows(1, "batch.slots"),
-        ("gradient_clipping",): Follows(values.optimizer.max_grad_norm or 0.0, "optimizer.max_grad_norm"),
-        ("steps_per_print",): Follows(2**31, "reporting.every"),
-        ("zero_allow_untested_optimizer",): Follows(True, "optimizer.target"),
-        ("zero_force_ds_cpu_optimizer",): Follows(
+        ("train_micro_batch_size_per_gpu",): FollowsKey(1, "batch.micro_size"),
+        ("gradient_accumulation_steps",): FollowsKey(1, "batch.slots"),
+        ("gradient_clipping",): FollowsKey(values.optimizer.max_grad_norm or 0.0, "optimizer.max_grad_norm"),
+        ("steps_per_print",): FollowsKey(2**31, "reporting.every"),
+        ("zero_allow_untested_optimizer",): FollowsKey(True, "optimizer.target"),
+        ("zero_force_ds_cpu_optimizer",): FollowsKey(
             False, "optimizer.target"
         ),  # torch's own, so that the answer is ddp's
-        ("bf16", "enabled"): Follows(precision == "bf16", "precision"),
-        ("fp16", "enabled"): Follows(precision == "fp16", "precision"),
-        ("zero_optimization", "stage"): Follows(zero.stage, "strategy.zero.stage"),
+        ("bf16", "enabled"): FollowsKey(precision == "bf16", "precision"),
+        ("fp16", "enabled"): FollowsKey(precision == "fp16", "precision"),
+        ("zero_optimization", "stage"): FollowsKey(zero.stage, "strategy.zero.stage"),
     }
     if sums_gradients(values):
-        following["gradient_allreduce_op",] = Follows("sum", "precision")
+        following["gradient_allreduce_op",] = FollowsKey("sum", "precision")
     for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
-        offload: Offload | None = getattr(zero, key)
+        offload: OffloadSection | None = getattr(zero, key)
         for part, value in _offloaded(offload).items():
-            following["zero_optimization", name, part] = Follows(value, f"strategy.zero.{key}")
+            following["zero_optimization", name, part] = FollowsKey(value, f"strategy.zero.{key}")
     return following
 
 
@@ -227,26 +229,26 @@ def sums_gradients(values: RunConfiguration) -> bool:
     return values.precision != "fp32" and values.strategy.zero.stage < 3
 
 
-def _accepted(values: RunConfiguration) -> dict[KeyPath, Follows]:
+def _accepted(values: RunConfiguration) -> dict[KeyPath, FollowsKey]:
     """Return what a user may write where it follows from other keys: sizes mean the YAML's, not those told DeepSpeed."""
     batch = values.batch
     slots = batch.slots or -(-batch.global_size // batch.largest_slot)
     ranks = values.strategy.world_size
     accepted = {
         **_following(values),
-        ("train_batch_size",): Follows(batch.global_size, "batch.global_size"),
-        ("train_micro_batch_size_per_gpu",): Follows(batch.largest_slot, "batch.micro_size"),
+        ("train_batch_size",): FollowsKey(batch.global_size, "batch.global_size"),
+        ("train_micro_batch_size_per_gpu",): FollowsKey(batch.largest_slot, "batch.micro_size"),
     }
     del accepted["gradient_accumulation_steps",]
     if ranks is not None:
-        accepted["gradient_accumulation_steps",] = Follows(-(-slots // ranks), "batch")
+        accepted["gradient_accumulation_steps",] = FollowsKey(-(-slots // ranks), "batch")
     for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         if getattr(values.strategy.zero, key) is None:
-            accepted["zero_optimization", name, "device"] = Follows("none", f"strategy.zero.{key}")
+            accepted["zero_optimization", name, "device"] = FollowsKey("none", f"strategy.zero.{key}")
     return accepted
 
 
-def _offloaded(offload: Offload | None) -> dict[str, Any]:
+def _offloaded(offload: OffloadSection | None) -> dict[str, Any]:
     if offload is None:
         return {}
     place = {"nvme_path": offload.path} if offload.device == "nvme" else {"pin_memory": offload.pin_memory}

@@ -86,13 +86,13 @@ def slots_of_rank(slots: int, world_size: int, rank: int) -> range:
     return range(slots * rank // world_size, slots * (rank + 1) // world_size)
 
 
-def cut(ids: Ids, slots: int, slot: int) -> Ids:
+def slot_slice(ids: Ids, slots: int, slot: int) -> Ids:
     """Return the ids of one slot; slots differ by at most one sample, and some are empty if there are fewer ids."""
     return ids[len(ids) * slot // slots : len(ids) * (slot + 1) // slots]
 
 
 @dataclass(frozen=True)
-class Sharing:
+class SlotAssignment:
     """How the steps of a run are cut up and shared out.
 
     Args:
@@ -131,14 +131,14 @@ class Windows:
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
         skipped: Collection[Cursor] = (),
-        sharing: Sharing,
+        assignment: SlotAssignment,
         make_loader: MakeLoader,
     ) -> None:
         # The loader runs ahead of the training loop; both walk one plan, so that no batch is drawn twice.
-        ahead, self._plan = tee(_plan(order, start, stop, frozenset(skipped), sharing))
-        self._needs_filler = sharing.world_size > 1
+        ahead, self._plan = tee(_plan(order, start, stop, frozenset(skipped), assignment))
+        self._needs_filler = assignment.world_size > 1
         # No reference back to this object: the loader's workers end when it does, not when garbage is collected.
-        indices = _indices(ahead, sharing.slots, filler_first=self._needs_filler)
+        indices = _indices(ahead, assignment.slots, filler_first=self._needs_filler)
         self._fetched = read(samples, indices, make_loader)
         self.filler = next(self._fetched) if self._needs_filler else None
 
@@ -233,7 +233,11 @@ def upcoming(order: Order, cursor: Cursor, skipped: Collection[Cursor]) -> Curso
 
 
 def _plan(
-    order: Order, start: Cursor, stop: Callable[[Cursor, int], bool], skipped: Collection[Cursor], sharing: Sharing
+    order: Order,
+    start: Cursor,
+    stop: Callable[[Cursor, int], bool],
+    skipped: Collection[Cursor],
+    assignment: SlotAssignment,
 ) -> Iterator[tuple[Window, Ids]]:
     cursor, steps = upcoming(order, start, skipped), 0
     run_ends = stop(cursor, 0)
@@ -241,7 +245,7 @@ def _plan(
     while not run_ends:
         ids = order.batch(cursor.epoch, cursor.batch)
         if len(ids) not in shares:
-            shares[len(ids)] = _share(len(ids), sharing)
+            shares[len(ids)] = _share(len(ids), assignment)
         microbatches, real_slots = shares[len(ids)]
         next_cursor = upcoming(order, Cursor(cursor.epoch, cursor.batch + 1), skipped)
         steps += 1
@@ -256,17 +260,17 @@ def _plan(
 def _indices(plan: Iterator[tuple[Window, Ids]], slots: int, *, filler_first: bool) -> Iterator[SlotIndex]:
     for number, (window, ids) in enumerate(plan):
         if number == 0 and filler_first:
-            yield SlotIndex(window.cursor.epoch, cut(ids, min(slots, len(ids)), 0))
+            yield SlotIndex(window.cursor.epoch, slot_slice(ids, min(slots, len(ids)), 0))
         for microbatch in window.microbatches:
             if not microbatch.filler:
-                yield SlotIndex(window.cursor.epoch, cut(ids, slots, microbatch.slot))
+                yield SlotIndex(window.cursor.epoch, slot_slice(ids, slots, microbatch.slot))
 
 
-def _share(samples: int, sharing: Sharing) -> tuple[tuple[Microbatch, ...], int]:
+def _share(samples: int, assignment: SlotAssignment) -> tuple[tuple[Microbatch, ...], int]:
     """Return this rank's microbatches of a batch, without data, and how many slots of the batch have samples."""
-    slots, world_size = sharing.slots, sharing.world_size
+    slots, world_size = assignment.slots, assignment.world_size
     sizes = [samples * (k + 1) // slots - samples * k // slots for k in range(slots)]
     rounds = max(sum(sizes[k] > 0 for k in slots_of_rank(slots, world_size, rank)) for rank in range(world_size))
-    real = [Microbatch(k, sizes[k], None) for k in slots_of_rank(slots, world_size, sharing.rank) if sizes[k]]
+    real = [Microbatch(k, sizes[k], None) for k in slots_of_rank(slots, world_size, assignment.rank) if sizes[k]]
     fillers = [Microbatch(-1, 0, None)] * (rounds - len(real))
     return (*real, *fillers), sum(size > 0 for size in sizes)

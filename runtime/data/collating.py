@@ -17,7 +17,7 @@ from runtime.wording import did_you_mean
 Name = str | int
 
 
-class Padded:
+class PaddingCollate:
     """Collate samples, padding parts that vary along their first axis to the longest of the microbatch.
 
     Samples are tensors, arrays, numbers or lists of numbers, in mappings and tuples nested at will; what does not vary is

@@ -28,7 +28,7 @@ _STAGES: tuple[Stage, ...] = ("the data set", "the transform", "the collate func
 _CPU = torch.device("cpu")
 
 
-class Probed(NamedTuple):
+class ProbeResult(NamedTuple):
     """One sample, or the first ones of a stream.
 
     Args:
@@ -44,7 +44,7 @@ class Probed(NamedTuple):
     state_lacks: str = ""
 
 
-def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoader) -> dict[int, Probed]:
+def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoader) -> dict[int, ProbeResult]:
     """Look at samples.
 
     Args:
@@ -55,7 +55,7 @@ def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoad
     return dict(zip(ids, found, strict=True))
 
 
-def probe_stream(samples: StreamSamples, *, times: int, make_loader: MakeLoader) -> Probed:
+def probe_stream(samples: StreamSamples, *, times: int, make_loader: MakeLoader) -> ProbeResult:
     """Look at the first samples of a stream; at none where what is read of it may be gone.
 
     Args:
@@ -63,11 +63,11 @@ def probe_stream(samples: StreamSamples, *, times: int, make_loader: MakeLoader)
         make_loader: of a loader with a worker. The worker has a copy of the stream, of which nothing is taken in this process.
     """
     if _is_used_up(samples.source) or _default_start_method() != "fork":
-        return Probed(None)
+        return ProbeResult(None)
     try:
-        found: Probed = next(iter(read(_StreamProbe(samples, times), iter([None]), make_loader)))
+        found: ProbeResult = next(iter(read(_StreamProbe(samples, times), iter([None]), make_loader)))
     except Exception:  # training reports it
-        return Probed(None)
+        return ProbeResult(None)
     return found
 
 
@@ -93,16 +93,16 @@ class _Probe(Dataset[Any]):
     def __init__(self, samples: Samples, times: int) -> None:
         self._samples, self._times = samples, times
 
-    def __getitem__(self, index: SlotIndex) -> Probed:
+    def __getitem__(self, index: SlotIndex) -> ProbeResult:
         return self.__getitems__(index)
 
-    def __getitems__(self, index: SlotIndex) -> Probed:
+    def __getitems__(self, index: SlotIndex) -> ProbeResult:
         with preserved_random_state(
             _CPU
         ):  # around both: what draws without a seed draws something else the second time
             readings = [self._samples.read_in_stages(index, digest) for _ in range(self._times)]
         if any(isinstance(reading, SampleFailure) for reading in readings):
-            return Probed(None)  # training reports it when it reads the sample
+            return ProbeResult(None)  # training reports it when it reads the sample
         found = _compared(readings)
         return found if found.differs or self._times < 2 else found._replace(memory=self._memory(index))
 
@@ -120,22 +120,22 @@ class _StreamProbe(Dataset[Any]):
     def __init__(self, samples: StreamSamples, times: int) -> None:
         self._samples, self._times = samples, times
 
-    def __getitem__(self, index: None) -> Probed:
+    def __getitem__(self, index: None) -> ProbeResult:
         return self.__getitems__(index)
 
-    def __getitems__(self, index: None) -> Probed:
+    def __getitems__(self, index: None) -> ProbeResult:
         try:
             with preserved_random_state(_CPU):
                 readings = [copy(self._samples).beginning(with_state=number > 0) for number in range(self._times)]
         except Exception:  # training reports it
-            return Probed(None)
+            return ProbeResult(None)
         found = _compared([reading[:3] for reading in readings])
         return found if found.differs else found._replace(state_lacks=readings[-1].state_lacks)
 
 
-def _compared(readings: list[Any]) -> Probed:
+def _compared(readings: list[Any]) -> ProbeResult:
     """Compare the digests of each stage."""
     for stage, digests in zip(_STAGES, zip(*readings, strict=True), strict=True):
         if len(set(digests)) > 1:
-            return Probed(None if stage == _STAGES[0] else readings[0][0], stage)
-    return Probed(readings[0][0])
+            return ProbeResult(None if stage == _STAGES[0] else readings[0][0], stage)
+    return ProbeResult(readings[0][0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.data.stream_pieces import Piece
+from runtime.data.stream_pieces import StreamItem
 
 SHOWN = 5
 """Numbers in which what the ranks read is compared."""
@@ -17,7 +17,7 @@ _CAUSES = (
 )
 
 
-def readers_differ(pieces: list[Piece], expected: str) -> bool:
+def readers_differ(pieces: list[StreamItem], expected: str) -> bool:
     """Tell whether this rank's readers read different streams: pieces of one global batch, or what is to be its content."""
     contents = {piece.content for piece in pieces} | ({expected} if expected else set())
     return len(contents) > 1

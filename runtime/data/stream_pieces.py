@@ -30,7 +30,7 @@ class StreamIndex(NamedTuple):
     aligning: bool = False
 
 
-class Piece(NamedTuple):
+class StreamItem(NamedTuple):
     """What comes back.
 
     Args:
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
     read_again: bool = False
 
 
-class Place(NamedTuple):
+class ReaderState(NamedTuple):
     """Where a reader stands: the global batch (or the reader's turn) that it reads next.
 
     Args:
@@ -72,7 +72,7 @@ class Place(NamedTuple):
     content: str = ""
 
 
-class Beginning(NamedTuple):
+class StreamBeginning(NamedTuple):
     """Digests of a stream's first items.
 
     Args:

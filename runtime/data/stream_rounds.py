@@ -10,7 +10,7 @@ from torch import Tensor
 from runtime.data.batches import Cursor
 from runtime.data.loading import MakeLoader, read
 from runtime.data.stream_comparison import causes, difference, readers_differ, shown_to_all
-from runtime.data.stream_pieces import NOTHING, Piece, StreamIndex
+from runtime.data.stream_pieces import NOTHING, StreamIndex, StreamItem
 from runtime.data.streams import StreamSamples
 from runtime.errors import EvaluationError
 
@@ -34,8 +34,8 @@ def evaluation_rounds(
     expected = ""
     fetched = read(samples, _questions(world_size, rank), make_loader)
     while True:
-        first: Piece = next(fetched)
-        own: Piece = first if rank == 0 else next(fetched)
+        first: StreamItem = next(fetched)
+        own: StreamItem = first if rank == 0 else next(fetched)
         # The reader of the first microbatch knows what comes next: this rank's own, or the first of the next round.
         differs = (rank == 1 and readers_differ([own], first.next_content)) or (
             world_size == 1 and readers_differ([first], expected)

@@ -15,11 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.data.batches import Cursor, Microbatch, Sharing, Weigh, Window, note_weight, slots_of_rank, weight_of_batch
+from runtime.data.batches import (
+    Cursor,
+    Microbatch,
+    SlotAssignment,
+    Weigh,
+    Window,
+    note_weight,
+    slots_of_rank,
+    weight_of_batch,
+)
 from runtime.data.loading import MakeLoader, read
 from runtime.data.reading_ahead import Ahead, steps_of, summed_ahead
 from runtime.data.stream_comparison import SHOWN, causes, difference, readers_differ, shown_to_all
-from runtime.data.stream_pieces import FIRST, NOTHING, Piece, Place, StreamIndex
+from runtime.data.stream_pieces import FIRST, NOTHING, ReaderState, StreamIndex, StreamItem
 from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
 
@@ -39,7 +48,7 @@ class _Row(NamedTuple):
     """
 
     cursor: Cursor
-    pieces: list[Piece]
+    pieces: list[StreamItem]
     readers_differ: bool = False
     sizes: list[int] = []
     weight: float | tuple[float, ...] = 0.0
@@ -77,7 +86,7 @@ class StreamWindows:
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
         skipped: Collection[Cursor] = (),
-        sharing: Sharing,
+        assignment: SlotAssignment,
         make_loader: MakeLoader,
         num_workers: int,
         weigh: Weigh | None,
@@ -86,23 +95,23 @@ class StreamWindows:
         ahead: Ahead = _AHEAD,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        if samples.sharded_by == "dataset" and sharing.slots < sharing.world_size:
+        if samples.sharded_by == "dataset" and assignment.slots < assignment.world_size:
             raise DataError(
-                f"data.train.sharded_by: dataset needs a slot for each rank, and batch.slots is {sharing.slots} for "
-                f"{sharing.world_size} ranks: what the others read would never be trained on"
+                f"data.train.sharded_by: dataset needs a slot for each rank, and batch.slots is {assignment.slots} for "
+                f"{assignment.world_size} ranks: what the others read would never be trained on"
             )
         self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
-        self._skipped, self._sharing, self._weigh, self._sum = frozenset(skipped), sharing, weigh, sum_over_ranks
+        self._skipped, self._assignment, self._weigh, self._sum = frozenset(skipped), assignment, weigh, sum_over_ranks
         self._ahead, self._tell, self._told = ahead, tell, False
         # Where the data set shards itself, readers end at different turns: each has had one in so many rows.
-        readers, turns = max(1, num_workers), max(1, sharing.slots // sharing.world_size)
+        readers, turns = max(1, num_workers), max(1, assignment.slots // assignment.world_size)
         self._most_empty = 1 if samples.sharded_by == "runtime" else -(-readers // turns)
-        self._questions = _Questions(samples, start, sharing, max(1, num_workers))
+        self._questions = _Requests(samples, start, assignment, max(1, num_workers))
         self._fetched = read(samples, iter(self._questions), make_loader)
-        self.places: dict[int, Place] = {}
-        self._early: deque[list[Piece]] = deque()  # read before they are asked for
+        self.places: dict[int, ReaderState] = {}
+        self._early: deque[list[StreamItem]] = deque()  # read before they are asked for
         self.filler: Any = None
-        if sharing.world_size > 1:
+        if assignment.world_size > 1:
             self.filler = self._made_filler()
 
     def __iter__(self) -> Iterator[Window]:
@@ -155,15 +164,15 @@ class StreamWindows:
             cursor = Cursor(cursor.epoch, cursor.batch + 1)
             yield row
 
-    def _pieces(self, cursor: Cursor) -> list[Piece]:
+    def _pieces(self, cursor: Cursor) -> list[StreamItem]:
         if self._early:
             return self._early.popleft()
         return [self._piece(cursor, slot) for slot in self._questions.slots_asked]
 
-    def _piece(self, cursor: Cursor, slot: int) -> Piece:
+    def _piece(self, cursor: Cursor, slot: int) -> StreamItem:
         """Return the answer to a question; what was asked ahead of an epoch's end is passed over."""
         while True:
-            piece: Piece = next(self._fetched)
+            piece: StreamItem = next(self._fetched)
             if piece.asked.cursor == cursor and piece.asked.slot == slot and not piece.asked.aligning:
                 if piece.read_again and not self._told:
                     self._told = True
@@ -184,15 +193,15 @@ class StreamWindows:
             _, filler = self._found_filler(Cursor(epoch, 0))
         if filler is None:
             raise DataError(
-                f"data.train: rank {self._sharing.rank} has no samples in its share of the stream; "
+                f"data.train: rank {self._assignment.rank} has no samples in its share of the stream; "
                 "let the data set give every rank some, or let the runtime shard it (sharded_by: runtime)"
             )
         return filler
 
-    def _found_filler(self, start: Cursor) -> tuple[list[list[Piece]], Any]:
+    def _found_filler(self, start: Cursor) -> tuple[list[list[StreamItem]], Any]:
         """Read from a cursor on until a reader has samples, or all have had a turn; return what was read, and a batch."""
         self._questions.turn_to(start)
-        read_so_far: list[list[Piece]] = []
+        read_so_far: list[list[StreamItem]] = []
         for number in range(self._most_empty):
             read_so_far.append(self._pieces(Cursor(start.epoch, start.batch + number)))
             filler = next((piece.batch for piece in read_so_far[-1] if piece.samples), None)
@@ -202,7 +211,7 @@ class StreamWindows:
 
     def _known_to_all(self, block: list[_Row]) -> list[_Row]:
         """Fill in what all ranks have together. Collective."""
-        slots, world_size = self._sharing.slots, self._sharing.world_size
+        slots, world_size = self._assignment.slots, self._assignment.world_size
         whole = self._samples.sharded_by == "runtime"
         width = self._num_weights or 1
         table = torch.zeros(_AHEAD, slots * (1 + width) + SHOWN, dtype=torch.float64)
@@ -234,11 +243,11 @@ class StreamWindows:
             for place, row in enumerate(block)
         ]
 
-    def _weight_of(self, piece: Piece) -> float | tuple[float, ...]:
+    def _weight_of(self, piece: StreamItem) -> float | tuple[float, ...]:
         return float(piece.samples) if self._weigh is None else self._weigh(piece.batch, piece.samples)
 
     def _window(self, row: _Row, next_cursor: Cursor, *, run_ends: bool) -> Window:
-        slots, world_size = self._sharing.slots, self._sharing.world_size
+        slots, world_size = self._assignment.slots, self._assignment.world_size
         real = [Microbatch(piece.asked.slot, piece.samples, piece.batch) for piece in row.pieces if piece.samples]
         rounds = max(sum(row.sizes[k] > 0 for k in slots_of_rank(slots, world_size, r)) for r in range(world_size))
         fillers = [Microbatch(-1, 0, self.filler)] * (rounds - len(real))
@@ -258,24 +267,24 @@ class StreamWindows:
         epoch, batch = row.cursor
         for piece in row.pieces:
             if self._samples.sharded_by == "runtime":
-                self.places[0] = Place(epoch, batch + 1, piece.state, piece.next_content)
+                self.places[0] = ReaderState(epoch, batch + 1, piece.state, piece.next_content)
             else:
                 own = piece.asked.own
                 turn = batch * len(own) + piece.asked.slot - own.start
                 number = turn + self._questions.workers
-                self.places[piece.worker] = Place(epoch, number, piece.state, piece.next_content)
+                self.places[piece.worker] = ReaderState(epoch, number, piece.state, piece.next_content)
 
 
-class _Questions:
+class _Requests:
     """What the loader is asked for, without end; told where the next epoch begins, it turns to it."""
 
-    def __init__(self, samples: StreamSamples, start: Cursor, sharing: Sharing, workers: int) -> None:
+    def __init__(self, samples: StreamSamples, start: Cursor, assignment: SlotAssignment, workers: int) -> None:
         self.workers = workers
-        self._own = slots_of_rank(sharing.slots, sharing.world_size, sharing.rank)
+        self._own = slots_of_rank(assignment.slots, assignment.world_size, assignment.rank)
         self.slots_asked = list(self._own) or [NOTHING]
-        self._slots = sharing.slots
+        self._slots = assignment.slots
         self._dataset_shards = samples.sharded_by == "dataset"
-        self._filler_first = sharing.world_size > 1 and not self._dataset_shards
+        self._filler_first = assignment.world_size > 1 and not self._dataset_shards
         self._from, self._turns = start, 0
 
     def turn_to(self, cursor: Cursor) -> None:

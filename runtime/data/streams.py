@@ -30,7 +30,16 @@ from runtime.data.copies import OwnMemory, copied
 from runtime.data.digests import digest, digest_of_items
 from runtime.data.fields import Fields
 from runtime.data.samples import SampleFailure, name_of
-from runtime.data.stream_pieces import FIRST, NOTHING, Beginning, Piece, Place, ShardedBy, StreamIndex, fits_json
+from runtime.data.stream_pieces import (
+    FIRST,
+    NOTHING,
+    ReaderState,
+    ShardedBy,
+    StreamBeginning,
+    StreamIndex,
+    StreamItem,
+    fits_json,
+)
 from runtime.data.yielded_batches import rows_of
 from runtime.errors import DataError, LockstepError
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -78,7 +87,7 @@ class StreamSamples:
     ) -> None:
         self.source, self.sharded_by, self.batch_size, self.batches = source, sharded_by, batch_size, batches
         self._fields = fields
-        self.places: dict[int, Place] = {}
+        self.places: dict[int, ReaderState] = {}
         self._drop_last = drop_last
         self._seed = seed
         self._transform = transform
@@ -90,7 +99,7 @@ class StreamSamples:
         self._current = self._ahead = _Read([], None, "")
         self._initial = deepcopy(source.state_dict()) if self._stateful else None
         self._ended = False  # the iteration: the data set is then at its beginning again, or at its next epoch's
-        self._expected: Place | None = None
+        self._expected: ReaderState | None = None
         self._read_again = False
 
     @property
@@ -105,10 +114,10 @@ class StreamSamples:
     def __getitem__(self, index: StreamIndex) -> Any:
         return self.__getitems__(index)
 
-    def __getitems__(self, index: StreamIndex) -> Piece | SampleFailure:
+    def __getitems__(self, index: StreamIndex) -> StreamItem | SampleFailure:
         """Return one piece, or the failure that kept it from being read."""
         if index.aligning:
-            return Piece(index)
+            return StreamItem(index)
         worker, workers = worker_info.reader()
         try:
             with self._worker_hidden():
@@ -120,7 +129,7 @@ class StreamSamples:
         except Exception as error:
             return SampleFailure(f"preparing samples of the stream raised {described(error)}")
 
-    def _whole_batch(self, index: StreamIndex, worker: int) -> Piece:
+    def _whole_batch(self, index: StreamIndex, worker: int) -> StreamItem:
         epoch, batch = index.cursor
         if epoch != self._epoch or batch < self._next - 2:
             self._current = self._opened(epoch, batch, self.batch_size, self.places.get(worker, self.places.get(0)))
@@ -134,9 +143,9 @@ class StreamSamples:
         samples, made = self._made(epoch, batch * self.batch_size, [(i, items[i]) for i in positions])
         more = len(self._ahead.items) >= (self.batch_size if self._drop_last else 1)
         following = self._ahead.content
-        return Piece(index, samples, made, len(items), more, worker, state, content, following, self._read_again)
+        return StreamItem(index, samples, made, len(items), more, worker, state, content, following, self._read_again)
 
-    def _own_piece(self, index: StreamIndex, worker: int, workers: int) -> Piece:
+    def _own_piece(self, index: StreamIndex, worker: int, workers: int) -> StreamItem:
         epoch, batch = index.cursor
         turn = batch * len(index.own) + index.slot - index.own.start
         if epoch != self._epoch or turn < self._next - 2 * workers:
@@ -153,7 +162,7 @@ class StreamSamples:
         start = batch * self.batch_size + _bounds(self.batch_size, index.slots, index.slot)[0]
         samples, made = self._made(epoch, start, list(enumerate(items)))
         following = self._ahead.content
-        return Piece(index, samples, made, len(items), False, worker, state, content, following, self._read_again)
+        return StreamItem(index, samples, made, len(items), False, worker, state, content, following, self._read_again)
 
     def _size(self, index: StreamIndex, turn: int) -> int:
         slot = index.own.start + turn % len(index.own)
@@ -161,7 +170,7 @@ class StreamSamples:
         return stop - start
 
     def _opened(
-        self, epoch: int, number: int, size: int, place: Place | None, *, first: int = 0, step: int = 1
+        self, epoch: int, number: int, size: int, place: ReaderState | None, *, first: int = 0, step: int = 1
     ) -> _Read:
         """Begin an epoch's iteration and read what comes first: at a place whose state holds, else at the beginning.
 
@@ -184,7 +193,7 @@ class StreamSamples:
             self._read_again = self._stateful and place is not None and number > first  # a checkpoint could not hold it
         return self._read(epoch, first, size, step=step)
 
-    def beginning(self, *, with_state: bool) -> Beginning:
+    def beginning(self, *, with_state: bool) -> StreamBeginning:
         """Read the first items under their seeds; this reader must not be used for anything else.
 
         Raises:
@@ -198,7 +207,9 @@ class StreamSamples:
             transformed = digest(made)
             groups = [[item] for item in made] if self.batches else [made] if made else []
             collated = digest([self._finished(group, 0, 0) for group in groups])
-            return Beginning(given, transformed, collated, self._state_lacks(first.state, second) if with_state else "")
+            return StreamBeginning(
+                given, transformed, collated, self._state_lacks(first.state, second) if with_state else ""
+            )
 
     def _state_lacks(self, state: Any, following: _Read) -> str:
         """Say why what a state leads to is not what followed when it was taken; nothing where it is, or none was taken."""
@@ -245,7 +256,7 @@ class StreamSamples:
             self._check(content, self._expected)
         return _Read(items, state, content)
 
-    def _check(self, content: str, expected: Place) -> None:
+    def _check(self, content: str, expected: ReaderState) -> None:
         """Refuse a stream that is another one than when the place was saved.
 
         Raises:
@@ -308,7 +319,7 @@ class StreamSamples:
 
 
 def _bounds(count: int, slots: int, slot: int) -> tuple[int, int]:
-    """Return where a slot begins and ends in a global batch, as :func:`runtime.data.batches.cut` cuts it."""
+    """Return where a slot begins and ends in a global batch, as :func:`runtime.data.batches.slot_slice` cuts it."""
     return count * slot // slots, count * (slot + 1) // slots
 
 

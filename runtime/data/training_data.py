@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from runtime.data.batches import BeginSum, Cursor, Sharing, Weigh, Window, Windows, upcoming, with_weights
+from runtime.data.batches import BeginSum, Cursor, SlotAssignment, Weigh, Window, Windows, upcoming, with_weights
 from runtime.data.batching import BudgetOrder
 from runtime.data.loading import MakeLoader, read, read_here
 from runtime.data.order import Order
 from runtime.data.reading_ahead import Ahead
 from runtime.data.samples import Samples, SlotIndex, fingerprint
-from runtime.data.stream_pieces import FIRST, Place, ShardedBy, StreamIndex, fits_json
+from runtime.data.stream_pieces import FIRST, ReaderState, ShardedBy, StreamIndex, fits_json
 from runtime.data.stream_windows import StreamWindows
 from runtime.data.streams import StreamSamples
 from runtime.distributed.collectives import gather_bytes
@@ -24,7 +24,7 @@ from runtime.errors import DataError
 
 
 @dataclass(frozen=True)
-class Reading:
+class WindowReader:
     """This rank's windows, being read.
 
     Args:
@@ -35,11 +35,11 @@ class Reading:
 
     windows: Iterator[Window]
     filler: Any
-    places: Mapping[int, Place] = field(default_factory=dict)
+    places: Mapping[int, ReaderState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class How:
+class ReadOptions:
     """How windows are read and weighed.
 
     Args:
@@ -51,7 +51,7 @@ class How:
         tell: takes a line that informs.
     """
 
-    sharing: Sharing
+    assignment: SlotAssignment
     make_loader: MakeLoader
     num_workers: int
     weigh: Weigh | None
@@ -90,7 +90,7 @@ class MappedData:
         first = 0 if isinstance(self.order, BudgetOrder) else last
         return min(len(self.order.batch(0, index)) for index in range(first, last + 1))
 
-    def identity(self, sharing: tuple[int, int]) -> dict[str, Any]:
+    def fingerprint(self, assignment: tuple[int, int]) -> dict[str, Any]:
         """Return what must be the same on resumption, given ranks and workers."""
         return fingerprint(self.samples.source)
 
@@ -104,13 +104,13 @@ class MappedData:
 
     def read(
         self,
-        how: How,
+        options: ReadOptions,
         *,
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
         skipped: Collection[Cursor],
-        places: Mapping[int, Place],
-    ) -> Reading:
+        places: Mapping[int, ReaderState],
+    ) -> WindowReader:
         """Begin to read from a cursor on."""
         windows = Windows(
             self.samples,
@@ -118,20 +118,20 @@ class MappedData:
             start=start,
             stop=stop,
             skipped=skipped,
-            sharing=how.sharing,
-            make_loader=how.make_loader,
+            assignment=options.assignment,
+            make_loader=options.make_loader,
         )
         weighed = iter(windows)
-        if how.weigh is not None:
+        if options.weigh is not None:
             weighed = with_weights(
                 weighed,
-                weigh=how.weigh,
-                num_weights=how.num_weights,
-                slots=how.sharing.slots,
-                begin_sum=how.begin_sum if how.sharing.world_size > 1 else None,
-                ahead=how.ahead,
+                weigh=options.weigh,
+                num_weights=options.num_weights,
+                slots=options.assignment.slots,
+                begin_sum=options.begin_sum if options.assignment.world_size > 1 else None,
+                ahead=options.ahead,
             )
-        return Reading(weighed, windows.filler)
+        return WindowReader(weighed, windows.filler)
 
 
 class StreamedData:
@@ -148,12 +148,12 @@ class StreamedData:
     def __init__(self, samples: StreamSamples) -> None:
         self.samples = samples
 
-    def identity(self, sharing: tuple[int, int]) -> dict[str, Any]:
+    def fingerprint(self, assignment: tuple[int, int]) -> dict[str, Any]:
         """See :class:`MappedData`. Where the data set shards itself, its shares follow from ranks and workers."""
         source = self.samples.source
         told = {"samples": None, "id": getattr(source, "fingerprint", None)}
         if self.samples.sharded_by == "dataset":
-            told |= {"ranks": sharing[0], "workers": max(1, sharing[1])}
+            told |= {"ranks": assignment[0], "workers": max(1, assignment[1])}
         return told
 
     def upcoming(self, cursor: Cursor, skipped: Collection[Cursor]) -> Cursor:
@@ -173,13 +173,13 @@ class StreamedData:
 
     def read(
         self,
-        how: How,
+        options: ReadOptions,
         *,
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
         skipped: Collection[Cursor],
-        places: Mapping[int, Place],
-    ) -> Reading:
+        places: Mapping[int, ReaderState],
+    ) -> WindowReader:
         """See :class:`MappedData`."""
         self.samples.places = dict(places)
         windows = StreamWindows(
@@ -187,22 +187,22 @@ class StreamedData:
             start=start,
             stop=stop,
             skipped=skipped,
-            sharing=how.sharing,
-            make_loader=how.make_loader,
-            num_workers=how.num_workers,
-            weigh=how.weigh,
-            num_weights=how.num_weights,
-            sum_over_ranks=lambda table: how.begin_sum(table)(),
-            ahead=how.ahead,
-            tell=how.tell,
+            assignment=options.assignment,
+            make_loader=options.make_loader,
+            num_workers=options.num_workers,
+            weigh=options.weigh,
+            num_weights=options.num_weights,
+            sum_over_ranks=lambda table: options.begin_sum(table)(),
+            ahead=options.ahead,
+            tell=options.tell,
         )
-        return Reading(iter(windows), windows.filler, windows.places)
+        return WindowReader(iter(windows), windows.filler, windows.places)
 
 
 TrainingData = MappedData | StreamedData
 
 
-def saved_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
+def saved_places(places: Mapping[int, ReaderState], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
     """Return where the readers of a stream stand, as JSON can hold it: rank to worker to place.
 
     A state that JSON cannot hold is left out; the stream is then read again on resumption. Collective where the data set
@@ -216,7 +216,7 @@ def saved_places(places: Mapping[int, Place], sharded_by: ShardedBy, device: tor
     return {str(rank): json.loads(reply) for rank, reply in enumerate(replies)}
 
 
-def places_of(told: Mapping[str, Any], rank: int) -> dict[int, Place]:
+def places_of(told: Mapping[str, Any], rank: int) -> dict[int, ReaderState]:
     """Return a rank's places from what :func:`saved_places` returned."""
     own = told.get(str(rank), told.get("0", {}))
-    return {int(worker): Place(*place) for worker, place in own.items()}
+    return {int(worker): ReaderState(*place) for worker, place in own.items()}

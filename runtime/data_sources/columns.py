@@ -20,7 +20,7 @@ _BLOCK = 10_000  # rows parsed at once
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumberColumn:
     """A column of numbers: (rows,) float64, NaN where there is none."""
 
     values: NDArray[np.float64]
@@ -30,7 +30,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextColumn:
     """A column of texts: codes (rows,) int32 into ``known``; -1 where there is none."""
 
     codes: NDArray[np.int32]
@@ -45,7 +45,7 @@ class Texts:
         return [with_missing[code] for code in self.codes[rows].tolist()]
 
 
-Columns = dict[str, Numbers | Texts]
+Columns = dict[str, NumberColumn | TextColumn]
 
 
 def checked_names(names: Sequence[str], wanted: Collection[str], path: Path) -> None:
@@ -106,8 +106,8 @@ def read_csv(
                 [-1 if value in absent else index.setdefault(value, len(index)) for value in columns[name]]
             )
     return {
-        **{name: Numbers(np.frombuffer(values, dtype=np.float64)) for name, values in found.items()},
-        **{name: Texts(np.frombuffer(codes[name], dtype=np.int32), list(index)) for name, index in known.items()},
+        **{name: NumberColumn(np.frombuffer(values, dtype=np.float64)) for name, values in found.items()},
+        **{name: TextColumn(np.frombuffer(codes[name], dtype=np.int32), list(index)) for name, index in known.items()},
     }
 
 
@@ -169,7 +169,7 @@ def read_parquet(path: Path, *, numbers: Collection[str], texts: Collection[str]
         if pa.types.is_boolean(column.type):
             column = column.cast(pa.uint8())
         try:
-            found[name] = Numbers(column.cast(pa.float64(), safe=False).to_numpy())
+            found[name] = NumberColumn(column.cast(pa.float64(), safe=False).to_numpy())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise DataError(
                 f"{path} has {column.type} in column {name!r}, which are no numbers: list it under 'categorical'"
@@ -179,7 +179,7 @@ def read_parquet(path: Path, *, numbers: Collection[str], texts: Collection[str]
     return found
 
 
-def _texts(column: Any, name: str, path: Path, missing: Collection[str]) -> Texts:
+def _texts(column: Any, name: str, path: Path, missing: Collection[str]) -> TextColumn:
     import pyarrow as pa
 
     try:
@@ -192,7 +192,7 @@ def _texts(column: Any, name: str, path: Path, missing: Collection[str]) -> Text
     kept = [text for text in known if text not in missing]
     place = {text: number for number, text in enumerate(kept)}
     recoded = np.array([*(place.get(text, -1) for text in known), -1], dtype=np.int32)
-    return Texts(recoded[codes], kept)
+    return TextColumn(recoded[codes], kept)
 
 
 def _parquet(path: Path) -> Any:

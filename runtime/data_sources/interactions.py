@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from runtime.data_sources.columns import Texts, read_csv
+from runtime.data_sources.columns import TextColumn, read_csv
 from runtime.errors import DataError
 from runtime.files import digest, existing, rows_within
 from runtime.randomness import mix
@@ -215,7 +215,7 @@ def _read(
 
 
 def _numbered(path: Path, name: str, column: Any) -> tuple[NDArray[np.int64], int]:
-    assert isinstance(column, Texts)
+    assert isinstance(column, TextColumn)
     if (column.codes < 0).any():
         raise DataError(f"{path}: column {name!r} has no value in row {int(np.argmax(column.codes < 0))} (from 0)")
     numeric = all(known.isdecimal() for known in column.known)

@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from runtime import json_files
 from runtime.data_sources.columns import (
     Columns,
-    Numbers,
-    Texts,
+    NumberColumn,
+    TextColumn,
     csv_names,
     is_parquet,
     parquet_names,
@@ -268,7 +268,9 @@ class Table(Dataset[dict[str, Any]]):
         if name not in self._columns:
             return self.as_written(name)
         found = self._columns[name]
-        return found.values if isinstance(found, Numbers) else np.array([*found.known, ""], dtype=object)[found.codes]
+        return (
+            found.values if isinstance(found, NumberColumn) else np.array([*found.known, ""], dtype=object)[found.codes]
+        )
 
     def as_written(self, name: str) -> NDArray[Any]:
         """Return a column as it stands in the file, read anew: int64 or float64 where all values are such, else texts.
@@ -277,7 +279,7 @@ class Table(Dataset[dict[str, Any]]):
             DataError: the file has no such column.
         """
         found = _as_numbers(self._read(numbers=(), texts=[name], missing=())[name])
-        return np.array([*found.known, None], dtype=object)[found.codes] if isinstance(found, Texts) else found
+        return np.array([*found.known, None], dtype=object)[found.codes] if isinstance(found, TextColumn) else found
 
     def targets(self, rows: NDArray[np.int64]) -> Tensor:
         """Return the targets of some rows, as the task has them.
@@ -304,12 +306,12 @@ class Table(Dataset[dict[str, Any]]):
 
     def _numbers(self, name: str) -> NDArray[np.float64]:
         column = self._columns[name]
-        assert isinstance(column, Numbers)
+        assert isinstance(column, NumberColumn)
         return column.values
 
-    def _text(self, name: str) -> Texts:
+    def _text(self, name: str) -> TextColumn:
         column = self._columns[name]
-        assert isinstance(column, Texts)
+        assert isinstance(column, TextColumn)
         return column
 
     def _check_choices(self, categorical_as: str, missing: str, standardize_target: bool) -> None:
@@ -329,7 +331,7 @@ class Table(Dataset[dict[str, Any]]):
         needed = [*(self._numeric if self._missing == "error" else ()), *self._targets]
         for name in needed:
             column = self._columns[name]
-            absent = np.isnan(column.values) if isinstance(column, Numbers) else column.codes < 0
+            absent = np.isnan(column.values) if isinstance(column, NumberColumn) else column.codes < 0
             if absent.any():
                 cure = "" if name in self._targets else ": say missing: mean (or median)"
                 raise DataError(
@@ -362,13 +364,13 @@ def _sorted_labels(labels: set[str]) -> list[str]:
     return sorted(labels, key=lambda label: (numbers[label], label)) if finite else sorted(labels)
 
 
-def _as_numbers(column: Numbers | Texts) -> NDArray[Any] | Texts:
+def _as_numbers(column: NumberColumn | TextColumn) -> NDArray[Any] | TextColumn:
     """Return a column of texts as int64 or float64, or as the texts it is.
 
     A number of leading zeros or of twenty digits stays a text, and so do all beside it: ids are written into predictions as
     they stand in the file.
     """
-    assert isinstance(column, Texts)
+    assert isinstance(column, TextColumn)
     known = [value.strip() for value in column.known]
     whole = [value for value in known if value.lstrip("+-").replace("_", "").isdecimal()]
     if (column.codes < 0).any() or not all(_WHOLE.fullmatch(value) and abs(int(value)) < 2**63 for value in whole):
@@ -379,8 +381,8 @@ def _as_numbers(column: Numbers | Texts) -> NDArray[Any] | Texts:
         return column
 
 
-def _rows_of(values: NDArray[Any] | Texts, rows: NDArray[np.int64]) -> Any:
-    return values.of(rows) if isinstance(values, Texts) else torch.from_numpy(values[rows])
+def _rows_of(values: NDArray[Any] | TextColumn, rows: NDArray[np.int64]) -> Any:
+    return values.of(rows) if isinstance(values, TextColumn) else torch.from_numpy(values[rows])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _SHORT = 1024  # bytes of a message that one reduction takes no longer over than
 _LENGTH = 8
 
 
-class Agreement:
+class StopConsensus:
     """The stop wish of any rank, made known to all at the same step; and whether they have drawn the same samples so far.
 
     Collective: every rank must call ``begin`` and ``end`` around every step. The message is 32 bytes, every n steps; n

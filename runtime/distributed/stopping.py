@@ -30,7 +30,7 @@ _PATIENCE_SECONDS = 2.0  # for what may hang on a dead file server or a full pip
 _leave: Callable[[int], object] = os._exit  # the main thread may never again come to raise SystemExit
 
 
-class StopWish:
+class StopRequest:
     """Whether this process has been asked to stop.
 
     The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP (a closed terminal; unless nohup ignores it), the file or the time limit is
@@ -227,7 +227,7 @@ def _tell(why: str, *, stacks: bool) -> None:
         faulthandler.dump_traceback(file=2, all_threads=True)
 
 
-_installed: list[StopWish] = []  # the innermost last
+_installed: list[StopRequest] = []  # the innermost last
 _forking = threading.local()
 
 

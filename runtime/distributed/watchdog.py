@@ -32,7 +32,7 @@ _IN_ORDER = "in order"
 _FAILED = ", failed: "
 
 
-class Position:
+class CurrentPhase:
     """What a rank's main thread is doing. Costs nothing to speak of, and can be set where nobody watches.
 
     A move is a change of phase. Every rank makes the same moves in a step, so who has made fewest holds the others up: no
@@ -46,8 +46,12 @@ class Position:
 
     def enter(self, phase: str, step: int) -> None:
         """Say what the main thread does from here on."""
-        last_phase, last_step, moves = self.now
-        self.now = (phase, step, 0 if step != last_step else moves if phase == last_phase else moves + 1)
+        last_phase, last_step, phase_changes = self.now
+        self.now = (
+            phase,
+            step,
+            0 if step != last_step else phase_changes if phase == last_phase else phase_changes + 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Heartbeat:
     host: str
     phase: str
     step: int
-    moves: int
+    phase_changes: int
     stood_seconds: float
     in_collective: bool
 
@@ -75,8 +79,8 @@ class Heartbeat:
 
 def laggards(heartbeats: list[Heartbeat]) -> list[Heartbeat]:
     """Return those that the others wait for; all of them where that cannot be told."""
-    least = min((beat.step, beat.moves) for beat in heartbeats)
-    behind = [beat for beat in heartbeats if (beat.step, beat.moves) == least]
+    least = min((beat.step, beat.phase_changes) for beat in heartbeats)
+    behind = [beat for beat in heartbeats if (beat.step, beat.phase_changes) == least]
     return [beat for beat in behind if not beat.in_collective] or behind
 
 
@@ -85,7 +89,7 @@ def raised(reason: str) -> bool:
     return _FAILED in reason
 
 
-class Watch:
+class Watchdog:
     """Watches the other ranks from ``start`` to ``stop``; ends this process when one of them fails.
 
     Durations are counted in turns of our own threads, so that a process that was itself stopped for a while does not take
@@ -117,7 +121,7 @@ class Watch:
         tell: Callable[[str], None] | None = None,
         leave: Callable[[int], NoReturn] = os._exit,
     ) -> None:
-        self.position = Position()
+        self.position = CurrentPhase()
         self.on_leave: Callable[[str], None] = lambda reason: None
         self._rank, self._world_size, self._host = rank, world_size, host
         self._address, self._prefix = store, prefix
@@ -215,7 +219,7 @@ class Watch:
     def _read(self, rank: int) -> Heartbeat:
         key = f"heartbeat/{rank}"
         if not self._store.check([key]):
-            return Heartbeat(0, rank, "unknown", *Position().now, stood_seconds=0.0, in_collective=False)
+            return Heartbeat(0, rank, "unknown", *CurrentPhase().now, stood_seconds=0.0, in_collective=False)
         return Heartbeat(**json.loads(self._store.get(key)))
 
     def _post(self, end: str) -> None:

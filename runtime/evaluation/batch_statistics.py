@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.data.batches import Cursor, Sharing, Windows
+from runtime.data.batches import Cursor, SlotAssignment, Windows
 from runtime.data.loading import MakeLoader
 from runtime.data.order import Order
 from runtime.data.samples import Samples
-from runtime.distributed.collectives import Agreement, sum_over_ranks
+from runtime.distributed.collectives import StopConsensus, sum_over_ranks
 from runtime.optimization.averaging import batch_norms
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.state.module_buffers import preserved_buffers
@@ -41,7 +41,7 @@ class BatchStatistics:
         samples: Samples,
         order: Order,
         *,
-        sharing: Sharing,
+        assignment: SlotAssignment,
         strategy: Strategy,
         make_loader: MakeLoader,
         seed: int,
@@ -49,7 +49,7 @@ class BatchStatistics:
     ) -> None:
         self._samples = samples
         self._order = order
-        self._sharing = sharing
+        self._assignment = assignment
         self._strategy = strategy
         self._make_loader = make_loader
         self._seed = seed
@@ -57,7 +57,7 @@ class BatchStatistics:
 
     @torch.no_grad()
     def compute(
-        self, epoch: int, *, skipped: Collection[Cursor], stop_wished: Callable[[], bool]
+        self, epoch: int, *, skipped: Collection[Cursor], stop_requested: Callable[[], bool]
     ) -> dict[str, Tensor] | None:
         """Return the buffers of each BatchNorm by name, of the weights that the module holds, and leave it as it was.
 
@@ -71,21 +71,21 @@ class BatchStatistics:
         module, device = self._strategy.unwrapped, self._strategy.device
         norms = list(batch_norms(module).items())
         totals = [torch.zeros(_length(norm), dtype=torch.float64, device=device) for _, norm in norms]
-        agreement = Agreement(world_size=self._sharing.world_size, device=device)
+        stop_consensus = StopConsensus(world_size=self._assignment.world_size, device=device)
         windows = Windows(
             self._samples,
             self._order,
             start=Cursor(epoch, 0),
             stop=lambda cursor, steps: cursor.epoch > epoch,
             skipped=skipped,
-            sharing=self._sharing,
+            assignment=self._assignment,
             make_loader=self._make_loader,
         )
         with preserved_random_state(device), _cumulative(module, [norm for _, norm in norms]):
             for window in windows:
                 self._enter()
-                agreement.begin(stop_wished())
-                if agreement.end():
+                stop_consensus.begin(stop_requested())
+                if stop_consensus.end():
                     return None
                 for microbatch in window.microbatches:
                     if microbatch.filler and not self._strategy.forwards_together:

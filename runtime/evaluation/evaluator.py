@@ -19,7 +19,7 @@ from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import Samples, SlotIndex
 from runtime.data.stream_rounds import evaluation_rounds
 from runtime.data.streams import StreamSamples
-from runtime.distributed.collectives import Agreement, sum_by_name, sum_over_ranks
+from runtime.distributed.collectives import StopConsensus, sum_by_name, sum_over_ranks
 from runtime.errors import EvaluationError
 from runtime.evaluation.metrics import MetricSet, Result
 from runtime.losses.rows import miscounted
@@ -31,7 +31,7 @@ from runtime.strategies import Strategy
 _WEIGHT = "weight/"  # no loss may be called "weight"
 
 
-class Tried(NamedTuple):
+class TrialBatch(NamedTuple):
     """One microbatch that was run through model, loss and metrics.
 
     Args:
@@ -79,7 +79,7 @@ class Evaluator:
         self._begun: Iterator[tuple[int, int, Any] | None] | None = None
 
     @torch.no_grad()
-    def try_first(self, make_loader: MakeLoader) -> Tried:
+    def try_first(self, make_loader: MakeLoader) -> TrialBatch:
         """Run the first microbatch through model, loss and metrics: of mapped data the same on every rank.
 
         What was read of a stream is evaluated by the next evaluation all the same. The caller puts back random state, modes
@@ -92,7 +92,7 @@ class Evaluator:
         metrics.reset()
         own = self._first(make_loader)
         if own is None:
-            return Tried(None, None, (), metrics)
+            return TrialBatch(None, None, (), metrics)
         number, count, batch = own
         objective = strategy.unwrapped.objective
         weight = objective.checked_weight(batch, count)
@@ -102,7 +102,7 @@ class Evaluator:
             loss = strategy.unwrapped(batch)
         metrics.update(objective, loss.output, batch)
         sums = loss.parts if loss.sum.ndim else {"loss": loss.sum, **loss.parts}
-        return Tried(batch, loss.output, tuple(objective.means(dict.fromkeys(sums, 0.0), weight)), metrics)
+        return TrialBatch(batch, loss.output, tuple(objective.means(dict.fromkeys(sums, 0.0), weight)), metrics)
 
     def _first(self, make_loader: MakeLoader) -> tuple[int, int, Any] | None:
         if not isinstance(self._samples, StreamSamples):
@@ -116,7 +116,7 @@ class Evaluator:
         return first
 
     @torch.no_grad()
-    def evaluate(self, stop_wished: Callable[[], bool] = lambda: False) -> dict[str, Result] | None:
+    def evaluate(self, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, Result] | None:
         """Return ``samples``, ``loss``, the objective's parts and the metrics, equal on every rank.
 
         None if it was cut short, after the same round on every rank, because a rank wished to stop.
@@ -132,22 +132,22 @@ class Evaluator:
         try:
             # A module may count or keep something in evaluation as well, of which each rank sees a part.
             with preserved_random_state(self._strategy.device), preserved_buffers(module):
-                totals = self._run_share(stop_wished)
+                totals = self._run_share(stop_requested)
         finally:
             module.train(was_training)
         return self._reduced(totals) if totals is not None else None
 
-    def _run_share(self, stop_wished: Callable[[], bool]) -> dict[str, Any] | None:
+    def _run_share(self, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
         strategy, device = self._strategy, self._strategy.device
         objective = strategy.unwrapped.objective
-        agreement = Agreement(world_size=strategy.world_size, device=device)
+        stop_consensus = StopConsensus(world_size=strategy.world_size, device=device)
         totals: dict[str, Any] = {"samples": 0.0}
         weight: Weight = 0.0
         spare: Any = None  # a batch that was seen, on its device
         rounds, self._begun = self._begun or self._rounds(), None
         for own in rounds:  # as many on every rank
-            agreement.begin(stop_wished())
-            if agreement.end():
+            stop_consensus.begin(stop_requested())
+            if stop_consensus.end():
                 return None
             if own is None:
                 self._run_along(spare)

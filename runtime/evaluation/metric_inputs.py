@@ -32,7 +32,7 @@ _BY_NAME: Mapping[str, Role] = {
 
 
 @dataclass(frozen=True)
-class Feed:
+class MetricSignature:
     """What one metric's ``update`` takes.
 
     Args:
@@ -61,7 +61,7 @@ class Feed:
         return any(role == "group" and name not in self.optional for name, role in self.named.items())
 
 
-def feed_of(metric: Metric) -> Feed:
+def signature_of(metric: Metric) -> MetricSignature:
     """Return what a metric takes.
 
     Raises:
@@ -96,7 +96,7 @@ def parts_of(metric: Metric) -> list[Metric]:
     return [part for part in metric.modules() if isinstance(part, Metric)]
 
 
-def _feed(update: Callable[..., Any], name: str, *, logarithms: bool) -> Feed:
+def _feed(update: Callable[..., Any], name: str, *, logarithms: bool) -> MetricSignature:
     parameters = list(inspect.signature(update).parameters.values())[1:]
     named = {p.name: _BY_NAME[p.name] for p in parameters if p.name in _BY_NAME}
     of_any_kind = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -113,7 +113,9 @@ def _feed(update: Callable[..., Any], name: str, *, logarithms: bool) -> Feed:
         places = ("target", "predictions")
     several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     optional = {p.name for p in parameters if p.default is not p.empty}
-    return Feed(places if several else places[: len(needed)], named, frozenset(optional & set(named)), logarithms)
+    return MetricSignature(
+        places if several else places[: len(needed)], named, frozenset(optional & set(named)), logarithms
+    )
 
 
 def _wants_probabilities(metric: Metric) -> bool:
@@ -146,7 +148,7 @@ class MetricInputs:
         """Tell whether every target is masked."""
         return any(isinstance(value, Tensor) and value.numel() == 0 for value in self.given)
 
-    def arguments(self, feed: Feed) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, feed: MetricSignature) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a metric's ``update``.
 
         Raises:

@@ -23,7 +23,7 @@ from runtime.distributed.collectives import gather_bytes
 from runtime.errors import EvaluationError, LockstepError, MetricError
 from runtime.evaluation.class_results import kind_of, thinned
 from runtime.evaluation.compute_groups import sharing_state
-from runtime.evaluation.metric_inputs import MetricInputs, feed_of, parts_of
+from runtime.evaluation.metric_inputs import MetricInputs, parts_of, signature_of
 from runtime.objective import Objective, shown
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class MetricSet:
     def __init__(self, metrics: Mapping[str, Metric], device: torch.device) -> None:
         self._device = device
         self._metrics = dict(metrics)
-        self._feeds = {name: feed_of(metric) for name, metric in self._metrics.items()}
+        self._feeds = {name: signature_of(metric) for name, metric in self._metrics.items()}
         self._kinds = {name: kind_of(metric) for name, metric in self._metrics.items()}
         for part in (part for metric in self._metrics.values() for part in parts_of(metric)):
             # What is merged here must not be merged again in compute(); sync_on_compute is read in __init__ only.

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from runtime.build.builder import Builder
-from runtime.build.data_contents import Contents, contents_of, does_not_repeat
+from runtime.build.data_contents import DataContents, contents_of, does_not_repeat
 from runtime.build.evaluation import evaluator_of
 from runtime.build.preparation import build_module, compare_ranks
 from runtime.build.sources import split_key
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.load import Weights, load_weights
+from runtime.checkpoints.load import LoadedWeights, load_weights
 from runtime.checkpoints.resolve import chosen
 from runtime.checkpoints.run_state import load_module
 from runtime.code_digests import changes_of
@@ -31,14 +31,14 @@ from runtime.data.fields import Name
 from runtime.data.samples import Samples, fingerprint
 from runtime.data.streams import StreamSamples
 from runtime.distributed.collectives import gather_bytes, on_rank_0
-from runtime.distributed.stopping import StopWish
-from runtime.distributed.watchdog import Position
+from runtime.distributed.stopping import StopRequest
+from runtime.distributed.watchdog import CurrentPhase
 from runtime.errors import CheckpointError, DataError, PredictionError
 from runtime.evaluation.metrics import Result
-from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData
+from runtime.inference.columns import ColumnBuilder, Columns, DataColumns
 from runtime.inference.prediction import Predictor
-from runtime.inference.predictions_file import Format, PredictionsFile, check_target, format_of
-from runtime.inference.request import Request, Which, columns_of_sample
+from runtime.inference.predictions_file import FileFormat, PredictionsFile, check_target, format_of
+from runtime.inference.request import InferenceRequest, Which, columns_of_sample
 from runtime.inference.sample_submission import SubmissionFile, header_of
 from runtime.model_calls import is_out_of_memory
 from runtime.optimization.averaging import WeightAverage, checked
@@ -92,22 +92,22 @@ class Inference:
         loaded: the checked configuration.
         request: what is asked for.
         strategy: how the processes share the work.
-        stop_wish: set by signals.
+        stop_request: set by signals.
         position: where this rank is, for its heartbeats.
     """
 
     def __init__(
         self,
         loaded: LoadedConfiguration,
-        request: Request,
+        request: InferenceRequest,
         strategy: Strategy,
-        stop_wish: StopWish,
-        position: Position,
+        stop_request: StopRequest,
+        position: CurrentPhase,
     ) -> None:
         self._loaded = loaded
         self._request = request
         self._strategy = strategy
-        self._stop_wish = stop_wish
+        self._stop_request = stop_request
         self._position = position
         self._target = request.target(loaded.output)
 
@@ -122,7 +122,7 @@ class Inference:
         weights = self._loaded_weights()
         # What the checkpoint says of the training data, which need not be here.
         self._builder = builder = Builder(loaded, stored=weights.preparation)
-        self._slots = int(weights.identity["slots"])
+        self._slots = int(weights.fingerprint["slots"])
         self._micro_size = builder.evaluation_micro_size(self._slots)
         samples = builder.samples(split, batch_size=self._micro_size)
         assert samples is not None
@@ -136,7 +136,7 @@ class Inference:
         told = fingerprint(samples.source)
         compare_ranks(strategy, module, told, more, configuration=configuration, code=loaded.code)
         looked_at = values.checks == "on"
-        contents = contents_of({split: samples}, strategy, builder.loader) if looked_at else Contents()
+        contents = contents_of({split: samples}, strategy, builder.loader) if looked_at else DataContents()
         for part, differing in contents.differing.items():
             if strategy.rank == 0:
                 _LOGGER.warning(does_not_repeat(part, differing))
@@ -222,7 +222,7 @@ class Inference:
 
     def _format(
         self, target: Path, samples: Samples
-    ) -> tuple[Mapping[str, str], Name | None, Callable[[Columns], bytes], Callable[[BinaryIO], Format]]:
+    ) -> tuple[Mapping[str, str], Name | None, Callable[[Columns], bytes], Callable[[BinaryIO], FileFormat]]:
         """Return the columns that are wanted, where ids are, how a microbatch is encoded, and what makes the file of it.
 
         Without ``data.fields.id`` the ids are the data's column that is called as the sample submission's.
@@ -235,7 +235,7 @@ class Inference:
         header = self._on_rank_0(lambda: header_of(sample))
         wanted = columns_of_sample(section, target, header, id_field=id_part, where=self._loaded.where)
         (id_column,) = (name for name, kind in wanted.items() if kind == "id")
-        if id_part is None and PartsOfData(samples.source).has_column(id_column):
+        if id_part is None and DataColumns(samples.source).has_column(id_column):
             id_part = id_column
 
         def make(file: BinaryIO) -> SubmissionFile:
@@ -264,7 +264,7 @@ class Inference:
                 number = next(rounds)
                 bar.update(task, completed=min(number * per_round, done.samples))
                 self._position.enter(self._request.act, number)
-                return bool(self._stop_wish) or failing()
+                return bool(self._stop_request) or failing()
 
             yield next_round
 
@@ -279,7 +279,7 @@ class Inference:
         checkpoint = self._on_rank_0(choose)
         return Checkpoint(**{**checkpoint, "path": Path(checkpoint["path"])})
 
-    def _loaded_weights(self) -> Weights:
+    def _loaded_weights(self) -> LoadedWeights:
         """Read the checkpoint on every rank; what fails on one is raised on all."""
         problem, weights = "", None
         try:
@@ -292,9 +292,9 @@ class Inference:
         assert weights is not None
         return weights
 
-    def _tell_changes(self, weights: Weights) -> bool:
+    def _tell_changes(self, weights: LoadedWeights) -> bool:
         """Say where the configuration is not the one that the checkpoint was made with; return whether it is."""
-        old, new = exact_keys(weights.identity["configuration"]), exact_keys(self._loaded.resolved())
+        old, new = exact_keys(weights.fingerprint["configuration"]), exact_keys(self._loaded.resolved())
         changed = [key for key in sorted(set(old) | set(new)) if repr(old.get(key)) != repr(new.get(key))]
         for key in changed if self._strategy.rank == 0 else ():
             _LOGGER.warning("%s is %r; the checkpoint was made with %r", key, new.get(key), old.get(key))
@@ -305,7 +305,7 @@ class Inference:
 
     def _reported(self, done: InferenceResult) -> Mapping[str, Result]:
         """Return what training reported for the same step, if it evaluated the same split and weights."""
-        same = done.split == "validation" and done.weights == Request("evaluate").weights_in(
+        same = done.split == "validation" and done.weights == InferenceRequest("evaluate").weights_in(
             self._loaded.values.averaging
         )
         return self._checkpoint.results if same and self._unchanged else {}
@@ -329,7 +329,7 @@ class Inference:
 
     def _stopped(self, done: InferenceResult) -> InferenceResult:
         if self._strategy.rank == 0:
-            who = self._stop_wish.reason or "another rank"
+            who = self._stop_request.reason or "another rank"
             _LOGGER.warning("stopped by %s; nothing was written, the same command begins anew", who)
         return replace(done, outcome="stopped")
 
@@ -359,7 +359,7 @@ def print_results(done: InferenceResult, reported: Mapping[str, Result]) -> None
         console.print(f"written to {done.output}", soft_wrap=True, markup=False)
 
 
-def _restored(strategy: Strategy, weights: Weights, averaging: WeightAverage | None) -> WeightAverage | None:
+def _restored(strategy: Strategy, weights: LoadedWeights, averaging: WeightAverage | None) -> WeightAverage | None:
     """Give the prepared module the checkpoint's raw weights, and the average its own, to be swapped in.
 
     Raises:

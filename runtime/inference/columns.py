@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from runtime.config.component import described
-from runtime.config.sections import Prediction
+from runtime.config.sections import PredictionSection
 from runtime.data.fields import COLUMN, Fields, Name, part_of
 from runtime.errors import ConfigurationError, DataError, EvaluationError, LockstepError, ObjectiveError, Problem
 from runtime.objective import full_precision, plain, shown
@@ -38,7 +38,7 @@ class ColumnBuilder:
 
     def __init__(
         self,
-        section: Prediction,
+        section: PredictionSection,
         wanted: Mapping[str, str],
         problem: Callable[[Sequence[str], str], Problem],
         names: Sequence[str] = (),
@@ -247,7 +247,7 @@ def one_each(values: Any, count: int, what: str, *, may_lack: bool = False) -> V
     return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
-class PartsOfData:
+class DataColumns:
     """Reads ids and other parts of the data that are written beside the predictions: of the batch, else of the data set.
 
     A data set has columns where it has ``as_written(name)``, which returns them as they stand in its file, or ``column(name)``.

@@ -17,10 +17,10 @@ from runtime.config.component import described
 from runtime.data.fields import Name
 from runtime.data.loading import read, read_here
 from runtime.data.samples import Samples, SlotIndex
-from runtime.distributed.collectives import Agreement, gather_on_rank_0, sum_over_ranks
+from runtime.distributed.collectives import StopConsensus, gather_on_rank_0, sum_over_ranks
 from runtime.errors import LockstepError, ObjectiveError
 from runtime.inference.batch_rows import check_count, check_order
-from runtime.inference.columns import ColumnBuilder, Columns, PartsOfData, model_arguments
+from runtime.inference.columns import ColumnBuilder, Columns, DataColumns, model_arguments
 from runtime.model_calls import explained, is_out_of_memory
 from runtime.objective import Objective, full_precision, shown
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
@@ -60,21 +60,21 @@ class Predictor:
         self._micro_size = micro_size
         self._strategy = strategy
         self._columns = columns
-        self._parts, self._id_part = PartsOfData(samples.source), id_part
+        self._parts, self._id_part = DataColumns(samples.source), id_part
         self._encode = encode
         self._make_loader = make_loader
         self._seed = seed
         self.nan_samples = 0
 
     @torch.no_grad()
-    def predict(self, append: Callable[[bytes], None], stop_wished: Callable[[], bool] = lambda: False) -> bool:
+    def predict(self, append: Callable[[bytes], None], stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Predict everything; return False if it was cut short, after the same round on every rank.
 
         Collective: every rank must call this.
 
         Args:
             append: called on rank 0 with one microbatch after the other, in the data set's order.
-            stop_wished: asked in every round.
+            stop_requested: asked in every round.
 
         Raises:
             LockstepError: the model's output, or the batch, is not what the configuration says.
@@ -84,11 +84,11 @@ class Predictor:
         module.eval()
         try:
             with preserved_random_state(self._strategy.device):
-                return self._run_share(append, stop_wished)
+                return self._run_share(append, stop_requested)
         finally:
             module.train(was_training)
 
-    def _run_share(self, append: Callable[[bytes], None], stop_wished: Callable[[], bool]) -> bool:
+    def _run_share(self, append: Callable[[bytes], None], stop_requested: Callable[[], bool]) -> bool:
         strategy = self._strategy
         microbatches = -(-len(self._samples) // self._micro_size)
         own = list(range(strategy.rank, microbatches, strategy.world_size))
@@ -96,11 +96,11 @@ class Predictor:
         spare = rounds - len(own) if strategy.forwards_together else 0
         own += [0] * spare  # run along with the others, and forgotten
         batches = read(self._samples, map(self._share, own), self._make_loader)
-        agreement = Agreement(world_size=strategy.world_size, device=strategy.device)
+        stop_consensus = StopConsensus(world_size=strategy.world_size, device=strategy.device)
         nan_samples = torch.zeros((), dtype=torch.float64, device=strategy.device)
         for place in range(rounds):  # as many on every rank
-            agreement.begin(stop_wished())
-            if agreement.end():
+            stop_consensus.begin(stop_requested())
+            if stop_consensus.end():
                 return False
             payload = b""
             if place < len(own):

@@ -24,7 +24,7 @@ _FAILURES = (OSError, ValueError, sqlite3.Error)  # pyarrow's are of the first t
 _ROWS_PER_GROUP = 1 << 16  # of Parquet; as many are held in memory
 
 
-class Format(Protocol):
+class FileFormat(Protocol):
     """One kind of file. Made on rank 0 with the file that it appends to; encoding is for every rank."""
 
     @staticmethod
@@ -156,12 +156,12 @@ class ParquetFile:
         self._held = []
 
 
-_FORMATS: dict[str, type[Format]] = {
+_FORMATS: dict[str, type[FileFormat]] = {
     ".csv": CsvFile, ".jsonl": JsonLinesFile, ".ndjson": JsonLinesFile, ".parquet": ParquetFile,
 }  # fmt: skip
 
 
-def format_of(out: Path) -> type[Format]:
+def format_of(out: Path) -> type[FileFormat]:
     """Return the format that a file's name asks for.
 
     Raises:
@@ -202,7 +202,7 @@ class PredictionsFile:
         problem: what kept the rows from being written; later ones are ignored.
     """
 
-    def __init__(self, out: Path, make: Callable[[BinaryIO], Format], *, force: bool) -> None:
+    def __init__(self, out: Path, make: Callable[[BinaryIO], FileFormat], *, force: bool) -> None:
         self.problem: str | None = None
         self._out, self._make, self._force = out, make, force
         self._stack = ExitStack()

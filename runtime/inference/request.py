@@ -9,11 +9,11 @@ from typing import Literal
 
 from runtime.build.sources import available_splits, split_key
 from runtime.checkpoints.resolve import check_choice
-from runtime.config.data import Data
+from runtime.config.data import DataSection
 from runtime.config.file import LoadedConfiguration
-from runtime.config.learning import Averaging
+from runtime.config.learning import AveragingSection
 from runtime.config.locations import Locations
-from runtime.config.sections import Prediction
+from runtime.config.sections import PredictionSection
 from runtime.data.fields import Name
 from runtime.errors import ConfigurationError, Problem
 from runtime.inference.predictions_file import check_target, format_of
@@ -24,7 +24,7 @@ _DEFAULT_SPLITS = {"evaluate": ("validation", "test"), "predict": ("predict", "t
 
 
 @dataclass(frozen=True)
-class Request:
+class InferenceRequest:
     """What is asked for besides the configuration.
 
     Args:
@@ -49,7 +49,7 @@ class Request:
         default = run_folder / "predictions.csv" if self.act == "predict" else None
         return self.output or default
 
-    def split_in(self, data: Data, prediction: Prediction) -> str:
+    def split_in(self, data: DataSection, prediction: PredictionSection) -> str:
         """Return the split that is meant.
 
         Raises:
@@ -64,7 +64,7 @@ class Request:
         what = f"there is no {missing} in the configuration; it has: {', '.join(there)}"
         raise ConfigurationError([Problem("command line", "--split", what)])
 
-    def weights_in(self, averaging: Averaging | None) -> Which:
+    def weights_in(self, averaging: AveragingSection | None) -> Which:
         """Return which weights are meant.
 
         Raises:
@@ -76,7 +76,7 @@ class Request:
         return self.weights or ("averaged" if averaging is not None and averaging.evaluate else "raw")
 
 
-def check_request(loaded: LoadedConfiguration, request: Request) -> None:
+def check_request(loaded: LoadedConfiguration, request: InferenceRequest) -> None:
     """Refuse what is seen to be wrong before any process is started and any device touched.
 
     Raises:
@@ -98,7 +98,7 @@ def check_request(loaded: LoadedConfiguration, request: Request) -> None:
 
 
 def columns_of_sample(
-    section: Prediction, target: Path, header: Sequence[str], *, id_field: Name | None, where: Locations
+    section: PredictionSection, target: Path, header: Sequence[str], *, id_field: Name | None, where: Locations
 ) -> Mapping[str, str]:
     """Return what each column of a sample submission is to hold.
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from runtime.config.learning import Averaging
+from runtime.config.learning import AveragingSection
 from runtime.errors import CheckpointError
-from runtime.state.local_weights import HeldWeights, WholeWeights
+from runtime.state.local_weights import LocalWeights, WholeWeights
 from runtime.state.shards import whole
 
 
@@ -39,7 +39,7 @@ class WeightAverage:
         count: how many weights were taken in.
     """
 
-    def __init__(self, module: nn.Module, section: Averaging, weights: HeldWeights | None = None) -> None:
+    def __init__(self, module: nn.Module, section: AveragingSection, weights: LocalWeights | None = None) -> None:
         self._section = section
         self._weights = weights or WholeWeights(module)
         self._average = {
@@ -116,7 +116,7 @@ class WeightAverage:
         Collective where the ranks hold the weights together.
         """
         return {
-            "average": {name: self._weights.to_store(name, piece) for name, piece in self._average.items()},
+            "average": {name: self._weights.to_checkpoint(name, piece) for name, piece in self._average.items()},
             "count": self.count,
             "statistics": dict(self._statistics),
             "statistics_of": self._statistics_of if self._buffers else None,
@@ -142,7 +142,7 @@ class WeightAverage:
                 "or begin another run (output=…)"
             )
         for name, average in self._average.items():
-            average.copy_(self._weights.from_store(name, state["average"][name]))
+            average.copy_(self._weights.from_checkpoint(name, state["average"][name]))
         self._statistics = self._on_device(state["statistics"])
         before = state.get("before")
         self._before = None if before is None else (self._on_device(before["statistics"]), before["of"])

@@ -11,7 +11,7 @@ from torch.optim import Muon, Optimizer
 
 from runtime.config import component
 from runtime.config.component import ComponentError
-from runtime.config.learning import Optimizer as OptimizerSection
+from runtime.config.learning import OptimizerSection
 from runtime.config.signatures import class_name
 from runtime.optimization.combined import CombinedOptimizer
 from runtime.optimization.fused import fused_arguments

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.optimization.combined import members
-from runtime.state.local_weights import HeldWeights
-from runtime.state.shards import Shard, Stored
+from runtime.state.local_weights import LocalWeights
+from runtime.state.shards import Shard, StoredTensor
 
 
 def switches(optimizer: Optimizer) -> bool:
@@ -54,20 +54,20 @@ def evaluated_weights(optimizer: Optimizer) -> Iterator[None]:
                 parameter.copy_(weight)
 
 
-def training_weights(optimizer: Optimizer, module: nn.Module, held: HeldWeights) -> dict[str, Tensor | Shard] | None:
+def training_weights(optimizer: Optimizer, module: nn.Module, held: LocalWeights) -> dict[str, Tensor | Shard] | None:
     """Return training's weights by name, for a checkpoint; None where they are the model's."""
     if not switches(optimizer):
         return None
     switched = {id(p) for member in _switching(optimizer) for group in member.param_groups for p in group["params"]}
     names = [name for name, p in module.named_parameters() if id(p) in switched]
-    return {name: held.to_store(name, held.pieces()[name]) for name in names}
+    return {name: held.to_checkpoint(name, held.pieces()[name]) for name in names}
 
 
 @torch.no_grad()
-def load_training_weights(weights: Mapping[str, Stored] | None, held: HeldWeights) -> None:
+def load_training_weights(weights: Mapping[str, StoredTensor] | None, held: LocalWeights) -> None:
     """Put training's weights into the module, after its state and the optimizer's were loaded."""
     for name, weight in (weights or {}).items():
-        held.pieces()[name].copy_(held.from_store(name, weight))
+        held.pieces()[name].copy_(held.from_checkpoint(name, weight))
     if weights:
         held.written()
 
@@ -77,8 +77,8 @@ def cloned(state: Mapping[str, Any]) -> dict[str, Any]:
     copies: dict[Any, Tensor] = {}
 
     def copy(name: str, value: Tensor) -> Tensor:
-        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
-        return copies.setdefault(identity, value.detach().clone())
+        fingerprint = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
+        return copies.setdefault(fingerprint, value.detach().clone())
 
     copied = {}
     for name, value in state.items():

@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from runtime.config.component import ComponentError
-from runtime.config.learning import LayerDecay, NoDecay
-from runtime.config.learning import Optimizer as OptimizerSection
+from runtime.config.learning import LayerDecaySection, NoDecaySection, OptimizerSection
 from runtime.optimization.patterns import described_misses, matches, near_miss, useless
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -128,7 +127,7 @@ def _adjust(group: ParameterGroup, section: OptimizerSection, optimizer_class: t
         group.args["weight_decay"] = 0.0
 
 
-def _steps(section: LayerDecay, names: Sequence[str]) -> dict[str, int]:
+def _steps(section: LayerDecaySection, names: Sequence[str]) -> dict[str, int]:
     """Return how many layers lie above each name's own; names in no layer are above all."""
     layers: dict[str, tuple[int, int]] = {}
     for place, pattern in enumerate(section.layers):
@@ -146,7 +145,7 @@ def _steps(section: LayerDecay, names: Sequence[str]) -> dict[str, int]:
     return {name: top - order.index(layer) for name, layer in layers.items()}
 
 
-def _undecayed(module: nn.Module, section: NoDecay) -> set[str]:
+def _undecayed(module: nn.Module, section: NoDecaySection) -> set[str]:
     kinds = (*(_NORMS if section.biases_and_norms else ()), *(_EMBEDDINGS if section.embeddings else ()))
     of_kind = {id(p) for part in module.modules() if isinstance(part, kinds) for p in part.parameters(recurse=False)}
     named = {full.removeprefix("model."): p for full, p in module.named_parameters()}

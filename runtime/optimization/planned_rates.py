@@ -11,7 +11,7 @@ _MOST_STEPS = 200_000  # about two seconds
 
 
 @dataclass
-class Curve:
+class PlannedRates:
     """The rate of each update.
 
     Args:
@@ -27,7 +27,7 @@ class Curve:
     marks: dict[int, str] = field(default_factory=dict)
 
 
-def simulate(schedule: Schedule, *, steps: int, steps_per_epoch: int | None) -> Curve:
+def simulate(schedule: Schedule, *, steps: int, steps_per_epoch: int | None) -> PlannedRates:
     """Drive a schedule through a run in which every update is applied; its optimizer is not used afterwards.
 
     Args:
@@ -46,4 +46,4 @@ def simulate(schedule: Schedule, *, steps: int, steps_per_epoch: int | None) -> 
     distinct: dict[tuple[float, ...], int] = {}
     for rates in by_group:
         distinct[tuple(rates)] = distinct.get(tuple(rates), 0) + 1
-    return Curve(steps, [list(rates) for rates in distinct], list(distinct.values()))
+    return PlannedRates(steps, [list(rates) for rates in distinct], list(distinct.values()))

@@ -14,7 +14,7 @@ import torch
 from runtime.config.file import LoadedConfiguration
 from runtime.config.sections import RunConfiguration
 from runtime.config.signatures import class_name
-from runtime.data.batches import Sharing
+from runtime.data.batches import SlotAssignment
 from runtime.data.training_data import TrainingData
 from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Objective
@@ -27,7 +27,7 @@ def start_facts(
     objective: Objective,
     *,
     parameters: tuple[int, int],
-    sharing: Sharing,
+    assignment: SlotAssignment,
     device: str,
     data: TrainingData,
     step: int,
@@ -45,15 +45,15 @@ def start_facts(
     epochs_steps = None if steps_per_epoch is None else (limit.epochs or 0) * steps_per_epoch
     trainable, frozen = parameters
     unit = loaded.values.data.unit
-    processes = f"{sharing.world_size} process{'es' * (sharing.world_size > 1)}"
-    slots = f"{sharing.slots} slot{'s' * (sharing.slots > 1)}"
+    processes = f"{assignment.world_size} process{'es' * (assignment.world_size > 1)}"
+    slots = f"{assignment.slots} slot{'s' * (assignment.slots > 1)}"
     return {
         "name": loaded.name,
         "where": f"{processes} on {device}, {loaded.values.precision}",
         "data": f"a stream of training {'samples' if unit == 'samples' else 'batches'}"
         if data.num_samples is None
         else f"{data.num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
-        "batch": f"{global_size} {unit} in {slots} of at most {-(-global_size // sharing.slots)}",
+        "batch": f"{global_size} {unit} in {slots} of at most {-(-global_size // assignment.slots)}",
         "model": f"{trainable:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
         "update": default_rate(loaded.values.optimizer, loaded.code) or "",
         "memory": str(memory),
@@ -62,8 +62,8 @@ def start_facts(
         "resumed": f"after step {step}" if step else "",
         "step": step,
         "total_steps": limit.steps or epochs_steps,
-        "world_size": sharing.world_size,
-        "slots": sharing.slots,
+        "world_size": assignment.world_size,
+        "slots": assignment.slots,
         "device": device,
         "inexact": inexact_choices(loaded.values, objective),
         **versions(),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from runtime.data.batches import Window
 from runtime.distributed.collectives import gather_bytes, sum_in_order
-from runtime.distributed.watchdog import Position
+from runtime.distributed.watchdog import CurrentPhase
 from runtime.evaluation.metrics import MetricSet, Result
 from runtime.objective import Loss, Objective, Weight, add_weights, starting_gradient
 
@@ -30,13 +30,13 @@ _ALONE = ("data", "forward")  # phases in which no rank waits for another
 class PhaseTimes:
     """Adds up how long this rank's main thread is in each phase, and passes on where it is."""
 
-    def __init__(self, position: Position) -> None:
+    def __init__(self, position: CurrentPhase) -> None:
         self._position = position
         self._phase, self._since = "start", time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def enter(self, phase: str, step: int) -> None:
-        """See :meth:`runtime.distributed.watchdog.Position.enter`."""
+        """See :meth:`runtime.distributed.watchdog.CurrentPhase.enter`."""
         now = time.perf_counter()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.config.reporting import Reporting
+from runtime.config.reporting import ReportingSection
 from runtime.evaluation.class_results import ClassResults
 from runtime.reporting.console import ConsoleTracker
 from runtime.reporting.figures import FiguresTracker
@@ -19,7 +19,7 @@ from runtime.reporting.tracker import TrackedRun, Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class TrackerInputs:
     """What a tracker can be made of.
 
     Args:
@@ -32,25 +32,25 @@ class Given:
     """
 
     run: TrackedRun
-    section: Reporting
+    section: ReportingSection
     pictures: bool
     classes: ClassResults
     records: JsonLines
     reporter: Reporter
 
 
-def _console(given: Given) -> Tracker:
+def _console(given: TrackerInputs) -> Tracker:
     return ConsoleTracker(progress=given.section.progress, classes=given.classes, earlier=given.records.earlier)
 
 
-def _figures(given: Given) -> Tracker:
+def _figures(given: TrackerInputs) -> Tracker:
     run, reporter = given.run, given.reporter
     return FiguresTracker(
         run.folder, given.classes, pictures=given.pictures, resumed_step=run.step, warn=reporter.warn, others=reporter
     )
 
 
-def _wandb(given: Given) -> Tracker | None:
+def _wandb(given: TrackerInputs) -> Tracker | None:
     if given.section.wandb is None:
         return None
     from runtime.reporting.wandb_tracker import WandbTracker
@@ -58,7 +58,7 @@ def _wandb(given: Given) -> Tracker | None:
     return WandbTracker(given.section.wandb, warn=given.reporter.warn, classes=given.classes)
 
 
-TRACKERS: dict[str, Callable[[Given], Tracker | None]] = {
+TRACKERS: dict[str, Callable[[TrackerInputs], Tracker | None]] = {
     "console": _console,
     "metrics.jsonl": lambda given: given.records,
     "figures": _figures,
@@ -67,6 +67,6 @@ TRACKERS: dict[str, Callable[[Given], Tracker | None]] = {
 """They are called in this order."""
 
 
-def make_trackers(given: Given) -> list[Tracker]:
+def make_trackers(given: TrackerInputs) -> list[Tracker]:
     """Make those trackers of the table that are wanted."""
     return [tracker for make in TRACKERS.values() if (tracker := make(given)) is not None]

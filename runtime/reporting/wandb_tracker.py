@@ -9,7 +9,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
-from runtime.config.reporting import WeightsAndBiases
+from runtime.config.reporting import WeightsAndBiasesSection
 from runtime.errors import MissingDependencyError
 from runtime.evaluation.class_results import ClassResults
 from runtime.evaluation.metrics import Result
@@ -31,7 +31,7 @@ class WandbTracker(Tracker):
 
     def __init__(
         self,
-        section: WeightsAndBiases,
+        section: WeightsAndBiasesSection,
         *,
         warn: Callable[[str], None],
         classes: ClassResults,

@@ -35,7 +35,7 @@ _VISIBLE_SECONDS = 10.0  # a file server may take its time to show another machi
 
 
 @dataclass(frozen=True)
-class Finding:
+class RankReport:
     """What one rank finds.
 
     Args:
@@ -59,7 +59,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSpeed:
     """An all-reduce over all ranks.
 
     Args:
@@ -72,17 +72,17 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Examined:
+class Diagnosis:
     """What came of an examination that found nothing wrong."""
 
-    findings: Sequence[Finding]
-    network: Network | None
+    findings: Sequence[RankReport]
+    network: NetworkSpeed | None
     outcome: Literal["finished", "stopped"] = "finished"
     step: int = 0
     message: str = ""
 
 
-def examine(loaded: LoadedConfiguration, strategy: Strategy) -> Examined:
+def examine(loaded: LoadedConfiguration, strategy: Strategy) -> Diagnosis:
     """Examine all ranks. Collective: every rank must call this.
 
     Raises:
@@ -97,7 +97,7 @@ def examine(loaded: LoadedConfiguration, strategy: Strategy) -> Examined:
     strategy.barrier()
     finding = _finding(loaded.code, strategy, folder, sees_folder=_sees(probe, token))
     told = gather_bytes(json.dumps(asdict(finding)).encode(), strategy.device)
-    findings = [Finding(**json.loads(reply)) for reply in told]
+    findings = [RankReport(**json.loads(reply)) for reply in told]
     if strategy.rank == 0:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -105,10 +105,10 @@ def examine(loaded: LoadedConfiguration, strategy: Strategy) -> Examined:
     problems = list(problems_of(findings, num_workers=loaded.values.data.loader.num_workers, folder=folder))
     if problems:
         raise RanksDifferError("\n".join(["not all is well:", *problems]))
-    return Examined(findings, network)
+    return Diagnosis(findings, network)
 
 
-def problems_of(findings: Sequence[Finding], *, num_workers: int, folder: Path) -> Iterator[str]:
+def problems_of(findings: Sequence[RankReport], *, num_workers: int, folder: Path) -> Iterator[str]:
     """Yield what is wrong, each with its rank and host."""
     first = findings[0]
     for found in findings:
@@ -125,7 +125,7 @@ def problems_of(findings: Sequence[Finding], *, num_workers: int, folder: Path) 
             yield f"{who} has {in_units(found.shared_bytes)} of shared memory (/dev/shm), too little for loader workers"
 
 
-def table(examined: Examined) -> str:
+def table(examined: Diagnosis) -> str:
     """Return findings and network as lines for a person."""
     lines = []
     for found in examined.findings:
@@ -141,10 +141,10 @@ def table(examined: Examined) -> str:
     return "\n".join([*lines, "all is well"])
 
 
-def _finding(code: Path, strategy: Strategy, folder: Path, *, sees_folder: bool) -> Finding:
+def _finding(code: Path, strategy: Strategy, folder: Path, *, sees_folder: bool) -> RankReport:
     cuda = strategy.device.type == "cuda"
     shared = Path("/dev/shm")  # noqa: S108  # not a file of ours: the kernel's shared memory
-    return Finding(
+    return RankReport(
         rank=strategy.rank,
         host=socket.gethostname(),
         python=platform.python_version(),
@@ -160,7 +160,7 @@ def _finding(code: Path, strategy: Strategy, folder: Path, *, sees_folder: bool)
     )
 
 
-def _network(strategy: Strategy) -> Network:
+def _network(strategy: Strategy) -> NetworkSpeed:
     """Time all-reduces; waits for the device after each."""
 
     def seconds(tensor: torch.Tensor) -> float:
@@ -173,7 +173,7 @@ def _network(strategy: Strategy) -> Network:
     large = torch.zeros(_LARGE_BYTES // 4, device=strategy.device)
     seconds(large)  # connections are made by the first
     latency = statistics.median(seconds(small) for _ in range(20))
-    return Network(latency, _LARGE_BYTES / statistics.median(seconds(large) for _ in range(5)))
+    return NetworkSpeed(latency, _LARGE_BYTES / statistics.median(seconds(large) for _ in range(5)))
 
 
 def _said_by_rank_0(text: str, strategy: Strategy) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from runtime.build.builder import Builder
 from runtime.build.evaluation import build_averaged_evaluation, build_evaluator
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.checks.settings import check_changed_settings
 from runtime.data.batches import Window
 from runtime.evaluation.evaluator import Evaluator
@@ -32,7 +32,7 @@ class Evaluations:
     def __init__(
         self,
         builder: Builder,
-        prepared: Prepared,
+        prepared: RunComponents,
         strategy: Strategy,
         triggers: Triggers,
         services: RunServices,
@@ -41,7 +41,7 @@ class Evaluations:
         self._every = builder.values.evaluation.every
         self._triggers, self._state, self._progress = triggers, prepared.state, prepared.state.progress
         self._services = services
-        slots, closing = prepared.sharing.slots, services.closing
+        slots, closing = prepared.assignment.slots, services.closing
         self._validation = build_evaluator(builder, strategy, "validation", slots=slots, closing=closing)
         self._test = build_evaluator(builder, strategy, "test", slots=slots)
         self._weights = build_averaged_evaluation(
@@ -138,7 +138,7 @@ class Evaluations:
 
         with evaluated_weights(self._state.optimizer), self._services.garbage.paused():
             return self._weights.evaluate(
-                evaluator, self._progress, extra=not judged, last=self._triggers.over, stop_wished=before_round
+                evaluator, self._progress, extra=not judged, last=self._triggers.over, stop_requested=before_round
             )
 
     def _statistics_go_on(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.build.builder import Builder
 from runtime.build.observers import build_observers
-from runtime.build.preparation import Prepared, prepare
+from runtime.build.preparation import RunComponents, prepare
 from runtime.build.trackers import build_meter
 from runtime.config.file import LoadedConfiguration
 from runtime.reporting.meters import TrainingMeter
@@ -23,10 +23,10 @@ from runtime.training.triggers import Triggers
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunParts:
     """What a run is made of: its state and its data (``prepared``), and what acts on them."""
 
-    prepared: Prepared
+    prepared: RunComponents
     triggers: Triggers
     windows: TrainingWindows
     evaluations: Evaluations
@@ -43,7 +43,7 @@ def build_parts(
     observers: Sequence[Observer],
     *,
     before: Mapping[str, Any] | None,
-) -> Parts:
+) -> RunParts:
     """Build a run's parts. Collective: every rank must call this.
 
     Args:
@@ -84,10 +84,10 @@ def build_parts(
         report_every=values.reporting.every,
         save_every=values.checkpoint.every,
         triggers=triggers,
-        agreement=windows.agreement,
+        stop_consensus=windows.stop_consensus,
         evaluations=evaluations,
         saver=saver,
         meter=meter,
         observers=build_observers(builder.components, observers),
     )
-    return Parts(prepared, triggers, windows, evaluations, meter, saver, trainer)
+    return RunParts(prepared, triggers, windows, evaluations, meter, saver, trainer)

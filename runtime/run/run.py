@@ -10,21 +10,21 @@ from runtime.build.builder import Builder
 from runtime.build.preparation import tell_of_component
 from runtime.build.trackers import open_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
-from runtime.checkpoints.run_folder import Found, RunFolder
+from runtime.checkpoints.run_folder import ResumePoint, RunFolder
 from runtime.checkpoints.run_state import cursor_on_resumption, refuse_misfit
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
 from runtime.code_digests import changes_of, explained_by, warning_of
 from runtime.config.file import LoadedConfiguration
-from runtime.distributed.stopping import StopWish
-from runtime.distributed.watchdog import Position
+from runtime.distributed.stopping import StopRequest
+from runtime.distributed.watchdog import CurrentPhase
 from runtime.errors import LockstepError, OutOfMemoryError
 from runtime.model_calls import is_out_of_memory
 from runtime.optimization.optimizer_eval_mode import end_training
 from runtime.reporting.facts import start_facts
 from runtime.reporting.meters import PhaseTimes
 from runtime.reporting.reporter import Reporter
-from runtime.run.parts import Parts, build_parts
+from runtime.run.parts import RunParts, build_parts
 from runtime.run.result import RunResult, model_maker
 from runtime.run.services import RunServices
 from runtime.run_files import RunFiles
@@ -42,7 +42,7 @@ class Run:
     Args:
         loaded: the checked configuration.
         strategy: how the processes share the work.
-        stop_wish: set by signals.
+        stop_request: set by signals.
         position: told where this rank is.
         notes: lines to report at the start.
         observers: called after each step, behind those of ``reporting.observers``.
@@ -52,8 +52,8 @@ class Run:
         self,
         loaded: LoadedConfiguration,
         strategy: Strategy,
-        stop_wish: StopWish,
-        position: Position,
+        stop_request: StopRequest,
+        position: CurrentPhase,
         *,
         notes: Sequence[str] = (),
         observers: Sequence[Observer] = (),
@@ -74,7 +74,9 @@ class Run:
             timeout_seconds=self._values.limit.stall_seconds,
             job=(job.job, job.restart) if (job := own_job()) is not None else (None, 0),
         )
-        self._services = RunServices(self._folder, stop_wish, self._reporter, PhaseTimes(position), GarbageCollection())
+        self._services = RunServices(
+            self._folder, stop_request, self._reporter, PhaseTimes(position), GarbageCollection()
+        )
         self._changed_code: list[str] = []
 
     def train(self) -> RunResult:
@@ -82,7 +84,7 @@ class Run:
         with self._services.closing as closing:
             closing.callback(self._folder.close)
             self._folder.open()
-            self._services.stop_wish.watch_file(RunFiles(self._folder.path).stop)
+            self._services.stop_request.watch_file(RunFiles(self._folder.path).stop)
             found = self._folder.newest(self._values.resume)
             if found is not None:
                 self._restored(found)
@@ -107,7 +109,7 @@ class Run:
         """Tell whether no other job has taken the run folder over; for rank 0."""
         return self._folder.owned
 
-    def _read(self, found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _read(self, found: ResumePoint) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint's state, of tensors no more than this rank will need."""
         model, training = open_state(found.path) if self._strategy.sharded else load_state(found.path)
         refuse_misfit(training, found.path.name)
@@ -126,7 +128,7 @@ class Run:
         # Before the first record, which names what was found to be inexact.
         check_first_start(FirstStart(self._builder, self._strategy, self._prepared, evaluators, self._reporter.warn))
 
-    def _restored(self, found: Found) -> None:
+    def _restored(self, found: ResumePoint) -> None:
         """Build the parts of a run that goes on from a checkpoint, and load it."""
         stored = self._read(found)
         before = stored[1]
@@ -137,7 +139,7 @@ class Run:
             self._changed_code = changes_of(before["code"], self._loaded.code, self._loaded.resolved())
         self._go_on_from(found, stored)
 
-    def _take(self, parts: Parts) -> None:
+    def _take(self, parts: RunParts) -> None:
         self._prepared, self._state, self._progress = (
             parts.prepared,
             parts.prepared.state,
@@ -146,7 +148,7 @@ class Run:
         self._triggers, self._windows, self._evaluations = parts.triggers, parts.windows, parts.evaluations
         self._meter, self._saver, self._trainer = parts.meter, parts.saver, parts.trainer
 
-    def _go_on_from(self, found: Found, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    def _go_on_from(self, found: ResumePoint, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         with explained_by(self._changed_code):
             self._state.restore(*stored)
         mark_coupled(self._state.module.objective, stored[1].get("coupled", []))
@@ -191,13 +193,13 @@ class Run:
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemoryError:
         phase, step, _ = self._position.now
-        key, size = "batch.micro_size", -(-self._values.batch.global_size // self._prepared.sharing.slots)
+        key, size = "batch.micro_size", -(-self._values.batch.global_size // self._prepared.assignment.slots)
         if phase == "evaluate":
             key, size = "evaluation.micro_size", self._values.evaluation.micro_size or size
         return out_of_memory(error, rank=self._strategy.rank, where=f"{phase} at step {step}", key=key, size=size)
 
     def _roll_back(self, wanted: RollbackWanted) -> None:
-        self._windows.agreement.end()  # the step was left before its message was read
+        self._windows.stop_consensus.end()  # the step was left before its message was read
         self._strategy.discard()  # the gradient of a step that had begun, if the host learned late
         section = self._values.divergence
         found = self._folder.roll_back(
@@ -217,13 +219,15 @@ class Run:
             return
         prepared = self._prepared
         self._services.closing.push(lambda kind, error, trace: self._reporter.finish("failed") if kind else None)
-        open_trackers(self._reporter, self._loaded, self._builder, self._progress, run_id=prepared.identity.tracker_id)
+        open_trackers(
+            self._reporter, self._loaded, self._builder, self._progress, run_id=prepared.fingerprint.tracker_id
+        )
         self._reporter.log_summary(
             start_facts(
                 self._loaded,
                 self._state.module.objective,
                 parameters=prepared.parameters,
-                sharing=prepared.sharing,
+                assignment=prepared.assignment,
                 device=self._strategy.device.type,
                 data=prepared.data,
                 step=self._progress.step,
@@ -232,13 +236,13 @@ class Run:
         )
 
     def _close(self, reason: StopReason) -> RunResult:
-        stop_wish = self._services.stop_wish
-        stop_wish.moved()
+        stop_request = self._services.stop_request
+        stop_request.moved()
         self._folder.finish_saving()
         end_training(self._state.optimizer)
         if reason is StopReason.STOP_REQUEST:
             self._reporter.message(
-                f"Stopped by {stop_wish.reason or 'another rank'} after step {self._progress.step}, saved; "
+                f"Stopped by {stop_request.reason or 'another rank'} after step {self._progress.step}, saved; "
                 "the same command goes on from here."
             )
         for text in self._folder.best_messages():

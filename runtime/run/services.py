@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from runtime.checkpoints.run_folder import RunFolder
-from runtime.distributed.stopping import StopWish
+from runtime.distributed.stopping import StopRequest
 from runtime.reporting.meters import PhaseTimes
 from runtime.reporting.reporter import Reporter
 from runtime.training.garbage import GarbageCollection
@@ -21,7 +21,7 @@ class RunServices:
     """
 
     folder: RunFolder
-    stop_wish: StopWish
+    stop_request: StopRequest
     reporter: Reporter
     times: PhaseTimes
     garbage: GarbageCollection
@@ -29,4 +29,4 @@ class RunServices:
 
     def stop_requested(self) -> bool:
         """Whether this rank was asked to stop, or could not write a checkpoint."""
-        return bool(self.stop_wish) or self.folder.failing
+        return bool(self.stop_request) or self.folder.failing

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, get_num_threads, nn
 
 from runtime.build.builder import Builder
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.checks.checkpoint import prove_checkpoint
 from runtime.checks.objective import coupled_parts
 from runtime.code_digests import loaded_code
@@ -39,7 +39,7 @@ class StateSaver:
         self,
         builder: Builder,
         strategy: Strategy,
-        prepared: Prepared,
+        prepared: RunComponents,
         services: RunServices,
         *,
         meter: TrainingMeter,
@@ -48,7 +48,7 @@ class StateSaver:
         unproven: bool,
     ) -> None:
         self._builder, self._strategy, self._folder = builder, strategy, services.folder
-        self._data, self._identity, self._state = prepared.data, prepared.identity, prepared.state
+        self._data, self._identity, self._state = prepared.data, prepared.fingerprint, prepared.state
         self._meter, self._evaluations, self._windows = meter, evaluations, windows
         self._tell, self._warn = services.reporter.message, services.reporter.warn
         self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
@@ -77,7 +77,7 @@ class StateSaver:
         """
         progress, results = self._state.progress, self._evaluations.results_of_this_step
         if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
-            self._windows.agreement.check_drawn()  # what is saved is what all ranks have trained
+            self._windows.stop_consensus.check_drawn()  # what is saved is what all ranks have trained
         if self._compares:
             compare_values(_held_alike(self._state.module), self._strategy.device)
         if isinstance(self._data, StreamedData):

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from runtime.checkpoints.run_state import RunState
 from runtime.config.types import Interval
 from runtime.data.batches import Window
-from runtime.distributed.collectives import Agreement
+from runtime.distributed.collectives import StopConsensus
 from runtime.evaluation.metrics import Result
 from runtime.optimization.combined import members
 from runtime.randomness import Purpose, derive, seed_everything
@@ -49,7 +49,7 @@ class Trainer:
         report_every: Interval,
         save_every: Interval,
         triggers: Triggers,
-        agreement: Agreement,
+        stop_consensus: StopConsensus,
         evaluations: Evaluations,
         saver: StateSaver,
         meter: TrainingMeter,
@@ -59,7 +59,7 @@ class Trainer:
         self._strategy = state.strategy
         self._seed, self._max_grad_norm = seed, max_grad_norm
         self._report_every, self._save_every = report_every, save_every
-        self._triggers, self._agreement = triggers, agreement
+        self._triggers, self._stop_consensus = triggers, stop_consensus
         self._evaluations, self._saver, self._meter = evaluations, saver, meter
         self._services, self._observers = services, observers
         self._learning_rates: list[float] = []
@@ -83,7 +83,7 @@ class Trainer:
         enter("data", progress.step + 1)
         for window in windows:
             step = progress.step + 1
-            self._agreement.begin(self._services.stop_requested())
+            self._stop_consensus.begin(self._services.stop_requested())
             buffers.begin_step()
             for number, microbatch in enumerate(window.microbatches, start=1):
                 seed_everything(derive(self._seed, Purpose.SLOT, progress.step, microbatch.slot), strategy.device)
@@ -106,7 +106,7 @@ class Trainer:
             outcomes.add(window, update)
             self._services.garbage.after_step(progress.step)
 
-            leaving, reason, figures = self._agreement.end(), None, _NOT_DUE
+            leaving, reason, figures = self._stop_consensus.end(), None, _NOT_DUE
             if leaving or self._is_anything_due(window):  # not after most steps
                 outcomes.settle()
                 enter("report", step)
@@ -186,7 +186,7 @@ class Trainer:
         self._saver.prepare()
         best, leaving = self._saver.is_best(), reason is not None and reason.before_limit
         if leaving or best or self._triggers.is_due(self._save_every, window):
-            self._services.stop_wish.moved()  # a save has a grace time of its own
+            self._services.stop_request.moved()  # a save has a grace time of its own
             self._meter.pause()
             self._saver.save()
             self._saver.prove_first(window, leaving=leaving)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from runtime.build.builder import Builder
-from runtime.build.preparation import Prepared
+from runtime.build.preparation import RunComponents
 from runtime.data.batches import Window
-from runtime.data.stream_pieces import Place
-from runtime.data.training_data import How, MappedData, Reading, places_of
-from runtime.distributed.collectives import Agreement, begin_sum_over_ranks
+from runtime.data.stream_pieces import ReaderState
+from runtime.data.training_data import MappedData, ReadOptions, WindowReader, places_of
+from runtime.distributed.collectives import StopConsensus, begin_sum_over_ranks
 from runtime.losses.rows import with_rows_checked
 from runtime.run.services import RunServices
 from runtime.strategies import Strategy
@@ -30,21 +30,23 @@ class TrainingWindows:
         self,
         builder: Builder,
         strategy: Strategy,
-        prepared: Prepared,
+        prepared: RunComponents,
         triggers: Triggers,
         services: RunServices,
     ) -> None:
         self._builder, self._strategy, self._triggers, self._services = builder, strategy, triggers, services
-        self._data, self._sharing, self._freezing = prepared.data, prepared.sharing, prepared.freezing
+        self._data, self._assignment, self._freezing = prepared.data, prepared.assignment, prepared.freezing
         self._module, self._progress = prepared.state.module, prepared.state.progress
-        self._reading: Reading | None = None
-        self._places: dict[int, Place] = {}
+        self._reading: WindowReader | None = None
+        self._places: dict[int, ReaderState] = {}
         self._epoch = -1  # of the step that is being made
         self._warmed_up = False
-        self.agreement = Agreement(world_size=strategy.world_size, device=strategy.device, drawn=self._num_drawn)
+        self.stop_consensus = StopConsensus(
+            world_size=strategy.world_size, device=strategy.device, drawn=self._num_drawn
+        )
 
     @property
-    def places(self) -> Mapping[int, Place]:
+    def places(self) -> Mapping[int, ReaderState]:
         """Where this rank's readers of a stream are, by worker."""
         return self._places if self._reading is None else self._reading.places
 
@@ -69,16 +71,16 @@ class TrainingWindows:
         """End the loader's workers."""
         self._reading = None
 
-    def _read(self) -> Reading:
+    def _read(self) -> WindowReader:
         objective, loader = self._module.objective, self._builder.values.data.loader
-        how = How(
-            sharing=self._sharing,
+        how = ReadOptions(
+            assignment=self._assignment,
             make_loader=self._builder.loader(self._strategy.device),
             num_workers=loader.num_workers,
             weigh=None if objective.counts_samples else objective.checked_weight,
             num_weights=objective.num_weights,
             begin_sum=self._begin_sum,
-            ahead=lambda: self.agreement.steps_ahead,
+            ahead=lambda: self.stop_consensus.steps_ahead,
             tell=self._services.reporter.message,
         )
         return self._data.read(
@@ -89,7 +91,7 @@ class TrainingWindows:
             places=self._places,
         )
 
-    def _unfrozen(self, reading: Reading) -> Iterator[Window]:
+    def _unfrozen(self, reading: WindowReader) -> Iterator[Window]:
         """Yield windows, each once the parameters of its epoch can be trained. Collective."""
         self._epoch = -1
         windows = reading.windows

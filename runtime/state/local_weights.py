@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from runtime.state.shards import Shard, Stored, whole
+from runtime.state.shards import Shard, StoredTensor, whole
 
 
-class HeldWeights(Protocol):
+class LocalWeights(Protocol):
     """What this rank holds of each parameter; averages are kept in the same pieces.
 
     The pieces are read and written elementwise and in place, under ``no_grad``.
@@ -20,11 +20,11 @@ class HeldWeights(Protocol):
         """Return what is held, by parameter name; tensors that share the parameters' memory."""
         ...
 
-    def to_store(self, name: str, piece: Tensor) -> Tensor | Shard:
+    def to_checkpoint(self, name: str, piece: Tensor) -> Tensor | Shard:
         """Return a piece like ``pieces()[name]`` as a checkpoint takes it. Collective, in one order on all ranks."""
         ...
 
-    def from_store(self, name: str, stored: Stored) -> Tensor:
+    def from_checkpoint(self, name: str, stored: StoredTensor) -> Tensor:
         """Return the piece of a whole tensor that belongs in the place of ``pieces()[name]``."""
         ...
 
@@ -44,11 +44,11 @@ class WholeWeights:
         """Return the parameters by name."""
         return self._pieces
 
-    def to_store(self, name: str, piece: Tensor) -> Tensor | Shard:
+    def to_checkpoint(self, name: str, piece: Tensor) -> Tensor | Shard:
         """Return the piece, which is the whole."""
         return piece
 
-    def from_store(self, name: str, stored: Stored) -> Tensor:
+    def from_checkpoint(self, name: str, stored: StoredTensor) -> Tensor:
         """Return the whole."""
         return whole(stored)
 

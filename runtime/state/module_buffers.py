@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from runtime.state.shards import in_memory
 
 
-class Place(NamedTuple):
+class BufferPlace(NamedTuple):
     """Where a module keeps a buffer.
 
     Args:
@@ -48,10 +48,10 @@ class Place(NamedTuple):
             self.owner.register_buffer(self.key, value.to(device, copy=True), persistent=self.persistent)
 
 
-def places_of(module: nn.Module) -> list[Place]:
+def places_of(module: nn.Module) -> list[BufferPlace]:
     """Return where a module keeps buffers, in the order of its parts."""
     return [
-        Place(owner, key, f"{prefix}.{key}" if prefix else key, key not in owner._non_persistent_buffers_set)
+        BufferPlace(owner, key, f"{prefix}.{key}" if prefix else key, key not in owner._non_persistent_buffers_set)
         for prefix, owner in module.named_modules()
         for key, buffer in owner._buffers.items()
         if buffer is not None
@@ -153,7 +153,7 @@ def _register(owner: nn.Module, key: str, value: Tensor, *, persistent: bool, li
         value = value.to(tensors[0].device, copy=True) if tensors else value
     if like is None and key in owner._buffers:
         persistent = key not in owner._non_persistent_buffers_set
-    Place(owner, key, key, persistent).put(value)
+    BufferPlace(owner, key, key, persistent).put(value)
 
 
 def _digest(buffer: Tensor) -> bytes:

@@ -1,7 +1,7 @@
 """A rank's part of a tensor that several ranks hold together, and reading such a tensor back by slices.
 
 What a strategy hands to a checkpoint is a plain tensor, which rank 0 writes, or a :class:`Shard`, which its own rank writes.
-What it gets back is :class:`Stored`: whole, or read from several files as it is asked for, whoever wrote it.
+What it gets back is :class:`StoredTensor`: whole, or read from several files as it is asked for, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Shard(NamedTuple):
     part: Tensor | None
 
 
-class Stored(Protocol):
+class StoredTensor(Protocol):
     """A tensor of a checkpoint, of which any box can be had. A tensor in memory is one too."""
 
     @property
@@ -49,7 +49,7 @@ class Stored(Protocol):
         ...
 
 
-class Piece(NamedTuple):
+class FileSlice(NamedTuple):
     """Where a box of a whole tensor lies on disk.
 
     Args:
@@ -69,7 +69,11 @@ class TensorOnDisk:
     """A tensor in one or several safetensors files, of which no more is read than is asked for."""
 
     def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece], strides: Sequence[int] | None = None
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        pieces: Sequence[FileSlice],
+        strides: Sequence[int] | None = None,
     ) -> None:
         self.shape = torch.Size(shape)
         self.dtype = dtype
@@ -112,7 +116,7 @@ def is_stored(value: object) -> bool:
     return isinstance(value, Tensor | TensorOnDisk)
 
 
-def whole(stored: Stored) -> Tensor:
+def whole(stored: StoredTensor) -> Tensor:
     """Return all of a stored tensor, on the CPU if it is on disk."""
     if isinstance(stored, Tensor):
         return stored

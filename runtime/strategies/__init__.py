@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.objective import Loss, TrainingModule, Weight
-from runtime.state.local_weights import HeldWeights
+from runtime.state.local_weights import LocalWeights
 
 
 class Update(NamedTuple):
@@ -189,7 +189,7 @@ class Strategy(Protocol):
         """Load a whole optimizer state, as :meth:`load_module_state` does, whichever strategy it was saved under."""
         ...
 
-    def weights(self) -> HeldWeights:
+    def weights(self) -> LocalWeights:
         """Return what this rank holds of each parameter of the prepared module, for what averages or exchanges weights."""
         ...
 

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as WrappedInDDP
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from runtime.config.strategy import DistributedDataParallel
+from runtime.config.strategy import DDPSection
 from runtime.distributed.process_groups import init_method
 from runtime.errors import GradientError
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
@@ -32,7 +32,7 @@ from runtime.optimization.combined import load_exactly
 from runtime.optimization.latecomers import Latecomers
 from runtime.randomness import preserved_random_state
 from runtime.state.adopted_layouts import adopt_layouts
-from runtime.state.local_weights import HeldWeights, WholeWeights
+from runtime.state.local_weights import LocalWeights, WholeWeights
 from runtime.state.module_buffers import preserved_buffers
 from runtime.state.shards import in_memory
 from runtime.strategies import DeviceFlag, Update
@@ -60,7 +60,7 @@ from runtime.strategies.unhooked_step import bare_step
 _NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
 
 
-class AcceleratedStrategy:
+class DDPStrategy:
     """Data parallelism in which every process holds the whole model.
 
     Args:
@@ -85,7 +85,7 @@ class AcceleratedStrategy:
         self,
         *,
         precision: Precision,
-        options: DistributedDataParallel,
+        options: DDPSection,
         max_grad_value: float | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
@@ -365,7 +365,7 @@ class AcceleratedStrategy:
         assert self._optimizer is not None
         load_exactly(self._optimizer, in_memory(state))
 
-    def weights(self) -> HeldWeights:
+    def weights(self) -> LocalWeights:
         """Return all weights."""
         return WholeWeights(self.unwrapped)
 

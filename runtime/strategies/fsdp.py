@@ -24,21 +24,21 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.optim import Optimizer
 
 from runtime.config.component import ComponentError
-from runtime.config.strategy import DistributedDataParallel, FullySharded
+from runtime.config.strategy import DDPSection, FSDPSection
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, ModelCall, TrainingModule
 from runtime.optimization.combined import load_exactly, members
 from runtime.optimization.latecomers import Latecomers
-from runtime.state.local_weights import HeldWeights
+from runtime.state.local_weights import LocalWeights
 from runtime.state.shards import in_memory
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
-from runtime.strategies.ddp import AcceleratedStrategy
+from runtime.strategies.ddp import DDPStrategy
 from runtime.strategies.fsdp_tensors import (
-    ShardedWeights,
-    from_store,
+    FSDPWeights,
+    from_checkpoint,
     local,
-    optimizer_state_from_store,
-    state_to_store,
+    optimizer_state_from_checkpoint,
+    state_to_checkpoint,
 )
 from runtime.strategies.mixed_precision import Precision, refuse_weights
 from runtime.strategies.unhooked_step import bare_step
@@ -46,7 +46,7 @@ from runtime.strategies.unhooked_step import bare_step
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
 
-class FullyShardedStrategy(AcceleratedStrategy):
+class FSDPStrategy(DDPStrategy):
     """Data parallelism in which the ranks hold the model together.
 
     Args:
@@ -65,13 +65,13 @@ class FullyShardedStrategy(AcceleratedStrategy):
         self,
         *,
         precision: Precision,
-        section: FullySharded,
+        section: FSDPSection,
         max_grad_value: float | None = None,
         timeout_seconds: float = 1800.0,
     ) -> None:
         super().__init__(
             precision=precision,
-            options=DistributedDataParallel(),
+            options=DDPSection(),
             max_grad_value=max_grad_value,
             timeout_seconds=timeout_seconds,
         )
@@ -181,14 +181,16 @@ class FullyShardedStrategy(AcceleratedStrategy):
 
     def module_state(self, part: nn.Module) -> dict[str, Any]:
         """Return a part's state dict as this rank's shards."""
-        return {name: state_to_store(value) for name, value in part.state_dict().items()}
+        return {name: state_to_checkpoint(value) for name, value in part.state_dict().items()}
 
     def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
         """Load this rank's shards of a whole state dict."""
         present = part.state_dict()
         part.load_state_dict(
             {
-                name: from_store(present[name], value) if isinstance(present.get(name), Tensor) else in_memory(value)
+                name: from_checkpoint(present[name], value)
+                if isinstance(present.get(name), Tensor)
+                else in_memory(value)
                 for name, value in state.items()
             }
         )
@@ -196,7 +198,7 @@ class FullyShardedStrategy(AcceleratedStrategy):
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state as this rank's shards."""
         assert self._optimizer is not None
-        state: dict[str, Any] = state_to_store(self._optimizer.state_dict())
+        state: dict[str, Any] = state_to_checkpoint(self._optimizer.state_dict())
         for group, fused in zip(state["param_groups"], self._fused, strict=True):
             group |= fused  # as any other strategy would have it
         return state
@@ -205,12 +207,12 @@ class FullyShardedStrategy(AcceleratedStrategy):
         """Load this rank's shards of a whole optimizer state."""
         assert self._optimizer is not None
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        load_exactly(self._optimizer, optimizer_state_from_store(state, parameters))
+        load_exactly(self._optimizer, optimizer_state_from_checkpoint(state, parameters))
         self._fused = self._leave_fused_kernels()
 
-    def weights(self) -> HeldWeights:
+    def weights(self) -> LocalWeights:
         """Return this rank's part of each weight."""
-        return ShardedWeights(self.unwrapped)
+        return FSDPWeights(self.unwrapped)
 
     def _leave_fused_kernels(self) -> list[dict[str, Any]]:
         """Turn off the fused kernels that do not take sharded tensors (torch 2.13: all but Adam's); return what was chosen."""

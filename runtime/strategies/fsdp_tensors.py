@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from runtime.state.shards import Shard, Stored, in_memory, is_stored
+from runtime.state.shards import Shard, StoredTensor, in_memory, is_stored
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def box_of(tensor: DTensor) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def to_store(tensor: Tensor, values: Tensor | None = None) -> Tensor | Shard:
+def to_checkpoint(tensor: Tensor, values: Tensor | None = None) -> Tensor | Shard:
     """Return a tensor as a checkpoint takes it.
 
     Args:
@@ -49,7 +49,7 @@ def to_store(tensor: Tensor, values: Tensor | None = None) -> Tensor | Shard:
     return Shard(tuple(tensor.shape), offsets, values.detach() if saves and values.numel() else None)
 
 
-def from_store(like: Tensor, stored: Stored) -> Tensor:
+def from_checkpoint(like: Tensor, stored: StoredTensor) -> Tensor:
     """Return a stored tensor in the place, and with the cut, of another; whole where their shapes differ."""
     if not isinstance(like, DTensor) or tuple(like.shape) != tuple(stored.shape):
         return torch.as_tensor(in_memory(stored))
@@ -60,18 +60,18 @@ def from_store(like: Tensor, stored: Stored) -> Tensor:
     return made
 
 
-def state_to_store(state: Any) -> Any:
+def state_to_checkpoint(state: Any) -> Any:
     """Return nested state with its sharded tensors as a checkpoint takes them."""
     if isinstance(state, DTensor):
-        return to_store(state)
+        return to_checkpoint(state)
     if isinstance(state, Mapping):
-        return {key: state_to_store(value) for key, value in state.items()}
+        return {key: state_to_checkpoint(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [state_to_store(value) for value in state]
+        return [state_to_checkpoint(value) for value in state]
     return state
 
 
-def optimizer_state_from_store(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+def optimizer_state_from_checkpoint(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
     """Return a whole optimizer state with each parameter's tensors cut as the parameter is.
 
     Args:
@@ -92,7 +92,7 @@ def optimizer_state_from_store(state: Mapping[str, Any], parameters: list[nn.Par
                 f"the optimizer's {key!r} is {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}; only state in "
                 "the shape of its parameter can be sharded"
             )
-        return from_store(parameter, value)
+        return from_checkpoint(parameter, value)
 
     cut_state = {
         number: {key: cut(number, key, value) for key, value in of_parameter.items()}
@@ -101,7 +101,7 @@ def optimizer_state_from_store(state: Mapping[str, Any], parameters: list[nn.Par
     return {"state": cut_state, "param_groups": in_memory(state["param_groups"])}
 
 
-class ShardedWeights:
+class FSDPWeights:
     """The part of each parameter that this rank holds."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -111,13 +111,13 @@ class ShardedWeights:
         """Return what is held of each parameter."""
         return {name: local(parameter) for name, parameter in self._parameters.items()}
 
-    def to_store(self, name: str, piece: Tensor) -> Tensor | Shard:
+    def to_checkpoint(self, name: str, piece: Tensor) -> Tensor | Shard:
         """Return a piece as this rank's shard."""
-        return to_store(self._parameters[name], piece)
+        return to_checkpoint(self._parameters[name], piece)
 
-    def from_store(self, name: str, stored: Stored) -> Tensor:
+    def from_checkpoint(self, name: str, stored: StoredTensor) -> Tensor:
         """Read this rank's piece."""
-        return local(from_store(self._parameters[name], stored))
+        return local(from_checkpoint(self._parameters[name], stored))
 
     def written(self) -> None:
         """Do nothing: each forward pass gathers the parameters anew."""

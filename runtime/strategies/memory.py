@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.config.strategy import Strategy
+from runtime.config.strategy import StrategySection
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
 from runtime.strategies.state_size import StateBytes, optimizer_bytes
 from runtime.strategies.zero.memory import state_bytes_of_zero
 
 
 def state_bytes(
-    section: Strategy,
+    section: StrategySection,
     module: nn.Module,
     optimizer: Optimizer,
     world_size: int,
@@ -49,7 +49,7 @@ def state_bytes(
     )
 
 
-def _gathered(section: Strategy, module: nn.Module, trained: list[nn.Parameter]) -> int:
+def _gathered(section: StrategySection, module: nn.Module, trained: list[nn.Parameter]) -> int:
     """Return what is whole at one time: the block at work, the next one, and what lies in no block; and their gradients."""
     fsdp = section.fsdp
     blocks = (

@@ -45,7 +45,7 @@ class AveragedEvaluation:
         *,
         extra: bool,
         last: bool,
-        stop_wished: Callable[[], bool],
+        stop_requested: Callable[[], bool],
     ) -> dict[str, Result] | None:
         """Return an evaluation's results, none without an evaluator; None if it was cut short.
 
@@ -55,36 +55,36 @@ class AveragedEvaluation:
             extra: nothing may follow from this evaluation. Statistics that the average gets for it are its own for this
                 state only: a run that goes on from here goes on without them.
             last: whether the run ends here; the average then gets its statistics even if it is not evaluated.
-            stop_wished: not asked where nothing is evaluated: there would be no evaluation to catch up with.
+            stop_requested: not asked where nothing is evaluated: there would be no evaluation to catch up with.
         """
         if evaluator is None:
-            stop_wished = _never
+            stop_requested = _never
         average = self._average
         if average is None or average.count == 0:
-            return evaluator.evaluate(stop_wished) if evaluator is not None else {}
+            return evaluator.evaluate(stop_requested) if evaluator is not None else {}
         always = self._wanted or self._may_end
         if average.lacks_statistics and (always or last):
-            statistics = self._computed(average, progress, stop_wished)
+            statistics = self._computed(average, progress, stop_requested)
             if statistics is None:
                 return None
             average.take_statistics(statistics, lasting=always and not extra)
         if evaluator is None:
             return {}
         if not self._wanted:
-            return evaluator.evaluate(stop_wished)
+            return evaluator.evaluate(stop_requested)
         if self._tell is not None:
             self._tell(f"From step {progress.step} on the averaged weights are evaluated.")
             self._tell = None
         with average.swapped_in():
-            return evaluator.evaluate(stop_wished)
+            return evaluator.evaluate(stop_requested)
 
     def _computed(
-        self, average: WeightAverage, progress: Progress, stop_wished: Callable[[], bool]
+        self, average: WeightAverage, progress: Progress, stop_requested: Callable[[], bool]
     ) -> dict[str, Tensor] | None:
         assert self._statistics is not None
         with average.swapped_in():
             return self._statistics.compute(
-                progress.epoch - 1, skipped=progress.skipped_batches, stop_wished=stop_wished
+                progress.epoch - 1, skipped=progress.skipped_batches, stop_requested=stop_requested
             )
 
 

@@ -8,7 +8,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from runtime.state.module_buffers import Place, overlaps
+from runtime.state.module_buffers import BufferPlace, overlaps
 from runtime.training.buffer_values import advanced, base, change, narrow, numbers, wide
 
 
@@ -24,7 +24,7 @@ class BufferGroup:
         device: where they are.
     """
 
-    def __init__(self, places: Sequence[Place], likes: Sequence[Tensor]) -> None:
+    def __init__(self, places: Sequence[BufferPlace], likes: Sequence[Tensor]) -> None:
         self._places, self._likes = places, likes
         self._sizes = [like.numel() for like in likes]
         self.numbers = sum(map(numbers, likes))

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from runtime.distributed.collectives import gather_bytes
-from runtime.state.module_buffers import Place, places_of
+from runtime.state.module_buffers import BufferPlace, places_of
 from runtime.strategies import DeviceFlag, Strategy
 from runtime.training.buffer_group import BufferGroup, alike
 from runtime.training.buffer_values import addable, advanced, narrow, numbers, wide
@@ -65,7 +65,7 @@ class BufferRule:
         self._alone = sum_over_ranks is None
         self._sum_over_ranks = sum_over_ranks or (lambda change: None)
         self._known = self._agreed([], [])[0]
-        self._moving: list[Place] = []
+        self._moving: list[BufferPlace] = []
         self._groups: list[BufferGroup] = []
         self._likes: list[Tensor] = []  # what all ranks agree to reduce, whatever becomes of a buffer
         self._move([place for place in self._known.values() if _always_moves(place)])
@@ -123,11 +123,11 @@ class BufferRule:
         if self._alone and begun:
             self._begin([still.place for still in begun])
 
-    def _move(self, places: list[Place]) -> None:
+    def _move(self, places: list[BufferPlace]) -> None:
         """Let buffers follow the rule at every step."""
         self._moving += places
         self._likes += [torch.empty_like(held, device="meta") for p in places if (held := p.held) is not None]
-        pairs: dict[torch.dtype, list[tuple[Place, Tensor]]] = {}
+        pairs: dict[torch.dtype, list[tuple[BufferPlace, Tensor]]] = {}
         for place, like in zip(self._moving, self._likes, strict=True):
             pairs.setdefault(like.dtype, []).append((place, like))
         self._groups = [BufferGroup(*map(list, zip(*group, strict=True))) for group in pairs.values()]
@@ -142,7 +142,7 @@ class BufferRule:
         for group, mean in zip(self._groups, torch.split(means, [g.numbers for g in self._groups]), strict=True):
             group.advance(mean, flag)
 
-    def _begin(self, places: list[Place]) -> None:
+    def _begin(self, places: list[BufferPlace]) -> None:
         """Let buffers that were still follow the rule at every step from the next on."""
         self._move(places)
         self._names += [place.name for place in places]
@@ -180,7 +180,7 @@ class BufferRule:
             self._begin(places)
         self._remember()
 
-    def _agreed(self, changed: list[str], private: list[str]) -> tuple[dict[str, Place], dict[str, int]]:
+    def _agreed(self, changed: list[str], private: list[str]) -> tuple[dict[str, BufferPlace], dict[str, int]]:
         """Return the buffers that all ranks have alike, and of those that any rank saw change how many had before this step.
 
         Buffers that have come since the last time are made rank 0's on every rank. Collective.
@@ -211,7 +211,7 @@ class BufferRule:
             owner = self._module.get_submodule(path)
             held = owner._buffers.get(key)
             device = held.device if held is not None else next(self._module.parameters()).device
-            Place(owner, key, name, persistent[name]).put(value.to(device))
+            BufferPlace(owner, key, name, persistent[name]).put(value.to(device))
 
 
 def _share(still: StillBuffer, privates: int, real_slots: int) -> Tensor:
@@ -225,7 +225,7 @@ def _share(still: StillBuffer, privates: int, real_slots: int) -> Tensor:
 
 
 @torch.no_grad()
-def _advance_each(places: list[Place], starts: list[Tensor], means: Tensor, skipped: bool | DeviceFlag) -> None:
+def _advance_each(places: list[BufferPlace], starts: list[Tensor], means: Tensor, skipped: bool | DeviceFlag) -> None:
     parts = torch.split(means, [numbers(start) for start in starts])
     for place, start, mean in zip(places, starts, parts, strict=True):
         values = advanced(start, mean)
@@ -234,30 +234,30 @@ def _advance_each(places: list[Place], starts: list[Tensor], means: Tensor, skip
         _put(place, narrow(values, start.dtype))
 
 
-def _put(place: Place, value: Tensor) -> None:
+def _put(place: BufferPlace, value: Tensor) -> None:
     held = place.held
     if held is not None and alike(held, value):
         place.put(value)
 
 
-def _always_moves(place: Place) -> bool:
+def _always_moves(place: BufferPlace) -> bool:
     held = place.held
     return place.persistent and held is not None and not (held.dtype == torch.bool or held.is_complex())
 
 
-def _is_small(place: Place) -> bool:
+def _is_small(place: BufferPlace) -> bool:
     held = place.held
     return held is not None and held.numel() <= _SMALL
 
 
-def _follows(place: Place) -> bool:
+def _follows(place: BufferPlace) -> bool:
     """Tell whether a buffer holds numbers that can be added; packed and sparse ones, and subclasses, are left alone."""
     held = place.held
     plain = held is not None and type(held) is Tensor and held.layout == torch.strided
     return held is not None and plain and held.numel() > 0 and addable(held.dtype)
 
 
-def _facts(place: Place) -> list[Any]:
+def _facts(place: BufferPlace) -> list[Any]:
     held = place.held
     assert held is not None
     return [str(held.dtype), list(held.shape)]

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from runtime.config.sections import Divergence as DivergenceSection
+from runtime.config.sections import DivergenceSection
 from runtime.data.batches import Cursor, Window
 from runtime.errors import DivergenceError
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.config.sections import EarlyStopping as EarlyStoppingSection
+from runtime.config.sections import EarlyStoppingSection
 from runtime.errors import EvaluationError
 from runtime.evaluation.metrics import Result
 

@@ -19,7 +19,7 @@ from runtime.training.divergence import Divergence
 from runtime.training.progress import Progress
 
 
-class _Open(NamedTuple):
+class _OpenStep(NamedTuple):
     window: Window
     update: Update
     step: int
@@ -49,7 +49,7 @@ class StepOutcomes:
     ) -> None:
         self._strategy, self._schedule, self._averaging = strategy, schedule, averaging
         self._divergence, self._progress, self._meter = divergence, progress, meter
-        self._open: _Open | None = None
+        self._open: _OpenStep | None = None
         self.applied: bool | None = None
 
     def add(self, window: Window, update: Update) -> None:
@@ -58,7 +58,7 @@ class StepOutcomes:
         if isinstance(update.skipped, bool):
             self._settle(window, update, step, losses)
         else:
-            self._open = _Open(window, update, step, losses)
+            self._open = _OpenStep(window, update, step, losses)
             self.applied = None
 
     def settle(self) -> None:

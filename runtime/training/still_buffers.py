@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.state.module_buffers import Place
+from runtime.state.module_buffers import BufferPlace
 from runtime.training.buffer_values import base, change, same_bits, wide
 
 
@@ -25,7 +25,7 @@ class StillBuffer:
         changes: the sum of its changes in this rank's real slots of the present step, in float64; None without any.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: BufferPlace) -> None:
         held = place.held
         assert held is not None
         self.place = place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runtime.config.sections import Limit
+from runtime.config.sections import LimitSection
 from runtime.config.types import Interval
 from runtime.data.batches import Cursor, Window
 from runtime.data.training_data import TrainingData
@@ -24,7 +24,7 @@ class Triggers:
 
     def __init__(
         self,
-        limit: Limit,
+        limit: LimitSection,
         intervals: tuple[Interval, ...],
         *,
         data: TrainingData,

@@ -132,8 +132,8 @@ def final(run: Path, setting: Setting) -> Final:
         for name, value in load_file(newest / f"{file}.safetensors").items()
     }
     tree = json.loads((newest / "state.json").read_text())
-    identity = tree["training"]["identity"]
-    del tree["training"]["made_by"], identity["tracker_id"], identity["configuration"]
+    fingerprint = tree["training"]["identity"]
+    del tree["training"]["made_by"], fingerprint["tracker_id"], fingerprint["configuration"]
     # A run that lost all its checkpoints meets the infinite sample again.
     del tree["attempt"], tree["training"]["progress"]["attempt"]
     tree["training"]["meter"] = _of_all_ranks(tree["training"]["meter"])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
-from runtime.checkpoints.run_lock import Fence
+from runtime.checkpoints.run_lock import RunLock
 from runtime.objective import Loss, Objective
 
 INFINITE = 0.5344699239871201  # what sample 17 draws in the third epoch
@@ -279,14 +279,14 @@ class Moment:
 
     def install(self) -> None:
         from runtime.checkpoints.run_folder import RunFolder
-        from runtime.distributed.watchdog import Position
+        from runtime.distributed.watchdog import CurrentPhase
         from runtime.training.averaged_evaluation import AveragedEvaluation
         from runtime.training.progress import Progress
 
-        advance, enter = Progress.advance, Position.enter
+        advance, enter = Progress.advance, CurrentPhase.enter
         evaluate, roll_back = AveragedEvaluation.evaluate, RunFolder.roll_back
 
-        def entering(position: Position, phase: str, step: int) -> None:
+        def entering(position: CurrentPhase, phase: str, step: int) -> None:
             enter(position, phase, step)
             if phase == "data":
                 self.event("start")
@@ -305,7 +305,7 @@ class Moment:
             self.event("rollback")
             return roll_back(folder, wanted, **options)
 
-        Position.enter, Progress.advance = entering, advancing
+        CurrentPhase.enter, Progress.advance = entering, advancing
         AveragedEvaluation.evaluate, RunFolder.roll_back = evaluating, rolling_back  # type: ignore[method-assign]
         for name in ("rename", "replace", "fsync"):
             setattr(os, name, self._ticking(getattr(os, name)))
@@ -324,7 +324,7 @@ _moments: list[Moment] = []
 
 def _install(path: Path) -> None:
     plan = json.loads(path.read_text())
-    Fence.__init__.__kwdefaults__["fence_seconds"] = plan["fence_seconds"]
+    RunLock.__init__.__kwdefaults__["fence_seconds"] = plan["fence_seconds"]
     if "limit_bytes" in plan:
         resource.setrlimit(resource.RLIMIT_FSIZE, (plan["limit_bytes"], resource.RLIM_INFINITY))
     rank = int(os.environ.get("RANK", "0"))

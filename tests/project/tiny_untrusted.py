@@ -103,7 +103,7 @@ class InPlace:
         return sample
 
 
-def identity(sample: Any) -> Any:
+def fingerprint(sample: Any) -> Any:
     return sample
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 
-from runtime.config.strategy import Strategy
+from runtime.config.strategy import StrategySection
 from runtime.errors import MissingDependencyError
 
 
-def check_start(section: Strategy) -> None:
+def check_start(section: StrategySection) -> None:
     """Refuse a start that could not do what the configuration says.
 
     Raises:

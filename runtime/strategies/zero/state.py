@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.state.memory_layout import laid_out
-from runtime.state.shards import Stored, whole
+from runtime.state.shards import StoredTensor, whole
 
 
-class ShardedState:
+class ZeroState:
     """Reads and writes weights and optimizer state of an engine. Every method is collective, in one order on all ranks.
 
     Args:
@@ -232,13 +232,13 @@ class ShardedState:
                     yield parameter, zero.fp32_partitioned_groups_flat[place]
 
 
-class ShardedWeights:
-    """This rank's pieces of the float32 weights, for averages of them (:class:`HeldWeights`).
+class ZeroWeights:
+    """This rank's pieces of the float32 weights, for averages of them (:class:`LocalWeights`).
 
     What is not trained is there whole, so that the average has every name that it has under other strategies.
     """
 
-    def __init__(self, module: nn.Module, state: ShardedState) -> None:
+    def __init__(self, module: nn.Module, state: ZeroState) -> None:
         self._state = state
         named = dict(module.named_parameters())
         self._frozen = {name: frozen for name, p in named.items() if (frozen := state.frozen(p)) is not None}
@@ -249,11 +249,11 @@ class ShardedWeights:
         """Return what is held, by parameter name: flat parts of what is trained."""
         return {**{name: piece for name, (piece, _) in self._pieces.items()}, **self._frozen}
 
-    def to_store(self, name: str, piece: Tensor) -> Tensor:
+    def to_checkpoint(self, name: str, piece: Tensor) -> Tensor:
         """Return the whole tensor. Collective."""
         return piece if name in self._frozen else self._state.gathered(self._parameters[name], piece)
 
-    def from_store(self, name: str, stored: Stored) -> Tensor:
+    def from_checkpoint(self, name: str, stored: StoredTensor) -> Tensor:
         """Return this rank's piece of a whole tensor."""
         if name in self._frozen:
             return whole(stored)

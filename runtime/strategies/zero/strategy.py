@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
-from runtime.state.local_weights import HeldWeights, WholeWeights
+from runtime.state.local_weights import LocalWeights, WholeWeights
 from runtime.state.memory_layout import strides_to_keep
 from runtime.state.shards import in_memory, whole
 from runtime.strategies import Update
@@ -44,7 +44,7 @@ from runtime.strategies.zero.engine import (
     make_accelerator,
 )
 from runtime.strategies.zero.optimizers import unshardable
-from runtime.strategies.zero.state import ShardedState, ShardedWeights, padded_part, shape_of
+from runtime.strategies.zero.state import ZeroState, ZeroWeights, padded_part, shape_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -88,7 +88,7 @@ class ZeroStrategy:
         self._scales = precision == "fp16"
         self._module: TrainingModule | None = None
         self._engine: Any = None
-        self._sharded: ShardedState | None = None
+        self._sharded: ZeroState | None = None
         self._parameters: list[nn.Parameter] = []
         self._filler = self._pending = False
 
@@ -136,7 +136,7 @@ class ZeroStrategy:
             if self._stage == 3:
                 self._cut_up(module)
             self._engine, _ = self._accelerator.prepare(module, optimizer)
-        self._sharded = ShardedState(self._engine, groups, keys, self._stage, layouts)
+        self._sharded = ZeroState(self._engine, groups, keys, self._stage, layouts)
         self._sharded.keep_frozen(originals)
         if self._autocast_dtype is not None:  # the float32 weights were made of the rounded ones
             self._sharded.set_weights({p: originals[id(p)] for p in self._parameters})
@@ -305,11 +305,11 @@ class ZeroStrategy:
         assert self._sharded is not None
         self._sharded.load_optimizer_state(in_memory(state))
 
-    def weights(self) -> HeldWeights:
+    def weights(self) -> LocalWeights:
         """Return this rank's part of the weights, for averages of them; all of a module that is not trained."""
         if self._sharded is None:
             return WholeWeights(self.unwrapped)
-        return ShardedWeights(self.unwrapped, self._sharded)
+        return ZeroWeights(self.unwrapped, self._sharded)
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""

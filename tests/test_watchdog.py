@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.distributed.watchdog import Heartbeat, Position, Watch, laggards
+from runtime.distributed.watchdog import CurrentPhase, Heartbeat, Watchdog, laggards
 from runtime.errors import PeerError
 
 _SILENCE_SECONDS = 1.0
@@ -33,13 +33,13 @@ _SEEN_SECONDS = 0.4  # after which the others have heard where a rank is
 
 # One server that has imported torch, from which each rank is forked: importing it in each would take seconds.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.test_watch"])
+_processes.set_forkserver_preload(["tests.test_watchdog"])
 
 
 class World:
     """Ranks that play a scene, each in its own process with its own standard error."""
 
-    def __init__(self, folder: Path, size: int, scene: Callable[[Watch, int], None], *, agent: bool = False) -> None:
+    def __init__(self, folder: Path, size: int, scene: Callable[[Watchdog, int], None], *, agent: bool = False) -> None:
         self.folder = folder
         self.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
         self.port = self.server.port if self.server is not None else free_port()
@@ -85,7 +85,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def live(scene: Callable[[Watch, int], None], rank: int, size: int, port: int, folder: Path, agent: bool) -> None:
+def live(scene: Callable[[Watchdog, int], None], rank: int, size: int, port: int, folder: Path, agent: bool) -> None:
     """Be one rank. The store is hosted by rank 0, or outside, as by torchrun's agent."""
     os.dup2(os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def live(scene: Callable[[Watch, int], None], rank: int, size: int, port: int, f
     if agent:
         place = {"store": dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)}
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60), **place)
-    watch = Watch(
+    watch = Watchdog(
         rank=rank,
         world_size=size,
         host=f"h{rank}",
@@ -107,7 +107,7 @@ def live(scene: Callable[[Watch, int], None], rank: int, size: int, port: int, f
     os._exit(0)  # a gloo thread may abort an interpreter that shuts down in order
 
 
-def train(watch: Watch, rank: int, *, culprit: int, act: Callable[[Watch], None], steps: int = 10_000) -> None:
+def train(watch: Watchdog, rank: int, *, culprit: int, act: Callable[[Watchdog], None], steps: int = 10_000) -> None:
     """Train as DDP does; one rank does something else when it gets its third batch."""
     try:
         for step in range(1, steps + 1):
@@ -126,7 +126,7 @@ def train(watch: Watch, rank: int, *, culprit: int, act: Callable[[Watch], None]
         os._exit(1)
 
 
-def scene(culprit: int, act: Callable[[Watch], None], **changes: Any) -> Callable[[Watch, int], None]:
+def scene(culprit: int, act: Callable[[Watchdog], None], **changes: Any) -> Callable[[Watchdog, int], None]:
     return partial(train, culprit=culprit, act=act, **changes)
 
 
@@ -139,27 +139,27 @@ def assert_told(text: str, rank: int, message: str) -> None:
     assert "in train\n    dist.all_reduce(torch.ones(4))" in text
 
 
-def fail(watch: Watch) -> None:
+def fail(watch: Watchdog) -> None:
     raise IndexError("no sample 7")
 
 
-def die(watch: Watch) -> None:
+def die(watch: Watchdog) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def be_stopped(watch: Watch) -> None:
+def be_stopped(watch: Watchdog) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def hang(watch: Watch) -> None:
+def hang(watch: Watchdog) -> None:
     threading.Event().wait()
 
 
-def hold_the_gil(watch: Watch) -> None:
+def hold_the_gil(watch: Watchdog) -> None:
     ctypes.PyDLL(None).sleep(60)
 
 
-def be_slow(watch: Watch) -> None:
+def be_slow(watch: Watchdog) -> None:
     """Take longer than a hang may, with signs of life."""
     for _ in range(5):
         time.sleep(_STALL_SECONDS / 4)
@@ -178,7 +178,7 @@ def test_a_rank_that_raises_is_named_by_all_others_with_their_stacks(tmp_path: P
 
 @pytest.mark.parametrize(("act", "least_seconds"), [(die, 0.0), (be_stopped, _SILENCE_SECONDS)])
 def test_a_rank_that_is_killed_or_stopped_is_named(
-    tmp_path: Path, act: Callable[[Watch], None], least_seconds: float
+    tmp_path: Path, act: Callable[[Watchdog], None], least_seconds: float
 ) -> None:
     """Lost connections tell of a killed rank before it has been silent for long."""
     with world(tmp_path, 3, scene(2, act)) as ranks:
@@ -197,7 +197,7 @@ def test_a_rank_that_is_killed_or_stopped_is_named(
 
 
 @pytest.mark.parametrize(("act", "state"), [(die, "is gone: its process ended"), (be_stopped, "is silent for")])
-def test_a_lost_store_is_named(tmp_path: Path, act: Callable[[Watch], None], state: str) -> None:
+def test_a_lost_store_is_named(tmp_path: Path, act: Callable[[Watchdog], None], state: str) -> None:
     with world(tmp_path, 3, scene(0, act)) as ranks:
         assert ranks.end(without=(0,))[1:] == [1, 1]
         for rank in (1, 2):
@@ -226,7 +226,7 @@ def test_a_rank_that_keeps_python_from_running_is_named_and_shows_its_stack(tmp_
         assert " in hold_the_gil\n" in ranks.told(1)
 
 
-def end_in_order(watch: Watch, rank: int) -> None:
+def end_in_order(watch: Watchdog, rank: int) -> None:
     """Let one rank keep the others waiting while it moves; then let another close its reports for a while."""
     train(watch, rank, culprit=1, act=be_slow, steps=4)
     dist.barrier()
@@ -240,7 +240,7 @@ def test_nobody_reports_an_orderly_end_though_ranks_are_slow_and_one_ends_late(t
         assert [ranks.told(rank) for rank in range(3)] == ["", "", ""]
 
 
-def end_at_once(watch: Watch, rank: int) -> None:
+def end_at_once(watch: Watchdog, rank: int) -> None:
     train(watch, rank, culprit=1, act=lambda _: None, steps=4)
     watch.stop()
 
@@ -254,7 +254,7 @@ def test_a_notice_from_before_a_restart_is_not_heeded(tmp_path: Path) -> None:
         assert ranks.server.get("lockstep/launch/1/end") == b"in order"
 
 
-def lose_the_store_at_the_end(watch: Watch, rank: int) -> None:
+def lose_the_store_at_the_end(watch: Watchdog, rank: int) -> None:
     dist.barrier()
     if rank == 1:
         time.sleep(_SILENCE_SECONDS / 4)
@@ -267,7 +267,7 @@ def test_a_store_that_goes_shortly_before_an_orderly_end_is_no_failure(tmp_path:
         assert ranks.told(1) == ""
 
 
-def fail_together(watch: Watch, rank: int) -> None:
+def fail_together(watch: Watchdog, rank: int) -> None:
     dist.barrier()
     if rank == 0:
         threading.Event().wait()
@@ -287,7 +287,7 @@ def test_the_first_of_two_failures_is_told(tmp_path: Path) -> None:
         assert "lockstep: rank 1 (host h1), in start at step 0, failed: ZeroDivisionError; this is" in ranks.told(0)
 
 
-def pause(watch: Watch, rank: int) -> None:
+def pause(watch: Watchdog, rank: int) -> None:
     if rank == 0:  # the store's host
         pid = os.getpid()
         if os.fork() == 0:
@@ -305,7 +305,7 @@ def test_a_pause_shorter_than_a_silence_is_no_failure(tmp_path: Path) -> None:
         assert [ranks.told(rank) for rank in range(2)] == ["", ""]
 
 
-def deadlock(watch: Watch, rank: int) -> None:
+def deadlock(watch: Watchdog, rank: int) -> None:
     watch.position.enter("backward", 5)
     threading.Event().wait()
 
@@ -320,7 +320,7 @@ def test_where_no_rank_lags_nobody_is_blamed(tmp_path: Path) -> None:
 
 def test_with_one_process_nothing_is_started() -> None:
     before = threading.active_count()
-    watch = Watch(
+    watch = Watchdog(
         rank=0, world_size=1, host="h0", store=("nowhere", 1), silence_seconds=1, stall_seconds=1, prefix="alone"
     )
     watch.start()
@@ -331,7 +331,7 @@ def test_with_one_process_nothing_is_started() -> None:
 
 def test_a_store_that_cannot_be_reached_is_named() -> None:
     port = free_port()
-    watch = Watch(
+    watch = Watchdog(
         rank=1, world_size=2, host="h1", store=("127.0.0.1", port), silence_seconds=0.2, stall_seconds=1, prefix="lost"
     )
     with pytest.raises(PeerError, match=f"the store on 127.0.0.1:{port}"):
@@ -339,7 +339,7 @@ def test_a_store_that_cannot_be_reached_is_named() -> None:
 
 
 def test_changes_of_phase_are_counted_anew_in_each_step_and_every_entry_is_told_from_the_one_before() -> None:
-    position = Position()
+    position = CurrentPhase()
     seen = []
     for phase, step in [("data", 7), ("data", 7), ("forward", 7), ("data", 8)]:
         position.enter(phase, step)
@@ -348,8 +348,8 @@ def test_changes_of_phase_are_counted_anew_in_each_step_and_every_entry_is_told_
     assert seen == [("data", 7, 0), ("data", 7, 0), ("forward", 7, 1), ("data", 8, 0)]
 
 
-def beat(rank: int, phase: str, step: int, moves: int, *, in_collective: bool = False) -> Heartbeat:
-    return Heartbeat(1, rank, "h", phase, step, moves, 60.0, in_collective)
+def beat(rank: int, phase: str, step: int, phase_changes: int, *, in_collective: bool = False) -> Heartbeat:
+    return Heartbeat(1, rank, "h", phase, step, phase_changes, 60.0, in_collective)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ def told(rank: int, length: int) -> bytes:
 def gather_all(cases: list[list[int]]) -> list[list[bytes]]:
     import torch.distributed as dist
 
-    from runtime.config.strategy import DistributedDataParallel
+    from runtime.config.strategy import DDPSection
     from runtime.distributed.collectives import gather_bytes
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
-    strategy = AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())  # makes the group
+    strategy = DDPStrategy(precision="fp32", options=DDPSection())  # makes the group
     try:
         rank = dist.get_rank()
         return [gather_bytes(told(rank, lengths[rank]), torch.device("cpu")) for lengths in cases]
@@ -39,11 +39,11 @@ def test_messages_of_any_length_arrive_whole_and_in_rank_order(pool: ProcessPool
 def sum_two_at_once() -> list[float]:
     import torch.distributed as dist
 
-    from runtime.config.strategy import DistributedDataParallel
+    from runtime.config.strategy import DDPSection
     from runtime.distributed.collectives import begin_sum_over_ranks
-    from runtime.strategies.ddp import AcceleratedStrategy
+    from runtime.strategies.ddp import DDPStrategy
 
-    strategy = AcceleratedStrategy(precision="fp32", options=DistributedDataParallel())
+    strategy = DDPStrategy(precision="fp32", options=DDPSection())
     own = float(dist.get_rank() + 1)
     first = begin_sum_over_ranks(torch.tensor([own], dtype=torch.float64), torch.device("cpu"))
     second = begin_sum_over_ranks(torch.tensor([own * 10], dtype=torch.float64), torch.device("cpu"))

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from launch.node_rendezvous import Place, meet
+from launch.node_rendezvous import NodeInfo, meet
 from launch.slurm.step import place_in_step
 from launch.slurm.variables import slurm_step
 from runtime.cli import main
 from runtime.distributed.network_interface import _addresses, interface_to
-from runtime.errors import MeetingError
+from runtime.errors import RendezvousError
 from tests.chaos.processes import free_port
 from tests.test_launch import written
 
 
-def met(*places: Place, patience_seconds: float = 20.0) -> list[str]:
+def met(*places: NodeInfo, patience_seconds: float = 20.0) -> list[str]:
     """Let machines meet, each in a thread; return their tokens, or what they say instead."""
 
-    def one(place: Place) -> str:
+    def one(place: NodeInfo) -> str:
         try:
             return meet(place, patience_seconds=patience_seconds)[1]
-        except MeetingError as error:
+        except RendezvousError as error:
             return f"error: {error}"
 
     with ThreadPoolExecutor(len(places)) as threads:
@@ -34,17 +34,17 @@ def met(*places: Place, patience_seconds: float = 20.0) -> list[str]:
 
 def test_all_get_the_same_token_in_whatever_order_they_come() -> None:
     port = free_port()
-    tokens = met(*(Place(3, rank, "127.0.0.1", port, 2) for rank in (2, 0, 1)))
+    tokens = met(*(NodeInfo(3, rank, "127.0.0.1", port, 2) for rank in (2, 0, 1)))
     assert len(set(tokens)) == 1
     assert not tokens[0].startswith("error")
-    again = met(*(Place(3, rank, "127.0.0.1", port, 2) for rank in (0, 1, 2)))  # the port is free at once
+    again = met(*(NodeInfo(3, rank, "127.0.0.1", port, 2) for rank in (0, 1, 2)))  # the port is free at once
     assert len(set(again)) == 1
     assert again[0] != tokens[0]
 
 
 def test_a_machine_with_another_number_of_processes_is_named_on_all() -> None:
     port = free_port()
-    places = [Place(3, rank, "127.0.0.1", port, processes) for rank, processes in enumerate((2, 4, 2))]
+    places = [NodeInfo(3, rank, "127.0.0.1", port, processes) for rank, processes in enumerate((2, 4, 2))]
     said = met(*places, patience_seconds=3)  # for the third, which may come when the first has left
     host = socket.gethostname()
     expected = f"error: host {host} (node rank 1) was started otherwise than host {host}: --processes 4 there, 2 here"
@@ -53,30 +53,30 @@ def test_a_machine_with_another_number_of_processes_is_named_on_all() -> None:
 
 def test_a_machine_that_was_told_another_number_of_machines_is_named() -> None:
     port = free_port()
-    said = met(Place(2, 0, "127.0.0.1", port, 1), Place(3, 1, "127.0.0.1", port, 1))
+    said = met(NodeInfo(2, 0, "127.0.0.1", port, 1), NodeInfo(3, 1, "127.0.0.1", port, 1))
     assert all("--nodes 3 there, 2 here" in one for one in said)
 
 
 def test_two_machines_of_one_rank_are_named() -> None:
     port = free_port()
-    said = met(*(Place(3, rank, "127.0.0.1", port, 1) for rank in (0, 1, 1)))
+    said = met(*(NodeInfo(3, rank, "127.0.0.1", port, 1) for rank in (0, 1, 1)))
     assert "both say that they are node rank 1" in said[0]
 
 
 def test_a_machine_that_does_not_come_is_named_in_bounded_time() -> None:
     port = free_port()
-    said = met(Place(3, 0, "127.0.0.1", port, 1), Place(3, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
+    said = met(NodeInfo(3, 0, "127.0.0.1", port, 1), NodeInfo(3, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
     assert f"of 3 machines, node rank 2 did not come to 127.0.0.1:{port} within 1 s" in said[0]
     assert said[1] == said[0] or "cannot be reached" in said[1]
 
 
 def test_a_main_host_that_is_not_there_is_told_in_bounded_time() -> None:
     port = free_port()
-    (said,) = met(Place(2, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
+    (said,) = met(NodeInfo(2, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
     assert f"the main host 127.0.0.1:{port} cannot be reached from host {socket.gethostname()}" in said
     assert "Connection refused" in said
     assert "--main-port" in said
-    (said,) = met(Place(2, 1, "no-such-host.invalid", port, 1), patience_seconds=1.0)
+    (said,) = met(NodeInfo(2, 1, "no-such-host.invalid", port, 1), patience_seconds=1.0)
     assert "the main host no-such-host.invalid:" in said
 
 
@@ -85,24 +85,24 @@ def test_another_program_at_that_port_is_told() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        (said,) = met(Place(2, 0, "127.0.0.1", port, 1))
+        (said,) = met(NodeInfo(2, 0, "127.0.0.1", port, 1))
         assert "Address already in use" in said
         assert "choose another --main-port on all machines" in said
 
 
 def test_the_first_machine_must_be_the_main_host() -> None:
-    (said,) = met(Place(2, 0, "192.0.2.1", free_port(), 1))  # an address of no machine
+    (said,) = met(NodeInfo(2, 0, "192.0.2.1", free_port(), 1))  # an address of no machine
     assert "192.0.2.1 is not an address of this machine" in said
 
 
 def test_who_else_knocks_is_no_machine_of_ours() -> None:
     port = free_port()
     with ThreadPoolExecutor(3) as threads:
-        first = threads.submit(meet, Place(2, 0, "127.0.0.1", port, 1), patience_seconds=20.0)
+        first = threads.submit(meet, NodeInfo(2, 0, "127.0.0.1", port, 1), patience_seconds=20.0)
         for text in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"hello": "lockstep"}\n', b""):
             with connected(port) as knocking:
                 knocking.sendall(text)
-        second = threads.submit(meet, Place(2, 1, "127.0.0.1", port, 1), patience_seconds=20.0)
+        second = threads.submit(meet, NodeInfo(2, 1, "127.0.0.1", port, 1), patience_seconds=20.0)
         assert first.result()[1] == second.result()[1]
 
 
@@ -177,8 +177,8 @@ def test_slurm_says_which_machine_of_a_step_this_is_and_where_the_first_one_is(
     with_scontrol(tmp_path, monkeypatch, SCONTROL)
     step = slurm_step()
     assert step is not None
-    assert place_in_step(step, processes=3, port=None) == Place(2, 1, "10.1.2.3", 10007, 3)
-    assert place_in_step(step, processes=3, port=77) == Place(2, 1, "10.1.2.3", 77, 3)
+    assert place_in_step(step, processes=3, port=None) == NodeInfo(2, 1, "10.1.2.3", 10007, 3)
+    assert place_in_step(step, processes=3, port=77) == NodeInfo(2, 1, "10.1.2.3", 77, 3)
     assert place_in_step(replace(step, tasks=1, nodes=1), processes=3, port=None) is None
 
 
@@ -240,9 +240,9 @@ def test_a_main_host_whose_own_name_means_loopback_is_met_at_the_address_that_ot
         lambda host, *more, **options: real("127.0.1.1" if host == "main" else host, *more, **options),
     )
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(meet, Place(2, 0, "main", port, 1), patience_seconds=20.0)
-        second = threads.submit(meet, Place(2, 1, outward, port, 1), patience_seconds=20.0)
-        assert first.result() == (Place(2, 0, outward, port, 1), second.result()[1])
+        first = threads.submit(meet, NodeInfo(2, 0, "main", port, 1), patience_seconds=20.0)
+        second = threads.submit(meet, NodeInfo(2, 1, outward, port, 1), patience_seconds=20.0)
+        assert first.result() == (NodeInfo(2, 0, outward, port, 1), second.result()[1])
 
 
 def test_loopback_is_left_to_gloo() -> None:

@@ -512,12 +512,12 @@ def write_whole_tensors_together(folder: Path) -> bool:
     """Let all ranks save a state of which none holds a part alone."""
     import torch.distributed as dist
 
-    from runtime.checkpoints.checkpoint import CheckpointFolder, write_along
+    from runtime.checkpoints.checkpoint import CheckpointFolder, write_own_shard
     from runtime.checkpoints.snapshot import HostBuffers
-    from runtime.checkpoints.writer_group import Writers
+    from runtime.checkpoints.writer_group import WriterGroup
 
     dist.init_process_group("gloo")
-    writers = Writers(rank=dist.get_rank(), world_size=dist.get_world_size(), timeout_seconds=10)
+    writers = WriterGroup(rank=dist.get_rank(), world_size=dist.get_world_size(), timeout_seconds=10)
     state = {"model": {"weight": torch.arange(3.0)}, "training": {"count": 1}}
     facts: dict[str, Any] = {"step": 1, "attempt": 0, "epoch": 1, "results": {}}
     snapshot = HostBuffers().copy(state, **facts)
@@ -525,7 +525,7 @@ def write_whole_tensors_together(folder: Path) -> bool:
         if writers.rank == 0:
             CheckpointFolder(folder, keep=1, best=[], warn=print).write(snapshot, writers)
         else:
-            write_along(snapshot, writers)
+            write_own_shard(snapshot, writers)
         dist.barrier()
         (path,) = folder.glob("step-*")
         return damage_of(path) is None and torch.equal(load_state(path)[0]["weight"], state["model"]["weight"])

@@ -17,13 +17,13 @@ import pytest
 
 from runtime.distributed.rank_consistency import code_digest
 from runtime.errors import RanksDifferError
-from runtime.run.diagnosis import Finding, problems_of
+from runtime.run.diagnosis import RankReport, problems_of
 from runtime.session import examine, train
 from tests.observed import PROJECT, configuration
 from tests.process_pool import ProcessPool, RemoteError
 from tests.test_launch import clean_environment, written
 
-WELL = Finding(
+WELL = RankReport(
     rank=0,
     host="a",
     python="3.11.7",

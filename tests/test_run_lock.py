@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from launch.schedulers import own_job
-from runtime.checkpoints.run_lock import Fence
+from runtime.checkpoints.run_lock import RunLock
 from runtime.errors import RunFolderError
 from runtime.session import train
 from tests.observed import configuration
@@ -33,7 +33,7 @@ JOB = """
 import sys
 from pathlib import Path
 from runtime.errors import RunFolderError
-from runtime.checkpoints.run_lock import Fence
+from runtime.checkpoints.run_lock import RunLock
 
 class Waits(Exception):
     pass
@@ -47,7 +47,7 @@ for line in sys.stdin:
     try:
         if command == "acquire":
             folder, seconds = words
-            fence = Fence(Path(folder), job=None, restart=0, fence_seconds=float(seconds), wait=refuse)
+            fence = RunLock(Path(folder), job=None, restart=0, fence_seconds=float(seconds), wait=refuse)
         said = getattr(fence, command)()
     except Waits:
         said = "waits"
@@ -101,20 +101,20 @@ def start() -> Iterator[Callable[[], Job]]:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., Fence]]:
+def make(tmp_path: Path) -> Iterator[Callable[..., RunLock]]:
     """Fences on one folder, released at the end."""
-    fences: list[Fence] = []
+    run_locks: list[RunLock] = []
 
     def made(
         job: str | None = None, restart: int = 0, seconds: float = SHORT, wait: Callable[[str], None] | None = None
-    ) -> Fence:
-        fence = Fence(tmp_path, job=job, restart=restart, fence_seconds=seconds, wait=wait or refuse)
-        fences.append(fence)
-        return fence
+    ) -> RunLock:
+        run_lock = RunLock(tmp_path, job=job, restart=restart, fence_seconds=seconds, wait=wait or refuse)
+        run_locks.append(run_lock)
+        return run_lock
 
     yield made
-    for fence in fences:
-        fence.release()
+    for run_lock in run_locks:
+        run_lock.release()
 
 
 class WaitsError(Exception):
@@ -146,7 +146,7 @@ def lock(folder: Path, number: int = 1, **changes: Any) -> Path:
 
 def lock_of_the_dead(folder: Path, number: int = 1) -> Path:
     """Write the lock of a process that was killed on this machine."""
-    me = Fence(folder, job=None, restart=0, wait=refuse)._me
+    me = RunLock(folder, job=None, restart=0, wait=refuse)._me
     return lock(folder, number, host=me.host, machine=me.machine, pid=dead_process(), started=1, fence_seconds=LONG)
 
 
@@ -157,16 +157,16 @@ def dead_process() -> int:
 
 
 def test_the_first_job_gets_the_folder_and_makes_it(tmp_path: Path) -> None:
-    fence = Fence(tmp_path / "runs" / "a", job="7", restart=2, wait=refuse)
-    assert fence.acquire() is False
-    fence.check()
+    run_lock = RunLock(tmp_path / "runs" / "a", job="7", restart=2, wait=refuse)
+    assert run_lock.acquire() is False
+    run_lock.check()
     values = json.loads(newest(tmp_path / "runs" / "a").read_text())
     assert (values["job"], values["restart"], values["pid"]) == ("7", 2, os.getpid())
-    fence.release()
+    run_lock.release()
 
 
 def test_a_second_job_is_refused_while_the_first_one_lives(
-    tmp_path: Path, start: Callable[[], Job], make: Callable[..., Fence]
+    tmp_path: Path, start: Callable[[], Job], make: Callable[..., RunLock]
 ) -> None:
     first = start()
     assert first.do("acquire", tmp_path, SHORT) == "False"
@@ -183,7 +183,7 @@ def test_a_second_job_is_refused_while_the_first_one_lives(
 
 
 def test_a_killed_job_is_restarted_on_the_same_machine_without_a_wait(
-    tmp_path: Path, start: Callable[[], Job], make: Callable[..., Fence]
+    tmp_path: Path, start: Callable[[], Job], make: Callable[..., RunLock]
 ) -> None:
     first = start()
     assert first.do("acquire", tmp_path, LONG) == "False"
@@ -199,7 +199,7 @@ def test_a_killed_job_is_restarted_on_the_same_machine_without_a_wait(
 
 
 def test_a_process_id_that_was_given_to_another_process_is_a_dead_owner(
-    tmp_path: Path, make: Callable[..., Fence]
+    tmp_path: Path, make: Callable[..., RunLock]
 ) -> None:
     here = make()._me
     lock(tmp_path, host=here.host, machine=here.machine, pid=os.getpid(), started=1, fence_seconds=LONG)
@@ -208,7 +208,7 @@ def test_a_process_id_that_was_given_to_another_process_is_a_dead_owner(
 
 @pytest.mark.parametrize("unlike", ["host", "machine"])
 def test_a_dead_process_id_says_nothing_about_another_machine(
-    tmp_path: Path, make: Callable[..., Fence], unlike: str
+    tmp_path: Path, make: Callable[..., RunLock], unlike: str
 ) -> None:
     path = lock_of_the_dead(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {unlike: "another"}))
@@ -217,7 +217,7 @@ def test_a_dead_process_id_says_nothing_about_another_machine(
 
 
 def test_a_stopped_job_is_replaced_and_stops_writing_when_it_wakes_up(
-    tmp_path: Path, start: Callable[[], Job], make: Callable[..., Fence]
+    tmp_path: Path, start: Callable[[], Job], make: Callable[..., RunLock]
 ) -> None:
     first = start()
     assert first.do("acquire", tmp_path, SHORT) == "False"
@@ -233,16 +233,16 @@ def test_a_stopped_job_is_replaced_and_stops_writing_when_it_wakes_up(
     assert locks(tmp_path) == ["fence-000002.json"]
 
 
-def test_a_later_restart_of_the_same_job_takes_over_at_once(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_a_later_restart_of_the_same_job_takes_over_at_once(tmp_path: Path, make: Callable[..., RunLock]) -> None:
     lock(tmp_path, job="7", restart=1, fence_seconds=LONG)
-    fence = make(job="7", restart=2, seconds=LONG)
-    assert fence.acquire() is True
-    fence.check()
+    run_lock = make(job="7", restart=2, seconds=LONG)
+    assert run_lock.acquire() is True
+    run_lock.check()
 
 
 @pytest.mark.parametrize(("job", "restart"), [("7", 0), ("7", 1), ("8", 2), (None, 2)])
 def test_no_other_job_and_no_earlier_restart_takes_over_at_once(
-    tmp_path: Path, make: Callable[..., Fence], job: str | None, restart: int
+    tmp_path: Path, make: Callable[..., RunLock], job: str | None, restart: int
 ) -> None:
     lock(tmp_path, job="7" if job else None, restart=1)
     with pytest.raises(WaitsError):
@@ -250,19 +250,19 @@ def test_no_other_job_and_no_earlier_restart_takes_over_at_once(
 
 
 def test_a_lock_from_elsewhere_is_taken_over_when_its_counter_stands_still(
-    tmp_path: Path, make: Callable[..., Fence]
+    tmp_path: Path, make: Callable[..., RunLock]
 ) -> None:
     lock(tmp_path, job="3")
     told: list[str] = []
-    fence = make(wait=told.append)
-    assert fence.acquire() is True
-    fence.check()
+    run_lock = make(wait=told.append)
+    assert run_lock.acquire() is True
+    run_lock.check()
     assert len(told) == 1
     assert "job 3 (restart 0), process 4242 on host elsewhere" in told[0]
     assert locks(tmp_path) == ["fence-000002.json"]
 
 
-def test_a_lock_from_elsewhere_whose_counter_moves_is_respected(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_a_lock_from_elsewhere_whose_counter_moves_is_respected(tmp_path: Path, make: Callable[..., RunLock]) -> None:
     path = lock(tmp_path)
     content = path.read_text()
 
@@ -274,29 +274,29 @@ def test_a_lock_from_elsewhere_whose_counter_moves_is_respected(tmp_path: Path, 
     assert locks(tmp_path) == ["fence-000001.json"]
 
 
-def test_the_other_side_is_given_the_time_that_it_needs(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_the_other_side_is_given_the_time_that_it_needs(tmp_path: Path, make: Callable[..., RunLock]) -> None:
     lock(tmp_path, fence_seconds=LONG)  # whose counter moves only every LONG / 6
     with pytest.raises(WaitsError, match="up to 600 s"):
         make(seconds=SHORT).acquire()
 
 
 def test_time_in_which_the_contender_slept_does_not_count(
-    tmp_path: Path, make: Callable[..., Fence], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[..., RunLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock(tmp_path)
     clock = iter(range(0, 100_000, 100))
     monkeypatch.setattr("runtime.checkpoints.run_lock.time.monotonic", lambda: next(clock))
-    fence = make(wait=[].append)
+    run_lock = make(wait=[].append)
     looks: list[int] = []
-    look = fence._look
-    monkeypatch.setattr(fence, "_look", lambda: looks.append(1) or look())
-    assert fence.acquire() is True
+    look = run_lock._look
+    monkeypatch.setattr(run_lock, "_look", lambda: looks.append(1) or look())
+    assert run_lock.acquire() is True
     assert len(looks) > 10
 
 
 @pytest.mark.parametrize("content", [b"", b'{"token": "ab', b"[1]", b"\x00" * 300, b"\xff\xfe", b'{"token": 1}'])
 def test_a_damaged_lock_counts_as_one_that_stands_still(
-    tmp_path: Path, make: Callable[..., Fence], content: bytes
+    tmp_path: Path, make: Callable[..., RunLock], content: bytes
 ) -> None:
     (tmp_path / "fence-000004.json").write_bytes(content)
     told: list[str] = []
@@ -305,30 +305,32 @@ def test_a_damaged_lock_counts_as_one_that_stands_still(
     assert locks(tmp_path) == ["fence-000005.json"]
 
 
-def test_files_of_other_names_are_no_locks(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_files_of_other_names_are_no_locks(tmp_path: Path, make: Callable[..., RunLock]) -> None:
     for name in ("fence-000009.json.bak", "fence-x.json", ".fence-000009.json"):
         (tmp_path / name).write_text("")
     assert make().acquire() is False
     assert (tmp_path / "fence-000001.json").is_file()
 
 
-def test_a_released_folder_is_free_at_once(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_a_released_folder_is_free_at_once(tmp_path: Path, make: Callable[..., RunLock]) -> None:
     for number in (1, 2, 3):
-        fence = make(seconds=LONG)
-        assert fence.acquire() is False
-        fence.check()
+        run_lock = make(seconds=LONG)
+        assert run_lock.acquire() is False
+        run_lock.check()
         assert locks(tmp_path) == [f"fence-{number:06}.json"]
-        fence.release()
-        fence.release()
+        run_lock.release()
+        run_lock.release()
 
 
-def test_a_release_is_seen_by_a_job_that_waits(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_a_release_is_seen_by_a_job_that_waits(tmp_path: Path, make: Callable[..., RunLock]) -> None:
     first = make(seconds=LONG)
     first.acquire()
     assert make(seconds=SHORT, wait=lambda message: first.release()).acquire() is False
 
 
-def test_releasing_what_was_never_acquired_or_is_lost_does_nothing(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_releasing_what_was_never_acquired_or_is_lost_does_nothing(
+    tmp_path: Path, make: Callable[..., RunLock]
+) -> None:
     make().release()
     assert locks(tmp_path) == []
     first = make(job="7", seconds=LONG)
@@ -340,18 +342,18 @@ def test_releasing_what_was_never_acquired_or_is_lost_does_nothing(tmp_path: Pat
     assert json.loads(newest(tmp_path).read_text())["released"] == 0
 
 
-def test_a_removed_or_damaged_lock_ends_its_owner(tmp_path: Path, make: Callable[..., Fence]) -> None:
-    fence = make()
-    fence.acquire()
+def test_a_removed_or_damaged_lock_ends_its_owner(tmp_path: Path, make: Callable[..., RunLock]) -> None:
+    run_lock = make()
+    run_lock.acquire()
     newest(tmp_path).write_text("{")
     with pytest.raises(RunFolderError, match="removed or damaged; this process stops writing"):
-        fence.check()
+        run_lock.check()
     newest(tmp_path).unlink()
     with pytest.raises(RunFolderError, match="removed or damaged; this process stops writing"):
-        fence.check()
+        run_lock.check()
 
 
-def test_the_counter_of_a_replaced_owner_touches_nothing(tmp_path: Path, make: Callable[..., Fence]) -> None:
+def test_the_counter_of_a_replaced_owner_touches_nothing(tmp_path: Path, make: Callable[..., RunLock]) -> None:
     """An owner that was stopped after it had opened its lock, and before it wrote."""
     first = make(job="7", seconds=LONG)
     first.acquire()
@@ -365,14 +367,14 @@ def test_the_counter_of_a_replaced_owner_touches_nothing(tmp_path: Path, make: C
         first.check()
 
 
-def test_an_owner_raises_no_counter_but_its_own(tmp_path: Path, make: Callable[..., Fence]) -> None:
-    fence = make(seconds=LONG)
-    fence.acquire()
+def test_an_owner_raises_no_counter_but_its_own(tmp_path: Path, make: Callable[..., RunLock]) -> None:
+    run_lock = make(seconds=LONG)
+    run_lock.acquire()
     others = lock(tmp_path, counter="of another").read_text()
-    fence._raise_counter()
+    run_lock._raise_counter()
     assert newest(tmp_path).read_text() == others
     with pytest.raises(RunFolderError, match="removed or damaged"):
-        fence.check()
+        run_lock.check()
 
 
 def test_of_many_threads_that_found_a_lock_dead_exactly_one_takes_over(
@@ -380,28 +382,28 @@ def test_of_many_threads_that_found_a_lock_dead_exactly_one_takes_over(
 ) -> None:
     num_contenders = 8
     all_have_judged = threading.Barrier(num_contenders, timeout=120)
-    claim = Fence._claim
+    claim = RunLock._claim
 
-    def claim_together(self: Fence, number: int) -> bool:
+    def claim_together(self: RunLock, number: int) -> bool:
         if number == 2:
             all_have_judged.wait()
         return claim(self, number)
 
-    def contend(folder: Path) -> Fence | None:
-        fence = Fence(folder, job=None, restart=0, fence_seconds=LONG, wait=refuse)
+    def contend(folder: Path) -> RunLock | None:
+        run_lock = RunLock(folder, job=None, restart=0, fence_seconds=LONG, wait=refuse)
         try:
-            assert fence.acquire() is True
+            assert run_lock.acquire() is True
         except WaitsError:
             return None
-        return fence
+        return run_lock
 
-    monkeypatch.setattr(Fence, "_claim", claim_together)
+    monkeypatch.setattr(RunLock, "_claim", claim_together)
     with ThreadPoolExecutor(num_contenders) as threads:
         for attempt in range(20):
             folder = tmp_path / str(attempt)
             folder.mkdir()
             lock_of_the_dead(folder)
-            winners = [fence for fence in threads.map(contend, [folder] * num_contenders) if fence is not None]
+            winners = [run_lock for run_lock in threads.map(contend, [folder] * num_contenders) if run_lock is not None]
             assert len(winners) == 1
             winners[0].check()
             assert locks(folder) == ["fence-000002.json"]
@@ -423,12 +425,12 @@ def test_of_many_processes_exactly_one_takes_over(tmp_path: Path, start: Callabl
 
 
 def test_a_contender_that_judged_long_ago_does_not_win_a_number_that_is_free_again(
-    tmp_path: Path, make: Callable[..., Fence], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[..., RunLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock_of_the_dead(tmp_path)
     late = make(seconds=LONG)
     claim = late._claim
-    owners: list[Fence] = []
+    owners: list[RunLock] = []
 
     def claim_late(number: int) -> bool:
         for restart in (0, 1):
@@ -448,26 +450,26 @@ def test_a_contender_that_judged_long_ago_does_not_win_a_number_that_is_free_aga
 
 
 def test_a_creation_whose_answer_was_lost_is_a_creation(
-    tmp_path: Path, make: Callable[..., Fence], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[..., RunLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fence = make(seconds=LONG)
+    run_lock = make(seconds=LONG)
     create = Path.open
 
     def create_twice(self: Path, mode: str = "r") -> Any:
         if mode == "xb":
             with create(self, mode) as file:
-                file.write(fence._content())
+                file.write(run_lock._content())
         return create(self, mode)
 
     monkeypatch.setattr(Path, "open", create_twice)
-    assert fence.acquire() is False
-    fence.check()
+    assert run_lock.acquire() is False
+    run_lock.check()
 
 
 def test_the_counter_survives_a_disk_that_fails_for_a_while(
-    tmp_path: Path, make: Callable[..., Fence], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[..., RunLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fence = make(seconds=0.1)
+    run_lock = make(seconds=0.1)
     failed, went_on = threading.Event(), threading.Event()
     opened = Path.open
 
@@ -480,17 +482,17 @@ def test_the_counter_survives_a_disk_that_fails_for_a_while(
         return opened(self, mode)
 
     monkeypatch.setattr(Path, "open", failing)
-    fence.acquire()
+    run_lock.acquire()
     assert failed.wait(10)
     assert went_on.wait(10)
-    fence.check()
+    run_lock.check()
 
 
 def test_a_look_that_fails_once_is_repeated(
-    tmp_path: Path, make: Callable[..., Fence], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[..., RunLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fence = make(seconds=SHORT)
-    fence.acquire()
+    run_lock = make(seconds=SHORT)
+    run_lock.acquire()
     answers = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.ESTALE, "Stale file handle")]
     read = Path.read_bytes
 
@@ -500,35 +502,35 @@ def test_a_look_that_fails_once_is_repeated(
         return read(self)
 
     monkeypatch.setattr(Path, "read_bytes", stale)
-    fence.check()
+    run_lock.check()
     answers += [OSError(errno.ESTALE, "Stale file handle") for _ in range(3)]
     with pytest.raises(RunFolderError, match=rf"{tmp_path} cannot be read \(Stale file handle\)"):
-        fence.check()
+        run_lock.check()
 
 
 def test_a_folder_that_cannot_be_written_is_named(
-    tmp_path: Path, make: Callable[..., Fence], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[..., RunLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=rf"run folder {tmp_path}/file/run cannot be locked: Not a directory"):
-        Fence(tmp_path / "file" / "run", job=None, restart=0, wait=refuse).acquire()
+        RunLock(tmp_path / "file" / "run", job=None, restart=0, wait=refuse).acquire()
 
     def read_only(self: Path, mode: str) -> Any:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    fence = make()
+    run_lock = make()
     monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(RunFolderError, match=rf"run folder {tmp_path} cannot be locked: Read-only file system"):
-        fence.acquire()
+        run_lock.acquire()
 
 
-def test_a_lock_is_always_as_long_and_whole_also_half_overwritten(tmp_path: Path, make: Callable[..., Fence]) -> None:
-    fence = make()
-    before, fence._counter = fence._content(), 99_999
-    after = fence._content(released=True)
+def test_a_lock_is_always_as_long_and_whole_also_half_overwritten(tmp_path: Path, make: Callable[..., RunLock]) -> None:
+    run_lock = make()
+    before, run_lock._counter = run_lock._content(), 99_999
+    after = run_lock._content(released=True)
     assert len(before) == len(after)
     for cut in range(len(before)):
-        assert json.loads(after[:cut] + before[cut:])["token"] == fence._me.token
+        assert json.loads(after[:cut] + before[cut:])["token"] == run_lock._me.token
 
 
 @pytest.mark.parametrize(
