@@ -336,10 +336,10 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_request: StopReque
     """Check the components, join the process group, and make the watch over it, which is not started yet."""
     from runtime.build.components import check_components
     from runtime.determinism import default_determinism, determinism
-    from runtime.strategies.zero.launch_check import check_start
+    from runtime.strategies.requirements import check_requirements
 
     check_components(loaded)
-    check_start(loaded.values.strategy)
+    check_requirements(loaded.values.strategy)
     values = loaded.values
     stack.enter_context(determinism(values.determinism or default_determinism(), values.matmul))
 

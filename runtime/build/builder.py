@@ -33,6 +33,8 @@ from runtime.objective import Objective, TrainingModule
 from runtime.optimization.averaging import WeightAverage
 from runtime.optimization.freezing import Freezing
 from runtime.strategies import Strategy
+from runtime.strategies.memory import state_bytes
+from runtime.strategies.state_size import StateBytes
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -112,7 +114,7 @@ class Builder:
     def averaging(self, strategy: Strategy) -> WeightAverage | None:
         """Build the running average of a prepared module's weights, or None if the configuration wants none."""
         section = self.values.averaging
-        return WeightAverage(strategy.unwrapped, section, strategy.weights()) if section is not None else None
+        return WeightAverage(strategy.unwrapped, section, strategy.state_io.weights()) if section is not None else None
 
     def metrics(self) -> dict[str, Metric]:
         """Build the metrics; each call makes new ones."""
@@ -123,9 +125,12 @@ class Builder:
             where=self.where,
         )
 
-    def zero_json(self) -> dict[str, Any] | None:
-        """Return DeepSpeed's JSON for the run; None where it is not sharded by ZeRO."""
-        return generate(self.values, self.where.beside) if self.values.strategy.kind == "zero" else None
+    def state_bytes(self, module: nn.Module, optimizer: Optimizer, world_size: int) -> StateBytes:
+        """Return how many bytes of state each of the processes will hold of a module that was not prepared."""
+        values = self.values
+        return state_bytes(
+            values.strategy, module, optimizer, world_size, zero_json=lambda: generate(values, self.where.beside)
+        )
 
     def evaluation_micro_size(self, slots: int) -> int:
         """Return how many samples one forward pass takes in evaluation and prediction.

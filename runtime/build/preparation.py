@@ -38,7 +38,6 @@ from runtime.reporting.facts import versions
 from runtime.run_files import RunFiles
 from runtime.state.module_buffers import BufferState
 from runtime.strategies import Strategy
-from runtime.strategies.memory import state_bytes
 from runtime.strategies.state_size import StateBytes
 from runtime.training.divergence import Divergence
 from runtime.training.early_stopping import EarlyStopping
@@ -124,7 +123,7 @@ def prepare(
     if stored is not None:
         progress.load_state_dict(stored["progress"])
     freezing.apply(progress.cursor.epoch)
-    memory = state_bytes(values.strategy, module, optimizer, strategy.world_size, zero_json=builder.zero_json())
+    memory = builder.state_bytes(module, optimizer, strategy.world_size)
     parameters = _trained_and_frozen(module)  # of which a strategy may leave this rank a part
     strategy.prepare(module, optimizer)
     averaging = builder.averaging(strategy)

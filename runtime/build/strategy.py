@@ -1,43 +1,60 @@
-"""The one place where the configuration's ``strategy.kind`` becomes a strategy."""
+"""The one place where the configuration's ``strategy.kind`` becomes a strategy: a row for each kind."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from runtime.config.file import LoadedConfiguration
 from runtime.strategies import Strategy
 
 
 def build_strategy(loaded: LoadedConfiguration) -> Strategy:
-    """Bring the processes together and return how they share the work. Collective.
+    """Join the process group and return the strategy. Collective.
 
     Raises:
-        torch.distributed.DistError: they did not come together within ``limit.stall_seconds``.
+        torch.distributed.DistError: the processes did not come together within ``limit.stall_seconds``.
         ConfigurationError: this machine, or the process group, cannot do what is asked for.
     """
-    values = loaded.values
-    if values.strategy.kind == "zero":
-        from runtime.config.zero_json import generate
-        from runtime.strategies.zero.strategy import ZeroStrategy
+    return _STRATEGIES[loaded.values.strategy.kind](loaded)
 
-        return ZeroStrategy(
-            precision=values.precision,
-            generated=generate(values, loaded.where.beside),
-            timeout_seconds=values.limit.stall_seconds,
-        )
 
-    if values.strategy.kind == "fsdp":
-        from runtime.strategies.fsdp import FSDPStrategy
+# Each imports its own: deepspeed may be missing, and the others start faster without it.
 
-        return FSDPStrategy(
-            precision=values.precision,
-            section=values.strategy.fsdp,
-            max_grad_value=values.optimizer.max_grad_value,
-            timeout_seconds=values.limit.stall_seconds,
-        )
+
+def _ddp(loaded: LoadedConfiguration) -> Strategy:
     from runtime.strategies.ddp import DDPStrategy
 
+    values = loaded.values
     return DDPStrategy(
         precision=values.precision,
         options=values.strategy.ddp,
         max_grad_value=values.optimizer.max_grad_value,
         timeout_seconds=values.limit.stall_seconds,
     )
+
+
+def _fsdp(loaded: LoadedConfiguration) -> Strategy:
+    from runtime.strategies.fsdp import FSDPStrategy
+
+    values = loaded.values
+    return FSDPStrategy(
+        precision=values.precision,
+        section=values.strategy.fsdp,
+        max_grad_value=values.optimizer.max_grad_value,
+        timeout_seconds=values.limit.stall_seconds,
+    )
+
+
+def _zero(loaded: LoadedConfiguration) -> Strategy:
+    from runtime.config.zero_json import generate
+    from runtime.strategies.zero.strategy import ZeroStrategy
+
+    values = loaded.values
+    return ZeroStrategy(
+        precision=values.precision,
+        generated=generate(values, loaded.where.beside),
+        timeout_seconds=values.limit.stall_seconds,
+    )
+
+
+_STRATEGIES: Mapping[str, Callable[[LoadedConfiguration], Strategy]] = {"ddp": _ddp, "fsdp": _fsdp, "zero": _zero}

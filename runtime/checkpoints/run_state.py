@@ -51,23 +51,23 @@ class RunState:
         """Return the model's state dict and everything else (``training``), as tensors, shards and plain data.
 
         Where the optimizer has other weights for evaluation, those are the model's, and training's are beside them.
-        Collective where the strategy is sharded.
+        Collective where ranks hold parts of the state.
         """
-        strategy = self.strategy
-        weights = training_weights(self.optimizer, self.module, strategy.weights())
+        state_io = self.strategy.state_io
+        weights = training_weights(self.optimizer, self.module, state_io.weights())
         with evaluated_weights(self.optimizer):
-            model = strategy.module_state(self.module.model)
-            objective = strategy.module_state(self.module.objective)
+            model = state_io.module_state(self.module.model)
+            objective = state_io.module_state(self.module.objective)
             if weights is not None:  # what is put back below would change them
                 model, objective = cloned(model), cloned(objective)
         training = {
             "objective": objective,
             "buffers": self.buffers.state(),
             "weights": weights,
-            "optimizer": strategy.optimizer_state(),
+            "optimizer": state_io.optimizer_state(),
             "schedule": self.schedule.state_dict(),
             "averaging": None if self.averaging is None else self.averaging.state_dict(),
-            "strategy": dict(strategy.state()),
+            "strategy": dict(state_io.scaler_state()),
             "divergence": self.divergence.state_dict(),
             "early_stopping": None if self.early_stopping is None else self.early_stopping.state_dict(),
             "progress": self.progress.state_dict(),
@@ -84,7 +84,7 @@ class RunState:
             CheckpointError: the state does not fit the model or the optimizer.
         """
         wanted, there = _group_keys(self.optimizer.param_groups), _group_keys(training["optimizer"]["param_groups"])
-        strategy, before = self.strategy, training.get("built", asdict(self.built))
+        state_io, before = self.strategy.state_io, training.get("built", asdict(self.built))
         if wanted - OF_SCHEDULES != there - OF_SCHEDULES:
             raise CheckpointError(
                 f"the checkpoint does not fit {type(self.optimizer).__name__}: it was made with another optimizer, whose "
@@ -93,20 +93,20 @@ class RunState:
         optimizer_state = self.built.adapted(training["optimizer"], self.optimizer, before)
         changed = self.built.changed_buffers(self.module, before)
         try:
-            load_module(strategy.load_module_state, self.module, model, training["objective"], training["buffers"])
+            load_module(state_io.load_module_state, self.module, model, training["objective"], training["buffers"])
             self.buffers.moving[:] = training["buffers"]["moving"]
-            strategy.load_optimizer_state(optimizer_state)
+            state_io.load_optimizer_state(optimizer_state)
             with torch.no_grad():
                 for name, buffer in changed.items():
                     self.module.get_buffer(name).copy_(buffer)
-            load_training_weights(training.get("weights"), strategy.weights())
+            load_training_weights(training.get("weights"), state_io.weights())
             self.schedule.load_state_dict(in_memory(training["schedule"]))
             if self.averaging is not None and training["averaging"] is not None:
                 self.averaging.load_state_dict(training["averaging"])
                 self.averaging.go_on()
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
-        strategy.load_state(training["strategy"])
+        state_io.load_scaler_state(training["strategy"])
         self.divergence.load_state_dict(training["divergence"])
         if self.early_stopping is not None:
             self.early_stopping.load_state_dict(training["early_stopping"])

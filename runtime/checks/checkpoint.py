@@ -32,6 +32,7 @@ from runtime.randomness import Purpose, derive, preserved_random_state, seed_eve
 from runtime.state.adopted_layouts import adopt_layouts
 from runtime.state.local_weights import WholeWeights
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 from runtime.training.buffer_values import same_bits
 
 _CURE = "Keep such state in a buffer (register_buffer) or return it from get_extra_state; an optimizer's belongs in its state"
@@ -57,8 +58,8 @@ def prove_checkpoint(
         tell: told why nothing was compared.
     """
     values = builder.values
-    if strategy.sharded or (values.compile is not None and values.compile.blocks):
-        what = "compiled blocks" if not strategy.sharded else f"strategy.kind: {values.strategy.kind}"
+    if not strategy.state_io.held_whole or (values.compile is not None and values.compile.blocks):
+        what = "compiled blocks" if strategy.state_io.held_whole else f"strategy.kind: {values.strategy.kind}"
         tell(f"The first checkpoint is not tried out with {what}; one run with ddp and without compile tells more.")
         return
     told = {"problem": "", "found": []}
@@ -86,7 +87,7 @@ def prove_checkpoint(
 
 def _differences(builder: Builder, strategy: Strategy, state: RunState, path: Path, batch: Any) -> list[str]:
     device, key = strategy.device, derive(builder.values.seed, Purpose.SLOT, state.progress.step, 0)
-    batch = strategy.to_device(batch)
+    batch = to_device(batch, device)
     # A copy's hooks may still write to the original's attributes: they were made with it.
     with preserved_random_state(device), left_as_it_was(state.module, training=True):
         running, running_optimizer = copy_of(state.module, state.optimizer)

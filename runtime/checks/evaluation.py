@@ -41,6 +41,7 @@ from runtime.model_calls import is_out_of_memory
 from runtime.objective import Objective, full_precision
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 
 _KINDS = {kind.__name__: kind for kind in (DataError, ForwardError, ObjectiveError)}
 
@@ -94,7 +95,7 @@ def check_evaluation(
             if number == 0:
                 _agree(_of_prediction(builder, strategy, tried.batch), strategy, builder.where, warn)
         if not evaluators and values.prediction != PredictionSection() and isinstance(data, MappedData):
-            batch = strategy.to_device(data.first_batch(1))
+            batch = to_device(data.first_batch(1), strategy.device)
             _agree(_of_prediction(builder, strategy, batch), strategy, builder.where, warn)
 
 

@@ -63,7 +63,7 @@ def check_first_start(start: FirstStart) -> None:
         strategy.device, few=True
     )  # nothing of the data is opened in this process, if it has workers
     check_lone_samples(values.data, strategy, prepared, make_loader, batch_size=size, where=where, warn=warn)
-    check_gradients(values.strategy, strategy, prepared, make_loader, seed=values.seed, where=where, warn=warn)
+    check_gradients(strategy, prepared, make_loader, seed=values.seed, where=where, warn=warn)
     if samples_repeat:  # otherwise two readings of one sample say nothing of the loss
         check_additivity(
             values.objective,

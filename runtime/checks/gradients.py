@@ -8,8 +8,6 @@ from typing import Any
 from runtime.build.preparation import RunComponents
 from runtime.checks.traces import left_as_it_was
 from runtime.config.locations import Locations
-from runtime.config.strategy import StrategySection
-from runtime.config.zero_rules import UNUSED_PARAMETERS
 from runtime.data.loading import MakeLoader, read
 from runtime.data.samples import SlotIndex
 from runtime.data.training_data import MappedData, TrainingData
@@ -20,7 +18,6 @@ from runtime.strategies.reduction import listed
 
 
 def check_gradients(
-    section: StrategySection,
     strategy: Strategy,
     prepared: RunComponents,
     make_loader: MakeLoader,
@@ -40,29 +37,17 @@ def check_gradients(
     with preserved_random_state(strategy.device), left_as_it_was(strategy.unwrapped, training=True):
         seed_everything(derive(seed, Purpose.SLOT, 0, 0), strategy.device)
         try:
-            names = strategy.without_gradient(batch)
+            unused = strategy.unused_parameters(batch)
         except Exception as error:
-            if strategy.sharded or isinstance(error, LockstepError):
+            if not strategy.state_io.held_whole or isinstance(error, LockstepError):
                 raise
             return  # the first step will tell what is wrong
-    options = section.ddp
-    if not names or (section.kind == "ddp" and options.find_unused_parameters):
+    if unused is None:
         return
-    found = f"{listed(names)} got no gradient from the first samples"
-    if section.kind == "zero":
-        warn(f"model: {found}; {UNUSED_PARAMETERS}")
-    elif section.kind == "ddp" and strategy.world_size > 1 and not options.static_graph:
-        what = (
-            f"is false, and {found}: the ranks' gradients cannot be summed then. Set it to true if other steps use them; "
-            "freeze what no step uses (model.freeze), or leave it out of the model"
-        )
-        raise where.error(("strategy", "ddp", "find_unused_parameters"), what)
-    else:
-        several = "; several processes need strategy.ddp.find_unused_parameters: true" if section.kind == "ddp" else ""
-        warn(
-            f"model: {found}, so these do not train them; freeze what no step uses (model.freeze), or leave it out of the "
-            f"model{several}"
-        )
+    found = f"{listed(unused.names)} got no gradient from the first samples"
+    if unused.refused_key is not None:
+        raise where.error(unused.refused_key, f"is false, and {found}: {unused.cure}")
+    warn(f"model: {found}{unused.cure}")
 
 
 def first_slot(data: TrainingData, make_loader: MakeLoader, *, slots: int) -> Any:

@@ -23,6 +23,7 @@ from runtime.data.samples import SlotIndex
 from runtime.data.training_data import MappedData
 from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 
 _TORCHS_WORDS = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
 
@@ -44,7 +45,7 @@ def check_lone_samples(
     """
     data, slots, size = prepared.data, prepared.assignment.slots, batch_size
     norms = _norms(strategy.unwrapped)
-    if strategy.sharded:  # nothing is tried out, since half a forward pass would leave parameters gathered
+    if strategy.collective_forward:  # nothing is tried out, since half a forward pass would leave parameters gathered
         norms = [(name, part) for name, part in norms if isinstance(part, nn.BatchNorm1d)]
     if not norms:
         return
@@ -59,7 +60,7 @@ def check_lone_samples(
     lone = next((n for n in (size, data.smallest_batch) if _smallest_slot(n, slots) == 1), None)
     if lone is None:
         return
-    layer = norms[0][0] if strategy.sharded else _refusing_layer(strategy, data, make_loader)
+    layer = norms[0][0] if strategy.collective_forward else _refusing_layer(strategy, data, make_loader)
     if layer is None:
         return
     what = (
@@ -70,7 +71,7 @@ def check_lone_samples(
         what += f"take at most {max(1, size // 2)} slots (batch.slots, or a larger batch.micro_size), or a larger batch"
         raise where.error(("batch", "slots"), what)
     what += f"set it to true, or take a batch.global_size that leaves none or at least {2 * slots}"
-    if strategy.sharded:
+    if strategy.collective_forward:
         warn(f"data.drop_last: {what}")
         return
     raise where.error(("data", "drop_last"), what)
@@ -102,7 +103,7 @@ def _refusing_layer(strategy: Strategy, data: MappedData, make_loader: MakeLoade
             torch.no_grad(),
             strategy.autocast(),
         ):
-            strategy.unwrapped(strategy.to_device(batch))
+            strategy.unwrapped(to_device(batch, strategy.device))
     except Exception as error:  # the first step reports what else is wrong
         return entered[-1] if entered and any(words in str(error) for words in _TORCHS_WORDS) else None
     finally:

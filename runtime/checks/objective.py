@@ -33,6 +33,7 @@ from runtime.losses.weighted_sum import WeightedSum
 from runtime.objective import Loss, Objective, TrainingModule
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 
 _MOST_SAMPLES = 8  # of both sets together
 _ROUNDINGS = 4.0
@@ -100,7 +101,7 @@ def check_additivity(
     if module.objective.couples_samples:
         return
     sets = sets_of(prepared.data, slots=prepared.assignment.slots, size=batch_size, make_loader=make_loader)
-    if strategy.sharded:
+    if not strategy.state_io.held_whole:
         # No gradient, which would wait for a backward pass, and no second try after half a forward pass.
         tries = [(False, strategy.autocast)]
         sizes = set(gather_bytes(json.dumps(sets and sets.sizes).encode(), strategy.device))
@@ -114,10 +115,9 @@ def check_additivity(
             module,
             sets,
             device=strategy.device,
-            to_device=strategy.to_device,
             tries=tries,
             compiled=compiled,
-            together=strategy.sharded,
+            together=not strategy.state_io.held_whole,
         )
     )
     replies = gather_bytes(json.dumps([asdict(deviation) for deviation in found]).encode(), strategy.device)
@@ -235,7 +235,6 @@ def deviations(
     sets: SampleSets,
     *,
     device: torch.device,
-    to_device: Callable[[Any], Any] = lambda batch: batch,
     tries: Sequence[tuple[bool, Callable[[], AbstractContextManager[None]]]] = (
         (False, nullcontext),
         (True, nullcontext),
@@ -258,7 +257,7 @@ def deviations(
         for gradients, surrounding in tries:
             try:
                 with torch.set_grad_enabled(gradients), surrounding():
-                    return _compared(module, sets, device, to_device, together=together)
+                    return _compared(module, sets, device, together=together)
             except ForwardError:
                 continue  # tried in another way, or reported by the first step
             except LockstepError:
@@ -269,7 +268,7 @@ def deviations(
 
 
 def _compared(
-    module: TrainingModule, sets: SampleSets, device: torch.device, to_device: Callable[[Any], Any], *, together: bool
+    module: TrainingModule, sets: SampleSets, device: torch.device, *, together: bool
 ) -> list[AdditivityError]:
     objective = module.objective
     names = list(objective.parts) if isinstance(objective, WeightedSum) else [""]
@@ -280,7 +279,7 @@ def _compared(
 
     def measured(batch: Any, seed: int = 0) -> dict[tuple[str, str], float]:
         seed_everything(derive(seed, Purpose.EVALUATION), device)
-        loss: Loss = module(to_device(batch))
+        loss: Loss = module(to_device(batch, device))
         sums = loss.sum.detach().double().reshape(-1).tolist()
         parts = {} if loss.sum.ndim else {(name, ""): float(part.double()) for name, part in loss.parts.items()}
         return {("sum", name): value for name, value in zip(names, sums, strict=True)} | parts

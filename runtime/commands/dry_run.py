@@ -42,7 +42,6 @@ from runtime.optimization.planned_rates import PlannedRates, simulate
 from runtime.optimization.rehearsal import StandIn
 from runtime.randomness import preserved_random_state
 from runtime.reporting.facts import inexact_choices
-from runtime.strategies.memory import state_bytes
 from runtime.wording import in_units
 
 _CPU = torch.device("cpu")
@@ -88,7 +87,7 @@ def show(
 
     console.print(f"[bold]{loaded.name}[/]: resolved values", style="")
     console.print(yaml_file.dump(loaded.resolved()).rstrip(), markup=False)
-    state = state_bytes(values.strategy, module, optimizer, processes, zero_json=builder.zero_json())
+    state = builder.state_bytes(module, optimizer, processes)
     memory = [("state", str(state)), *_metric_state(MetricSet(builder.metrics(), _CPU))]
     total = _total_steps(values.limit, data)
     curve = _curve(builder.schedule, optimizer, data, total)

@@ -39,7 +39,7 @@ def _start(options: argparse.Namespace) -> int:
 
     from launch.local import num_gpus, train_locally
     from runtime.build.components import check_components
-    from runtime.strategies.zero.launch_check import check_start
+    from runtime.strategies.requirements import check_requirements
 
     gpus = num_gpus()
     configured = loaded.values.strategy.world_size
@@ -53,7 +53,7 @@ def _start(options: argparse.Namespace) -> int:
         lambda more: load(options.config, [*options.overrides, *more]), world_size=processes * nodes
     )
     check_components(loaded)
-    check_start(loaded.values.strategy)
+    check_requirements(loaded.values.strategy)
     return train_locally(
         loaded,
         options.config,

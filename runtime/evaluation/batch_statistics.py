@@ -23,6 +23,7 @@ from runtime.optimization.averaging import batch_norms
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 
 
 class BatchStatistics:
@@ -88,7 +89,7 @@ class BatchStatistics:
                 if stop_consensus.end():
                     return None
                 for microbatch in window.microbatches:
-                    if microbatch.filler and not self._strategy.forwards_together:
+                    if microbatch.filler and not self._strategy.collective_forward:
                         continue
                     for _, norm in norms:
                         norm.reset_running_stats()
@@ -96,7 +97,7 @@ class BatchStatistics:
                         derive(self._seed, Purpose.STATISTICS, window.cursor.batch, microbatch.slot), device
                     )
                     with self._strategy.autocast():
-                        module(self._strategy.to_device(microbatch.batch))
+                        module(to_device(microbatch.batch, device))
                     for total, (_, norm) in zip(totals, norms, strict=True):
                         total += 0 if microbatch.filler else _weighted(norm)
         summed = sum_over_ranks(torch.cat(totals).cpu(), device)

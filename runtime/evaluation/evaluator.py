@@ -27,6 +27,7 @@ from runtime.objective import Weight, add_weights
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 
 _WEIGHT = "weight/"  # no loss may be called "weight"
 
@@ -97,7 +98,7 @@ class Evaluator:
         objective = strategy.unwrapped.objective
         weight = objective.checked_weight(batch, count)
         seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
-        batch = strategy.to_device(batch)
+        batch = to_device(batch, strategy.device)
         with strategy.autocast():
             loss = strategy.unwrapped(batch)
         metrics.update(objective, loss.output, batch)
@@ -108,7 +109,7 @@ class Evaluator:
         if not isinstance(self._samples, StreamSamples):
             share = self._share(0, len(self._samples))
             return 0, len(share.ids), next(read(self._samples, iter([share]), make_loader))
-        if self._strategy.forwards_together:
+        if self._strategy.collective_forward:
             return None  # a rank may have no microbatch of its own, and the others would wait for it
         rounds = self._rounds()
         first = next(rounds, None)
@@ -158,8 +159,8 @@ class Evaluator:
                 miscounted(objective, batch, count)
             weight = add_weights(weight, objective.checked_weight(batch, count)) if count else weight
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
-            batch = strategy.to_device(batch)
-            spare = batch if strategy.forwards_together else None
+            batch = to_device(batch, strategy.device)
+            spare = batch if strategy.collective_forward else None
             if not count:  # read for want of one of its own
                 self._run_along(batch)
                 continue
@@ -189,7 +190,7 @@ class Evaluator:
         size = len(self._samples)
         microbatches = -(-size // self._micro_size)
         own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
-        if not own and strategy.forwards_together:
+        if not own and strategy.collective_forward:
             yield from self._borrowed(self._samples, rounds=-(-microbatches // strategy.world_size))
             return
         batches = read(self._samples, (self._share(number, size) for number in own), self._make_loader)
@@ -209,7 +210,7 @@ class Evaluator:
             EvaluationError: there is no batch to run it with.
         """
         strategy = self._strategy
-        if not strategy.forwards_together:
+        if not strategy.collective_forward:
             return
         if batch is None:
             raise EvaluationError(

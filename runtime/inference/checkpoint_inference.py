@@ -366,7 +366,9 @@ def _restored(strategy: Strategy, weights: LoadedWeights, averaging: WeightAvera
         CheckpointError: they do not fit, or there is no average.
     """
     try:
-        load_module(strategy.load_module_state, strategy.unwrapped, weights.model, weights.objective, weights.buffers)
+        load_module(
+            strategy.state_io.load_module_state, strategy.unwrapped, weights.model, weights.objective, weights.buffers
+        )
         if averaging is not None:
             averaging.load_state_dict(_usable(weights.averaging))
     except (RuntimeError, KeyError, ValueError) as error:

@@ -25,6 +25,7 @@ from runtime.model_calls import explained, is_out_of_memory
 from runtime.objective import Objective, full_precision, shown
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 
 _LOOKED_AT = 8  # samples, to see whether a batch keeps their order
 
@@ -93,7 +94,7 @@ class Predictor:
         microbatches = -(-len(self._samples) // self._micro_size)
         own = list(range(strategy.rank, microbatches, strategy.world_size))
         rounds = -(-microbatches // strategy.world_size)
-        spare = rounds - len(own) if strategy.forwards_together else 0
+        spare = rounds - len(own) if strategy.collective_forward else 0
         own += [0] * spare  # run along with the others, and forgotten
         batches = read(self._samples, map(self._share, own), self._make_loader)
         stop_consensus = StopConsensus(world_size=strategy.world_size, device=strategy.device)
@@ -139,7 +140,7 @@ class Predictor:
         fields = module.objective.fields
         ids = self._parts.ids(batch, index, self._id_part)
         seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
-        positional, named = model_arguments(fields, strategy.to_device(batch))
+        positional, named = model_arguments(fields, to_device(batch, strategy.device))
         with strategy.autocast():
             output = fields.output_of(self._output(positional, named))
             predictions = self._named(module.objective, full_precision(output))

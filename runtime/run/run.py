@@ -70,7 +70,7 @@ class Run:
             device=strategy.device,
             section=self._values.checkpoint.model_copy(update={"best": self._values.best}),
             warn=self._reporter.warn,
-            writers=strategy.world_size if strategy.writes_together else 1,
+            writers=strategy.state_io.writers,
             timeout_seconds=self._values.limit.stall_seconds,
             job=(job.job, job.restart) if (job := own_job()) is not None else (None, 0),
         )
@@ -111,7 +111,7 @@ class Run:
 
     def _read(self, found: ResumePoint) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint's state, of tensors no more than this rank will need."""
-        model, training = open_state(found.path) if self._strategy.sharded else load_state(found.path)
+        model, training = load_state(found.path) if self._strategy.state_io.held_whole else open_state(found.path)
         refuse_misfit(training, found.path.name)
         values, folder = self._values, self._loaded.output
         training["progress"]["cursor"] = cursor_on_resumption(
@@ -249,7 +249,7 @@ class Run:
             self._reporter.message(text)
         self._reporter.finish(reason.outcome)
         self._strategy.barrier()  # all ranks leave after the last write
-        saved = self._folder.last_saved() if self._strategy.sharded else None
+        saved = None if self._strategy.state_io.held_whole else self._folder.last_saved()
         return RunResult(
             outcome=reason.outcome,
             step=self._progress.step,

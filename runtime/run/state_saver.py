@@ -52,7 +52,7 @@ class StateSaver:
         self._meter, self._evaluations, self._windows = meter, evaluations, windows
         self._tell, self._warn = services.reporter.message, services.reporter.warn
         self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
-        self._compares = builder.values.checks == "on" and strategy.world_size > 1 and not strategy.sharded
+        self._compares = builder.values.checks == "on" and strategy.world_size > 1 and strategy.state_io.held_whole
         self._unproven = unproven
 
     @property
@@ -113,7 +113,7 @@ class StateSaver:
 
     def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
         """Return what collects the state. Where ranks hold it together and rank 0 writes it, all take part, at once."""
-        if not self._strategy.sharded or self._strategy.writes_together:
+        if self._strategy.state_io.held_whole or self._strategy.state_io.writers > 1:
             return self._collected
         collected = self._collected()
         return lambda: collected

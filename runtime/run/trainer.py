@@ -17,7 +17,8 @@ from runtime.reporting.stragglers import Stragglers
 from runtime.run.evaluations import Evaluations
 from runtime.run.services import RunServices
 from runtime.run.state_saver import StateSaver
-from runtime.strategies import Update
+from runtime.strategies.placement import to_device
+from runtime.strategies.update import Update
 from runtime.training.buffers import buffer_rule
 from runtime.training.observers import NamedObserver, StepReport, notify
 from runtime.training.step_outcomes import StepOutcomes
@@ -87,7 +88,7 @@ class Trainer:
             buffers.begin_step()
             for number, microbatch in enumerate(window.microbatches, start=1):
                 seed_everything(derive(self._seed, Purpose.SLOT, progress.step, microbatch.slot), strategy.device)
-                batch, filler = strategy.to_device(microbatch.batch), microbatch.filler
+                batch, filler = to_device(microbatch.batch, strategy.device), microbatch.filler
                 with strategy.microbatch(last=number == len(window.microbatches)):
                     enter("forward", step)
                     loss = strategy.forward(batch, filler=filler)
@@ -130,7 +131,6 @@ class Trainer:
     def _step_outcomes(self) -> StepOutcomes:
         state = self._state
         return StepOutcomes(
-            strategy=state.strategy,
             schedule=state.schedule,
             averaging=state.averaging,
             divergence=state.divergence,

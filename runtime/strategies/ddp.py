@@ -28,14 +28,9 @@ from runtime.config.strategy import DDPSection
 from runtime.distributed.process_groups import init_method
 from runtime.errors import GradientError
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
-from runtime.optimization.combined import load_exactly
 from runtime.optimization.latecomers import Latecomers
 from runtime.randomness import preserved_random_state
-from runtime.state.adopted_layouts import adopt_layouts
-from runtime.state.local_weights import LocalWeights, WholeWeights
 from runtime.state.module_buffers import preserved_buffers
-from runtime.state.shards import in_memory
-from runtime.strategies import DeviceFlag, Update
 from runtime.strategies.finite import all_finite, norm_of
 from runtime.strategies.mixed_precision import (
     HALF,
@@ -46,7 +41,7 @@ from runtime.strategies.mixed_precision import (
     refuse_weights,
     wrapped_module,
 )
-from runtime.strategies.placement import moved
+from runtime.strategies.placement import to_device
 from runtime.strategies.reduction import (
     keep_buffers_from_being_sent,
     not_reduced,
@@ -56,6 +51,9 @@ from runtime.strategies.reduction import (
     unreduced,
 )
 from runtime.strategies.unhooked_step import bare_step
+from runtime.strategies.unused_parameters import LEAVE_OUT, UnusedParameters
+from runtime.strategies.update import DeviceFlag, Update
+from runtime.strategies.whole_state import WholeState
 
 _NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
 
@@ -77,9 +75,7 @@ class DDPStrategy:
     """
 
     skipping_devices: tuple[str, ...] = ("cuda",)
-    sharded = False
-    writes_together = False
-    forwards_together = False
+    collective_forward = False
 
     def __init__(
         self,
@@ -115,7 +111,8 @@ class DDPStrategy:
         self._wrapped: nn.Module | None = None
         self._optimizer: Optimizer | None = None
         self._optimizer_step: Callable[[], Any] | None = None
-        self._hook = options.communication_hook
+        self._options, self._hook = options, options.communication_hook
+        self.state_io = WholeState(self._scaler, on_new_layout=self._take_new_layout)
         self._max_grad_value = max_grad_value
 
     def place(self, module: TrainingModule) -> TrainingModule:
@@ -132,6 +129,7 @@ class DDPStrategy:
             refuse_hook(self._hook, self.device)
         refuse_weights(module, scaled=self._scaler is not None, clamped=self._max_grad_value is not None)
         self._module = module
+        self.state_io.attach(module, optimizer)
         module.silent_fillers = True
         self._wrap()
         # It is on the device already; placing it again would load its state again, and cast it.
@@ -166,6 +164,11 @@ class DDPStrategy:
         if isinstance(self._wrapped, WrappedInDDP):
             sum_gradients(self._wrapped, sent_as=None if self._hook is None else HALF[self._hook])
 
+    def _take_new_layout(self) -> None:
+        """Wrap again after parameters took other strides: DDP's buckets are made for those that they had."""
+        if self._wrapped is not None and self.world_size > 1:
+            self.rewrap()
+
     def _keep_trainable(self, module: TrainingModule) -> None:
         """Keep the trainable parameters and their names: walking the module at each step would cost 50 µs."""
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -175,6 +178,7 @@ class DDPStrategy:
     def prepare_evaluation(self, module: TrainingModule) -> None:
         """Take a module that is called and not trained."""
         self._module = module
+        self.state_io.attach(module)
 
     def warm_up(self, filler: Any) -> None:
         """Run one filler through forward and backward. Collective.
@@ -188,25 +192,27 @@ class DDPStrategy:
         with preserved[0], preserved[1], self.microbatch(last=True), warnings.catch_warnings():
             # Of a model that changes its layout in its first pass; the buckets are rebuilt after it.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-            self.backward(self.forward(self.to_device(filler), filler=True).sum, weight=1.0)
+            self.backward(self.forward(to_device(filler, self.device), filler=True).sum, weight=1.0)
         self.discard()
 
-    def without_gradient(self, batch: Any) -> list[str]:
-        """Return the names of parameters that a batch gives no gradient.
+    def unused_parameters(self, batch: Any) -> UnusedParameters | None:
+        """Return the parameters that a batch gives no gradient, unless DDP searches for them in each step.
 
         The module is called without its wrapper, and nothing accumulates, so that DDP takes no notice.
         """
         with self.autocast():
-            loss = self.unwrapped(self.to_device(batch)).sum
+            loss = self.unwrapped(to_device(batch, self.device)).sum
         gradients = torch.autograd.grad(loss.sum(), self._parameters, allow_unused=True)
         refuse_sparse(self._names, gradients)
-        return [name for name, gradient in zip(self._names, gradients, strict=True) if gradient is None]
-
-    def to_device(self, batch: Any) -> Any:
-        """Move a batch's tensors to this rank's device, from pinned memory without waiting."""
-        if self.device.type == "cpu":
-            return batch
-        return moved(batch, self.device)
+        names = [name for name, gradient in zip(self._names, gradients, strict=True) if gradient is None]
+        if not names or self._options.find_unused_parameters:
+            return None
+        key = "strategy.ddp.find_unused_parameters"
+        if self.world_size > 1 and not self._options.static_graph:
+            cure = f"the ranks' gradients cannot be summed then. Set it to true if other steps use them; {LEAVE_OUT}"
+            return UnusedParameters(names, tuple(key.split(".")), cure)
+        cure = f", so these do not train them; {LEAVE_OUT}; several processes need {key}: true"
+        return UnusedParameters(names, None, cure)
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
@@ -259,7 +265,7 @@ class DDPStrategy:
         if self._scaler is not None:
             self._scaler.update()
             refuse_lost_scale(self._scaler)
-        return Update(skipped=not finite, judged=True, grad_norm=grad_norm)
+        return Update(skipped=not finite, diverged_if_skipped=self._scaler is None, grad_norm=grad_norm)
 
     def _step_on_device(
         self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None, *, judged_by_norm: bool
@@ -277,7 +283,7 @@ class DDPStrategy:
         self._optimizer_step()
         del optimizer.found_inf
         self._clear()
-        return Update(skipped=DeviceFlag(found), judged=True, grad_norm=grad_norm)
+        return Update(skipped=DeviceFlag(found), diverged_if_skipped=True, grad_norm=grad_norm)
 
     def _gradients(self) -> list[Tensor]:
         """Return what this rank holds of the reduced gradient."""
@@ -304,11 +310,6 @@ class DDPStrategy:
             and optimizer is not None
             and len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
         )
-
-    @property
-    def skips_overflow(self) -> bool:
-        """Tell whether a non-finite gradient is part of the search for a loss scale rather than a failure."""
-        return self._scaler is not None
 
     def discard(self) -> None:
         """Clear the gradient unused."""
@@ -344,40 +345,6 @@ class DDPStrategy:
         """Call the model alone."""
         return self.unwrapped.model(*positional, **named)
 
-    def module_state(self, part: nn.Module) -> dict[str, Any]:
-        """Return a part's state dict."""
-        return part.state_dict()
-
-    def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
-        """Load a part's state dict, and let its tensors lie in memory as those of the state do."""
-        loaded = in_memory(state)
-        part.load_state_dict(loaded)
-        if adopt_layouts(part, loaded) and self._wrapped is not None and self.world_size > 1:
-            self.rewrap()  # DDP's buckets are made for the strides of the parameters
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Return the optimizer's state."""
-        assert self._optimizer is not None
-        return self._optimizer.state_dict()
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Load the optimizer's state, in its own types."""
-        assert self._optimizer is not None
-        load_exactly(self._optimizer, in_memory(state))
-
-    def weights(self) -> LocalWeights:
-        """Return all weights."""
-        return WholeWeights(self.unwrapped)
-
-    def state(self) -> Mapping[str, Any]:
-        """Return the loss scale's state."""
-        return {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a loss scale."""
-        if self._scaler is not None and "scaler" in state:
-            self._scaler.load_state_dict(dict(state["scaler"]))
-
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         self._accelerator.wait_for_everyone()
@@ -389,6 +356,7 @@ class DDPStrategy:
         and a finished run would report failure.
         """
         self._wrapped = self._optimizer = self._optimizer_step = None
+        self.state_io.detach_optimizer()
         if self._owns_group and dist.is_initialized():
             self._accelerator.free_memory()  # collects garbage, the reducer included
             dist.destroy_process_group()

@@ -27,21 +27,16 @@ from runtime.config.component import ComponentError
 from runtime.config.strategy import DDPSection, FSDPSection
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, ModelCall, TrainingModule
-from runtime.optimization.combined import load_exactly, members
+from runtime.optimization.combined import members
 from runtime.optimization.latecomers import Latecomers
-from runtime.state.local_weights import LocalWeights
-from runtime.state.shards import in_memory
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
 from runtime.strategies.ddp import DDPStrategy
-from runtime.strategies.fsdp_tensors import (
-    FSDPWeights,
-    from_checkpoint,
-    local,
-    optimizer_state_from_checkpoint,
-    state_to_checkpoint,
-)
+from runtime.strategies.fsdp_state import FSDPState
+from runtime.strategies.fsdp_tensors import local
 from runtime.strategies.mixed_precision import Precision, refuse_weights
+from runtime.strategies.placement import to_device
 from runtime.strategies.unhooked_step import bare_step
+from runtime.strategies.unused_parameters import LEAVE_OUT, UnusedParameters
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
@@ -56,9 +51,7 @@ class FSDPStrategy(DDPStrategy):
         timeout_seconds: longest wait for the other ranks.
     """
 
-    sharded = True
-    writes_together = True
-    forwards_together = True
+    collective_forward = True
     skipping_devices = ()  # whether a gradient is finite is known after a reduction of the shards' norms
 
     def __init__(
@@ -76,13 +69,13 @@ class FSDPStrategy(DDPStrategy):
             timeout_seconds=timeout_seconds,
         )
         self._section = section
+        self.state_io: FSDPState = FSDPState(self._scaler, writers=self.world_size)
         if not dist.is_initialized():  # FSDP2 wants a process group, of one process too
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             timeout = timedelta(seconds=timeout_seconds)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         self._silent = False
         self._used: set[str] = set()
-        self._fused: list[dict[str, Any]] = []
         self._watched: set[nn.Module] = set()
         try:
             self._mesh = self._make_mesh()
@@ -108,11 +101,11 @@ class FSDPStrategy(DDPStrategy):
         for group in optimizer.param_groups:
             group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
         self._optimizer = optimizer
-        self._fused = self._leave_fused_kernels()
+        self.state_io.attach(module, optimizer)
         if before["state"]:  # made for the parameters that are gone
             for member in members(optimizer):
                 member.state.clear()
-            self.load_optimizer_state(before)
+            self.state_io.load_optimizer_state(before)
         self._optimizer_step = bare_step(optimizer)
         self._latecomers = Latecomers(optimizer)
         self._keep_trainable(module)
@@ -124,6 +117,7 @@ class FSDPStrategy(DDPStrategy):
             ConfigurationError: it cannot be sharded in this way.
         """
         self._module = module
+        self.state_io.attach(module)
         _refuse_scalars(module)
         _refuse_layouts(module)
         # What the whole module returns is looked at and nothing more; of blocks the warning stands (torch 2.13).
@@ -166,64 +160,18 @@ class FSDPStrategy(DDPStrategy):
         self._silent = filler
         return super().forward(batch, filler=False)
 
-    def without_gradient(self, batch: Any) -> list[str]:
-        """Return the names of parameters that a batch gives no gradient. Collective."""
+    def unused_parameters(self, batch: Any) -> UnusedParameters | None:
+        """Return the parameters that a batch gives no gradient. Collective."""
         self._clear()
         with self.microbatch(last=True):
-            self.backward(self.forward(self.to_device(batch), filler=False).sum, weight=1.0)
+            self.backward(self.forward(to_device(batch, self.device), filler=False).sum, weight=1.0)
         names = [name for name in self._names if name not in self._used]
         self._clear()
-        return names
+        return UnusedParameters(names, None, f", so these do not train them; {LEAVE_OUT}") if names else None
 
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Call the model through the whole module, which gathers what lies in no block."""
         return self.unwrapped(ModelCall(positional, dict(named)))
-
-    def module_state(self, part: nn.Module) -> dict[str, Any]:
-        """Return a part's state dict as this rank's shards."""
-        return {name: state_to_checkpoint(value) for name, value in part.state_dict().items()}
-
-    def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
-        """Load this rank's shards of a whole state dict."""
-        present = part.state_dict()
-        part.load_state_dict(
-            {
-                name: from_checkpoint(present[name], value)
-                if isinstance(present.get(name), Tensor)
-                else in_memory(value)
-                for name, value in state.items()
-            }
-        )
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Return the optimizer's state as this rank's shards."""
-        assert self._optimizer is not None
-        state: dict[str, Any] = state_to_checkpoint(self._optimizer.state_dict())
-        for group, fused in zip(state["param_groups"], self._fused, strict=True):
-            group |= fused  # as any other strategy would have it
-        return state
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Load this rank's shards of a whole optimizer state."""
-        assert self._optimizer is not None
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        load_exactly(self._optimizer, optimizer_state_from_checkpoint(state, parameters))
-        self._fused = self._leave_fused_kernels()
-
-    def weights(self) -> LocalWeights:
-        """Return this rank's part of each weight."""
-        return FSDPWeights(self.unwrapped)
-
-    def _leave_fused_kernels(self) -> list[dict[str, Any]]:
-        """Turn off the fused kernels that do not take sharded tensors (torch 2.13: all but Adam's); return what was chosen."""
-        assert self._optimizer is not None
-        chosen = []
-        for member in members(self._optimizer):
-            for group in member.param_groups:
-                chosen.append({"fused": group["fused"]} if "fused" in group else {})
-                if group.get("fused") and type(member) not in (torch.optim.Adam, torch.optim.AdamW):
-                    group["fused"] = False
-        return chosen
 
     def _gradients(self) -> list[Tensor]:
         return [local(grad) for p in self._parameters if (grad := p.grad) is not None]

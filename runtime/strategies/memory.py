@@ -1,11 +1,11 @@
-"""How many bytes of state each process holds, by the formula: before anything is taken, and to compare with what is measured.
+"""How many bytes of state each process will hold, by formula: known before anything is allocated.
 
 Activations are not in it: they depend on the microbatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,15 +23,15 @@ def state_bytes(
     optimizer: Optimizer,
     world_size: int,
     *,
-    zero_json: Mapping[str, Any] | None = None,
+    zero_json: Callable[[], Mapping[str, Any]],
 ) -> StateBytes:
-    """Return what each of so many processes holds of a module that has not been prepared.
+    """Return what each of the processes will hold of a module that was not prepared.
 
     Args:
-        zero_json: the backend's JSON, where ``strategy.kind`` is ``zero``.
+        zero_json: returns DeepSpeed's JSON; called only for ``strategy.kind: zero``.
     """
-    if zero_json is not None:
-        return state_bytes_of_zero(zero_json, module, optimizer, world_size)
+    if section.kind == "zero":
+        return state_bytes_of_zero(zero_json(), module, optimizer, world_size)
     shards = max(1, world_size // section.fsdp.replicas) if section.kind == "fsdp" else 1
 
     def held(parameter: Tensor) -> int:

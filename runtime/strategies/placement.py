@@ -1,4 +1,4 @@
-"""Where a batch is computed with."""
+"""Moving batches to the device that computes with them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch whose tensors are on a device; copies from pinned memory are queued without waiting.
+
+    On a CPU the batch itself is returned.
+    """
+    return batch if device.type == "cpu" else moved(batch, device)
+
+
 def moved(batch: Any, device: torch.device) -> Any:
-    """Move a batch's tensors, nested as they are, from pinned memory without waiting."""
+    """Return a batch whose tensors, nested as they are, were moved to a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

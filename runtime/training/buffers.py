@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from runtime.distributed.collectives import gather_bytes
 from runtime.state.module_buffers import BufferPlace, places_of
-from runtime.strategies import DeviceFlag, Strategy
+from runtime.strategies import Strategy
+from runtime.strategies.update import DeviceFlag
 from runtime.training.buffer_group import BufferGroup, alike
 from runtime.training.buffer_values import addable, advanced, narrow, numbers, wide
 from runtime.training.still_buffers import StillBuffer

@@ -14,6 +14,7 @@ from runtime.objective import TrainingModule
 from runtime.randomness import preserved_random_state
 from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
+from runtime.strategies.placement import to_device
 
 _STATE_COPIES = 2  # Adam's two moments, which do not exist before the first update
 
@@ -76,7 +77,7 @@ def _tried(module: TrainingModule, batch: Any, strategy: Strategy) -> BaseExcept
             # Held while the passes run: an update will need as much besides.
             state = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(_STATE_COPIES)]
             with strategy.autocast():
-                loss = module(strategy.to_device(batch)).sum.sum()  # an objective may have several sums
+                loss = module(to_device(batch, strategy.device)).sum.sum()  # an objective may have several sums
             loss.backward()
             del state, loss
     except Exception as error:

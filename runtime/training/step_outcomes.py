@@ -14,7 +14,7 @@ from runtime.data.batches import Window
 from runtime.optimization.averaging import WeightAverage
 from runtime.optimization.schedule import Schedule
 from runtime.reporting.meters import TrainingMeter
-from runtime.strategies import Strategy, Update
+from runtime.strategies.update import Update
 from runtime.training.divergence import Divergence
 from runtime.training.progress import Progress
 
@@ -40,14 +40,13 @@ class StepOutcomes:
     def __init__(
         self,
         *,
-        strategy: Strategy,
         schedule: Schedule,
         averaging: WeightAverage | None,
         divergence: Divergence,
         progress: Progress,
         meter: TrainingMeter,
     ) -> None:
-        self._strategy, self._schedule, self._averaging = strategy, schedule, averaging
+        self._schedule, self._averaging = schedule, averaging
         self._divergence, self._progress, self._meter = divergence, progress, meter
         self._open: _OpenStep | None = None
         self.applied: bool | None = None
@@ -69,7 +68,7 @@ class StepOutcomes:
 
     def _settle(self, window: Window, update: Update, step: int, losses: dict[str, Tensor]) -> None:
         self.applied = applied = not update.skipped
-        if not applied and update.judged and not self._strategy.skips_overflow:
+        if not applied and update.diverged_if_skipped:
             self._divergence.decide("the gradient is NaN or infinite", window, step, spike=False)
         self._progress.settle(step, applied=applied)
         self._meter.settle(window, losses, applied=applied, grad_norm=update.grad_norm)

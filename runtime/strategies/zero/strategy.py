@@ -29,13 +29,13 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runtime.config.zero_rules import UNUSED_PARAMETERS
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
-from runtime.state.local_weights import LocalWeights, WholeWeights
 from runtime.state.memory_layout import strides_to_keep
-from runtime.state.shards import in_memory, whole
-from runtime.strategies import Update
-from runtime.strategies.placement import moved
+from runtime.strategies.placement import to_device
+from runtime.strategies.unused_parameters import UnusedParameters
+from runtime.strategies.update import Update
 from runtime.strategies.zero.engine import (
     check_machine,
     chose_cpu,
@@ -44,14 +44,14 @@ from runtime.strategies.zero.engine import (
     make_accelerator,
 )
 from runtime.strategies.zero.optimizers import unshardable
-from runtime.strategies.zero.state import ZeroState, ZeroWeights, padded_part, shape_of
+from runtime.strategies.zero.state import ZeroState, padded_part, shape_of
+from runtime.strategies.zero.state_io import ZeroStateIO
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own default, allocated whatever the model's size
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class ZeroStrategy:
@@ -88,23 +88,13 @@ class ZeroStrategy:
         self._scales = precision == "fp16"
         self._module: TrainingModule | None = None
         self._engine: Any = None
-        self._sharded: ZeroState | None = None
+        self.state_io = ZeroStateIO()
         self._parameters: list[nn.Parameter] = []
         self._filler = self._pending = False
 
     @property
-    def sharded(self) -> bool:
-        """Tell that all ranks take part in collecting the state."""
-        return True
-
-    @property
-    def writes_together(self) -> bool:
-        """Tell that rank 0 writes what was gathered, as it would with DDP."""
-        return False
-
-    @property
-    def forwards_together(self) -> bool:
-        """Tell whether a forward pass gathers parameters: in stage 3, where the module is trained."""
+    def collective_forward(self) -> bool:
+        """Whether a forward pass gathers parameters: in stage 3, where the module is trained."""
         return self._stage == 3 and self._engine is not None
 
     def place(self, module: TrainingModule) -> TrainingModule:
@@ -136,14 +126,16 @@ class ZeroStrategy:
             if self._stage == 3:
                 self._cut_up(module)
             self._engine, _ = self._accelerator.prepare(module, optimizer)
-        self._sharded = ZeroState(self._engine, groups, keys, self._stage, layouts)
-        self._sharded.keep_frozen(originals)
+        state = ZeroState(self._engine, groups, keys, self._stage, layouts)
+        state.keep_frozen(originals)
         if self._autocast_dtype is not None:  # the float32 weights were made of the rounded ones
-            self._sharded.set_weights({p: originals[id(p)] for p in self._parameters})
+            state.set_weights({p: originals[id(p)] for p in self._parameters})
+        self.state_io.attach(module, state, scaler=self._engine.optimizer.loss_scaler if self._scales else None)
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
         """Take a module that is called and not trained: it is whole on every rank."""
         self._module = module.to(self.device)
+        self.state_io.attach(self._module)
 
     def rewrap(self) -> None:
         """Refuse: what is trainable is decided when DeepSpeed cuts the parameters up."""
@@ -152,23 +144,20 @@ class ZeroStrategy:
     def warm_up(self, filler: Any) -> None:
         """Do nothing: DeepSpeed adds in one order from the first step on."""
 
-    def without_gradient(self, batch: Any) -> list[str]:
-        """Return the names of parameters that a batch gives no gradient. Collective."""
+    def unused_parameters(self, batch: Any) -> UnusedParameters | None:
+        """Return the parameters that a batch gives no gradient. Collective."""
         names = {id(p): name.removeprefix("model.") for name, p in self.unwrapped.named_parameters() if p.requires_grad}
         used: set[int] = set()
         hooks = [p.register_hook(partial(_note, used, id(p))) for p in self._parameters]  # type: ignore[no-untyped-call]
         try:
             with self.microbatch(last=True):
-                self.backward(self.forward(self.to_device(batch), filler=False).sum, weight=1.0)
+                self.backward(self.forward(to_device(batch, self.device), filler=False).sum, weight=1.0)
         finally:
             for hook in hooks:
                 hook.remove()
         self.discard()
-        return [name for number, name in names.items() if number not in used]
-
-    def to_device(self, batch: Any) -> Any:
-        """Move a batch's tensors to this rank's device, from pinned memory without waiting."""
-        return batch if self.device.type == "cpu" else moved(batch, self.device)
+        unused = [name for number, name in names.items() if number not in used]
+        return UnusedParameters(unused, None, f"; {UNUSED_PARAMETERS}") if unused else None
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Say whether the window ends with this forward and backward pass."""
@@ -197,7 +186,7 @@ class ZeroStrategy:
         self._pending = False
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
-        return Update(skipped=not self._engine.was_step_applied(), judged=True, grad_norm=norm)
+        return Update(not self._engine.was_step_applied(), diverged_if_skipped=not self._scales, grad_norm=norm)
 
     def discard(self) -> None:
         """Clear the gradient unused. Collective.
@@ -208,7 +197,7 @@ class ZeroStrategy:
             return
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
-        scale = self.state()
+        scale = self.state_io.scaler_state()
         smallest = min(self._parameters, key=lambda p: shape_of(p).numel())
         nothing = torch.full(shape_of(smallest), torch.nan, device=self.device)
         if self._stage < 3:
@@ -218,12 +207,7 @@ class ZeroStrategy:
         self._pending = False
         self._engine.step()
         assert not self._engine.was_step_applied()
-        self.load_state(scale)  # which found nothing wrong
-
-    @property
-    def skips_overflow(self) -> bool:
-        """Tell whether a non-finite gradient is part of the search for a loss scale rather than a failure."""
-        return self._scales
+        self.state_io.load_scaler_state(scale)  # which found nothing wrong
 
     @property
     def unwrapped(self) -> TrainingModule:
@@ -237,79 +221,9 @@ class ZeroStrategy:
             return _NOTHING
         return cast(AbstractContextManager[None], torch.autocast(self.device.type, self._autocast_dtype))
 
-    def state(self) -> Mapping[str, Any]:
-        """Return the loss scale's state."""
-        if not self._scales or self._engine is None:
-            return {}
-        scaler = self._engine.optimizer.loss_scaler
-        return {"zero_scaler": {key: getattr(scaler, key) for key in _SCALER_STATE}}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a loss scale."""
-        if self._scales and self._engine is not None:
-            for key, value in state.get("zero_scaler", {}).items():
-                setattr(self._engine.optimizer.loss_scaler, key, value)
-
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Call the model alone. Collective in stage 3."""
         return self.unwrapped.model(*positional, **named)
-
-    # The run's state, whole on every rank
-
-    def module_state(self, part: nn.Module) -> dict[str, Any]:
-        """Return the state dict of the model or the objective; on rank 0, which saves it, with whole tensors. Collective."""
-        assert self._sharded is not None
-        gathered: dict[int, Tensor] = {}  # tied weights once, and they stay one
-        state = {}
-        for name, value in part.state_dict(keep_vars=True).items():
-            if isinstance(value, nn.Parameter):
-                if id(value) not in gathered:
-                    gathered[id(value)] = self._sharded.weight(value)
-                value = gathered[id(value)]
-            state[name] = value if not isinstance(value, Tensor) or value.is_meta else value.detach().cpu()
-        return state
-
-    def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
-        """Put a state dict's tensors into the model or the objective. Collective.
-
-        Raises:
-            RuntimeError: names or shapes differ.
-        """
-        if self._sharded is None:  # whole on every rank, to be called and not trained
-            part.load_state_dict(in_memory(state))
-            return
-        ours = part.state_dict(keep_vars=True)
-        if ours.keys() != state.keys():
-            raise RuntimeError(f"other names of weights: {sorted(ours.keys() ^ state.keys())[:8]}")
-        weights = {}
-        for name, value in ours.items():
-            stored = state[name]
-            shape = tuple(shape_of(value)) if isinstance(value, Tensor) else ()
-            if isinstance(value, Tensor) and shape != tuple(stored.shape):
-                raise RuntimeError(f"{name} is {tuple(stored.shape)} there and {shape} here")
-            if isinstance(value, nn.Parameter):
-                weights[value] = whole(stored)
-            elif isinstance(value, Tensor):
-                value.copy_(whole(stored))
-            else:
-                part.get_submodule(name.rpartition(".")[0]).set_extra_state(in_memory(stored))
-        self._sharded.set_weights(weights)
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Return the optimizer's state dict, as it would be without sharding. Collective."""
-        assert self._sharded is not None
-        return self._sharded.optimizer_state()
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from an optimizer's state dict. Collective."""
-        assert self._sharded is not None
-        self._sharded.load_optimizer_state(in_memory(state))
-
-    def weights(self) -> LocalWeights:
-        """Return this rank's part of the weights, for averages of them; all of a module that is not trained."""
-        if self._sharded is None:
-            return WholeWeights(self.unwrapped)
-        return ZeroWeights(self.unwrapped, self._sharded)
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
@@ -320,7 +234,8 @@ class ZeroStrategy:
         if self._engine is not None:
             self._engine.destroy()
             torch.nn.functional.linear = self._linear
-        self._engine = self._sharded = None
+        self._engine = None
+        self.state_io.detach_engine()
         self._parameters = []
         if self._owns_group and dist.is_initialized():
             gc.unfreeze()

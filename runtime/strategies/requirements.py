@@ -1,4 +1,4 @@
-"""Whether ZeRO can be started at all, judged before there are processes."""
+"""What a strategy needs to be installed, checked before processes are started."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from runtime.config.strategy import StrategySection
 from runtime.errors import MissingDependencyError
 
 
-def check_start(section: StrategySection) -> None:
-    """Refuse a start that could not do what the configuration says.
+def check_requirements(section: StrategySection) -> None:
+    """Refuse a strategy whose package is missing.
 
     Raises:
         MissingDependencyError: deepspeed is asked for and not installed.

@@ -1,0 +1,49 @@
+"""What a strategy's step reports: whether the update was applied, and the gradient's norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Update(NamedTuple):
+    """What a step did with the gradient; equal on all ranks.
+
+    Args:
+        skipped: whether the parameters are unchanged; a flag on the device where the device decides and the host reads it
+            later.
+        diverged_if_skipped: whether a skip means that training diverged: the gradient was not finite, and no search for a
+            loss scale explains it.
+        grad_norm: 2-norm of the whole gradient before clipping, on the device; None where it was not measured.
+    """
+
+    skipped: bool | DeviceFlag
+    diverged_if_skipped: bool = False
+    grad_norm: Tensor | None = None
+
+
+class DeviceFlag:
+    """A flag on the device, on its way to the host.
+
+    The copy is queued behind what sets the flag. Read a step later, it has long arrived: only what was queued before the
+    copy is waited for, not the forward and backward passes after it.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self.on_device = flag
+        self._copied: torch.cuda.Event | None = None
+        if flag.device.type == "cuda":
+            self._on_host = torch.empty_like(flag, device="cpu", pin_memory=True)
+            self._on_host.copy_(flag, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+        else:
+            self._on_host = flag
+
+    def __bool__(self) -> bool:
+        """Return the flag. Waits for its copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._on_host.item())
