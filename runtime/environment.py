@@ -30,6 +30,8 @@ XDG_CACHE_HOME          folder of cached token files: ``data_sources/source_code
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.config.launcher_table import is_true
@@ -165,6 +167,23 @@ def requested_world_size(configured: int | None) -> int:
     if configured is not None:
         return configured
     return int(launched) if launched is not None else 1
+
+
+@contextmanager
+def launch_variables_kept() -> Iterator[None]:
+    """Put ranks and sizes back as the launcher set them.
+
+    Accelerate writes what it takes them to be, and takes a missing LOCAL_WORLD_SIZE for 1 (1.15).
+    """
+    before = {name: os.environ.get(name) for name in _COUNTS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def take_over_mpi() -> None:

@@ -45,6 +45,7 @@ def act_after_act(config: dict[str, Any], output: str, agent_port: int | None) -
     if agent_port is not None:  # as torchrun and accelerate launch do
         told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(agent_port)}
     before = dict(os.environ)
+    os.environ.pop("LOCAL_WORLD_SIZE", None)  # not every launcher sets it
     os.environ.update(told)
     Watchdog.stop = noted  # type: ignore[method-assign]
     try:

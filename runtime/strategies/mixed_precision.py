@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils.modeling import get_mixed_precision_context_manager
 from torch import nn
 
+from runtime.environment import launch_variables_kept
 from runtime.errors import ConfigurationError, DivergenceError, Problem
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -25,9 +26,10 @@ def make_accelerator(precision: Precision, handlers: Sequence[Any]) -> Accelerat
     Raises:
         ConfigurationError: this device has no such precision.
     """
-    name = "no" if precision == "fp32" else precision  # said aloud: Accelerate would take it from the environment
+    name = "no" if precision == "fp32" else precision  # given explicitly: Accelerate would read the environment
     try:
-        accelerator = Accelerator(mixed_precision=name, dynamo_backend="no", kwargs_handlers=list(handlers))
+        with launch_variables_kept():
+            accelerator = Accelerator(mixed_precision=name, dynamo_backend="no", kwargs_handlers=list(handlers))
     except ValueError as error:
         if "mixed precision" not in str(error):
             raise
@@ -35,7 +37,7 @@ def make_accelerator(precision: Precision, handlers: Sequence[Any]) -> Accelerat
             [Problem("configuration", "precision", f"cannot be {precision} here: {error}")]
         ) from error
     if precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate (1.15) computes in float32 there, without a word.
+        # Accelerate (1.15) silently computes in float32 there.
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     return accelerator
 
