@@ -285,9 +285,18 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_where_that_is_the_policy
     assert all("NaN or infinite" in message for message in pool.run(stopped, 2, config))
 
 
-@THIRD_STAGE
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        pytest.param(1, {}, marks=LONG),
+        pytest.param(2, {}, marks=LONG),
+        (3, {}),
+        pytest.param(2, {"offload_optimizer": "cpu"}, marks=LONG),
+        pytest.param(3, {"offload_optimizer": "cpu"}, marks=LONG),
+    ],
+)
 def test_a_loss_that_jumps_is_left_out_and_gone_round_as_with_ddp(
-    pool: ProcessPool, tmp_path: Path, stage: int
+    pool: ProcessPool, tmp_path: Path, stage: int, offload: dict[str, str]
 ) -> None:
     """The step's gradient is finite, and there already: it must be cleared, and leave no trace."""
     changes = {
@@ -302,7 +311,7 @@ def test_a_loss_that_jumps_is_left_out_and_gone_round_as_with_ddp(
         spike = {"divergence": {"spike": {"window": 3, "sigma": 20.0, "policy": policy}}}
         expected, got = tmp_path / policy / "ddp", tmp_path / policy / "zero"
         pool.run(observe, 2, configuration(expected, **changes, **spike))
-        pool.run(observe, 2, configuration(got, **changes, **spike, strategy=zero(stage)))
+        pool.run(observe, 2, configuration(got, **changes, **spike, strategy=zero(stage, **offload)))
         (path,) = {path.name for path in (got / "checkpoints").glob("step-00000008*")}
         assert (expected / "checkpoints" / path).is_dir()
         models = [
@@ -350,8 +359,7 @@ def test_the_average_and_uneven_evaluations_are_ddps(pool: ProcessPool, tmp_path
     assert saved(tmp_path / "zero")[1]["averaging"]["count"] > 0
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=LONG)])
 def test_offloading_to_the_host_changes_nothing(
     pool: ProcessPool, tmp_path: Path, reference: tuple[Path, dict[str, Any]], stage: int
 ) -> None:

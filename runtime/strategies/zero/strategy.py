@@ -189,25 +189,32 @@ class ZeroStrategy:
         return Update(not self._engine.was_step_applied(), diverged_if_skipped=not self._scales, grad_norm=norm)
 
     def discard(self) -> None:
-        """Clear the gradient unused. Collective.
+        """Clear the gradient without applying it. Collective.
 
-        DeepSpeed can leave a step out only where the gradient is not finite, so one element of it is made NaN.
+        DeepSpeed skips a step only if the gradient is not finite, so one element of it is made NaN.
         """
         if not self._pending:
             return
-        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
-
         scale = self.state_io.scaler_state()
-        smallest = min(self._parameters, key=lambda p: shape_of(p).numel())
-        nothing = torch.full(shape_of(smallest), torch.nan, device=self.device)
-        if self._stage < 3:
-            safe_set_full_grad(smallest, nothing)
-        else:
-            safe_set_local_grad(smallest, padded_part(smallest, nothing))
+        self._make_nan()
         self._pending = False
         self._engine.step()
         assert not self._engine.was_step_applied()
-        self.state_io.load_scaler_state(scale)  # which found nothing wrong
+        self.state_io.load_scaler_state(scale)  # the gradient was finite, and the scale must not follow from this step
+
+    def _make_nan(self) -> None:
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+        smallest = min(self._parameters, key=lambda p: shape_of(p).numel())
+        nan = torch.full(shape_of(smallest), torch.nan, device=self.device)
+        if self._stage == 3:
+            safe_set_local_grad(smallest, padded_part(smallest, nan))
+        elif self._engine.optimizer.cpu_offload:
+            # Norms of offloaded gradients are measured in the backward pass, as they are copied to the host (DeepSpeed 0.19).
+            norms = self._engine.optimizer.norm_for_param_grads
+            norms.update(dict.fromkeys(norms, torch.tensor(torch.nan)))
+        else:
+            safe_set_full_grad(smallest, nan)
 
     @property
     def unwrapped(self) -> TrainingModule:
