@@ -336,7 +336,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_request: StopReque
     """Check the components, join the process group, and make the watch over it, which is not started yet."""
     from runtime.build.components import check_components
     from runtime.determinism import default_determinism, determinism
-    from runtime.strategies.requirements import check_requirements
+    from runtime.strategies.zero.requirements import check_requirements
 
     check_components(loaded)
     check_requirements(loaded.values.strategy)

@@ -236,7 +236,7 @@ def test_options_of_zero_beside_another_strategy_are_not_ignored(tmp_path: Path)
 def test_the_missing_package_is_named_with_the_line_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime.strategies.requirements import check_requirements
+    from runtime.strategies.zero.requirements import check_requirements
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'lockstep-train\[deepspeed\]'"):

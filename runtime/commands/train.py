@@ -39,7 +39,7 @@ def _start(options: argparse.Namespace) -> int:
 
     from launch.local import num_gpus, train_locally
     from runtime.build.components import check_components
-    from runtime.strategies.requirements import check_requirements
+    from runtime.strategies.zero.requirements import check_requirements
 
     gpus = num_gpus()
     configured = loaded.values.strategy.world_size
