@@ -162,12 +162,12 @@ def points(size: int = 48, dtype: str = "float32") -> TensorDataset:
     return TensorDataset(inputs.to(getattr(torch, dtype)), torch.arange(size) % 4)
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(points())
 
 
-class SharedStream(IterableDataset):
+class SharedStream(IterableDataset[Any]):
     """Gives each rank samples of its own."""
 
     def __iter__(self) -> Any:
