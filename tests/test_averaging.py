@@ -126,7 +126,9 @@ def loss_of(state: dict[str, Tensor]) -> float:
 
 @WORLDS
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
-def test_swa_is_torchs_loop_by_hand(pool: ProcessPool, tmp_path: Path, world_size: int, strategy: str) -> None:
+def test_swa_is_torchs_loop_by_hand(
+    pool: ProcessPool, tmp_path: Path, world_size: int, strategy: Literal["cos", "linear"]
+) -> None:
     config = run(tmp_path, {**SWA, "anneal": {"epochs": 3, "strategy": strategy}})
     observed = pool.run(observe, world_size, config)
     truth, rates = swa_by_hand(strategy, start=2)

@@ -306,11 +306,9 @@ def observe_stopping_between_evaluations(config: dict[str, Any], after: int) -> 
     from runtime.evaluation.evaluator import Evaluator
 
     evaluate = Evaluator.evaluate
-    Evaluator.evaluate = lambda self, stop_requested: evaluate(self)  # type: ignore[assignment, method-assign, misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", lambda self, stop_requested: evaluate(self))
         return observe_stopping(config, after)
-    finally:
-        Evaluator.evaluate = evaluate  # type: ignore[method-assign]
 
 
 def evaluations(folder: Path) -> dict[int, float]:

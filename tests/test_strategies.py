@@ -112,11 +112,9 @@ def force_overflow(config: dict[str, Any], scale: float) -> dict[str, Any]:
     def start_high(self: Any, device: str = "cuda", **kwargs: Any) -> None:
         initial(self, device, init_scale=scale, growth_interval=3)
 
-    GradScaler.__init__ = start_high  # type: ignore[assignment, method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradScaler, "__init__", start_high)
         return observe(config)
-    finally:
-        GradScaler.__init__ = initial  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
