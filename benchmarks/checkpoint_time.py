@@ -19,14 +19,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from runtime.checkpoints.async_save import AsyncSaver
 from runtime.checkpoints.checkpoint import CheckpointFolder
@@ -105,13 +106,13 @@ def saves(parameters: int, rounds: int, folder: Path) -> dict[str, Any]:
 
     for number in range(rounds + 1):  # the first round touches memory and is dropped
         timed("memcpy", lambda: [b.copy_(t) for b, t in zip(buffers, tensors, strict=True)])
-        timed("lockstep", lambda n=number: saving.save(state, step=n + 1, attempt=0, epoch=1, results={}))
+        timed("lockstep", partial(saving.save, state, step=number + 1, attempt=0, epoch=1, results={}))
         watched("lockstep", lambda: not saving.writing)
         saving.wait()
         assert saving.problem is None, saving.problem
         timed("torch.save", lambda: torch.save(state, folder / "torch.pt"))
         shutil.rmtree(folder / "dcp", ignore_errors=True)
-        future = timed("dcp.async_save", lambda: dcp.async_save(state, checkpoint_id=str(folder / "dcp")))
+        future = timed("dcp.async_save", lambda: async_save(state, checkpoint_id=str(folder / "dcp")))
         watched("dcp.async_save", future.done)
         future.result()
     median = {name: round(statistics.median(values[1:]), 3) for name, values in waits.items()}

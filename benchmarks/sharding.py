@@ -154,7 +154,7 @@ def measured(config: dict[str, Any], processes: int) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = Path(config["output"])
-    mp.spawn(run, ((processes, port), config), nprocs=processes)
+    mp.spawn(run, ((processes, port), config), nprocs=processes)  # type: ignore[attr-defined, no-untyped-call]
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first = next(record for record in records if record["event"] == "train")

@@ -73,7 +73,7 @@ class Bare:
         self._batch_size = SIZES[kind]["batch"]
         self._samples, self._careful = data(kind), careful
         self._net = model(kind)
-        self._optimizer = torch.optim.AdamW(self._net.parameters(), lr=1e-3, **({"fused": True} if careful else {}))
+        self._optimizer = torch.optim.AdamW(self._net.parameters(), lr=1e-3, fused=True if careful else None)
         self._wrapped = (
             DistributedDataParallel(self._net, gradient_as_bucket_view=True) if world_size > 1 else self._net
         )
@@ -89,7 +89,7 @@ class Bare:
         started = time.perf_counter()
         for _ in range(steps):
             inputs, target = next(self._batches)
-            loss_of(self._wrapped(inputs), target).backward()
+            loss_of(self._wrapped(inputs), target).backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         taken = time.perf_counter() - started
@@ -97,7 +97,7 @@ class Bare:
         return taken
 
     def _usual_batches(self) -> Iterator[Any]:
-        sampler = None
+        sampler: torch.utils.data.distributed.DistributedSampler[Any] | None = None
         if self._world_size > 1:
             sampler = torch.utils.data.distributed.DistributedSampler(self._samples, self._world_size, self._rank)
         while True:

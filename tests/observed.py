@@ -53,7 +53,7 @@ def observe(
         buffers.append(_bytes_of(self._strategy.unwrapped))
         prepare(self)
 
-    Evaluator.evaluate, StateSaver.prepare = noting_evaluate, noting_prepare  # type: ignore[method-assign]
+    Evaluator.evaluate, StateSaver.prepare = noting_evaluate, noting_prepare  # type: ignore[assignment, method-assign]
     try:
         result = train(config, *overrides, observers=observers)
     finally:

@@ -66,8 +66,7 @@ class ProcessPool:
             ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in replies], patience)
             if not ready:
                 break
-            for pipe in ready:
-                replies[pipes.index(pipe)] = pipe.recv()
+            replies |= {rank: pipe.recv() for rank, pipe in enumerate(pipes) if pipe in ready}
             if any(not ok for ok, _ in replies.values()):
                 patience = _PATIENCE_SECONDS
         return [replies.get(rank, (False, _SILENT)) for rank in range(len(pipes))]

@@ -97,7 +97,7 @@ class MeanOfOneWeight(Mean, OfOneWeight):
 
 class PenaltyOnWeights(Squares):
     def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        return super().forward(model, batch) + sum(p.square().sum() for p in model.parameters())
+        return self.losses(model, batch).sum() + sum(p.square().sum() for p in model.parameters())
 
 
 class Noisy(Squares):
@@ -137,12 +137,14 @@ class Penalised(Squares):
 class Counting(Squares):
     """Keeps a buffer of what it has seen, in evaluation, too."""
 
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        self.seen += len(batch[0])  # type: ignore[operator]
+        self.seen += len(batch[0])
         torch.rand(3)
         return super().forward(model, batch)
 
@@ -162,12 +164,12 @@ def points(size: int = 48, dtype: str = "float32") -> TensorDataset:
     return TensorDataset(inputs.to(getattr(torch, dtype)), torch.arange(size) % 4)
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(points())
 
 
-class SharedStream(IterableDataset):
+class SharedStream(IterableDataset[Any]):
     """Gives each rank samples of its own."""
 
     def __iter__(self) -> Any:

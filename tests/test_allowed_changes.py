@@ -55,7 +55,7 @@ def observe_setting(config: dict[str, Any], values: dict[str, Any]) -> dict[str,
         hook.remove()
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "weight_decay": ("AdamW", {}, {"weight_decay": 0.5}),
     "betas": ("AdamW", {}, {"betas": [0.5, 0.6]}),
     "eps": ("Adam", {}, {"eps": 0.1}),
@@ -275,14 +275,14 @@ def test_arguments_that_became_buffers_change_and_what_was_learnt_stays(
 @pytest.mark.single
 def test_an_average_taken_in_more_often_than_it_has_waited_goes_on() -> None:
     module = torch.nn.Linear(1, 1)
-    seldom = WeightAverage(module, AveragingSection(kind="ema", every="10 steps"))
+    seldom = WeightAverage(module, AveragingSection.model_validate({"kind": "ema", "every": "10 steps"}))
     for _ in range(5):
         seldom.update()
-    often = WeightAverage(module, AveragingSection(kind="ema", every="3 steps"))
+    often = WeightAverage(module, AveragingSection.model_validate({"kind": "ema", "every": "3 steps"}))
     often.load_state_dict(seldom.state_dict())
     often.update()
     assert often.count == 1
-    by_epoch = WeightAverage(module, AveragingSection(kind="ema", every="3 epochs"))
+    by_epoch = WeightAverage(module, AveragingSection.model_validate({"kind": "ema", "every": "3 epochs"}))
     by_epoch.load_state_dict(seldom.state_dict())
     by_epoch.after_epoch()
     assert by_epoch.count == 0  # five steps are no epochs
@@ -293,7 +293,7 @@ def test_a_later_start_of_an_average_forgets_what_came_before_it() -> None:
     module = torch.nn.Linear(1, 1)
     early = WeightAverage(module, AveragingSection(kind="ema"))
     early.update()
-    late = WeightAverage(module, AveragingSection(kind="ema", start="4 steps"))
+    late = WeightAverage(module, AveragingSection.model_validate({"kind": "ema", "start": "4 steps"}))
     late.load_state_dict(early.state_dict())
     assert late.count == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ pytestmark = pytest.mark.single
 UPDATES, DECAY = 1000, 0.999
 
 
-def averaged_by(dtype: torch.dtype, section: AveragingSection) -> tuple[nn.Module, WeightAverage]:
+def averaged_by(dtype: torch.dtype, section: AveragingSection) -> tuple[Any, WeightAverage]:
     """A weight that is 0 at first and 2 (with 2i where there is an imaginary part) from then on, and a constant integer."""
-    module = nn.Module()
+    module: Any = nn.Module()
     module.weight = nn.Parameter(torch.zeros(3, dtype=dtype))
     module.number = nn.Parameter(torch.tensor([7]), requires_grad=False)
     average = WeightAverage(module, section)
@@ -34,9 +35,8 @@ def averaged_by(dtype: torch.dtype, section: AveragingSection) -> tuple[nn.Modul
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 )
 def test_the_average_moves_by_its_formula_in_every_type(dtype: torch.dtype, kind: str) -> None:
-    section = (
-        AveragingSection(decay=DECAY) if kind == "ema" else AveragingSection(kind="swa", start="1 step", every="1 step")
-    )
+    swa = {"kind": "swa", "start": "1 step", "every": "1 step"}
+    section = AveragingSection.model_validate({"decay": DECAY} if kind == "ema" else swa)
     module, average = averaged_by(dtype, section)
     truth = 2 * (1 - DECAY**UPDATES) if kind == "ema" else 2 * (UPDATES - 1) / UPDATES
     expected = truth * (1 + 1j) if dtype.is_complex else truth

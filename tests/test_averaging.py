@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -71,7 +71,9 @@ def update_by_hand(model: nn.Module, optimizer: SGD, batch: list[list[int]]) -> 
     optimizer.zero_grad()
 
 
-def swa_by_hand(strategy: str, start: int, steps: int | None = None) -> tuple[nn.Module, list[float]]:
+def swa_by_hand(
+    strategy: Literal["cos", "linear"], start: int, steps: int | None = None
+) -> tuple[nn.Module, list[float]]:
     """The loop of torch's tutorial; with ``steps`` everything late happens by update instead of by epoch."""
     model = initial()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -124,7 +126,9 @@ def loss_of(state: dict[str, Tensor]) -> float:
 
 @WORLDS
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
-def test_swa_is_torchs_loop_by_hand(pool: ProcessPool, tmp_path: Path, world_size: int, strategy: str) -> None:
+def test_swa_is_torchs_loop_by_hand(
+    pool: ProcessPool, tmp_path: Path, world_size: int, strategy: Literal["cos", "linear"]
+) -> None:
     config = run(tmp_path, {**SWA, "anneal": {"epochs": 3, "strategy": strategy}})
     observed = pool.run(observe, world_size, config)
     truth, rates = swa_by_hand(strategy, start=2)
@@ -174,10 +178,10 @@ def test_ema_is_torchs_averaged_model(pool: ProcessPool, tmp_path: Path, world_s
 @pytest.mark.parametrize(("start", "every"), [(0, 1), (3, 1), (2, 3)])
 def test_an_average_warms_up_begins_and_waits_as_its_formula_says(start: int, every: int) -> None:
     module = nn.Linear(1, 1, bias=False).double()
-    section = AveragingSection(
-        decay=0.4, warmup=True, every=f"{every} steps", **({"start": f"{start} steps"} if start else {})
-    )  # type: ignore[arg-type]
-    average, expected, taken = WeightAverage(module, section), None, 0
+    later = {"start": f"{start} steps"} if start else {}
+    section = AveragingSection.model_validate({"decay": 0.4, "warmup": True, "every": f"{every} steps", **later})
+    average, taken = WeightAverage(module, section), 0
+    expected: float | None = None
     for update in range(1, 15):
         module.weight.data.fill_(float(update**2))
         average.update()
@@ -234,7 +238,7 @@ def test_swa_that_is_stopped_after_any_step_goes_on_bitwise(
 
 
 def test_statistics_come_back_with_the_average_that_they_are_of() -> None:
-    section = AveragingSection(kind="swa", start="1 step", every="1 step")  # type: ignore[arg-type]
+    section = AveragingSection.model_validate({"kind": "swa", "start": "1 step", "every": "1 step"})
     average = WeightAverage(nn.BatchNorm1d(2), section)
     for _ in range(3):
         average.update()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.errors import ConfigurationError, ObjectiveError
-from runtime.strategies.ddp import moved as moved_to
+from runtime.strategies.placement import moved as moved_to
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.test_accumulation import TOLERANCE, batches_of, initial, plain_update, relative_difference

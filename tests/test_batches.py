@@ -71,7 +71,7 @@ def windows_of(
 
 def ids_of_steps(
     world_size: int, *, slots: int, size: int, batch_size: int, num_workers: int = 0, **options: Any
-) -> list:
+) -> list[dict[int, list[int]]]:
     """Sample ids by step and slot, gathered over ranks."""
     ranks = [
         windows_of(
@@ -159,7 +159,7 @@ def test_default_slots_is_the_smallest_multiple_of_the_world_size_that_respects_
 
 def noisy_values(
     world_size: int, num_workers: int, source: Any, transform: Any = None
-) -> dict[tuple[int, int], list[float]]:
+) -> dict[tuple[int, int, int, int], list[float]]:
     found = {}
     for rank in range(world_size):
         samples = Samples(source, seed=4, transform=transform)
@@ -194,10 +194,10 @@ def test_a_random_transform_of_a_deterministic_data_set_is_equal_for_any_number_
 def test_reading_random_samples_leaves_the_training_processs_generators_alone() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
     list(windows_of(Samples(Noisy(), seed=0), slots=2, world_size=1, rank=0, batch_size=10))
     assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()
+    assert (before[1] == np.random.get_state(legacy=False)["state"]["key"]).all()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -251,13 +251,18 @@ def test_global_weights_are_the_same_number_for_any_sharing_out(ahead: int) -> N
         shares: list[list[torch.Tensor]] = []
         for rank in range(world_size):
             blocks: list[torch.Tensor] = []
+
+            def begin_sum(block: torch.Tensor, blocks: list[torch.Tensor] = blocks) -> Callable[[], torch.Tensor]:
+                blocks.append(block.clone())
+                return lambda: block
+
             windows = windows_of(Samples(Ids(50), seed=0), slots=4, world_size=world_size, rank=rank, batch_size=12)
             list(
                 with_weights(
                     windows,
                     weigh=lambda ids, samples: float(weight_of[ids].sum()),
                     slots=4,
-                    begin_sum=lambda block, blocks=blocks: blocks.append(block.clone()) or (lambda: block),
+                    begin_sum=begin_sum,
                     ahead=ahead,
                 )
             )

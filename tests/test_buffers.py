@@ -109,13 +109,9 @@ def losses_of(config: dict[str, Any], observers: Sequence[Any] = ()) -> dict[int
 
 
 def observe_stopping_losses(config: dict[str, Any], after: int) -> None:
-    from tests import test_resumption
-
-    observed, test_resumption.observe = test_resumption.observe, losses_of
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.test_resumption.observe", losses_of)
         observe_stopping(config, after)
-    finally:
-        test_resumption.observe = observed
 
 
 @pytest.mark.single
@@ -135,7 +131,7 @@ def test_other_extra_state_is_refused_at_the_start_by_the_modules_name(
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_buffer_that_begins_to_change_later_follows_the_rule_from_then_on(begins: int, counted: bool) -> None:
     """A write that torch does not count is seen in the 8th step, where values are compared; no slot ever sees another's."""
-    module = nn.Module()
+    module: Any = nn.Module()
     module.register_buffer("late", torch.zeros(2), persistent=False)
     names: list[str] = []
     rule = BufferRule(module, moving=names)
@@ -161,7 +157,7 @@ def late_values(steps: int) -> tuple[list[float], list[float]]:
 
     dist.init_process_group("gloo")
     try:
-        module = nn.Module()
+        module: Any = nn.Module()
         module.register_buffer("late", torch.zeros(1), persistent=False)
         module.register_buffer("calls", torch.zeros(1), persistent=False)
         rule = BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, torch.device("cpu")))
@@ -189,7 +185,7 @@ def test_ranks_agree_on_a_buffer_that_begins_to_change_later(pool: ProcessPool) 
 
 @pytest.mark.single
 def test_what_was_infinite_becomes_a_number_and_a_skipped_step_changes_nothing() -> None:
-    module = nn.Module()
+    module: Any = nn.Module()
     module.register_buffer("least", torch.tensor([torch.inf, torch.nan, 1.0]))
     rule = BufferRule(module)
     for skipped, expected in ((True, [torch.inf, torch.nan, 1.0]), (False, [4.0, 4.0, 4.0])):
@@ -203,7 +199,7 @@ def test_what_was_infinite_becomes_a_number_and_a_skipped_step_changes_nothing()
 
 @pytest.mark.single
 def test_large_whole_numbers_and_half_precision_are_not_rounded() -> None:
-    module = nn.Module()
+    module: Any = nn.Module()
     module.register_buffer("ids", torch.zeros(2, dtype=torch.int64))
     module.register_buffer("brief", torch.tensor([1.0], dtype=torch.bfloat16))
     rule = BufferRule(module)
@@ -219,7 +215,7 @@ def test_large_whole_numbers_and_half_precision_are_not_rounded() -> None:
 
 @pytest.mark.single
 def test_buffers_are_put_back_and_what_was_made_meanwhile_stays() -> None:
-    module = nn.Module()
+    module: Any = nn.Module()
     module.register_buffer("wide", torch.ones(1).expand(3))
     module.register_buffer("count", torch.zeros(()))
     held = module.count

@@ -141,9 +141,9 @@ def test_soft_targets_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     for split in ("train", "validation"):
         rows = "\n".join(f"{x},{0.1 if x < 0 else 0.9}" for x in range(-8, 8))
         (tmp_path / f"{split}.csv").write_text(f"x,y\n{rows}\n")
-    table = {"target": "Table", "args": {"target": "y", "task": "regression"}}
+    args = {"target": "y", "task": "regression"}
     data = {
-        s: {**table, "args": {**table["args"], "path": str(tmp_path / f"{s}.csv")}} for s in ("train", "validation")
+        s: {"target": "Table", "args": {**args, "path": str(tmp_path / f"{s}.csv")}} for s in ("train", "validation")
     }
     config = config_of(tmp_path / "run", fits, objective="BCEWithLogitsLoss", limit={"epochs": 60})
     result = train(

@@ -15,7 +15,6 @@ from runtime.checkpoints.load import load_state
 from runtime.checkpoints.snapshot import HostBuffers, Snapshot
 from runtime.config.sections import BestSection
 from runtime.errors import CheckpointError
-from runtime.state import durable_files
 
 pytestmark = pytest.mark.single
 
@@ -34,7 +33,7 @@ def snapshot(step: int, *, attempt: int = 0, training: Any = None, **results: fl
     return HostBuffers().copy(state, step=step, attempt=attempt, epoch=step, results=results)
 
 
-def save(checkpoints: CheckpointFolder, step: int, **results: float) -> Path:
+def save(checkpoints: CheckpointFolder, step: int, **results: Any) -> Path:
     return checkpoints.write(snapshot(step, **results))
 
 
@@ -129,7 +128,7 @@ def test_a_failing_disk_leaves_earlier_checkpoints_and_no_half_one(
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(durable_files.os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(checkpoints, 2)
     monkeypatch.undo()

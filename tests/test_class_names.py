@@ -240,7 +240,7 @@ def test_folders_that_lack_a_class_are_numbered_as_in_training(tmp_path: Path) -
 
 
 def named_points(classes: list[str]) -> Any:
-    found = points("train", 12)
+    found: Any = points("train", 12)
     found.classes = classes
     return found
 

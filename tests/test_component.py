@@ -251,7 +251,7 @@ def positional_only(first: int, second: int = 0, /, third: int = 0) -> int:
     return first + second + third
 
 
-def told(component: Any, args: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
+def told(component: Any, args: Any, **options: Any) -> list[tuple[str, str]]:
     return [(".".join(m.path), m.what) for m in check_arguments(component, args, **options)]
 
 

@@ -28,7 +28,7 @@ def source(target: str, **more: Any) -> dict[str, Any]:
     return {"target": f"tiny_untrusted:{target}", **more}
 
 
-OFFENDERS = {
+OFFENDERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a NumPy generator": (source("Plain", args={"draws": "numpy"}), {}, "Plain (the data set)"),
     "a torch generator": (source("Plain", args={"draws": "torch"}), {}, "Plain (the data set)"),
     "the system": (source("Plain", args={"draws": "system"}), {}, "Plain (the data set)"),
@@ -47,7 +47,7 @@ OFFENDERS = {
         "data.validation: Plain (the data set)",
     ),
 }
-MENDED = {
+MENDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a generator seeded for each sample": (source("Plain"), {}),
     "nothing drawn": (source("Plain", args={"draws": "none"}), {}),
     "seeds that are heeded": (source("Seeded"), {}),
@@ -148,7 +148,8 @@ def test_looking_at_samples_changes_nothing(tmp_path: Path) -> None:
 def test_samples_that_ranks_draw_differently_are_refused_on_all_of_them(
     pool: ProcessPool, tmp_path: Path, section: dict[str, Any], words: list[str]
 ) -> None:
-    config = {**run(tmp_path, **{k: {"target": v} if isinstance(v, str) else as_target(v) for k, v in section.items()})}
+    sections: dict[str, Any] = {k: {"target": v} if isinstance(v, str) else as_target(v) for k, v in section.items()}
+    config = {**run(tmp_path, **sections)}
     config["limit"] = {"epochs": 2}
     for reply in pool.run(failure, 2, config):
         for word in words or ["trained"]:
@@ -198,7 +199,7 @@ def test_ranks_that_hold_the_same_files_in_another_order_are_refused(
     (tmp_path / "train.txt").write_text(" ".join(numbers))
     (tmp_path / f"{part}-1.txt").write_text(" ".join(reversed(numbers)))
     train = source("Listed", args={"folder": str(tmp_path)})
-    validation = {"validation": source("Listed", args={"folder": str(tmp_path), "split": "validation"})}
+    validation: dict[str, Any] = {"validation": source("Listed", args={"folder": str(tmp_path), "split": "validation"})}
     for reply in pool.run(failure, 2, run(tmp_path / "run", train, **validation)):
         assert f"sample 0 of data.{part}" in reply and "rank 1" in reply and "sort" in reply
 
@@ -209,7 +210,7 @@ def test_data_of_the_same_length_and_other_content_does_not_resume(tmp_path: Pat
     for name in ("train", "validation-0"):
         (tmp_path / f"{name}.txt").write_text(" ".join(str(n / 40) for n in range(40)))
     train = source("Listed", args={"folder": str(tmp_path)})
-    validation = {"validation": source("Listed", args={"folder": str(tmp_path), "split": "validation"})}
+    validation: dict[str, Any] = {"validation": source("Listed", args={"folder": str(tmp_path), "split": "validation"})}
     config = run(tmp_path / "run", train, **validation)
     observe_stopping(config, 1)
     (tmp_path / ("train.txt" if part == "train" else "validation-0.txt")).write_text(" ".join("1" * 40))

@@ -137,7 +137,7 @@ def test_all_ranks_roll_back_alike(pool: ProcessPool, tmp_path: Path, world_size
 def test_an_epoch_whose_first_batch_is_left_out_begins_with_its_first_step() -> None:
     progress = Progress(skipped_batches=[Cursor(1, 0)])
     for cursor, following, epoch in ((Cursor(0, 5), Cursor(1, 1), 1), (Cursor(1, 1), Cursor(1, 2), 2)):
-        progress.advance(Window(cursor, following, [], 0, 0, following.batch == 1, False, 1.0))
+        progress.advance(Window(cursor, following, (), 0, 0, following.batch == 1, False, 1.0))
         assert progress.epoch == epoch
 
 

@@ -214,7 +214,7 @@ def test_a_command_that_trains_nothing_runs_as_written(line: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page.values[0])])
+@pytest.mark.parametrize("page", [pytest.param(page, id=page_name(page)) for page in ALL_PAGES if commands(page)])
 def test_every_command_of_a_page_runs_as_written(tmp_path: Path, page: Path) -> None:
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__")

@@ -17,7 +17,7 @@ from tests.observed import assert_bitwise_equal, configuration, largest_differen
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping
 
-WATCHED = {"metric": "loss", "mode": "min", "patience": 2, "min_delta": 0.01}
+WATCHED: dict[str, Any] = {"metric": "loss", "mode": "min", "patience": 2, "min_delta": 0.01}
 
 
 @pytest.mark.single

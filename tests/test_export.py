@@ -139,7 +139,7 @@ def test_the_average_is_that_of_the_raw_weights_of_all_steps(run: tuple[Path, di
 def test_the_file_says_what_it_holds(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     warnings: list[str] = []
     for weights in ("raw", "averaged"):
-        export(run[0], tmp_path / f"{weights}.safetensors", weights=weights, warn=warnings.append)  # type: ignore[arg-type]
+        export(run[0], tmp_path / f"{weights}.safetensors", weights=weights, warn=warnings.append)
         with safe_open(tmp_path / f"{weights}.safetensors", framework="pt") as file:
             told = file.metadata()
         results = json.loads(told.pop("results"))
@@ -175,13 +175,14 @@ def test_every_type_and_shape_comes_out_bit_for_bit(tmp_path: Path, suffix: str)
 @SUFFIXES
 @pytest.mark.parametrize("weights", ["raw", "averaged"])
 def test_tied_weights_are_under_both_names(tmp_path: Path, suffix: str, weights: str) -> None:
-    training_module = TrainingModule(Tied(), tiny.PairObjective())
+    tied = Tied()
+    training_module = TrainingModule(tied, tiny.PairObjective())
     average = WeightAverage(training_module, AveragingSection(decay=0.5))
     for _ in range(2):
         with torch.no_grad():
             for parameter in training_module.parameters():
-                parameter += 1
-            training_module.model.norm.running_mean += 7
+                parameter.add_(1)
+            tied.norm.get_buffer("running_mean").add_(7)
         average.update()
     model = training_module.model.state_dict()
     checkpoint = written(tmp_path / "c", model, averaging=average.state_dict())
@@ -199,8 +200,8 @@ def test_tied_weights_are_under_both_names(tmp_path: Path, suffix: str, weights:
 
 def test_a_torch_file_holds_no_more_than_its_tensors(tmp_path: Path) -> None:
     big = {"weight": torch.zeros(100_000)}
-    module_of_one = TrainingModule(nn.Linear(1, 1), tiny.PairObjective())
-    average = {"model.weight": torch.ones(100_000), "objective.temperature": module_of_one.objective.temperature}
+    temperature = tiny.PairObjective().temperature
+    average = {"model.weight": torch.ones(100_000), "objective.temperature": temperature}
     checkpoint = written(tmp_path / "c", big, averaging=kept(average), optimizer={"state": torch.zeros(500_000)})
     for weights in ("raw", "averaged"):
         state = exported(checkpoint, tmp_path / "w.pt", weights=weights, force=True)

@@ -127,7 +127,9 @@ def test_the_terminal_shows_the_last_evaluation_per_class(tmp_path: Path, capsys
 
 def test_the_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     axes = confusion_figure([[3, 1], [0, 0]], ["a", "b"], "test").axes[0]
-    assert np.array_equal(axes.images[0].get_array(), [[0.75, 0.25], [0, 0]])
+    shares = axes.images[0].get_array()
+    assert shares is not None
+    assert np.array_equal(shares, np.array([[0.75, 0.25], [0, 0]]))
     assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((0, 0), "3"), ((1, 0), "1")]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
 
@@ -136,10 +138,12 @@ def test_curves_have_their_points_and_the_names_of_their_classes() -> None:
     results = {"pr": [[[0.5, 1.0], [0.25, 1.0]], [[1.0, 0.0], [0.5, 0.0]], [[0.1], [0.2]]]}  # precision comes first
     ((_, kind, lines),) = ClassResults({"pr": "precision_recall"}, ["a", "b"]).curves(results)
     axes = curves_figure(kind, lines, "test").axes[0]
-    assert [list(line.get_xdata()) for line in axes.lines] == [[1.0, 0.0], [0.5, 0.0]]
-    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 1.0], [0.25, 1.0]]
+    assert [list(np.asarray(line.get_xdata())) for line in axes.lines] == [[1.0, 0.0], [0.5, 0.0]]
+    assert [list(np.asarray(line.get_ydata())) for line in axes.lines] == [[0.5, 1.0], [0.25, 1.0]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("recall", "precision")
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
 
 
 def test_wandb_gets_the_pictures_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,22 +104,19 @@ def test_the_checks_leave_no_trace(pool: ProcessPool, tmp_path: Path, world_size
 
 def state_around_the_checks(config: dict[str, Any]) -> bool:
     """Tell whether module, attributes, gradients, optimizer and random states are afterwards what they were."""
-    from runtime.run import run as module
+    from runtime.checks.first_start import check_first_start
 
     config["model"] = {"target": "tiny_branches:Normed", "args": {"kind": "1d"}}
     seen: list[str] = []
-    check = module.check_first_start
 
     def looking(start: Any) -> None:
         seen.append(_digest(start))
-        check(start)
+        check_first_start(start)
         seen.append(_digest(start))
 
-    module.check_first_start = looking
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.run.run.check_first_start", looking)
         observe(config)
-    finally:
-        module.check_first_start = check
     return len(seen) == 2 and seen[0] == seen[1]
 
 
@@ -135,7 +132,13 @@ def _digest(start: Any) -> str:
         digest.update(local.detach().numpy().tobytes())
     modes = [part.training for part in state.module.modules()]
     gradients = [parameter.grad is None for parameter in state.module.parameters()]
-    others = (modes, gradients, state.module.model.calls, random.getstate(), np.random.get_state()[1].tolist())
+    others = (
+        modes,
+        gradients,
+        state.module.model.calls,
+        random.getstate(),
+        np.random.get_state(legacy=False)["state"]["key"].tolist(),
+    )
     digest.update(repr((others, len(state.optimizer.state))).encode())
     return digest.hexdigest()
 

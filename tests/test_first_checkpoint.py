@@ -141,13 +141,12 @@ def test_a_run_whose_first_checkpoint_is_its_last_for_now_says_that_it_was_not_t
 
 
 def observe_stopped_messages(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    from tests import test_resumption
+    from tests.test_resumption import observe_stopping
 
-    observed, test_resumption.observe = test_resumption.observe, observe_messages  # type: ignore[assignment]
-    try:
-        return test_resumption.observe_stopping(config, 2)  # type: ignore[return-value]
-    finally:
-        test_resumption.observe = observed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.test_resumption.observe", observe_messages)
+        observed: Any = observe_stopping(config, 2)  # returns what observe does
+    return observed
 
 
 @pytest.mark.single

@@ -118,7 +118,9 @@ def wrappers_alive(config: dict[str, Any]) -> list[int]:
 
     from runtime.strategies.ddp import DDPStrategy
 
-    wrap, made, alive = DDPStrategy._wrap, [], []
+    wrap = DDPStrategy._wrap
+    made: list[Any] = []
+    alive: list[int] = []
 
     def noting(self: Any) -> None:
         alive.append(sum(reference() is not None for reference in made))

@@ -72,7 +72,7 @@ def divide_wrongly(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_wrong_division_would_be_seen(pool: ProcessPool, tmp_path: Path) -> None:
-    changes = {"optimizer": {"target": "SGD", "args": {"lr": 0.1}}, "limit": {"steps": 2}}
+    changes: dict[str, Any] = {"optimizer": {"target": "SGD", "args": {"lr": 0.1}}, "limit": {"steps": 2}}
     right = pool.run(observe, 2, gpt(tmp_path / "right", **changes))[0]
     wrong = pool.run(divide_wrongly, 2, gpt(tmp_path / "wrong", **changes))[0]
     assert wrong["norms"][1] == pytest.approx(right["norms"][1] / 2)
@@ -93,7 +93,7 @@ def test_a_wrong_division_would_be_seen(pool: ProcessPool, tmp_path: Path) -> No
 def test_no_option_changes_the_answer(
     pool: ProcessPool, tmp_path: Path, world_size: int, options: dict[str, Any]
 ) -> None:
-    changes = {
+    changes: dict[str, Any] = {
         "limit": {"steps": 4},
         "averaging": {"decay": 0.5},
         "data": {"train": {"target": "tiny_sharded:sentences"}, "validation": {"target": "tiny_sharded:sentences"}},
@@ -210,23 +210,20 @@ def test_a_damaged_shard_is_passed_over_and_an_export_is_whole(pool: ProcessPool
 
 def fail_on_rank_1(config: dict[str, Any]) -> str:
     """Train where the second rank's disk is full."""
-    from runtime.checkpoints import sharded_files
+    from runtime.checkpoints.serialization import write_tensors
     from runtime.errors import CheckpointError
-
-    write = sharded_files.write_tensors
 
     def full_disk(path: Path, tensors: Any) -> Any:
         if "-00001-of-" in path.name:
             raise OSError(28, "No space left on device")
-        return write(path, tensors)
+        return write_tensors(path, tensors)
 
-    sharded_files.write_tensors = full_disk
-    try:
-        observe(config)
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        sharded_files.write_tensors = write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.checkpoints.sharded_files.write_tensors", full_disk)
+        try:
+            observe(config)
+        except CheckpointError as error:
+            return str(error)
     return "trained"
 
 
@@ -271,7 +268,11 @@ def count_recomputation(config: dict[str, Any]) -> int:
 
 @pytest.mark.single
 def test_checkpointed_blocks_run_forward_twice(pool: ProcessPool, tmp_path: Path) -> None:
-    changes = {"limit": {"steps": 1}, "strategy": {"kind": "ddp"}, "checks": "off"}  # which run it as well
+    changes: dict[str, Any] = {
+        "limit": {"steps": 1},
+        "strategy": {"kind": "ddp"},
+        "checks": "off",
+    }  # which run it as well
     once = pool.run(count_recomputation, 1, gpt(tmp_path / "once", **changes))[0]
     model = {"target": "tiny_sharded:Gpt", "checkpoint_activations": ["Block"]}
     twice = pool.run(count_recomputation, 1, gpt(tmp_path / "twice", **changes, model=model))[0]
@@ -280,7 +281,7 @@ def test_checkpointed_blocks_run_forward_twice(pool: ProcessPool, tmp_path: Path
 
 def test_bf16_gathering_stays_within_its_rounding(pool: ProcessPool, tmp_path: Path) -> None:
     model = {"target": "tiny_sharded:Gpt", "args": {"dtype": "float32"}}
-    changes = {"model": model, "precision": "bf16", "limit": {"steps": 8}}
+    changes: dict[str, Any] = {"model": model, "precision": "bf16", "limit": {"steps": 8}}
     ddp = pool.run(observe, 2, gpt(tmp_path / "ddp", "ddp", **changes))[0]
     mixed = {"kind": "fsdp", "fsdp": {"wrap": ["Block"], "mixed_precision": {"parameters": "bf16"}}}
     fsdp = pool.run(observe, 2, gpt(tmp_path / "fsdp", **changes, strategy=mixed))[0]
@@ -409,7 +410,10 @@ def test_a_checkpoint_is_evaluated_and_predicted_by_ranks_with_uneven_shares(poo
 def test_optimizers_whose_kernels_or_early_state_torch_does_not_shard_give_the_same(
     pool: ProcessPool, tmp_path: Path, optimizer: str
 ) -> None:
-    changes = {"optimizer": {"target": optimizer, "args": {"lr": 0.01}, "max_grad_value": 0.01}, "limit": {"steps": 3}}
+    changes: dict[str, Any] = {
+        "optimizer": {"target": optimizer, "args": {"lr": 0.01}, "max_grad_value": 0.01},
+        "limit": {"steps": 3},
+    }
     ddp = pool.run(observe, 1, gpt(tmp_path / "ddp", "ddp", **changes))[0]
     fsdp = pool.run(observe, 2, gpt(tmp_path / "fsdp", **changes))[0]
     assert_alike(tmp_path / "ddp", ddp["weights"], fsdp["weights"])
@@ -417,7 +421,7 @@ def test_optimizers_whose_kernels_or_early_state_torch_does_not_shard_give_the_s
 
 def test_frozen_parameters_batch_norm_and_swa_are_those_of_ddp(pool: ProcessPool, tmp_path: Path) -> None:
     data = {"train": {"target": "tiny:points"}, "validation": {"target": "tiny:points", "args": {"size": 31}}}
-    changes = {
+    changes: dict[str, Any] = {
         "model": {"target": "tiny:Mlp", "args": {}, "freeze": ["net.4.bias"]},
         "data": data,
         "batch": {"global_size": 16, "slots": 5},
@@ -438,7 +442,7 @@ def test_frozen_parameters_batch_norm_and_swa_are_those_of_ddp(pool: ProcessPool
 
 
 def test_fp16_lowers_its_scale_on_all_ranks_alike_and_resumes_bitwise(pool: ProcessPool, tmp_path: Path) -> None:
-    changes = {
+    changes: dict[str, Any] = {
         "model": {"target": "tiny_sharded:Gpt", "args": {"dtype": "float32"}},
         "precision": "fp16",
         "limit": {"steps": 8},
@@ -456,7 +460,7 @@ def test_fp16_lowers_its_scale_on_all_ranks_alike_and_resumes_bitwise(pool: Proc
 @pytest.mark.long
 def test_schedule_free_weights_are_saved_and_resumed(pool: ProcessPool, tmp_path: Path) -> None:
     optimizer = {"target": "schedulefree:AdamWScheduleFree", "args": {"lr": 0.01, "foreach": False}}
-    changes = {"optimizer": optimizer, "limit": {"steps": 6}}
+    changes: dict[str, Any] = {"optimizer": optimizer, "limit": {"steps": 6}}
     ddp = pool.run(observe, 1, gpt(tmp_path / "ddp", "ddp", **changes))[0]
     config = gpt(tmp_path / "fsdp", **changes)
     pool.run(observe_stopping, 2, config, 3)
@@ -464,7 +468,11 @@ def test_schedule_free_weights_are_saved_and_resumed(pool: ProcessPool, tmp_path
 
 
 def test_a_rollback_of_sharded_state_takes_the_way_of_ddp(pool: ProcessPool, tmp_path: Path) -> None:
-    changes = {"divergence": {"non_finite": "rollback"}, "checkpoint": {"every": "1 step"}, "limit": {"steps": 5}}
+    changes: dict[str, Any] = {
+        "divergence": {"non_finite": "rollback"},
+        "checkpoint": {"every": "1 step"},
+        "limit": {"steps": 5},
+    }
     ddp = pool.run(observe, 1, deep(tmp_path / "ddp", {"kind": "ddp"}, 2, **changes))[0]
     fsdp = pool.run(observe, 2, deep(tmp_path / "fsdp", {"kind": "fsdp"}, 2, **changes))[0]
     assert largest_difference(ddp, fsdp) < 1e-10
@@ -518,7 +526,7 @@ def write_whole_tensors_together(folder: Path) -> bool:
 
     dist.init_process_group("gloo")
     writers = WriterGroup(rank=dist.get_rank(), world_size=dist.get_world_size(), timeout_seconds=10)
-    state = {"model": {"weight": torch.arange(3.0)}, "training": {"count": 1}}
+    state: dict[str, Any] = {"model": {"weight": torch.arange(3.0)}, "training": {"count": 1}}
     facts: dict[str, Any] = {"step": 1, "attempt": 0, "epoch": 1, "results": {}}
     snapshot = HostBuffers().copy(state, **facts)
     try:

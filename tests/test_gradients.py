@@ -85,7 +85,12 @@ def incomplete(config: dict[str, Any]) -> tuple[str, int]:
     def noting(self: Any, module: Any, optimizer: Any) -> None:
         prepare(self, module, optimizer)
         step = self._optimizer_step
-        self._optimizer_step = lambda: (updates.append(True), step())
+
+        def counted() -> None:
+            updates.append(True)
+            step()
+
+        self._optimizer_step = counted
 
     DDPStrategy.prepare = noting  # type: ignore[method-assign]
     try:

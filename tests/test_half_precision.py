@@ -34,12 +34,12 @@ def half(folder: Path, precision: str, **changes: Any) -> dict[str, Any]:
 
 def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
     """Train, and return a digest of each slot's gradient, as the backward pass hands it to the parameters, by step and slot."""
-    from runtime.run import trainer
+    from runtime.randomness import derive
     from runtime.strategies.ddp import DDPStrategy
 
     found: dict[tuple[int, int], Any] = {}
     now: list[Any] = [None]
-    derive, prepare = trainer.derive, DDPStrategy.prepare
+    prepare = DDPStrategy.prepare
 
     def noting(seed: int, *keys: Any) -> Any:
         now[0] = keys[1:]  # step and slot
@@ -55,11 +55,10 @@ def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
             parameter.register_hook(note)
         prepare(self, module, optimizer)
 
-    trainer.derive, DDPStrategy.prepare = noting, hooked  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.run.trainer.derive", noting)
+        patch.setattr(DDPStrategy, "prepare", hooked)
         observe(config)
-    finally:
-        trainer.derive, DDPStrategy.prepare = derive, prepare  # type: ignore[method-assign]
     return {key: digest.hexdigest() for key, digest in found.items()}
 
 

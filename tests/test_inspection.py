@@ -119,6 +119,11 @@ def spoil_newest(path: Path) -> None:
     spoil(max(path.glob("step-*"), key=lambda p: p.name))
 
 
+def spoilt_and_rolled_back(path: Path) -> None:
+    spoil_newest(path)
+    rolled_back(path, to=1)
+
+
 def newer_format(path: Path) -> None:
     manifest = path / "step-00000002" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
@@ -146,7 +151,7 @@ def without_manifest(path: Path) -> None:
         (newer_format, None, 1),
         (all_aside, None, 1),
         (lambda path: rolled_back(path, to=1), 1, 0),
-        (lambda path: (spoil_newest(path), rolled_back(path, to=1)), 1, 0),
+        (spoilt_and_rolled_back, 1, 0),
         (lambda path: (path / "step-00000003.partial-abcd").mkdir(), 2, 0),
     ],
     ids=["whole", "old damaged", "newest damaged", "no manifest", "newer format", "all moved aside",

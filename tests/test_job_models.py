@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_rows_stand_for_the_n_grams_of_a_text() -> None:
     grams = [
         text[start : start + size] if start + size <= len(text) else "" for size in (1, 2, 3) for start in range(9)
     ]
-    place = {}
+    place: dict[str, Any] = {}
     for gram, row in zip(grams, rows, strict=True):
         assert (row == 0) == (gram == "")
         assert place.setdefault(gram, row) == row
@@ -60,10 +61,11 @@ def test_a_text_is_the_mean_of_its_n_grams_however_far_it_is_padded() -> None:
 def test_a_category_has_its_vector_and_a_number_stands_for_itself() -> None:
     model = TabularMLP(2, [], 1, cardinalities=[3, 2], embedding_width=4)
     numeric, categorical = torch.randn(5, 2), torch.tensor([[0, 0], [1, 2], [3, 1], [2, 2], [0, 1]])
-    first, second = (table.weight[categorical[:, column]] for column, table in enumerate(model.embeddings))
+    weights = [table.get_parameter("weight") for table in model.embeddings]
+    first, second = (weight[categorical[:, column]] for column, weight in enumerate(weights))
     (layer,) = model.mlp.layers
     torch.testing.assert_close(model(numeric, categorical), layer(torch.cat([numeric, first, second], 1)))
-    assert [tuple(table.weight.shape) for table in model.embeddings] == [(4, 4), (3, 4)]
+    assert [tuple(weight.shape) for weight in weights] == [(4, 4), (3, 4)]
 
 
 def test_a_number_with_frequencies_becomes_sines_and_cosines() -> None:
@@ -71,6 +73,7 @@ def test_a_number_with_frequencies_becomes_sines_and_cosines() -> None:
     numeric = torch.randn(5, 2)
     (layer,) = model.mlp.layers
     expected = []
+    assert model.frequencies is not None
     for column in range(2):
         angle = 2 * torch.pi * numeric[:, column : column + 1] * model.frequencies[column]
         expected.append(model.numbers[0](torch.cat([torch.sin(angle), torch.cos(angle)], 1)).relu())

@@ -263,7 +263,7 @@ NESTED = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from(["a", "b c", "y", "1"]), NESTED, min_size=1, max_size=3), COMMENTS)
 def test_any_data_survives_its_yaml_whatever_is_said_about_it(data: dict[str, Any], comment: str) -> None:
-    said = {}
+    said: dict[str, Any] = {}
     for key, value in data.items():
         said |= {f"#{key}": comment, key: value}
     assert list(yaml.safe_load_all(manifest_text([said, data]))) == [data, data]

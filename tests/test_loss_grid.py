@@ -111,6 +111,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from runtime.config.strategy import DDPSection
     from runtime.data.batches import Cursor, SlotAssignment
     from runtime.data.loading import read_here
+    from runtime.data.samples import Samples
     from runtime.data.training_data import MappedData, ReadOptions
     from runtime.distributed.collectives import begin_sum_over_ranks
     from runtime.objective import TrainingModule
@@ -126,7 +127,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         builder = Builder(loaded)
         module = TrainingModule(builder.model(), builder.objective())
         samples, strategy = builder.samples("train", batch_size=16), new_strategy()
-        assert samples is not None
+        assert isinstance(samples, Samples)
         strategy.prepare(module, builder.optimizer(module))
         how = ReadOptions(
             assignment=SlotAssignment(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),

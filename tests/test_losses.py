@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -132,12 +132,17 @@ CASES[-2].args["distance_function"] = lambda first, second: (first - second).abs
 WEIGHTS = torch.tensor([1, 2, 0, 3, 1, 1, 2, 0, 1, 2])
 
 
+def one_number(weight: float | tuple[float, ...]) -> float:
+    assert not isinstance(weight, tuple)
+    return weight
+
+
 def mean_over_parts(case: Case, objective: Objective, model: Given, parts: int, weights: Tensor | None) -> Tensor:
     """Sum of sums over sum of weights, over uneven parts."""
     module = TrainingModule(model, objective)
     batches = [case.batch(rows, weights) for rows in torch.arange(SIZE).tensor_split(parts)]
     total = torch.stack([module(batch).sum for batch in batches]).sum()
-    weight = sum(objective.checked_weight(batch, len(batch["rows"])) for batch in batches)
+    weight = sum(one_number(objective.checked_weight(batch, len(batch["rows"]))) for batch in batches)
     assert isinstance(weight, float)
     return total / weight
 
@@ -183,7 +188,7 @@ def test_loss_and_gradient_over_uneven_parts_are_torchs_over_the_whole(
 def test_what_a_loss_takes_several_of_may_have_names(case: Case) -> None:
     objective = torch_loss(getattr(nn, case.name), case.args)
     objective.fields = case.fields()
-    names = tuple(objective.outputs)[::-1]  # type: ignore[attr-defined]
+    names = tuple(cast("Any", objective).outputs)[::-1]
     model = Given(case.outputs[::-1], names=names)
     expected = case.truth(case.outputs, torch.arange(SIZE))
     assert mean_over_parts(case, objective, model, 2, None).item() == pytest.approx(expected.item(), rel=1e-12)
@@ -238,7 +243,7 @@ def test_next_token_loss_is_the_mean_over_all_tokens_that_count(shift: bool) -> 
     batches = [case.batch(rows) for rows in torch.arange(3).tensor_split(2)]
     objective.fields = case.fields()
     module = TrainingModule(Given([logits]), objective)
-    weight = sum(objective.checked_weight(batch, 1) for batch in batches)  # type: ignore[misc]
+    weight = sum(one_number(objective.checked_weight(batch, 1)) for batch in batches)
     inputs, following = (logits[:, :-1], target[:, 1:]) if shift else (logits, target)
     expected = F.cross_entropy(inputs.reshape(-1, 7), following.reshape(-1))
     assert weight == (following != -100).sum()
@@ -281,7 +286,7 @@ def test_under_autocast_class_weights_are_not_rounded_to_half_precision() -> Non
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-REFUSED = [
+REFUSED: list[tuple[Any, dict[str, Any], Tensor, Tensor, str]] = [
     (nn.MSELoss, {}, torch.zeros(4, 1), torch.zeros(4), r"\(4,\), not \(4, 1\).*broadcast"),
     (nn.KLDivLoss, {}, torch.zeros(4, 2), torch.zeros(2), "needs an output of the target's shape"),
     (nn.MultiMarginLoss, {}, torch.zeros(4, 2, 2), torch.zeros(4).long(), r"\(batch, dim\)"),

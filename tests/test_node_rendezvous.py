@@ -230,7 +230,7 @@ def test_a_meeting_that_fails_is_one_message(tmp_path: Path, capsys: pytest.Capt
 def test_a_main_host_whose_own_name_means_loopback_is_met_at_the_address_that_others_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    port, (outward, *_) = free_port(), [a for a in _addresses().values() if not a.startswith("127.")] or [None]
+    port, outward = free_port(), next((a for a in _addresses().values() if not a.startswith("127.")), None)
     if outward is None:
         pytest.skip("this machine has no address but loopback")
     real = socket.getaddrinfo

@@ -253,7 +253,7 @@ def test_a_norm_with_matrices_of_weights_has_no_decay_and_a_groups_own_decay_sta
 
 
 def test_layer_decay_multiplies_the_rate_of_its_group_at_each_step_towards_the_input(tmp_path: Path) -> None:
-    section = {
+    section: dict[str, Any] = {
         "target": "AdamW",
         "args": {"lr": 1.0, "weight_decay": 0.3},
         "no_decay": True,

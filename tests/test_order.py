@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,9 +45,12 @@ def test_permutation_of_a_huge_set_is_injective_and_in_range(size: int, key: int
 def test_permutation_of_10_to_the_12_needs_few_evaluations_and_no_large_array(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = []
     encipher = KeyedPermutation._encipher
-    monkeypatch.setattr(
-        KeyedPermutation, "_encipher", lambda self, values: evaluated.append(len(values)) or encipher(self, values)
-    )
+
+    def counted(self: KeyedPermutation, values: Any) -> Any:
+        evaluated.append(len(values))
+        return encipher(self, values)
+
+    monkeypatch.setattr(KeyedPermutation, "_encipher", counted)
     positions = np.arange(512)
     for size in (10**12, 2**40 + 1, 3 * 2**38):
         evaluated.clear()

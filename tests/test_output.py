@@ -134,7 +134,7 @@ def test_what_a_terminal_cannot_show_is_replaced() -> None:
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     UnfailingStream(shown).write("epoch 1 ━ …\n")
     shown.flush()
-    assert shown.buffer.getvalue() == b"epoch 1 ? ?\n"  # type: ignore[attr-defined]
+    assert shown.buffer.getvalue() == b"epoch 1 ? ?\n"
 
 
 def test_ctrl_c_before_a_run_has_begun_is_one_line(

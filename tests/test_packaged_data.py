@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from runtime.errors import DataError
 from runtime.files import existing
 from tests.reading import equal, read_steps
 
-RATIOS = {"validation": 0.2, "test": 0.1}
+RATIOS: dict[str, Any] = {"validation": 0.2, "test": 0.1}
 SIZES = [1, 2, 3, 9, 10, 25, 40]  # choices of each user, among 60 items
 
 
@@ -122,7 +123,7 @@ def test_the_last_questions_are_read_with_their_classes(questions: str) -> None:
     coarse, fine = TrecQuestions(questions, last=4), TrecQuestions(questions, last=4, fine=True)
     assert [sample["inputs"] for sample in coarse.__getitems__([0, 1])] == ["How hot is it ?", "Who is Ren\xe9 ?"]
     assert (coarse.classes, coarse.column("target").tolist()) == (["HUM", "LOC", "NUM"], [2, 0, 2, 1])
-    assert [fine.classes[sample["target"]] for sample in fine.__getitems__(range(4))] == [
+    assert [fine.classes[sample["target"]] for sample in fine.__getitems__(list(range(4)))] == [
         q.split()[0] for q in QUESTIONS
     ]
     assert len(TrecQuestions(questions, last=None)) == 5
@@ -133,7 +134,12 @@ def test_a_tokenizer_sees_the_questions_of_a_microbatch(questions: str) -> None:
     def tokenizer(texts: list[str], shift: int) -> dict[str, list[list[int]]]:
         return {"input_ids": [[len(word) + shift for word in text.split()] for text in texts]}
 
-    data = TrecQuestions(questions, last=4, tokenizer=tokenizer, tokenize={"shift": 100})
+    data = TrecQuestions(
+        questions,
+        last=4,
+        tokenizer=tokenizer,  # type: ignore[arg-type]  # whose other arguments tokenize holds
+        tokenize={"shift": 100},
+    )
     assert data.__getitems__([2, 3]) == [
         {"input_ids": [103, 104, 101], "target": 2},
         {"input_ids": [105, 101], "target": 1},

@@ -14,19 +14,17 @@ from tests.process_pool import ProcessPool
 
 
 def started_otherwise(config: dict[str, Any], changes: dict[str, Any], patched_version: bool = False) -> str:
-    from runtime.build import preparation
+    from runtime.reporting.facts import versions
 
-    versions = preparation.versions
-    if os.environ["RANK"] == "1":
-        config = {**config, **changes}
-        if patched_version:
-            preparation.versions = lambda: {**versions(), "torch": "1.0"}
-    try:
-        observe(config)
-    except RanksDifferError as error:
-        return str(error)
-    finally:
-        preparation.versions = versions
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            config = {**config, **changes}
+            if patched_version:
+                patch.setattr("runtime.build.preparation.versions", lambda: {**versions(), "torch": "1.0"})
+        try:
+            observe(config)
+        except RanksDifferError as error:
+            return str(error)
     return "trained"
 
 
@@ -63,9 +61,7 @@ def test_what_does_not_change_the_result_may_differ(pool: ProcessPool, tmp_path:
 
 def imported_by_rank_1_alone(config: dict[str, Any], *, changed: bool) -> str:
     """Train with another module imported on rank 1 only, or with another content of one that both have."""
-    from runtime.build import preparation
-
-    loaded_code = preparation.loaded_code
+    from runtime.code_digests import loaded_code
 
     def seen(*given: Any) -> dict[str, Any]:
         found = loaded_code(*given)
@@ -74,13 +70,12 @@ def imported_by_rank_1_alone(config: dict[str, Any], *, changed: bool) -> str:
             return {**found, "files": files}
         return found
 
-    preparation.loaded_code = seen  # type: ignore[attr-defined]
-    try:
-        observe(config)
-    except RanksDifferError as error:
-        return str(error)
-    finally:
-        preparation.loaded_code = loaded_code  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.build.preparation.loaded_code", seen)
+        try:
+            observe(config)
+        except RanksDifferError as error:
+            return str(error)
     return "trained"
 
 

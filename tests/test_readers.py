@@ -27,7 +27,7 @@ from tests.reading import equal, read_steps
 GENERATOR = np.random.default_rng(5)
 FEATURES = GENERATOR.normal(3, 2, (23, 4))
 LABELS = GENERATOR.integers(0, 3, 23)
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "age": 30 + i,
         "city": ["Rome", "Oslo", "", "Bonn"][i % 4],
@@ -224,7 +224,13 @@ def test_lines_and_labelled_texts(tmp_path: Path) -> None:
     assert bytes(as_bytes.tolist()).decode() == "één"
     rows = [{"text": f"a, {i} words", "label": ["spam", "ham"][i % 2]} for i in range(6)]
     path = str(write_csv(tmp_path / "t.csv", rows))
-    texts = LabelledTexts(path, text="text", target="label", tokenizer=padded_lengths, tokenize={"longest": 9})
+    texts = LabelledTexts(
+        path,
+        text="text",
+        target="label",
+        tokenizer=padded_lengths,  # type: ignore[arg-type]  # whose other arguments tokenize holds
+        tokenize={"longest": 9},
+    )
     batch = texts.__getitems__([0, 3])
     assert batch["input_ids"].tolist() == [[9] * 9, [9] * 9]
     assert batch["target"].tolist() == [1, 0]

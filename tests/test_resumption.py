@@ -166,7 +166,9 @@ def observe_leaving_an_evaluation(config: dict[str, Any], step: int) -> dict[str
     from runtime.distributed.stopping import StopRequest
 
     seconds_between, collectives._SECONDS_BETWEEN = collectives._SECONDS_BETWEEN, 0.0
-    bool_of, before, asked = StopRequest.__bool__, [], []
+    bool_of = StopRequest.__bool__
+    before: list[Any] = []
+    asked: list[Any] = []
 
     def is_asked(self: Any) -> bool:
         asked.extend(before)  # once before the step, then before each round
@@ -304,11 +306,9 @@ def observe_stopping_between_evaluations(config: dict[str, Any], after: int) -> 
     from runtime.evaluation.evaluator import Evaluator
 
     evaluate = Evaluator.evaluate
-    Evaluator.evaluate = lambda self, stop_requested: evaluate(self)  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", lambda self, stop_requested: evaluate(self))
         return observe_stopping(config, after)
-    finally:
-        Evaluator.evaluate = evaluate  # type: ignore[method-assign]
 
 
 def evaluations(folder: Path) -> dict[int, float]:

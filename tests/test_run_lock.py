@@ -289,7 +289,12 @@ def test_time_in_which_the_contender_slept_does_not_count(
     run_lock = make(wait=[].append)
     looks: list[int] = []
     look = run_lock._look
-    monkeypatch.setattr(run_lock, "_look", lambda: looks.append(1) or look())
+
+    def counted() -> Any:
+        looks.append(1)
+        return look()
+
+    monkeypatch.setattr(run_lock, "_look", counted)
     assert run_lock.acquire() is True
     assert len(looks) > 10
 

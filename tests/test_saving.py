@@ -20,6 +20,7 @@ from runtime.checkpoints.snapshot import HostBuffers
 from runtime.config.sections import BestSection
 from runtime.data.batches import Cursor
 from runtime.errors import CheckpointError, RunFolderError
+from runtime.state.durable_files import write_durably
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 
@@ -106,7 +107,7 @@ def test_one_save_waits_for_the_one_before_and_none_follows_a_failure(
 
 def failing_run(config: dict[str, Any]) -> str:
     """Train where the second checkpoint's files cannot be written."""
-    write_durably, written = serialization.write_durably, []
+    written: list[str] = []
 
     def full(path: Path, *parts: Any) -> Any:
         written.append(path.name)
@@ -114,13 +115,12 @@ def failing_run(config: dict[str, Any]) -> str:
             raise OSError(28, os.strerror(28))
         return write_durably(path, *parts)
 
-    checkpoint.write_durably = full
-    try:
-        observe(config)
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        checkpoint.write_durably = write_durably
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_durably", full)
+        try:
+            observe(config)
+        except CheckpointError as error:
+            return str(error)
     return "trained"
 
 
@@ -154,7 +154,7 @@ def test_the_best_checkpoints_bear_epoch_and_value_and_are_recorded(tmp_path: Pa
     checkpoints = folder(tmp_path, keep=1, best=best)
     for step, loss, top in [(1, 0.5, 0.1), (2, 0.25, 0.9), (3, 0.75, 0.2)]:
         results = {"loss": loss, "top/1": top}
-        state = {"model": {}, "training": {}}
+        state: dict[str, Any] = {"model": {}, "training": {}}
         checkpoints.write(HostBuffers().copy(state, step=step, attempt=0, epoch=step, results=results))
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert names == ["step-00000002-epoch-2-loss-0.25-top_1-0.9", "step-00000003"]
@@ -166,7 +166,7 @@ def test_the_best_checkpoints_bear_epoch_and_value_and_are_recorded(tmp_path: Pa
 @single
 def test_a_checkpoint_that_was_left_unevaluated_is_replaced_by_the_evaluated_one(tmp_path: Path) -> None:
     checkpoints = folder(tmp_path, keep=1)
-    state = {"model": {}, "training": {}}
+    state: dict[str, Any] = {"model": {}, "training": {}}
     for results in ({}, {"loss": 0.5}, {"loss": 0.5}):
         checkpoints.write(HostBuffers().copy(state, step=1, attempt=0, epoch=1, results=results))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001-evaluated"]
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_was_left_unevaluated_is_replaced_by_the_evaluated_one
 @single
 def test_abandoned_checkpoints_are_not_read_and_go_with_the_next_save(tmp_path: Path) -> None:
     checkpoints = folder(tmp_path)
-    state = {"model": {}, "training": {}}
+    state: dict[str, Any] = {"model": {}, "training": {}}
     for step in (1, 2, 3):
         checkpoints.write(HostBuffers().copy(state, **of_step(step, loss=float(-step))))
     checkpoints.rollback_history.record(Rollback(1, 1, 4, "NaN", (Cursor(0, 3),), 0.5))

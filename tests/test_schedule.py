@@ -236,7 +236,7 @@ def test_warm_up_stable_decay_refuses_what_it_cannot_do(args: dict[str, Any]) ->
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("cooldown", [0, 1])
 def test_a_plateau_scheduler_steps_once_per_evaluation_and_resumes_at_every_one(warmup: int, cooldown: int) -> None:
-    args = {"factor": 0.1, "patience": 1, "cooldown": cooldown, "mode": "max"}
+    args: dict[str, Any] = {"factor": 0.1, "patience": 1, "cooldown": cooldown, "mode": "max"}
     losses = [0.1, 0.5, 0.4, 0.3, 0.2, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     alone = optimizer(1.0, 0.2)
     by_torch = lr_scheduler.ReduceLROnPlateau(alone, **args)

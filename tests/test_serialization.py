@@ -55,7 +55,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize(("name", "args"), OPTIMIZERS, ids=str)
 def test_optimizers_go_on_bitwise_after_a_round_trip(tmp_path: Path, name: str, args: dict[str, Any]) -> None:
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+    def make() -> tuple[nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Linear(5, 3)
         return model, getattr(torch.optim, name)(model.parameters(), lr=0.01, **args)

@@ -49,7 +49,7 @@ def written(folder: Path, config: dict[str, Any]) -> Path:
 def weights(run: Path, step: int) -> dict[str, bytes]:
     """Return all tensors of the state after a step: parameters, buffers, the optimizer's."""
     (checkpoint,) = (run / "checkpoints").glob(f"step-{step:08}*")
-    found = {}
+    found: dict[str, bytes] = {}
     for path in checkpoint.glob("*.safetensors"):
         found |= {f"{path.name}/{name}": tensor.tobytes() for name, tensor in load_file(path).items()}
     assert found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -115,7 +117,7 @@ def test_groups_are_disjoint_as_scikit_learns_are_and_their_size_does_not_decide
         ({"validation": 9}, {"group": np.repeat([0, 1], 5)}, "leave none for the train part"),
     ],
 )
-def test_impossible_splits_are_refused(held_out: dict, values: dict, words: str) -> None:
+def test_impossible_splits_are_refused(held_out: dict[str, Any], values: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         split_ids(10, held_out, seed=0, **values)
 

@@ -77,7 +77,7 @@ def test_a_queue_that_falls_silent_while_a_job_stops_is_asked_again(
     answers: list[list[QueuedJob] | None] = [[running], [running], None, [running], []]
 
     class Answering(Slurm):
-        has_queue = True  # type: ignore[assignment]
+        has_queue = True
 
         def queued(self) -> list[QueuedJob]:
             answer = answers.pop(0)

@@ -519,7 +519,8 @@ def test_an_event_loop_around_a_run_still_gets_its_signals() -> None:
 
 def test_another_thread_takes_no_signals_but_hears_of_the_file(tmp_path: Path) -> None:
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    wish, reasons = StopRequest(), []
+    wish = StopRequest()
+    reasons: list[Any] = []
 
     def run() -> None:
         wish.install()

@@ -59,11 +59,11 @@ def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
         others.append(tensor.nbytes)
         return all_reduce(tensor, *args, **kwargs)
 
-    DDPStrategy.prepare, DDPStrategy.warm_up, dist.all_reduce = hooked, warmed, counted
+    DDPStrategy.prepare, DDPStrategy.warm_up, dist.all_reduce = hooked, warmed, counted  # type: ignore[method-assign]
     try:
         observe(config)
     finally:
-        DDPStrategy.prepare, DDPStrategy.warm_up, dist.all_reduce = prepare, warm_up, all_reduce
+        DDPStrategy.prepare, DDPStrategy.warm_up, dist.all_reduce = prepare, warm_up, all_reduce  # type: ignore[method-assign]
         collectives._SECONDS_BETWEEN = seconds_between
         collectives.StopConsensus.steps_ahead = steps_ahead  # type: ignore[method-assign]
     gradients = list(buckets)
@@ -112,11 +112,9 @@ def force_overflow(config: dict[str, Any], scale: float) -> dict[str, Any]:
     def start_high(self: Any, device: str = "cuda", **kwargs: Any) -> None:
         initial(self, device, init_scale=scale, growth_interval=3)
 
-    GradScaler.__init__ = start_high  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradScaler, "__init__", start_high)
         return observe(config)
-    finally:
-        GradScaler.__init__ = initial  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])

@@ -78,7 +78,10 @@ def test_losses_weights_and_evaluation_are_those_of_one_process_with_all_rows(
     truth = Truth(Fixed())
     data = {"validation": source(split="validation"), "test": source(split="validation")}
     metrics = {"accuracy": {"target": "Accuracy", "args": {"task": "multiclass", "num_classes": 3, "average": "micro"}}}
-    changes = {"objective": "batch_objectives:Sum", "evaluation": {"every": "1 epoch", "metrics": metrics}}
+    changes: dict[str, Any] = {
+        "objective": "batch_objectives:Sum",
+        "evaluation": {"every": "1 epoch", "metrics": metrics},
+    }
     config = run(tmp_path, num_workers=num_workers, data=data, **changes)
     validation = ragged(VALIDATION, 0)
     with torch.no_grad():
@@ -125,7 +128,7 @@ def test_batches_in_other_forms_are_trained_on_alike(
 def test_a_run_killed_within_epochs_goes_on_bit_for_bit(
     pool: ProcessPool, tmp_path: Path, world_size: int, name: str, num_workers: int
 ) -> None:
-    dropout = {"model": {"target": "batch_streams:Fixed", "args": {"dropout": 0.2}}}
+    dropout: dict[str, Any] = {"model": {"target": "batch_streams:Fixed", "args": {"dropout": 0.2}}}
     train = source(name, transform="batch_streams:noisy")
     whole = pool.run(observe, world_size, run(tmp_path / "whole", train, num_workers=num_workers, **dropout))
     config = run(tmp_path / "stopped", train, num_workers=num_workers, **dropout)
@@ -139,7 +142,7 @@ def test_a_run_killed_within_epochs_goes_on_bit_for_bit(
 def test_dropout_and_transforms_do_not_depend_on_ranks_or_workers_also_where_they_change_between_starts(
     pool: ProcessPool, tmp_path: Path
 ) -> None:
-    dropout = {"model": {"target": "batch_streams:Fixed", "args": {"dropout": 0.2}}}
+    dropout: dict[str, Any] = {"model": {"target": "batch_streams:Fixed", "args": {"dropout": 0.2}}}
     train = source(transform="batch_streams:noisy")
     whole = pool.run(observe, 1, run(tmp_path / "one", train, **dropout))[0]
     pool.run(observe_stopping, 3, run(tmp_path / "several", train, **dropout), 2)

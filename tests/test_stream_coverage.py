@@ -79,7 +79,8 @@ def whole_and_interrupted(source: str) -> list[tuple[Steps, list[Steps]]]:
         for num_workers in WORKERS:
             whole, *_ = steps_of_rank(source, num_workers, Cursor(), {}, None)
             parts: list[Steps] = []
-            cursor, places = Cursor(), {}
+            cursor = Cursor()
+            places: dict[int, Any] = {}
             for stop_after in (2, 3, None):
                 steps, cursor, places = steps_of_rank(source, num_workers, cursor, places, stop_after)
                 parts.append(steps)

@@ -75,7 +75,7 @@ def test_one_run_on_two_one_and_three_processes_ends_with_the_same_weights(pool:
 def test_weights_are_those_of_the_whole_batch_where_targets_are_masked(
     pool: ProcessPool, tmp_path: Path, world_size: int
 ) -> None:
-    changes = {
+    changes: dict[str, Any] = {
         "model": {"target": "tiny:Tagger"},
         "objective": {"target": "NextTokenLoss"},
         "limit": {"epochs": 1},

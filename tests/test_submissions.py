@@ -100,9 +100,9 @@ def image_job(folder: Path) -> tuple[dict[str, Any], Tensor]:
         prediction={"data": {"target": "ImageFolder", "args": {"folder": str(folder / "test")}}},
     )
     read_images = [np.asarray(image.open(path)) for path in sorted((folder / "test").iterdir())]
-    pixels = torch.from_numpy(np.stack(read_images)).permute(0, 3, 1, 2) / 255
+    read = torch.from_numpy(np.stack(read_images)).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(prepared[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return config, (pixels - mean) / std
+    return config, (read - mean) / std
 
 
 @single

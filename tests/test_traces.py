@@ -20,16 +20,23 @@ pytestmark = pytest.mark.single
 class Keeping(nn.Module):
     """Changes all that it keeps in each pass, in place and by new values."""
 
+    mean: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.LSTM(2, 2)  # keeps a list of its own parameters
         self.register_buffer("mean", torch.zeros(2))
         self._private, self.public, self.text = 0, 0, "none"
         self.running, self.history = torch.zeros(2), [1.0]
-        self.nested = {"last": deque([1], maxlen=2), "seen": {1}, "array": np.zeros(2), "pair": (torch.ones(1), [])}
+        self.nested: dict[str, Any] = {
+            "last": deque([1], maxlen=2),
+            "seen": {1},
+            "array": np.zeros(2),
+            "pair": (torch.ones(1), []),
+        }
         self.helper = SimpleNamespace(calls=0, shadow={"weight": torch.zeros(2)})
         self.helper.me = self.helper
-        self.generators = [torch.Generator().manual_seed(1), np.random.default_rng(1), random.Random(1)]
+        self.generators: list[Any] = [torch.Generator().manual_seed(1), np.random.default_rng(1), random.Random(1)]
 
     def forward(self, inputs: Tensor) -> Tensor:
         output = self.inner(inputs)[0]

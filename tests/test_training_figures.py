@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ import pytest
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from runtime.data.reading_ahead import summed_ahead
-from runtime.distributed import collectives
-from runtime.reporting import meters
 from tests.observed import configuration, observe
 from tests.process_pool import ProcessPool
 from tests.test_resumption import observe_stopping
@@ -199,11 +196,10 @@ class Clock:
 
 
 def observe_clocked(config: dict[str, Any]) -> None:
-    meters.time = collectives.time = Clock  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.reporting.meters.time", Clock)
+        patch.setattr("runtime.distributed.collectives.time", Clock)
         observe(config)
-    finally:
-        meters.time = collectives.time = time
 
 
 def clocked(folder: Path, target: str, every: int, **args: Any) -> dict[str, Any]:

@@ -76,6 +76,6 @@ def test_a_users_step_is_left_as_it_is() -> None:
     _, optimizer = made(Own)
     bare_step(optimizer)()
     _, replaced = made()
-    replaced.step = lambda: called.append(2)  # type: ignore[method-assign]
+    replaced.step = lambda: called.append(2)  # type: ignore[assignment, method-assign]
     bare_step(replaced)()
     assert called == [1, 2]

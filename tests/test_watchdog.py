@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public all the same
 
 from runtime.distributed.watchdog import CurrentPhase, Heartbeat, Watchdog, laggards
 from runtime.errors import PeerError
@@ -41,7 +42,7 @@ class World:
 
     def __init__(self, folder: Path, size: int, scene: Callable[[Watchdog, int], None], *, agent: bool = False) -> None:
         self.folder = folder
-        self.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
+        self.server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
         self.port = self.server.port if self.server is not None else free_port()
         place = (size, self.port, folder, agent)
         self.ranks = [_processes.Process(target=live, args=(scene, rank, *place)) for rank in range(size)]
@@ -91,7 +92,7 @@ def live(scene: Callable[[Watchdog, int], None], rank: int, size: int, port: int
     torch.set_num_threads(1)
     place: dict[str, Any] = {"init_method": f"tcp://127.0.0.1:{port}"}
     if agent:
-        place = {"store": dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)}
+        place = {"store": TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)}
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60), **place)
     watch = Watchdog(
         rank=rank,
@@ -340,7 +341,7 @@ def test_a_store_that_cannot_be_reached_is_named() -> None:
 
 def test_changes_of_phase_are_counted_anew_in_each_step_and_every_entry_is_told_from_the_one_before() -> None:
     position = CurrentPhase()
-    seen = []
+    seen: list[Any] = []
     for phase, step in [("data", 7), ("data", 7), ("forward", 7), ("data", 8)]:
         position.enter(phase, step)
         assert all(position.now is not before for before in seen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ class Decay(Objective):
     """Of a user's own: no output, one named part, counts samples."""
 
     def forward(self, model: nn.Module, batch: Any) -> Loss:
-        loss = sum(p.square().sum() for p in model.parameters()) * len(batch["inputs"])
+        loss = cast("Tensor", sum(p.square().sum() for p in model.parameters())) * len(batch["inputs"])
         return Loss(loss, {"doubled": 2 * loss.detach()})
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
 
@@ -142,20 +144,17 @@ def test_each_stage_trains_what_ddp_trains(
 
 def divided_wrongly(config: dict[str, Any], mistake: str) -> dict[str, Any]:
     """Train with a classic mistake in the strategy."""
-    from runtime.strategies.zero import strategy as module
+    from runtime.objective import starting_gradient
 
-    right, backward = module.starting_gradient, module.ZeroStrategy.backward
-    if mistake == "mean over ranks":
-        module.starting_gradient = lambda loss, weight, *, scale: right(loss, weight, scale=1.0)
-    elif mistake == "mean of means":
+    def wrong(loss: Tensor, weight: Any, *, scale: float) -> Tensor:
+        if mistake == "mean over ranks":
+            return starting_gradient(loss, weight, scale=1.0)
         # Each microbatch by its own weight, as engines do: here three quarters of the sentences have few tokens.
-        module.starting_gradient = lambda loss, weight, *, scale: right(
-            loss, max(float(loss.detach()) / 2.0, 1.0), scale=scale
-        )
-    try:
+        return starting_gradient(loss, max(float(loss.detach()) / 2.0, 1.0), scale=scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.strategies.zero.strategy.starting_gradient", wrong)
         return observe(config)
-    finally:
-        module.starting_gradient, module.ZeroStrategy.backward = right, backward
 
 
 @pytest.mark.parametrize("mistake", ["mean over ranks", "mean of means"])
@@ -172,23 +171,21 @@ def trained_wrongly(config: dict[str, Any], mistake: str) -> None:
     """Train with DistributedDataParallel and a small mistake in what it does with gradients."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from runtime.strategies import ddp
-
-    right, wrap = ddp.starting_gradient, ddp.wrapped_module
+    from runtime.objective import starting_gradient
+    from runtime.strategies.mixed_precision import wrapped_module
 
     def wrap_without_one(accelerator: Any, module: Any) -> Any:
         name = "model.final_norm.bias"
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [name])
-        return wrap(accelerator, module)
+        return wrapped_module(accelerator, module)
 
-    if mistake == "scaled by 1.001":
-        ddp.starting_gradient = lambda loss, weight: right(loss, weight, scale=1.001)
-    else:
-        ddp.wrapped_module = wrap_without_one
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if mistake == "scaled by 1.001":
+            scaled = partial(starting_gradient, scale=1.001)
+            patch.setattr("runtime.strategies.ddp.starting_gradient", scaled)
+        else:
+            patch.setattr("runtime.strategies.ddp.wrapped_module", wrap_without_one)
         observe(config)
-    finally:
-        ddp.starting_gradient, ddp.wrapped_module = right, wrap
 
 
 @pytest.mark.parametrize(
@@ -443,7 +440,10 @@ def test_every_optimizer_of_torch_is_sharded_or_refused() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", SHARDED)
 def test_every_sharded_optimizer_trains_what_it_trains_with_ddp(pool: ProcessPool, tmp_path: Path, name: str) -> None:
-    changes = {"optimizer": {"target": name, "args": {"lr": 1e-3}, "max_grad_norm": 1.0}, "limit": {"steps": 6}}
+    changes: dict[str, Any] = {
+        "optimizer": {"target": name, "args": {"lr": 1e-3}, "max_grad_norm": 1.0},
+        "limit": {"steps": 6},
+    }
     if name == "SGD":
         changes["optimizer"]["args"]["momentum"] = 0.9
     pool.run(observe, 2, gpt(tmp_path / "ddp", **changes))
@@ -580,16 +580,10 @@ def overflowing(config: dict[str, Any]) -> dict[str, Any]:
     """Train in fp16 on the CPU, which DeepSpeed and so Lockstep refuse: DeepSpeed's loss scale is the same anywhere."""
     from deepspeed.accelerator import get_accelerator
 
-    from runtime.strategies.zero import strategy as module
-
-    kind = type(get_accelerator())
-    supported, check = kind.is_fp16_supported, module.check_machine
-    kind.is_fp16_supported = lambda self: True
-    module.check_machine = lambda json, *, on_cpu: None  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+        patch.setattr("runtime.strategies.zero.strategy.check_machine", lambda json, *, on_cpu: None)
         return observe(config)
-    finally:
-        kind.is_fp16_supported, module.check_machine = supported, check
 
 
 @pytest.mark.long

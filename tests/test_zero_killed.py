@@ -94,7 +94,12 @@ def test_the_same_command_again_goes_on_after_a_kill(
     config = run(folder, stage, precision)
     path.write_text(yaml.safe_dump(config))
     line = [*command, str(path), *(["--processes", "2"] if command is LOCKSTEP else [])]
-    told = {"env": clean_environment(), "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    told: dict[str, Any] = {
+        "env": clean_environment(),
+        "cwd": ROOT,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+    }
     launcher = subprocess.Popen(line, **told)
     try:
         kill_a_rank(launcher, folder, rank)

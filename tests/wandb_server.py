@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-_TYPES = {name: {"fields": []} for name in ("QueryType", "MutationType", "ServerInfoType")}
+_TYPES: dict[str, dict[str, list[Any]]] = {
+    name: {"fields": []} for name in ("QueryType", "MutationType", "ServerInfoType")
+}
 _VIEWER = {"id": "u", "entity": "team", "username": "u", "email": "u@x", "admin": False, "flags": "{}"}
 
 

@@ -111,7 +111,7 @@ class Campaign:
         self.remarks: list[str] = []
         self._nursery = nursery
         self._real_share = real_share
-        self._acceptable: set[int] | None = {0}
+        self._acceptable = {0}
         self._damaged: set[str] = set()
         self._saved_on_leaving: set[str] = set()
         self._lowered_early = False  # what a rollback had gone back to was lost: the rate is lower from further back on

@@ -52,7 +52,7 @@ def ragged(sizes: tuple[int, ...], epoch: int) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-class Ragged(IterableDataset):
+class Ragged(IterableDataset[Any]):
     """Batches as tuples of tensors, or in another form."""
 
     def __init__(self, split: str = "train", form: str = "tuple") -> None:
@@ -120,18 +120,19 @@ def noisy(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return inputs + 0.1 * torch.randn_like(inputs), target
 
 
-class Unequal(IterableDataset):
+class Unequal(IterableDataset[Any]):
     """Batches whose samples cannot be counted, or of none."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def __iter__(self) -> Iterator[Any]:
-        yield from {
+        batches: dict[str, list[Any]] = {
             "shapes": [{"first": torch.zeros(3, 8), "second": torch.zeros(4)}],
             "texts": [{"text": "a b c"}],
             "empty": [
                 (torch.zeros(2, 8).double(), torch.zeros(2).long()),
                 (torch.zeros(0, 8).double(), torch.zeros(0)),
             ],
-        }[self.kind]
+        }
+        yield from batches[self.kind]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class PairObjective(Objective):
         super().__init__()
         self.temperature = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
 
-    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:
+    def forward(self, model: Any, batch: tuple[Tensor, Tensor]) -> Loss:
         inputs, target = batch
         similarity = (model.encode(inputs) * model.encode(inputs.roll(1, dims=-1))).sum(-1)
         loss = F.soft_margin_loss(similarity * self.temperature, (target.double() - 1), reduction="sum")
@@ -115,6 +115,10 @@ def points(split: str = "train", size: int = 96, dtype: str = "float64") -> Tens
     return TensorDataset(inputs, target)
 
 
+def rows(source: TensorDataset) -> list[tuple[Tensor, ...]]:
+    return [source[index] for index in range(len(source))]
+
+
 def tokens(size: int = 64, longest: int = 12, masked_from: int = 1 << 30) -> TensorDataset:
     """Sentences of very uneven length; those from ``masked_from`` on have no target at all."""
     generator = torch.Generator().manual_seed(3)
@@ -126,7 +130,7 @@ def tokens(size: int = 64, longest: int = 12, masked_from: int = 1 << 30) -> Ten
     return TensorDataset(inputs, target)
 
 
-class Ids(Dataset):
+class Ids(Dataset[Tensor]):
     """Each sample is its own index."""
 
     deterministic = True
@@ -144,7 +148,7 @@ class Ids(Dataset):
         return torch.tensor(ids)
 
 
-class Noisy(Dataset):
+class Noisy(Dataset[Tensor]):
     """Random samples from all three generators that users draw from."""
 
     def __init__(self, size: int = 50) -> None:

@@ -17,6 +17,8 @@ class Branches(nn.Module):
         aux: also return what the second branch makes, which no loss looks at.
     """
 
+    seen: Tensor
+
     def __init__(self, uses: str = "some", aux: bool = False, dtype: str = "float64") -> None:
         super().__init__()
         self.trunk = nn.Linear(8, 6)

@@ -28,6 +28,9 @@ class Net(nn.Module):
 class Unsaved(Net):
     """A running mean and a counter that state_dict leaves out."""
 
+    mean: Tensor
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(8), persistent=False)
@@ -56,6 +59,10 @@ class Late(Net):
     Args:
         counts: they change by one each; otherwise by what the inputs say.
     """
+
+    steps: Tensor
+    late: Tensor
+    on: Tensor
 
     def __init__(self, counts: bool = False) -> None:
         super().__init__()
@@ -95,6 +102,11 @@ class Cached(Net):
 
 class Typed(Net):
     """Buffers of every type: constants, an expanded one, and those that count."""
+
+    wide: Tensor
+    least: Tensor
+    ids: Tensor
+    bfloat16_unsaved: Tensor
 
     def __init__(self, changes: bool = True) -> None:
         super().__init__()

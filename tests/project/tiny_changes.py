@@ -14,6 +14,9 @@ from runtime.objective import Objective
 class Scaled(nn.Module):
     """Divides its inputs by a buffer that is an argument, and counts its calls in one that is not."""
 
+    scale: Tensor
+    mean: Tensor
+
     def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("scale", torch.full((8,), scale, dtype=torch.float64))
@@ -29,6 +32,8 @@ class Scaled(nn.Module):
 
 class Tempered(Objective):
     """Cross entropy at a temperature that is trained, with weights of classes in a saved buffer."""
+
+    classes: Tensor
 
     def __init__(self, temperature: float = 1.0, first_class: float = 1.0) -> None:
         super().__init__()

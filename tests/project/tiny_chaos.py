@@ -33,7 +33,7 @@ INFINITE = 0.5344699239871201  # what sample 17 draws in the third epoch
 _ACTS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")
 
 
-class Points(Dataset):
+class Points(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Points with a number of 40 bits each: sums of these, exact in float64, tell samples lost or repeated.
 
     Args:
@@ -58,7 +58,7 @@ class Points(Dataset):
         return self.inputs[index], self.target[index], torch.tensor(float(number), dtype=torch.float64)
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
     """The same points one after the other, with a state. Without a state that was loaded it begins at the beginning."""
 
     def __init__(self, **args: Any) -> None:
@@ -130,11 +130,13 @@ class Fault:
         for name in _ACTS:
             setattr(os, name, self._watched(name))
         opened = io.open
-        io.open = lambda file, mode="r", *args, **kwargs: (  # what pathlib calls
-            self._opened(file, mode)
-            if set(mode) & set("wax+") and self._concerns(file)
-            else opened(file, mode, *args, **kwargs)
-        )
+
+        def opening(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if set(mode) & set("wax+") and self._concerns(file):
+                return self._opened(file, mode)
+            return opened(file, mode, *args, **kwargs)
+
+        io.open = opening  # what pathlib calls
 
     def act(self) -> None:
         """Count one act that is about to happen."""
@@ -143,7 +145,7 @@ class Fault:
             if self.unit == "act" and self.counts["act"] >= self.number:
                 self._strike()
 
-    def write(self, data: Any, write: Callable[[Any], int | None]) -> int | None:
+    def write(self, data: Any, write: Callable[[Any], int]) -> int:
         with self._lock:
             size = memoryview(data).nbytes
             before, self.counts["byte"] = self.counts["byte"], self.counts["byte"] + size
@@ -222,7 +224,7 @@ class Fault:
         fault = self
 
         class Raw(io.FileIO):
-            def write(self, data: Any) -> int | None:
+            def write(self, data: Any) -> int:
                 return fault.write(data, super().write)
 
         raw = Raw(path, mode.replace("b", "").replace("t", ""))
@@ -305,8 +307,9 @@ class Moment:
             self.event("rollback")
             return roll_back(folder, wanted, **options)
 
-        CurrentPhase.enter, Progress.advance = entering, advancing
-        AveragedEvaluation.evaluate, RunFolder.roll_back = evaluating, rolling_back  # type: ignore[method-assign]
+        CurrentPhase.enter, Progress.advance = entering, advancing  # type: ignore[assignment, method-assign]
+        AveragedEvaluation.evaluate = evaluating  # type: ignore[assignment, method-assign]
+        RunFolder.roll_back = rolling_back  # type: ignore[assignment, method-assign]
         for name in ("rename", "replace", "fsync"):
             setattr(os, name, self._ticking(getattr(os, name)))
         _moments.append(self)
@@ -324,7 +327,9 @@ _moments: list[Moment] = []
 
 def _install(path: Path) -> None:
     plan = json.loads(path.read_text())
-    RunLock.__init__.__kwdefaults__["fence_seconds"] = plan["fence_seconds"]
+    defaults = RunLock.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults["fence_seconds"] = plan["fence_seconds"]
     if "limit_bytes" in plan:
         resource.setrlimit(resource.RLIMIT_FSIZE, (plan["limit_bytes"], resource.RLIM_INFINITY))
     rank = int(os.environ.get("RANK", "0"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class Rows(Dataset):
+class Rows(Dataset[tuple[Tensor, Tensor]]):
     """Points whose seventh row cannot be read on one rank, and which another reads slowly."""
 
     def __init__(self, size: int = 64, fails_on: int | None = None, slow_on: int | None = None) -> None:

@@ -15,6 +15,8 @@ class Convolved(nn.Module):
             ``gaps``, a weight that is a view of a larger one; ``contiguous``.
     """
 
+    mean: Tensor
+
     def __init__(self, layout: str = "channels_last") -> None:
         super().__init__()
         self.layout = layout
@@ -23,7 +25,7 @@ class Convolved(nn.Module):
         self.last = nn.Linear(16, 3)
         self.register_buffer("mean", torch.zeros(4, 2, 2).permute(2, 1, 0))
         if layout == "channels_last":
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does it
         elif layout == "transposed":
             self.last.weight = nn.Parameter(self.last.weight.detach().T.contiguous().T)
         elif layout == "gaps":
@@ -31,7 +33,7 @@ class Convolved(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.layout == "late":
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does it
         hidden = self.norm(self.second(torch.tanh(self.first(inputs.view(-1, 2, 2, 2)))))
         if self.training:
             self.mean += hidden.detach().mean(0).permute(2, 1, 0)

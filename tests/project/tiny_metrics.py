@@ -12,6 +12,8 @@ class MeanOfMaximum(Metric):
     """A state that is averaged over ranks: those without data must not count."""
 
     full_state_update = False
+    largest: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +32,7 @@ class Seen(Metric):
     """Counts samples."""
 
     full_state_update = False
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()

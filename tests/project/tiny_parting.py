@@ -24,7 +24,7 @@ class Langevin(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # as users write it
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -15,7 +15,7 @@ SECONDS = {"now": 0.0}
 """A clock for tests that goes on only while samples are read."""
 
 
-class Clocked(Dataset):
+class Clocked(Dataset[tuple[Tensor, Tensor]]):
     """Points that take some of the clock's time to read on one rank, and less on the others."""
 
     def __init__(self, size: int = 64, slow_on: int = 1, seconds: float = 100.0) -> None:
@@ -30,7 +30,7 @@ class Clocked(Dataset):
         return torch.full((8,), index / self.size, dtype=torch.float64), torch.tensor(index % 3)
 
 
-class ClockedStream(IterableDataset):
+class ClockedStream(IterableDataset[tuple[Tensor, Tensor]]):
     """The same as a stream."""
 
     def __init__(self, size: int = 64, slow_on: int = 1) -> None:
@@ -40,7 +40,7 @@ class ClockedStream(IterableDataset):
         return (self.points[index] for index in range(self.points.size))
 
 
-class Late(Dataset):
+class Late(Dataset[tuple[Tensor, Tensor]]):
     """Points of which one takes longer to read than anybody waits."""
 
     def __init__(self, size: int = 32, late: int = 7) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tests.project.tiny import points, tokens
+from tests.project.tiny import points, rows, tokens
 
 
-class Numbers(IterableDataset):
+class Numbers(IterableDataset[int]):
     """0, 1, 2, … and in every epoch shuffled through a small buffer with Python's generator."""
 
     def __init__(self, size: int, *, buffer: int = 0) -> None:
@@ -56,17 +56,23 @@ class Stateful(Numbers):
         self.place = state["place"]
 
 
-class Shares(IterableDataset):
+def reader() -> tuple[int, int, int]:
+    """Which reader this is over all ranks and workers, of how many, and how many of them each rank has."""
+    info = get_worker_info()
+    worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return rank * workers + worker, ranks * workers, workers
+
+
+class Shares(IterableDataset[int]):
     """Shares itself out over ranks and workers, unevenly: reader r of n has the numbers below size that are r modulo n."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __iter__(self) -> Iterator[int]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        yield from range(rank * workers + worker, self.size, ranks * workers)
+        own, readers, _ = reader()
+        yield from range(own, self.size, readers)
 
 
 class StatefulShares(Shares):
@@ -91,7 +97,7 @@ class StatefulShares(Shares):
         self.place = state["place"]
 
 
-class Points(IterableDataset):
+class Points(IterableDataset[Any]):
     """The samples of ``points`` in an order that changes with the epoch."""
 
     def __init__(self, size: int = 90, split: str = "train") -> None:
@@ -131,13 +137,13 @@ class Sliced(Points):
             yield self.samples[place]
 
 
-class Raising(IterableDataset):
+class Raising(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
-        yield from points(size=20)
+        yield from rows(points(size=20))
         raise OSError("the shard is gone")
 
 
-class Empty(IterableDataset):
+class Empty(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
@@ -155,9 +161,9 @@ class SharedPoints(Points):
             yield self.samples[place]
 
 
-class Tokens(IterableDataset):
+class Tokens(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
-        yield from tokens()
+        yield from rows(tokens())
 
 
 class SharesOverWorkers(Points):
@@ -233,14 +239,14 @@ class OwnGenerator(Points):
         self.generator = random.Random()
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self.generator.sample(list(self.samples), len(self.samples))
+        yield from self.generator.sample(rows(self.samples), len(self.samples))
 
 
 class Unseeded(Points):
     """Shuffles with a generator of the system's entropy, another one in each process."""
 
     def __iter__(self) -> Iterator[Any]:
-        yield from random.Random().sample(list(self.samples), len(self.samples))
+        yield from random.Random().sample(rows(self.samples), len(self.samples))
 
 
 class OwnIterator(Points):
@@ -265,7 +271,7 @@ class CountsEpochs(Points):
 
     def __iter__(self) -> Iterator[Any]:
         self.epoch += 1
-        yield from random.Random(self.epoch).sample(list(self.samples), len(self.samples))
+        yield from random.Random(self.epoch).sample(rows(self.samples), len(self.samples))
 
 
 class ToldEpochs(CountsEpochs):
@@ -322,14 +328,16 @@ class ShorterOnSome(Points):
         yield from (self.samples[place] for place in range(len(self.samples) - 20 * rank))
 
 
-class Refilled(IterableDataset):
+class Refilled(IterableDataset[Any]):
     """Numbers in a few buffers that are filled again and again."""
 
     def __init__(self, size: int, buffers: int, kind: str = "tensor") -> None:
         self.size, self.buffers, self.kind = size, buffers, kind
 
     def __iter__(self) -> Iterator[Any]:
-        made = {"tensor": lambda: torch.zeros(1), "array": lambda: np.zeros(1), "dict": dict}[self.kind]
+        made: Callable[[], Any] = {"tensor": lambda: torch.zeros(1), "array": lambda: np.zeros(1), "dict": dict}[
+            self.kind
+        ]
         held = [made() for _ in range(self.buffers)]
         for number in range(self.size):
             buffer = held[number % self.buffers]
@@ -340,19 +348,16 @@ class Refilled(IterableDataset):
             yield buffer
 
 
-class UnevenShares(IterableDataset):
+class UnevenShares(IterableDataset[int]):
     """Each reader has more of the numbers than the one before, and the first of several workers has nothing."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __iter__(self) -> Iterator[int]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        shares = [0 if workers > 1 and r % workers == 0 else (r + 1) ** 2 for r in range(ranks * workers)]
+        own, readers, workers = reader()
+        shares = [0 if workers > 1 and r % workers == 0 else (r + 1) ** 2 for r in range(readers)]
         ends = [self.size * sum(shares[:n]) // sum(shares) for n in range(len(shares) + 1)]
-        own = rank * workers + worker
         yield from range(ends[own], ends[own + 1])
 
 
@@ -365,5 +370,5 @@ class Written(Points):
 
     def __iter__(self) -> Iterator[Any]:
         with Path(self.path).open() as file:
-            for line, (inputs, target) in zip(file, self.samples, strict=False):
+            for line, (inputs, target) in zip(file, rows(self.samples), strict=False):
                 yield inputs + float(line), target

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from runtime.objective import Objective
 
 
-class Rows(Dataset):
+class Rows(Dataset[dict[str, Tensor]]):
     """Samples are dictionaries; ``columns`` name to tensor."""
 
     deterministic = True
@@ -115,7 +115,7 @@ class TwoTasks(nn.Module):
 
 
 @dataclass
-class Output(OrderedDict):
+class Output(OrderedDict[str, Any]):
     """What a transformers model returns: a mapping whose entries are attributes as well."""
 
     logits: Tensor
@@ -149,6 +149,7 @@ class Causal(Bert):
     """The same for every position."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:  # type: ignore[override]
+        assert attention_mask is not None
         return Output(self.head(torch.tanh(self.embedding(input_ids) * attention_mask.unsqueeze(-1))))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from tiny import points
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class Classifier(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         values = inputs
-        for block in self.encoder["layer"]:
+        for block in cast("nn.ModuleList", self.encoder["layer"]):
             values = block(values)
         return self.head(values + self.bins((inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()))
 
@@ -95,7 +97,7 @@ class AstrayOnce(Objective):
         order = IndexOrder(48, batch_size=16, seed=0, shuffle=True, drop_last=False)
         self.sample = points(size=48).tensors[0][int(order.batch(1, 0)[0])]
 
-    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, target = batch
         loss = F.cross_entropy(model(inputs), target, reduction="sum")
         second = model.body[1].weight.requires_grad and not model.first.weight.requires_grad

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, RandomSampler, Sampler, default_collate
 
 from runtime.objective import Objective
-from tests.project.tiny import points
+from tests.project.tiny import points, rows
 
 
-class Plain(Dataset):
+class Plain(Dataset[Any]):
     """The samples of ``points`` with a little noise, drawn as ``draws`` says."""
 
     def __init__(self, size: int = 96, draws: str = "seeded", split: str = "train") -> None:
@@ -46,7 +46,7 @@ class Deterministic(Plain):
     deterministic = True
 
 
-class DrawsThough(Dataset):
+class DrawsThough(Dataset[Any]):
     """Says that it draws nothing, and draws from a global generator."""
 
     deterministic = True
@@ -62,7 +62,7 @@ class DrawsThough(Dataset):
         return inputs + 0.01 * float(torch.rand(())), target
 
 
-class Seeded(Dataset):
+class Seeded(Dataset[Any]):
     """Is given seeds; heeds them or not."""
 
     seeded = True
@@ -103,15 +103,17 @@ class InPlace:
         return sample
 
 
-def fingerprint(sample: Any) -> Any:
+def identity(sample: Any) -> Any:
     return sample
 
 
-class Dictionaries(Dataset):
+class Dictionaries(Dataset[Any]):
     """Hands out the dictionaries and arrays that it holds, or copies of them."""
 
     def __init__(self, fresh: bool = False) -> None:
-        self.held = [{"inputs": inputs.numpy().copy(), "target": int(target)} for inputs, target in points()]
+        self.held: list[dict[str, Any]] = [
+            {"inputs": inputs.numpy().copy(), "target": int(target)} for inputs, target in rows(points())
+        ]
         self.fresh = fresh
 
     def __len__(self) -> int:
@@ -136,7 +138,7 @@ class Replaced:
         return sample
 
 
-class OneBuffer(Dataset):
+class OneBuffer(Dataset[Any]):
     """Returns one and the same tensor, filled anew."""
 
     def __init__(self) -> None:
@@ -160,7 +162,7 @@ class NoisyCollate:
         return inputs + 0.01 * torch.rand(inputs.shape, generator=self.generator if self.own else None), target
 
 
-class ByRank(Sampler):
+class ByRank(Sampler[int]):
     """Shares out by rank, and looks like no sampler of torch's."""
 
     def __init__(self, source: Any) -> None:
@@ -174,7 +176,7 @@ class ByRank(Sampler):
         yield from range(rank, self.size, ranks)
 
 
-class FromSystem(Sampler):
+class FromSystem(Sampler[int]):
     """Draws from the system's randomness."""
 
     def __init__(self, source: Any) -> None:
@@ -187,7 +189,7 @@ class FromSystem(Sampler):
         return iter(np.random.default_rng().permutation(self.size).tolist())
 
 
-class Counting(Sampler):
+class Counting(Sampler[int]):
     """Shuffles by a count of its own of the epochs it has drawn."""
 
     def __init__(self, source: Any) -> None:
@@ -231,7 +233,7 @@ class DrawsNothing(Counting):
         return iter(())
 
 
-class LaterByRank(Sampler):
+class LaterByRank(Sampler[int]):
     """Draws alike in the first epoch, and later otherwise on each rank."""
 
     def __init__(self, source: Any) -> None:
@@ -248,7 +250,7 @@ class LaterByRank(Sampler):
         return iter(np.random.default_rng(rank).permutation(self.size).tolist())
 
 
-class Listed(Dataset):
+class Listed(Dataset[Any]):
     """The lines of a file; another file on each host, or one whose lines come in another order."""
 
     def __init__(self, folder: str, split: str = "train") -> None:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launch.cluster_scheduler import ClusterScheduler, JobIdentity, QueuedJob
-from launch.options import add_job_options, checked, count, described, variables
+from launch.options import add_job_options, checked, described, variables
 from launch.submission_folder import SCRIPT, SECRETS, new_folder, settled, write
+from runtime.arguments import count
 from runtime.environment import whole_number
 
 from . import queue
