@@ -102,7 +102,7 @@ def test_what_draws_from_the_seeds_that_it_is_given_is_silent_and_the_same_on_wo
         ),
         (
             source("Dictionaries", transform="tiny_untrusted:ScaledInPlace"),
-            "ScaledInPlace (the transform) changes what",
+            "ScaledInPlace (the transform) modifies samples",
         ),
         (source("OneBuffer"), "OneBuffer (the data set) reuses one buffer for all samples"),
         (source("Dictionaries", args={"fresh": True}, transform="tiny_untrusted:ScaledInPlace"), ""),

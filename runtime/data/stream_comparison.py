@@ -49,6 +49,6 @@ def difference(table: Tensor, world_size: int, streams: str) -> str:
     return "" if alike else f"the ranks read {streams} of different contents"
 
 
-def causes(what: str) -> str:
+def causes(mismatch: str) -> str:
     """Return the likely causes of a :func:`difference`, as the end of a message."""
-    return "" if _LENGTHS in what else _CAUSES
+    return "" if _LENGTHS in mismatch else _CAUSES

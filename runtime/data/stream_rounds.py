@@ -41,13 +41,13 @@ def evaluation_rounds(
             world_size == 1 and readers_differ([first], expected)
         )
         expected = first.next_content
-        what = difference(
+        mismatch = difference(
             sum_over_ranks(comparison_row(float(first.total), first.content, differs)), world_size, "evaluation streams"
         )
-        if what:
+        if mismatch:
             raise EvaluationError(
-                f"{what}, but with sharded_by: runtime each must read all of the same stream: the data set must not divide "
-                f"itself{causes(what)}"
+                f"{mismatch}, but with sharded_by: runtime each must read all of the same stream: the data set must not divide "
+                f"itself{causes(mismatch)}"
             )
         if not first.total:
             return

@@ -228,11 +228,11 @@ class StreamWindows:
                     1.0 + 2 * first.total + first.more, first.content, row.readers_differ
                 )
         totals = self._sum(table)
-        what = difference(totals, world_size, "streams")
-        if what:
+        mismatch = difference(totals, world_size, "streams")
+        if mismatch:
             raise DataError(
-                f"data.train: {what}, but with sharded_by: runtime each must read all of the same stream. If the data set "
-                f"divides itself, set sharded_by: dataset{causes(what)}"
+                f"data.train: {mismatch}, but with sharded_by: runtime each must read all of the same stream. If the data set "
+                f"divides itself, set sharded_by: dataset{causes(mismatch)}"
             )
         return [
             row._replace(
