@@ -1,11 +1,10 @@
-"""The loss contract: a loss sum and the weight it is divided by, kept apart so that a global batch stays one batch.
+"""The loss contract: loss sum and weight (its divisor) are kept separate, so that splitting a global batch changes nothing.
 
 An objective returns the *sum* of its losses over a microbatch. The runtime divides by the weight of the whole global
-batch, which it knows before the first forward pass. What torch's losses and Lockstep's own count is in the table of
-``losses/by_name.py``.
+batch, which it knows before the first forward pass. The table in ``losses/by_name.py`` lists what each loss counts.
 
-An objective may have several sums, each divided by a weight of its own (:class:`runtime.losses.weighted_sum.WeightedSum`): then
-both are one-dimensional, and what is minimised is the sum of the quotients.
+An objective may have several sums, each with its own weight (:class:`runtime.losses.weighted_sum.WeightedSum`): then both
+are one-dimensional, and the sum of the quotients is minimised.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from runtime.model_calls import explained
 _RESERVED = ("loss", "weight", "samples")
 
 Weight = float | tuple[float, ...]
-"""What a loss sum is divided by; one number for each sum where an objective has several."""
+"""Divisor of a loss sum; one number per sum where an objective has several."""
 
 
 class Loss(NamedTuple):
-    """What one forward pass returns.
+    """Result of one forward pass.
 
     Attributes:
         sum: sum of the losses over the microbatch, a scalar with a gradient; (weights,) if there are several weights.
-        parts: named addends, as sums like ``sum``, without a gradient; reported divided by the weight.
-        output: what the model returned, for metrics.
+        parts: named addends, sums like ``sum``, without a gradient; reported divided by the weight.
+        output: output of the model, for metrics.
     """
 
     sum: Tensor
@@ -43,18 +42,18 @@ class Loss(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Base of objectives. Parameters of its own are trained, saved and reduced with the model's.
+    """Base class of objectives. Its parameters, if any, are trained, saved and reduced with the model's.
 
-    A subclass implements ``forward``, and ``weight`` where that is not the number of samples. It may call any method of
-    the model any number of times.
+    A subclass implements ``forward``, and ``weight`` unless that is the number of samples. It may call any method of the
+    model any number of times.
 
     Attributes:
         unit: what the weight counts, in the plural, for reports.
         couples_samples: the loss of a sample depends on the others of its microbatch, so the result depends on K.
-        reads_sample_weights: ``forward`` and ``weight`` take ``fields.weight_of(batch)`` into account; without it
-            ``data.fields.weight`` is refused.
-        num_weights: how many sums and weights there are; None: one, a scalar.
-        fields: which part of a batch is what; the configuration's ``data.fields``.
+        reads_sample_weights: ``forward`` and ``weight`` take ``fields.weight_of(batch)`` into account; if False,
+            ``data.fields.weight`` is rejected.
+        num_weights: number of sums and weights; None: one scalar.
+        fields: roles of a batch's parts; the configuration's ``data.fields``.
     """
 
     unit = "samples"
@@ -64,18 +63,18 @@ class Objective(nn.Module):
     fields = Fields()
 
     def forward(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        """Return the loss of a microbatch, or its sum alone."""
+        """Return the loss of a microbatch, or only its sum."""
         raise ObjectiveError(f"{type(self).__name__} has no forward(model, batch)")
 
     def weight(self, batch: Any) -> float | Tensor:
-        """Return the weight of a microbatch, on the CPU and before any forward pass. Default: its samples."""
-        raise TypeError("the number of samples is known without asking")
+        """Return the weight of a microbatch; called with CPU tensors before any forward pass. Default: number of samples."""
+        raise TypeError("the number of samples is known without calling weight()")
 
     def checked_weight(self, batch: Any, samples: int) -> Weight:
-        """Return the weight of a microbatch of so many samples as a number, or several.
+        """Return the weight of a microbatch of ``samples`` samples: one number, or one per sum.
 
         Raises:
-            ObjectiveError: it is negative or not finite, or ``weight`` raised.
+            ObjectiveError: the weight is negative or not finite, or ``weight`` raised.
         """
         if self.counts_samples:
             return float(samples)
@@ -90,44 +89,44 @@ class Objective(nn.Module):
         return weight
 
     def means(self, sums: Mapping[str, float], weight: Weight) -> dict[str, float]:
-        """Return the mean loss and its parts from their sums over any set of samples, and that set's weight."""
+        """Return the mean loss and its mean parts, given their sums over a set of samples and that set's weight."""
         assert isinstance(weight, float)
         return {name: total / weight for name, total in sums.items()} if weight > 0 else {}
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
-        """Return the arguments of the metrics' ``update``: predictions and target, masked elements left out."""
+        """Return the arguments of the metrics' ``update``: predictions and target, without masked elements."""
         return output, self.fields.target_of(batch)
 
     def soft_target(self, batch: Any) -> Tensor | None:
-        """Return the target that ``metric_inputs`` has made classes of, as it is in the batch; masked elements left out.
+        """Return the soft target that ``metric_inputs`` turned into classes, without masked elements.
 
-        For metrics of values, such as a mean squared error; metrics of classes see the classes. None: they are the same.
+        For metrics of values, such as a mean squared error; metrics of classes see the classes. None: the target is not soft.
         """
         return None
 
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
-        """Return what can be written of the model's output, by name; one row a sample.
+        """Return the predictions that ``lockstep predict`` can write, by name; one row per sample.
 
-        Without a target, so that data of which nothing is known can be predicted. ``probabilities``: (batch, classes), one
-        class is right; ``probability``: (batch,) or (batch, labels), of a yes; from these ``class`` and the best classes
-        follow. Any other name can be written too.
+        Needs no target, so unlabelled data can be predicted. ``probabilities``: (batch, classes), for exclusive classes;
+        ``probability``: (batch,) or (batch, labels), of the positive class; ``class`` and the top classes are derived from
+        these. Any other name can be written too.
         """
         return {"output": output}
 
     def metric_mask(self, batch: Any) -> Tensor | None:
-        """Return which elements of the target ``metric_inputs`` keeps, in the target's shape; None if it keeps them all."""
+        """Return a mask, in the target's shape, of the elements that ``metric_inputs`` keeps; None if it keeps all."""
         return None
 
     @property
     def counts_samples(self) -> bool:
-        """Tell whether the weight is the number of samples, which the order tells without reading data."""
+        """Whether the weight is the number of samples, which is known without reading data."""
         return type(self).weight is Objective.weight
 
 
 class ModelCall(NamedTuple):
-    """In the place of a batch: a call of the model alone.
+    """Passed in place of a batch to call the model alone.
 
-    For strategies that must be told of each call at the root of what they wrap.
+    For strategies that need every call to go through the root of the wrapped module.
     """
 
     positional: tuple[Any, ...]
@@ -135,12 +134,12 @@ class ModelCall(NamedTuple):
 
 
 class TrainingModule(nn.Module):
-    """Model and objective as the one module that a strategy prepares.
+    """Model and objective as one module for a strategy to wrap.
 
     Attributes:
-        frozen: parts of it that stay in evaluation mode.
-        silent_fillers: whether fillers give parameters no gradient, rather than one of zeros. No gradient leaves a parameter
-            as it is; of zeros, an optimizer makes an update (weight decay, momentum).
+        frozen: submodules that stay in evaluation mode.
+        silent_fillers: whether fillers give parameters no gradient instead of zeros. Without a gradient a parameter stays as
+            it is; on a zero gradient an optimizer still makes an update (weight decay, momentum).
     """
 
     frozen: Sequence[nn.Module] = ()
@@ -152,17 +151,17 @@ class TrainingModule(nn.Module):
         self.objective = objective
 
     def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode, frozen parts excepted."""
+        """Set training or evaluation mode, except for frozen parts."""
         super().train(mode)
         for part in self.frozen:
             part.eval()
         return self
 
     def forward(self, batch: Any, filler: bool = False) -> Loss:
-        """Return the loss of a microbatch; for a filler a zero that reaches every trainable parameter.
+        """Return the loss of a microbatch; for a filler, a zero connected to every trainable parameter.
 
         Raises:
-            ObjectiveError: the objective returned something else than a scalar sum.
+            ObjectiveError: the objective returned something other than a scalar sum.
             ForwardError: model or objective raised.
         """
         if isinstance(batch, ModelCall):
@@ -170,33 +169,37 @@ class TrainingModule(nn.Module):
         try:
             loss = self.objective.forward(self.model, batch)
         except Exception as error:
-            told = explained(error, self, shown(batch))
-            if told is None:
+            forward_error = explained(error, self, describe(batch))
+            if forward_error is None:
                 raise
-            raise told from error
+            raise forward_error from error
         if filler:
             trainable = [p for p in self.parameters() if p.requires_grad]
             return Loss(_Zero.apply(self.silent_fillers, *trainable))  # type: ignore[no-untyped-call]
         if isinstance(loss, Tensor):
             loss = Loss(loss)
-        found = loss.sum if isinstance(loss, Loss) else loss
+        loss_sum = loss.sum if isinstance(loss, Loss) else loss
         dimensions = 0 if self.objective.num_weights is None else 1
-        if not isinstance(loss, Loss) or not isinstance(found, Tensor) or found.ndim != dimensions:
-            got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(loss, Loss) or not isinstance(loss_sum, Tensor) or loss_sum.ndim != dimensions:
+            got = (
+                f"a tensor of shape {tuple(loss_sum.shape)}"
+                if isinstance(loss_sum, Tensor)
+                else type(loss_sum).__name__
+            )
             raise ObjectiveError(
                 f"{type(self.objective).__name__} must return the sum of its losses, a scalar or runtime.objective.Loss, "
                 f"not {got}; with torch's losses use reduction='sum'"
             )
-        if not found.is_floating_point():
+        if not loss_sum.is_floating_point():
             raise ObjectiveError(
-                f"{type(self.objective).__name__} returned a sum in {plain(found.dtype)}; a loss is a real number: of complex "
-                "outputs take .abs() or .real in it, and count in floating point"
+                f"{type(self.objective).__name__} returned a sum in {dtype_name(loss_sum.dtype)}, but a loss must be a real "
+                "floating-point number: take .abs() or .real of complex outputs, and convert integers with .float()"
             )
         if loss.parts:
             self._check_parts(loss.parts)
-        if not found.requires_grad and torch.is_grad_enabled():
+        if not loss_sum.requires_grad and torch.is_grad_enabled():
             raise ObjectiveError(
-                f"{type(self.objective).__name__} returned a sum without a gradient: no trainable parameter leads to it"
+                f"{type(self.objective).__name__} returned a sum without a gradient: it depends on no trainable parameter"
             )
         return loss
 
@@ -204,7 +207,7 @@ class TrainingModule(nn.Module):
         for name, part in parts.items():
             if name in _RESERVED:
                 raise ObjectiveError(
-                    f"{type(self.objective).__name__}: a part cannot be called {name!r}, which reports have a figure of already"
+                    f"{type(self.objective).__name__}: a part cannot be called {name!r}, a name that reports already use"
                 )
             if not isinstance(part, Tensor) or part.ndim != 0:
                 raise ObjectiveError(
@@ -213,10 +216,10 @@ class TrainingModule(nn.Module):
 
 
 class _Zero(torch.autograd.Function):
-    """A zero that reaches every parameter, whatever the parameters or a loss hold: 0 * inf would be NaN.
+    """A zero connected to every parameter, whatever values they or a loss hold: 0 * inf would be NaN.
 
     Args:
-        silent: give the parameters no gradient at all, rather than one of zeros.
+        silent: give the parameters no gradient at all, instead of zeros.
     """
 
     @staticmethod
@@ -231,7 +234,7 @@ class _Zero(torch.autograd.Function):
 
 
 def add_weights(first: Weight, second: Weight) -> Weight:
-    """Return the weight of two sets of samples together; ``first`` may be 0.0, that of nothing."""
+    """Return the weight of two sets of samples together; ``first`` may be 0.0, the weight of an empty set."""
     if isinstance(second, tuple):
         return tuple(a + b for a, b in zip(first, second, strict=True)) if isinstance(first, tuple) else second
     assert isinstance(first, float)
@@ -239,35 +242,35 @@ def add_weights(first: Weight, second: Weight) -> Weight:
 
 
 def starting_gradient(loss_sum: Tensor, weight: Weight, *, scale: float = 1.0) -> Tensor:
-    """Return what a backward pass from a loss sum starts with to give the gradient of ``scale * sum / weight``.
+    """Return the ``gradient`` argument with which a loss sum's backward pass gives the gradient of ``scale * sum / weight``.
 
-    Of several sums, one whose weight is zero has nothing to say: it counts no sample of the global batch.
+    Of several sums, one whose weight is zero contributes nothing: no sample of the global batch counts for it.
     """
     if isinstance(weight, tuple) and loss_sum.ndim:
         return loss_sum.new_tensor([scale / part if part else 0.0 for part in weight])
     return loss_sum.new_full(loss_sum.shape, scale if isinstance(weight, tuple) else scale / weight)
 
 
-def shown(value: Any) -> str:
-    """Describe a tensor, or several, by shape and type, for messages; of texts the first ones."""
+def describe(value: Any) -> str:
+    """Describe tensors by shape and dtype, and texts by the first ones, for messages."""
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {plain(value.dtype)}"
+        return f"{tuple(value.shape)} {dtype_name(value.dtype)}"
     if isinstance(value, list | tuple):
         if value and all(isinstance(part, str) for part in value):
             return f"{len(value)} texts ({', '.join(map(repr, value[:3]))}{', …' * (len(value) > 3)})"
-        return ", ".join(shown(part) for part in value) if value else f"an empty {type(value).__name__}"
+        return ", ".join(describe(part) for part in value) if value else f"an empty {type(value).__name__}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {shown(part)}" for key, part in value.items())
+        return ", ".join(f"{key}: {describe(part)}" for key, part in value.items())
     return type(value).__name__
 
 
-def plain(dtype: torch.dtype) -> str:
-    """Return a type's name without torch's own."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without the prefix ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 
 def full_precision(value: Any) -> Any:
-    """Return a tensor, or those in a plain list, tuple or dict, in float32 where its floating point is shorter than that.
+    """Convert half-precision tensors, also those in a plain list, tuple or dict, to float32.
 
     Sums, exponentials and comparisons in half precision would be rounded to two or three digits, or overflow.
     """

@@ -53,7 +53,7 @@ ORDERS: dict[str, tuple[Callable[[], Order], list[int] | None]] = {
         list(range(SIZE)),
     ),
     "lengths": (lambda: LengthGroupedOrder(LENGTHS, batch_size=6, seed=1, stretch_batches=3), list(range(SIZE))),
-    "budget": (lambda: BudgetOrder(LENGTHS, budget=90, seed=1, most_samples=8), list(range(SIZE))),
+    "budget": (lambda: BudgetOrder(LENGTHS, budget=90, seed=1, max_samples=8), list(range(SIZE))),
     "balanced": (lambda: BalancedOrder(CLASSES, batch_size=6, seed=1), None),
 }
 
@@ -148,7 +148,7 @@ def test_no_batch_is_above_the_budget_and_every_sample_comes_once(
 ) -> None:
     found = np.array(lengths)
     order = BudgetOrder(
-        found, budget=budget, seed=4, most_samples=most, padded=padded, shuffle=shuffle, stretch_batches=3
+        found, budget=budget, seed=4, max_samples=most, padded=padded, shuffle=shuffle, stretch_batches=3
     )
     batches = batches_of(order, epoch)
     assert sorted(flat(batches)) == list(range(len(lengths)))
@@ -166,13 +166,13 @@ def test_no_batch_is_above_the_budget_and_every_sample_comes_once(
 def test_a_budget_is_used_well() -> None:
     lengths = np.random.default_rng(1).geometric(0.02, 5000).clip(max=500)
     for padded in (True, False):
-        order = BudgetOrder(lengths, budget=4000, seed=0, most_samples=5000, padded=padded)
+        order = BudgetOrder(lengths, budget=4000, seed=0, max_samples=5000, padded=padded)
         assert order.num_batches(0) < 1.15 * lengths.sum() / 4000
 
 
 def test_a_sample_above_the_budget_is_named() -> None:
-    with pytest.raises(DataError, match=r"sample 1 alone has 9 tokens, above data.budget.tokens 8 .*2 of 3"):
-        BudgetOrder(np.array([3, 9, 10]), budget=8, seed=0, most_samples=4)
+    with pytest.raises(DataError, match=r"sample 1 alone has 9 tokens, more than data.budget.tokens 8 .*2 of 3"):
+        BudgetOrder(np.array([3, 9, 10]), budget=8, seed=0, max_samples=4)
 
 
 @given(

@@ -235,7 +235,7 @@ def test_folders_that_lack_a_class_are_numbered_as_in_training(tmp_path: Path) -
     predict(config, output=tmp_path / "out.csv")
     assert {row["prediction"] for row in read(tmp_path / "out.csv")} == {"bee"}
     strange = images(tmp_path / "strange", {"ant": 10, "dog": 120})
-    with pytest.raises(DataError, match=r"class folder 'dog', which the training data has not"):
+    with pytest.raises(DataError, match=r"class folder 'dog', which is not in the training data"):
         train({**config, "output": str(tmp_path / "no"), "data": {**data, "validation": strange}})
 
 

@@ -237,12 +237,12 @@ def test_contradicting_keys_are_refused(tmp_path: Path, data: dict[str, Any], ke
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"balance": "label"}, ["data.balance.classes", "no columns to find 'label' in"]),
+        ({"balance": "label"}, ["data.balance.classes", "'label' cannot be found"]),
         ({"balance": 2}, ["data.balance.classes", "no tensor 2", "2"]),
         ({"weights": "nowhere/w.npy"}, ["data.weights.values", "no file nowhere/w.npy"]),
-        ({"weights": 0}, ["data.weights.values", "not the shape (96, 8)"]),
+        ({"weights": 0}, ["data.weights.values", "not shape (96, 8)"]),
         ({"weights": {"values": {"target": "tiny:zeros"}}}, ["data.weights.values", "all weights are 0"]),
-        ({"group_by_length": {"lengths": {"target": "tiny:negative"}}}, ["data.group_by_length", "not below 0"]),
+        ({"group_by_length": {"lengths": {"target": "tiny:negative"}}}, ["data.group_by_length", "none negative"]),
         ({"budget": {"tokens": 3, "lengths": {"target": "tiny:lengths"}}}, ["alone has", "data.budget.tokens 3"]),
         (
             {"split": {"validation": 0.1, "group": {"target": "tiny:lenghts"}}},

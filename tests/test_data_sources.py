@@ -371,7 +371,7 @@ def test_cache_follows_the_xdg_specification(folder: Path, tmp_path: Path, monke
         ({"context_length": 0}, "context_length=0"),
         ({"validation_fraction": 0.0}, "validation_fraction=0.0"),
         ({"folder": "/nowhere"}, "folder /nowhere does not exist"),
-        ({"validation_fraction": 1e-9, "split": "validation"}, "falls to the validation split"),
+        ({"validation_fraction": 1e-9, "split": "validation"}, "is in the validation split"),
     ],
 )
 def test_an_impossible_argument_is_named(arguments: dict[str, Any], message: str, folder: Path, cache: Path) -> None:

@@ -98,13 +98,13 @@ def test_what_draws_from_the_seeds_that_it_is_given_is_silent_and_the_same_on_wo
     [
         (
             {"target": "tiny:points", "transform": "tiny_untrusted:InPlace"},
-            "InPlace (the transform) changes what the data",
+            "InPlace (the transform) modifies samples held by the data",
         ),
         (
             source("Dictionaries", transform="tiny_untrusted:ScaledInPlace"),
-            "ScaledInPlace (the transform) changes what",
+            "ScaledInPlace (the transform) modifies samples",
         ),
-        (source("OneBuffer"), "OneBuffer (the data set) fills one buffer with each sample"),
+        (source("OneBuffer"), "OneBuffer (the data set) reuses one buffer for all samples"),
         (source("Dictionaries", args={"fresh": True}, transform="tiny_untrusted:ScaledInPlace"), ""),
         (source("Dictionaries", args={"fresh": True}, transform="tiny_untrusted:Replaced"), ""),
         (source("Plain", args={"draws": "none"}, transform="tiny_untrusted:InPlace"), ""),

@@ -49,7 +49,7 @@ def test_a_third_part_may_be_named_alone() -> None:
     fields = Fields(weight=2)
     assert fields.arguments(("a", "b", "c")) == (("a",), {})
     assert (fields.target_of(("a", "b", "c")), fields.weight_of(("a", "b", "c"))) == ("b", "c")
-    with pytest.raises(ObjectiveError, match="a tuple of 4; or say in"):
+    with pytest.raises(ObjectiveError, match="a tuple of 4; or name in"):
         fields.target_of(("a", "b", "c", "d"))
 
 
@@ -78,12 +78,12 @@ def test_what_one_key_names_leaves_the_default_of_the_other(
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Fields(inputs="words").target_of(ROWS), "'label'.* which part is the target"),
-        (lambda: Fields(target="label").arguments(ROWS), "'words'.* which part is the inputs"),
+        (lambda: Fields(inputs="words").target_of(ROWS), "'label'.* target that its output is compared with"),
+        (lambda: Fields(target="label").arguments(ROWS), "'words'.* inputs of the model"),
         (lambda: Fields(inputs=0).target_of(("x", "y", "z")), "a tuple of 3"),
         (lambda: Fields(inputs=[0, 1]).target_of(("x", "y")), "a tuple of 2"),
-        (lambda: Fields(id=1).target_of(("x", "id")), "which part is the target"),
-        (lambda: Fields(inputs="target").target_of({"target": 1}), "which part is the target"),
+        (lambda: Fields(id=1).target_of(("x", "id")), "target that its output is compared with"),
+        (lambda: Fields(inputs="target").target_of({"target": 1}), "target that its output is compared with"),
     ],
 )
 def test_a_default_that_would_be_a_guess_is_refused(call: Any, words: str) -> None:

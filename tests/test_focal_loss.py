@@ -140,7 +140,7 @@ def test_a_sample_of_weight_two_counts_twice() -> None:
     rows = torch.arange(12).repeat_interleave(weights)
     objective = FocalLoss(alpha=0.25)
     objective.fields = Fields(weight=2)
-    weighted = objective.compared(LOGITS, (None, BINARY, weights))
+    weighted = objective.loss_of(LOGITS, (None, BINARY, weights))
     expected = FocalLoss(alpha=0.25).loss_sum(LOGITS[rows], BINARY[rows])
     assert weighted.sum.item() == pytest.approx(expected.item())
     assert objective.checked_weight((None, BINARY, weights), 12) == 4 * len(rows)
@@ -159,7 +159,7 @@ def test_metrics_see_probabilities() -> None:
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [({"gamma": -1.0}, "negative"), ({"alpha": [0.5, -1.0]}, "negative"), ({"alpha": 2.0}, "within 0 and 1")],
+    [({"gamma": -1.0}, "negative"), ({"alpha": [0.5, -1.0]}, "negative"), ({"alpha": 2.0}, "between 0 and 1")],
 )
 def test_arguments_that_make_no_sense_are_refused(args: dict[str, Any], words: str) -> None:
     with pytest.raises(ObjectiveError, match=words):

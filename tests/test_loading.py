@@ -166,6 +166,6 @@ def test_a_loader_that_waits_too_long_says_for_how_long_and_which_key_helps() ->
     with ExitStack() as closing:
         passes = lasting(closing, Samples(Late(), seed=0), num_workers=1, timeout_seconds=1)
         with pytest.raises(
-            DataError, match=r"data.loader.timeout_seconds: no loader worker gave a batch within 1 s.*raise it"
+            DataError, match=r"data.loader.timeout_seconds: no loader worker returned a batch within 1 s.*raise it"
         ):
             list(passes([1, 2], [7]))

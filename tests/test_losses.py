@@ -220,10 +220,10 @@ def test_each_element_may_have_a_weight_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        (torch.ones(3), r"shape \(3,\), but what it weighs has \(4, 2\)"),
+        (torch.ones(3), r"shape \(3,\), but the losses have \(4, 2\)"),
         (torch.ones(4, 3), r"shape \(4, 3\)"),
         (torch.tensor([1.0, -1.0, 1.0, 1.0]), "negative"),
-        (torch.tensor([1.0, float("nan"), 1.0, 1.0]), "not a number"),
+        (torch.tensor([1.0, float("nan"), 1.0, 1.0]), "NaN"),
         ("heavy", "must be a tensor"),
     ],
 )

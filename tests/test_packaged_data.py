@@ -147,7 +147,7 @@ def test_a_tokenizer_sees_the_questions_of_a_microbatch(questions: str) -> None:
 
 
 def test_wrong_questions_are_refused(questions: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has 5 questions, not the last 5452"):
+    with pytest.raises(DataError, match=r"last=5452: .* has 5 questions"):
         TrecQuestions(questions)
     (tmp_path / "other.txt").write_text("NUM:temp Really ?\nno label here\n")
     with pytest.raises(DataError, match="question 2 does not begin with COARSE:fine"):
@@ -243,7 +243,7 @@ def test_a_user_of_all_items_and_shares_of_everything_are_refused(tmp_path: Path
     path.write_text("user_id:token\titem_id:token\n" + "".join(f"1\t{item}\n" for item in range(4)))
     with pytest.raises(DataError, match="leave nothing to train on"):
         Choices(str(path), validation=0.5, test=0.5)
-    with pytest.raises(DataError, match="has chosen every item"):
+    with pytest.raises(DataError, match="chose every item"):
         Choices(str(path), validation=0.0, test=0.0)
     with pytest.raises(DataError, match="'tset' is unknown; did you mean 'test'"):
         Candidates(str(path), "tset")

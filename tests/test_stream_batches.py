@@ -254,7 +254,7 @@ def test_samples_of_one_yielded_batch_may_depend_on_each_other(
             ["data.train.sharded_by", "no stream", "'yields'"],
         ),
         ({"train": source() | {"yields": "lists"}}, ["data.train.yields", "samples"]),
-        ({"train": source("Unequal", kind="shapes")}, ["batch 1 of epoch 1", "cannot be told", "(3, 8), (4,)"]),
+        ({"train": source("Unequal", kind="shapes")}, ["batch 1 of epoch 1", "cannot be determined", "(3, 8), (4,)"]),
         ({"train": source("Unequal", kind="texts")}, ["batch 1 of epoch 1", "without tensors"]),
         ({"train": source("Unequal", kind="empty")}, ["batch 2 of epoch 1", "no samples"]),
         ({"train": {k: v for k, v in source().items() if k != "yields"}}, ["collate", "yields: batches"]),
@@ -311,7 +311,7 @@ def test_samples_of_a_batch_are_the_rows_of_its_tensors_and_else_of_the_target(
 
 @pytest.mark.parametrize("batch", [{"a": torch.zeros(3), "b": torch.zeros(4)}, torch.tensor(1.0), "text", [], 3, None])
 def test_a_batch_whose_samples_cannot_be_counted_is_refused(batch: Any) -> None:
-    with pytest.raises(DataError, match="cannot be told"):
+    with pytest.raises(DataError, match="cannot be determined"):
         rows_of(batch, Fields())
 
 

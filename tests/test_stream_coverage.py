@@ -54,12 +54,12 @@ def steps_of_rank(
         start=start,
         stop=lambda cursor, steps: cursor.epoch >= EPOCHS or steps == stop_after,
         skipped=(),
-        places=places,
+        reader_states=places,
     )
     steps, cursor = [], start
     for window in reading.windows:
         steps.append((window.cursor, {m.slot: m.batch.tolist() for m in window.microbatches if not m.filler}))
-        cursor, places = window.next_cursor, dict(reading.places)
+        cursor, places = window.next_cursor, dict(reading.reader_states)
     return steps, cursor, dict(places)
 
 

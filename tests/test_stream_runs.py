@@ -134,7 +134,7 @@ def test_a_stream_that_shares_itself_out_though_the_runtime_was_to_is_refused_on
             {},
             ["global batch 2 of epoch 1", "the shard is gone"],
         ),
-        ({"target": "tiny_streams:Empty", "sharded_by": "runtime"}, {}, ["nothing in the stream"]),
+        ({"target": "tiny_streams:Empty", "sharded_by": "runtime"}, {}, ["the stream is empty"]),
         (POINTS, {"schedule": {"target": "CosineAnnealingLR"}}, ["schedule.args", "T_max", "stream"]),
         (POINTS, {"shuffle": True}, ["data.shuffle", "own order"]),
     ],
@@ -153,7 +153,7 @@ def test_what_a_stream_cannot_do_is_said(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"source": {"target": "tiny_streams:Empty", "sharded_by": "runtime"}}, "nothing in the stream"),
+        ({"source": {"target": "tiny_streams:Empty", "sharded_by": "runtime"}}, "the stream is empty"),
         (
             {
                 "source": {"target": "tiny_streams:SharedPoints", "sharded_by": "dataset"},

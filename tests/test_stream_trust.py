@@ -120,8 +120,8 @@ OFFENDERS = {
         {},
         "data.train: Unseeded (the data set)",
     ),
-    "a lost shuffle buffer": (streamed("Shuffled"), {}, "is not all of its state"),
-    "a state of tensors": (streamed("StateOfTensors"), {}, "holds what JSON cannot"),
+    "a lost shuffle buffer": (streamed("Shuffled"), {}, "is incomplete"),
+    "a state of tensors": (streamed("StateOfTensors"), {}, "cannot be stored as JSON"),
 }
 SILENT = {
     "global generators": (streamed("Points"), {}),

@@ -142,11 +142,11 @@ def test_a_stream_that_can_tell_its_place_is_not_read_again() -> None:
     iterator = iter(windows)
     for _ in range(30):
         next(iterator)
-    places = dict(windows.places)
+    places = dict(windows.reader_states)
     assert places[0].state == {"place": 300}
     source = Stateful(500)
     samples = StreamSamples(source, sharded_by="runtime", batch_size=10, seed=0)
-    samples.places = places
+    samples.reader_states = places
     rest = StreamWindows(
         samples,
         start=Cursor(0, 30),
@@ -189,7 +189,7 @@ def test_the_place_of_a_stream_that_shares_itself_out_is_that_of_its_next_turn()
     )
     for _, _ in zip(range(30), windows, strict=False):
         pass
-    place = windows.places[0]
+    place = windows.reader_states[0]
     assert (place.epoch, place.number, place.state) == (
         0,
         30 * 2,
@@ -234,5 +234,5 @@ def test_an_epoch_ends_when_every_reader_is_at_its_end(num_workers: int, slots: 
 
 
 def test_an_empty_stream_is_named() -> None:
-    with pytest.raises(DataError, match="nothing in the stream"):
+    with pytest.raises(DataError, match="the stream is empty"):
         steps_of(Numbers(0), batch_size=4, slots=1)

@@ -127,7 +127,7 @@ def test_images_to_predict_lie_in_a_plain_folder_and_are_prepared_as_the_trainin
 def test_a_plain_folder_of_images_is_no_training_data(tmp_path: Path) -> None:
     config, _ = image_job(tmp_path)
     config["data"]["train"]["args"]["folder"] = str(tmp_path / "test")
-    with pytest.raises(LockstepError, match=r"say in data\.fields which part is the target"):
+    with pytest.raises(LockstepError, match=r"name in data\.fields\.target the part"):
         train(config)
 
 

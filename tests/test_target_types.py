@@ -184,7 +184,7 @@ REFUSED: list[Any] = [
         ["(3, 4) float32", "(3, 5) float32", "need the output's shape (3, 4)"],
     ),
     (nn.CrossEntropyLoss, THREE, torch.ones(3, dtype=torch.complex64), ["class numbers", "complex64"]),
-    (nn.CrossEntropyLoss, THREE, torch.tensor([0, 4, 1]), ["4 outputs, for the classes 0 to 3, and a target is 4"]),
+    (nn.CrossEntropyLoss, THREE, torch.tensor([0, 4, 1]), ["4 outputs, for classes 0 to 3, but a target is 4"]),
     (nn.CrossEntropyLoss, THREE, torch.zeros(3, 1, dtype=torch.int64), ["dimension of size 1", "task: classification"]),
     (nn.CrossEntropyLoss, THREE, torch.eye(4)[:3].long(), ["one-hot"]),
     (nn.NLLLoss, THREE, torch.ones(3, 4), ["NLLLoss", "class numbers", "(3, 4) float32"]),
@@ -227,9 +227,9 @@ def test_a_weight_asked_for_beforehand_tells_the_same() -> None:
 @pytest.mark.parametrize(
     ("loss", "output", "target", "words"),
     [
-        (nn.BCEWithLogitsLoss, LOGITS, 2 * YES - 1, "one is -1: -1 and 1 go with SoftMarginLoss"),
+        (nn.BCEWithLogitsLoss, LOGITS, 2 * YES - 1, "one is -1: use SoftMarginLoss for -1 and 1"),
         (nn.BCEWithLogitsLoss, LOGITS, 255 * YES, "one is 255"),
-        (nn.SoftMarginLoss, LOGITS, YES, "one is 0: 0 and 1 go with BCEWithLogitsLoss"),
+        (nn.SoftMarginLoss, LOGITS, YES, "one is 0: use BCEWithLogitsLoss for 0 and 1"),
         (nn.CosineEmbeddingLoss, (SCORES, SCORES), YES, "one is 0"),
         (nn.MarginRankingLoss, (LOGITS, -LOGITS), YES, "one is 0"),
         (nn.MultiLabelSoftMarginLoss, SCORES, 3 * YES[:, None].expand(-1, 4), "one is 3"),

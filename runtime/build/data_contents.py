@@ -14,7 +14,7 @@ from runtime.build.sources import split_key
 from runtime.data.digests import digest
 from runtime.data.loading import MakeLoader
 from runtime.data.order import Order, SamplerOrder
-from runtime.data.probing import GLOBAL_RNGS, Stage, few_of, probe, probe_stream
+from runtime.data.probing import GLOBAL_RNGS, Stage, probe, probe_ids, probe_stream
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
 from runtime.distributed.rank_consistency import agreed
@@ -48,13 +48,13 @@ class DataContents:
         known: digests that are equal on all ranks, of what gives the same when it is read again.
         differing: by part of the data, what gives something else when a sample is read again.
         memory: by part of the data, the data set or transform that overwrites samples, and how.
-        state_lacks: why a training stream cannot go on from the data set's own state; empty if it can, or has none.
+        state_fault: why a training stream cannot go on from the data set's own state; empty if it can, or has none.
     """
 
     known: Known = field(default_factory=dict)
     differing: Mapping[str, UnrepeatableRead] = field(default_factory=dict)
     memory: Mapping[str, str] = field(default_factory=dict)
-    state_lacks: str = ""
+    state_fault: str = ""
 
 
 def contents_of(
@@ -82,7 +82,7 @@ def contents_of(
     known: dict[str, dict[str, str]] = {}
     differing: dict[str, UnrepeatableRead] = {}
     memory: dict[str, str] = {}
-    state_lacks = ""
+    state_fault = ""
     for name, samples in parts.items():
         if samples is None:
             continue
@@ -90,7 +90,10 @@ def contents_of(
         if isinstance(samples, Samples):
             ids = [int(key) for key in before if key.isdigit() and int(key) < len(samples)] if before else None
             found = probe(
-                samples, few_of(len(samples)) if ids is None else ids, times=1 if before else 2, make_loader=make_loader
+                samples,
+                probe_ids(len(samples)) if ids is None else ids,
+                times=1 if before else 2,
+                make_loader=make_loader,
             )
             known[name] = {str(number): one.content for number, one in found.items() if one.content is not None}
             if hasattr(samples.source, "ids"):  # a part that was held out, or what was left
@@ -105,7 +108,7 @@ def contents_of(
             if first.content is not None and samples.sharded_by == "runtime":  # otherwise each rank has another one
                 known[name] = {_BEGINNING: first.content}
             stage = first.differs
-            state_lacks = first.state_lacks if name == "train" else state_lacks
+            state_fault = first.state_fault if name == "train" else state_fault
         if stage is not None:
             differing[name] = UnrepeatableRead(samples.name_of(stage), stage, stream=isinstance(samples, StreamSamples))
     if isinstance(order, SamplerOrder):
@@ -116,7 +119,7 @@ def contents_of(
     common = agreed(
         known, may_differ=(_BEGINNING, _DRAWN), host=socket.gethostname(), device=strategy.device, where=_where
     )
-    return DataContents(common, differing, memory, state_lacks)
+    return DataContents(common, differing, memory, state_fault)
 
 
 def does_not_repeat(part: str, differing: UnrepeatableRead) -> str:

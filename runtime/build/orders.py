@@ -110,7 +110,7 @@ def _order_by_values(
             of("budget", "lengths", data.budget.lengths),
             budget=data.budget.tokens,
             seed=seed,
-            most_samples=batch_size,
+            max_samples=batch_size,
             padded=data.budget.padded,
             shuffle=data.shuffle is not False,
             stretch_batches=data.budget.stretch_batches,

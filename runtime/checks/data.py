@@ -28,9 +28,9 @@ def check_samples_repeat(strategy: Strategy, prepared: RunComponents, warn: Call
         warn(does_not_repeat(part, differing))
     for part, fault in contents.memory.items():
         warn(f"{'.'.join(split_key(part))}: {fault}")
-    if contents.state_lacks:
+    if contents.state_fault:
         warn(
-            f"data.train: what {prepared.data.samples.name_of('the data set')}.state_dict() returns {contents.state_lacks} (a "
+            f"data.train: what {prepared.data.samples.name_of('the data set')}.state_dict() returns {contents.state_fault} (a "
             "shuffle buffer's content may be missing): a resumed run reads the stream again from its beginning, which is exact "
             "and takes as long as reading so far did"
         )

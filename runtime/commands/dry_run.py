@@ -33,7 +33,7 @@ from runtime.determinism import default_determinism
 from runtime.errors import ConfigurationError, DataError, ForwardError, ObjectiveError, Problem
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.weighted_sum import WeightedSum
-from runtime.objective import Objective, TrainingModule, shown
+from runtime.objective import Objective, TrainingModule, describe
 from runtime.optimization.averaging import batch_norms
 from runtime.optimization.combined import members
 from runtime.optimization.freezing import Freezing
@@ -96,9 +96,9 @@ def show(
     table = Table(show_header=False, box=None, padding=(0, 2))
     for label, text in (
         *_steps(values.data, values.batch.global_size, values.limit, data, held_out),
-        ("a sample", f"{shown(data.first_batch(1))} (a batch of one)")
+        ("a sample", f"{describe(data.first_batch(1))} (a batch of one)")
         if values.data.unit == "samples"
-        else ("a batch", f"{shown(data.first_batch(1))} (as the stream yields it)"),
+        else ("a batch", f"{describe(data.first_batch(1))} (as the stream yields it)"),
         *_slots(values.batch, slots, processes, unit=unit),
         *memory,
         ("loss", "\n".join(_losses(values.objective, module.objective))),

@@ -1,1 +1,1 @@
-"""Data: which samples make up a step, how they are read, cut into slots and shared out over ranks."""
+"""Data: the samples of each step, how they are read, split into slots and assigned to ranks."""

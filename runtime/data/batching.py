@@ -1,6 +1,6 @@
-"""Orders that follow from a value of each sample: similar lengths together, batches by budget, balanced classes.
+"""Orders based on one value per sample: grouping by length, batches by token budget, balanced classes.
 
-Each epoch's batches are a function of (seed, epoch, values), computed on every rank alike.
+Each epoch's batches are a function of (seed, epoch, values), computed identically on every rank.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from runtime.data.order import EpochOrder, Ids, KeyedPermutation, OwnOrder, digest_of_values
+from runtime.data.order import BuiltInOrder, EpochOrder, Ids, KeyedPermutation, digest_of_values
 from runtime.errors import DataError
 from runtime.randomness import Purpose, derive
 
-_BLOCK = 4096  # draws of a class made at once
+_BLOCK = 4096  # draws of a class computed at once
 
 Numbers = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
@@ -22,15 +22,15 @@ Numbers = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 class LengthGroupedOrder(EpochOrder):
     """Batches of samples of similar length, every sample once per epoch.
 
-    A keyed permutation is cut into stretches of ``stretch_batches`` batches; within each, samples are sorted by length, the
+    A keyed permutation is split into stretches of ``stretch_batches`` batches; within each, samples are sorted by length,
     longest first, and the batches of all stretches are then shuffled. (transformers' ``group_by_length`` leaves them sorted,
-    so that lengths fall and jump in turn.) The smaller last batch stays last.
+    so that lengths follow a sawtooth.) The smaller last batch stays last.
 
     Args:
         lengths: of each sample, (samples,).
         batch_size: samples of a global batch.
         drop_last: leave out the last, smaller batch: the last samples of the permutation, whatever their length.
-        stretch_batches: the larger, the more alike are the lengths, and the less random the batches.
+        stretch_batches: larger values give more similar lengths and less random batches.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class LengthGroupedOrder(EpochOrder):
 
 
 class BudgetOrder(EpochOrder):
-    """Batches of as many samples as a budget of tokens (or any cost) allows, every sample once per epoch.
+    """Batches filled up to a budget of tokens (or any cost), every sample once per epoch.
 
-    With shuffling, samples come in a keyed permutation; ``padded`` ones sorted by length within stretches of about
-    ``stretch_batches`` batches, since a batch costs what its longest sample does. Batches are then shuffled.
+    With shuffling, samples come in a keyed permutation; ``padded`` ones are sorted by length within stretches of about
+    ``stretch_batches`` batches, since the longest sample sets the cost of a batch. Batches are then shuffled.
 
     Args:
-        lengths: of each sample, (samples,): its tokens, or what it costs.
-        budget: most tokens in a batch.
-        padded: each sample counts as long as the longest of its batch, as after padding; else as long as it is.
-        most_samples: most samples in a batch, however short.
+        lengths: of each sample, (samples,): its tokens, or its cost.
+        budget: maximum tokens in a batch.
+        padded: count each sample with the length of the longest in its batch, as after padding; else with its own length.
+        max_samples: maximum samples in a batch, however short.
 
     Raises:
-        DataError: a sample alone is above the budget.
+        DataError: a single sample exceeds the budget.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class BudgetOrder(EpochOrder):
         *,
         budget: float,
         seed: int,
-        most_samples: int,
+        max_samples: int,
         padded: bool = True,
         shuffle: bool = True,
         stretch_batches: int = 50,
@@ -90,17 +90,17 @@ class BudgetOrder(EpochOrder):
         over = np.flatnonzero(lengths > budget)
         if over.size:
             raise DataError(
-                f"sample {over[0]} alone has {lengths[over[0]]} tokens, above data.budget.tokens {budget} (so have "
-                f"{over.size} of {len(lengths)} samples): raise the budget, or shorten them"
+                f"sample {over[0]} alone has {lengths[over[0]]} tokens, more than data.budget.tokens {budget} (true of "
+                f"{over.size} of {len(lengths)} samples): raise the budget, or shorten the samples"
             )
         self._lengths = lengths
         self._budget = budget
-        self._most_samples = most_samples
+        self._max_samples = max_samples
         self._seed = seed
         self._padded = padded
         self._shuffle = shuffle
         mean = max(float(lengths.mean()), 1e-9) if len(lengths) else 1.0
-        self._stretch = stretch_batches * max(1, min(most_samples, int(min(budget / mean, 2**31))))
+        self._stretch = stretch_batches * max(1, min(max_samples, int(min(budget / mean, 2**31))))
 
     def basis(self) -> str:
         """See :class:`runtime.data.order.Order`."""
@@ -119,24 +119,24 @@ class BudgetOrder(EpochOrder):
         start, total, longest = 0, 0.0, 0.0
         for place, length in enumerate(self._lengths[ids].tolist()):
             total, longest, count = total + length, max(longest, length), place + 1 - start
-            if (longest * count if self._padded else total) > self._budget or count > self._most_samples:
+            if (longest * count if self._padded else total) > self._budget or count > self._max_samples:
                 yield ids[start:place]
                 start, total, longest = place, length, length
         if start < len(ids):
             yield ids[start:]
 
 
-class BalancedOrder(OwnOrder):
+class BalancedOrder(BuiltInOrder):
     """Each class equally often, whatever its size; each member of a class equally often.
 
-    Each class is an endless stream: one keyed permutation of its members after another. Every epoch goes on where the last
-    one stopped, takes as many of each class (to within one), and shuffles what it took. So small classes repeat within an
-    epoch, and large ones take several epochs to be seen whole.
+    Each class is an endless stream: one keyed permutation of its members after another. Every epoch continues where the
+    last one stopped, takes the same number of each class (to within one), and shuffles the result. So small classes repeat
+    within an epoch, and large ones take several epochs to be seen completely.
 
     Args:
-        classes: of each sample, (samples,) of any type that can be sorted.
+        classes: of each sample, (samples,) of any sortable type.
         batch_size: samples of a global batch.
-        num_samples: draws of an epoch. Default: as many as there are samples.
+        num_samples: draws of an epoch. Default: the number of samples.
         drop_last: leave out the last, smaller batch.
     """
 
@@ -175,7 +175,7 @@ class BalancedOrder(OwnOrder):
         return self._drawn[1][index * self._batch_size : (index + 1) * self._batch_size]
 
     def _draw(self, epoch: int) -> Ids:
-        # Draw t of the run (over all epochs) is of class t modulo the number of classes.
+        # Draw t of the run (over all epochs) comes from class t modulo the number of classes.
         first, last = epoch * self._draws, (epoch + 1) * self._draws
         num_classes = len(self._members)
         taken = [
@@ -186,13 +186,13 @@ class BalancedOrder(OwnOrder):
         return drawn[_shuffled(len(drawn), self._seed, epoch)]
 
     def _stretch(self, number: int, start: int, stop: int) -> Ids:
-        """Return draws ``start`` to ``stop`` of a class's stream, whose permutations are made in blocks."""
+        """Return draws ``start`` to ``stop`` of a class's stream, whose permutations are computed in blocks."""
         members = self._members[number]
         size = len(members)
         turns = max(1, _BLOCK // size)
         parts = [np.zeros(0, dtype=np.int64)]
         for block in range(start // (size * turns), -(-stop // (size * turns))):
-            # Sorting random numbers: the bits of Philox are the same in every version of NumPy, its permutations not.
+            # Sort random numbers: Philox's bits are the same in every version of NumPy, its permutations are not.
             bits = np.random.Philox(key=derive(self._seed, Purpose.ORDER, block, 2 + number)).random_raw(size * turns)
             order = np.argsort(bits.reshape(turns, size), axis=1, kind="stable").ravel()
             offset = block * size * turns

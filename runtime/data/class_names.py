@@ -1,4 +1,4 @@
-"""The names of a data set's classes, in the order of their numbers, as torchvision, Hugging Face and others give them."""
+"""A data set's class names, in the order of the class numbers, as torchvision, Hugging Face and others provide them."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from runtime.data.splitting import Subset, TensorSubset
 
 
 def class_names(source: Any, target: Name | Sequence[Name] | None) -> list[str] | None:
-    """Return what a data set calls its classes, or None if it does not say, or a function of the user's renumbers them.
+    """Return a data set's class names, or None if it has none or a user's ``target_transform`` may renumber them.
 
-    That is its ``classes`` or ``class_to_idx`` (Lockstep's readers, torchvision's data sets, the user's own), or the names of a
+    They come from ``classes`` or ``class_to_idx`` (Lockstep's readers, torchvision's data sets, the user's own), or from a
     Hugging Face column of ``ClassLabel``.
 
     Args:
-        target: part of a batch, or several, that the target is; the column for Hugging Face's data sets.
+        target: the part or parts of a batch that are the target; for Hugging Face data sets the column.
     """
     if isinstance(source, Subset | TensorSubset | ArrowRows):
         return class_names(source.source, target)
     if isinstance(source, TorchSubset):
         return class_names(source.dataset, target)
     if isinstance(source, ConcatDataset):
-        found = [class_names(part, target) for part in source.datasets]
-        return found[0] if all(names == found[0] for names in found) else None
+        of_parts = [class_names(part, target) for part in source.datasets]
+        return of_parts[0] if all(names == of_parts[0] for names in of_parts) else None
     if getattr(source, "target_transform", None) is not None:
         return None
     features = getattr(source, "features", None)
     if isinstance(features, Mapping):
-        return _named(_of_feature(features.get("target" if target is None else target)))
+        return _as_texts(_label_names(features.get("target" if target is None else target)))
     classes = getattr(source, "classes", None)
-    return _named(getattr(source, "class_to_idx", None) if classes is None else classes)
+    return _as_texts(getattr(source, "class_to_idx", None) if classes is None else classes)
 
 
-def _of_feature(feature: Any) -> Any:
-    """Return the names of a ClassLabel, or of a list of them."""
+def _label_names(feature: Any) -> Any:
+    """Return the names of a ClassLabel, or of a list of ClassLabels."""
     while feature is not None and not hasattr(feature, "names"):
         feature = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
     return getattr(feature, "names", None)
 
 
-def _named(classes: Any) -> list[str] | None:
-    """Return names as texts: of several for one class, as ImageNet's synonyms, all of them."""
-    if isinstance(classes, Mapping):  # a number's name, or a name's number
+def _as_texts(classes: Any) -> list[str] | None:
+    """Return one text per class, joining several names of one class, such as ImageNet's synonyms."""
+    if isinstance(classes, Mapping):  # number to name, or name to number
         by_number = (
             classes if all(isinstance(key, int) for key in classes) else {n: name for name, n in classes.items()}
         )

@@ -1,4 +1,4 @@
-"""Batches of samples that vary in length."""
+"""Collate samples that vary in length."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Name = str | int
 
 
 class PaddingCollate:
-    """Collate samples, padding parts that vary along their first axis to the longest of the microbatch.
+    """Collate samples, padding parts that vary along their first axis to the longest in the microbatch.
 
-    Samples are tensors, arrays, numbers or lists of numbers, in mappings and tuples nested at will; what does not vary is
-    stacked as by torch's ``default_collate``. A part is called by its key, or its position in a tuple; one further in by its
-    path, ``inputs.tokens``.
+    Samples are tensors, arrays, numbers or lists of numbers, in arbitrarily nested mappings and tuples; parts that do not
+    vary are stacked as by torch's ``default_collate``. A part is named by its key, or its position in a tuple; a nested one
+    by its path, such as ``inputs.tokens``.
 
     Args:
-        value: what is filled in.
-        parts: which parts are padded (the others must agree in shape), or part to its own value: ``{input_ids: 0,
+        value: padding value.
+        parts: parts to pad (the others must agree in shape), or a mapping of part to padding value: ``{input_ids: 0,
             target: -100}``. Default: all whose lengths differ in the microbatch.
         multiple_of: pad to the next multiple of this length; needs ``parts``.
-        mask: name of a further part: (samples, length) bool, True where a sample has values. Of the first of ``parts``.
-        lengths: name of a further part: (samples,) int64, the lengths before padding. Of the first of ``parts``.
+        mask: name of an added part: (samples, length) bool, True where the first of ``parts`` has values.
+        lengths: name of an added part: (samples,) int64, the lengths of the first of ``parts`` before padding.
 
-    A batch of tuples has the further parts at its end, the mask first.
+    A batch of tuples has the added parts at its end, the mask first.
 
     Raises:
         DataError: samples differ in their parts, or in the shape of a part that is not padded.
@@ -50,69 +50,71 @@ class PaddingCollate:
         if multiple_of < 1:
             raise DataError(f"Padded: multiple_of={multiple_of} must be at least 1")
         if not parts and (multiple_of > 1 or mask or lengths):
-            raise DataError("Padded: 'multiple_of', 'mask' and 'lengths' need 'parts': which parts are sequences")
+            raise DataError("Padded: 'multiple_of', 'mask' and 'lengths' need 'parts', the parts that are sequences")
         self._value = value
-        stated = parts if isinstance(parts, Mapping) else dict.fromkeys(parts or (), value)
-        self._values = {str(name): filled for name, filled in stated.items()}
+        values = parts if isinstance(parts, Mapping) else dict.fromkeys(parts or (), value)
+        self._values = {str(name): padding for name, padding in values.items()}
         self._multiple_of = multiple_of
         self._mask, self._lengths = mask, lengths
 
     def __call__(self, samples: list[Any]) -> Any:
         """Return one batch."""
-        found: dict[str, list[int]] = {}
-        batch = self._collated(samples, "", found)
-        unknown = [name for name in self._values if name not in found]
+        lengths: dict[str, list[int]] = {}  # by part, filled while collating
+        batch = self._collated(samples, "", lengths)
+        unknown = [name for name in self._values if name not in lengths]
         if unknown:
-            raise DataError(f"Padded: samples have no part {unknown[0]!r} to pad{did_you_mean(unknown[0], found)}")
-        return self._with_lengths(batch, found) if self._mask or self._lengths else batch
+            raise DataError(f"Padded: samples have no part {unknown[0]!r} to pad{did_you_mean(unknown[0], lengths)}")
+        return self._with_lengths(batch, lengths) if self._mask or self._lengths else batch
 
-    def _collated(self, samples: list[Any], path: str, found: dict[str, list[int]]) -> Any:
+    def _collated(self, samples: list[Any], path: str, lengths: dict[str, list[int]]) -> Any:
         first = samples[0]
         if isinstance(first, Mapping):
             if any(sample.keys() != first.keys() for sample in samples):
                 raise DataError(f"Padded: samples differ in their keys{f' at {path}' * bool(path)}")
-            return {key: self._collated([s[key] for s in samples], _joined(path, key), found) for key in first}
+            return {key: self._collated([s[key] for s in samples], _joined(path, key), lengths) for key in first}
         if isinstance(first, tuple) or (isinstance(first, list) and not _all_numbers(first)):
             if any(len(sample) != len(first) for sample in samples):
                 raise DataError(f"Padded: samples differ in their number of parts{f' at {path}' * bool(path)}")
-            made = [self._collated(list(s), _joined(path, n), found) for n, s in enumerate(zip(*samples, strict=True))]
-            return type(first)(*made) if hasattr(first, "_fields") else tuple(made)
+            parts = [
+                self._collated(list(s), _joined(path, n), lengths) for n, s in enumerate(zip(*samples, strict=True))
+            ]
+            return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
         if isinstance(first, Tensor | np.ndarray | list):
-            return self._stacked([torch.as_tensor(sample) for sample in samples], path, found)
+            return self._stacked([torch.as_tensor(sample) for sample in samples], path, lengths)
         return default_collate(samples)
 
-    def _stacked(self, tensors: list[Tensor], path: str, found: dict[str, list[int]]) -> Tensor:
-        name = path or "0"  # samples that are nothing but one tensor
-        lengths = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
-        found[name] = lengths
+    def _stacked(self, tensors: list[Tensor], path: str, lengths: dict[str, list[int]]) -> Tensor:
+        name = path or "0"  # a sample that is a single tensor
+        sizes = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
+        lengths[name] = sizes
         listed = name in self._values
-        if not listed and (self._values or len(set(lengths)) == 1):
+        if not listed and (self._values or len(set(sizes)) == 1):
             if any(tensor.shape != tensors[0].shape for tensor in tensors):
                 raise DataError(f"Padded: part {name!r} differs in shape ({_shapes(tensors)}) and is not among 'parts'")
             return torch.stack(tensors)
         if any(tensor.ndim == 0 or tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
             raise DataError(f"Padded: part {name!r} must agree in all but its first axis, not {_shapes(tensors)}")
-        longest = -(-max(lengths) // self._multiple_of) * self._multiple_of
+        longest = -(-max(sizes) // self._multiple_of) * self._multiple_of
         value = self._values.get(name, self._value)
-        behind = [0, 0] * (tensors[0].ndim - 1)
+        other_axes = [0, 0] * (tensors[0].ndim - 1)
         return torch.stack(
-            [F.pad(t, [*behind, 0, longest - size], value=value) for t, size in zip(tensors, lengths, strict=True)]
+            [F.pad(t, [*other_axes, 0, longest - size], value=value) for t, size in zip(tensors, sizes, strict=True)]
         )
 
-    def _with_lengths(self, batch: Any, found: dict[str, list[int]]) -> Any:
-        lengths = torch.tensor(found[next(iter(self._values))])
-        longest = -(-int(lengths.max()) // self._multiple_of) * self._multiple_of
-        further: dict[str, Tensor] = {}
+    def _with_lengths(self, batch: Any, lengths: dict[str, list[int]]) -> Any:
+        sizes = torch.tensor(lengths[next(iter(self._values))])
+        longest = -(-int(sizes.max()) // self._multiple_of) * self._multiple_of
+        added: dict[str, Tensor] = {}
         if self._mask:
-            further[self._mask] = torch.arange(longest) < lengths[:, None]
+            added[self._mask] = torch.arange(longest) < sizes[:, None]
         if self._lengths:
-            further[self._lengths] = lengths
+            added[self._lengths] = sizes
         if not isinstance(batch, Mapping):
-            return (*(batch if isinstance(batch, tuple) else (batch,)), *further.values())
-        taken = [name for name in further if name in batch]
+            return (*(batch if isinstance(batch, tuple) else (batch,)), *added.values())
+        taken = [name for name in added if name in batch]
         if taken:
-            raise DataError(f"Padded: samples have a part {taken[0]!r} already; choose another name")
-        return {**batch, **further}
+            raise DataError(f"Padded: samples already have a part {taken[0]!r}; choose another name")
+        return {**batch, **added}
 
 
 def _joined(path: str, key: Any) -> str:

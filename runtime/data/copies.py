@@ -1,4 +1,4 @@
-"""Copies of samples, and streams whose items lie in memory that is filled again for later ones."""
+"""Copy samples, and protect items of streams that reuse one buffer for later items."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from runtime.data.digests import digest
 Array = npt.NDArray[Any]
 
 _DEPTH = 8  # of nested objects
-_MOST_BYTES = 8192  # of each tensor that is compared with its copy
+_MAX_BYTES = 8192  # compared, of each tensor and its copy
 
 
 def copied(sample: Any) -> Any:
-    """Copy a sample, or several; return it as it is where it cannot be copied.
+    """Return a deep copy of a sample, or the sample itself if it cannot be copied.
 
-    Of a tensor that is a row of a larger one only the row is copied; ``deepcopy`` alone would copy the larger one. Parts that
-    lie in the same memory do so in the copy.
+    For a tensor that is a row of a larger one, only the row is copied; ``deepcopy`` alone would copy the larger one. Parts
+    that share memory share it in the copy too.
     """
     clones: dict[Any, Any] = {}
     memo: dict[int, Any] = {}
@@ -35,19 +35,19 @@ def copied(sample: Any) -> Any:
                 clones[key] = _cloned(part)
             memo[id(part)] = clones[key]
         return deepcopy(sample, memo)
-    except Exception:  # whatever a user's class raises
+    except Exception:  # a user's class may raise anything
         return sample
 
 
-class OwnMemory:
-    """Takes items from a stream so that later items do not change earlier ones.
+class AliasGuard:
+    """Takes items from a stream so that later items do not overwrite earlier ones.
 
-    A stream may fill one buffer again for each item, which is right for a reader that uses each before it asks for the next.
-    The first items are copied as they come; if one of them has changed by the time all are read, every item is copied from
-    then on, otherwise none.
+    A stream may reuse one buffer for all items, which is correct for a reader that uses each before asking for the next.
+    The first items are copied as they come; if one of them has changed once all are read, every item is copied from then
+    on, otherwise none.
 
     Args:
-        watched: how many items are held at once; none that is changed later than after so many is seen changed.
+        watched: number of first items to check: the most that are held at once. Later overwrites are not noticed.
     """
 
     def __init__(self, watched: int) -> None:
@@ -55,9 +55,9 @@ class OwnMemory:
         self._first: list[tuple[Any, Any]] = []
         self._copies = False
 
-    def begun(self) -> OwnMemory:
-        """Return what takes items of an iteration that begins: this, unless it was interrupted while it watched."""
-        return self if not self._left else OwnMemory(self._watched)
+    def for_new_iteration(self) -> AliasGuard:
+        """Return the guard for an iteration that begins: this one, unless it was interrupted while checking."""
+        return self if not self._left else AliasGuard(self._watched)
 
     def take(self, iterator: Iterator[Any], size: int) -> list[Any]:
         """Return the next items of a stream, fewer at its end."""
@@ -74,13 +74,13 @@ class OwnMemory:
             self._first.append((item, taken[-1]))
         self._left = max(0, self._left - size)
         if not self._left:
-            self._copies = any(_seen(item) != _seen(copy) for item, copy in self._first)
+            self._copies = any(_digest(item) != _digest(copy) for item, copy in self._first)
             self._first = []
         return taken
 
 
-def _seen(item: Any) -> str:
-    return digest(item, most_bytes=_MOST_BYTES)
+def _digest(item: Any) -> str:
+    return digest(item, max_bytes=_MAX_BYTES)
 
 
 def _cloned(part: Tensor | Array) -> Tensor | Array:
@@ -88,7 +88,7 @@ def _cloned(part: Tensor | Array) -> Tensor | Array:
 
 
 def _address(part: Tensor | Array) -> int:
-    """Return where an array's first element is; 0 where there is none, or torch does not say."""
+    """Return the address of an array's first element; 0 if it has none or the layout has no address."""
     if isinstance(part, np.ndarray):
         return int(part.ctypes.data) if part.size else 0
     return part.data_ptr() if part.layout == torch.strided and part.numel() else 0

@@ -1,6 +1,6 @@
-"""Which part of a batch is what: model inputs, target, weight, id, group; said by name in the YAML (``data.fields``).
+"""Roles of a batch's parts: model inputs, target, weight, id, group; named in the YAML (``data.fields``).
 
-A batch is a mapping, whose parts have keys, or a tuple, whose parts have positions. Without names a batch is
+A batch is a mapping, whose parts have keys, or a tuple, whose parts have positions. By default a batch is
 ``(inputs, target)`` or a mapping with these two keys.
 """
 
@@ -19,7 +19,7 @@ Name = str | int
 
 
 COLUMN = "column:"
-"""How what ``prediction.columns`` hold begins where it is a part of the data."""
+"""Prefix in ``prediction.columns`` of a part of the data."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Fields:
     """Reads the parts of a batch.
 
     Args:
-        inputs: one part, whose value is what the model is called with; several, which become keyword arguments of these
-            names (positional ones where parts have positions); or argument to part. Default: ``inputs``, or position 0.
-        target: what the output is compared with; several parts become a tuple. Default: ``target``, or position 1. Where one
-            of the two is said, the other is by default the key of its name, or the only position that nothing names.
+        inputs: one part, passed to the model; several, passed as keyword arguments of these names (as positional ones
+            where parts have positions); or a mapping of argument to part. Default: ``inputs``, or position 0.
+        target: target of the loss; several parts become a tuple. Default: ``target``, or position 1. If only one of the two
+            is given, the other defaults to the key of its name, or to the only position not named otherwise.
         weight: weight of each sample (or of each element of the target).
-        id: what a sample is called in predictions.
+        id: name of a sample in predictions.
         group: the query or user that a sample belongs to, for ranking metrics.
-        output: which part of what the model returns is its output; a key, an attribute or a position.
+        output: the part of the model's return value that is its output; a key, an attribute or a position.
     """
 
     inputs: Name | Sequence[Name] | Mapping[str, Name] | None = None
@@ -50,10 +50,10 @@ class Fields:
         object.__setattr__(self, "_names_nothing", all(part is None for part in parts))
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the positional and the keyword arguments that the model is called with."""
+        """Return the positional and the keyword arguments of the model call."""
         names = self.inputs
         if self._names_nothing and type(batch) is tuple and len(batch) == 2 and type(batch[0]) is Tensor:
-            return (batch[0],), {}  # the commonest batch: what follows takes 2 µs
+            return (batch[0],), {}  # the most common batch: the code below takes 2 µs
         if isinstance(names, Mapping):
             return (), {argument: part_of(batch, name) for argument, name in names.items()}
         if isinstance(names, Sequence) and not isinstance(names, str):
@@ -68,7 +68,7 @@ class Fields:
         return (inputs,), {}
 
     def target_of(self, batch: Any) -> Any:
-        """Return what the output is compared with."""
+        """Return the target."""
         name = self.target
         if name is None:
             if self._names_nothing and type(batch) is tuple and len(batch) == 2:
@@ -89,27 +89,27 @@ class Fields:
         return None if self.group is None else part_of(batch, self.group)
 
     def _default(self, batch: Any, key: str, position: int) -> Name:
-        """Return where inputs or target are if the configuration does not say: what it names is neither."""
+        """Return where inputs or target are if the configuration does not name them: not where it names other parts."""
         named = self._named(self.target if key == "inputs" else self.inputs)
         if isinstance(batch, Mapping):
-            wanted = {key} if named else {"inputs", "target"}
-            if wanted <= set(batch) and key not in named:
+            needed = {key} if named else {"inputs", "target"}
+            if needed <= set(batch) and key not in named:
                 return key
         elif isinstance(batch, list | tuple):
             others = {name for name in (self.weight, self.id, self.group) if name is not None}
             left = [place for place in range(len(batch)) if place not in named | others]
             if named and len(left) == 1:
                 return left[0]
-            # What is neither inputs nor target has been named.
+            # Every part that is neither inputs nor target is named.
             if not named and 2 <= len(batch) <= 2 + len(others) and position < len(left):
                 return left[position]
-        which = {
-            "inputs": "inputs, what the model is called with",
-            "target": "target, what its output is compared with",
+        roles = {
+            "inputs": "the inputs of the model",
+            "target": "the target that its output is compared with",
         }
         raise ObjectiveError(
-            f"the batch must be (inputs, target) or have the keys 'inputs' and 'target', not {_shape(batch)}; or say in "
-            f"data.fields which part is the {which[key]}"
+            f"the batch must be (inputs, target) or have the keys 'inputs' and 'target', not {_shape(batch)}; or name in "
+            f"data.fields.{key} the part that is {roles[key]}"
         )
 
     @staticmethod
@@ -122,7 +122,7 @@ class Fields:
         return set(names.values() if isinstance(names, Mapping) else names)
 
     def output_of(self, returned: Any) -> Any:
-        """Return the part of what the model returned that is its output.
+        """Return the output part of the model's return value.
 
         Raises:
             ObjectiveError: there is no such part.
@@ -135,7 +135,7 @@ class Fields:
             return returned[self.output]
         except (KeyError, IndexError, TypeError) as error:
             raise ObjectiveError(
-                f"model.output: what the model returns has no {self.output!r}: it is {_shape(returned)}"
+                f"model.output: the model's return value has no {self.output!r}: it is {_shape(returned)}"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""The loader: torch's DataLoader, whose workers live as long as the run, have no state, and are never waited for in vain."""
+"""The loader: torch's DataLoader with stateless workers that live as long as the run; waiting for them has a timeout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runtime.errors import DataError, causes
 from runtime.output import protect_output
 
 MakeLoader = Callable[..., Iterable[Any]]
-"""Makes what yields batches, of a data set and a ``batch_sampler`` of :class:`SlotIndex`."""
+"""Returns an iterable of batches, given a data set and a ``batch_sampler`` of :class:`SlotIndex`."""
 
 
 def loader_factory(
@@ -33,18 +33,18 @@ def loader_factory(
     worker_init: Callable[[int], Any] | None = None,
     closing: ExitStack | None = None,
 ) -> MakeLoader:
-    """Return a maker of loaders with these options; a worker is told nothing, so it has no state of its own.
+    """Return a function that makes loaders with these options. Workers receive only indices, so they have no state.
 
-    Without workers and pinned memory there is nothing for a DataLoader to do, and it would cost 50 µs a batch.
+    Without workers and pinned memory no DataLoader is used: it would do nothing, at 50 µs per batch.
 
     Args:
-        closing: where the same data is read again and again: workers then live until this is closed.
+        closing: for data that is read repeatedly: workers then live until this is closed.
     """
     if num_workers == 0 and not pin_memory:
         return read_here
     make_loader = partial(
         DataLoader,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
@@ -61,7 +61,7 @@ def loader_factory(
 
 
 class LastingLoader:
-    """Makes one loader, of one data set, and gives it the indices of one pass after the other. Its workers live on."""
+    """One loader of one data set for several passes, so that its workers persist between passes."""
 
     def __init__(self, make_loader: MakeLoader) -> None:
         self._make_loader = make_loader
@@ -70,7 +70,7 @@ class LastingLoader:
         self._samples: Any = None
 
     def __call__(self, samples: Any, *, batch_sampler: Iterator[Any]) -> Iterable[Any]:
-        """Return the loader; what was left of the last pass is dropped when it is iterated again."""
+        """Return the loader; iterating it again drops what was left of the last pass."""
         assert self._samples in (None, samples), "a lasting loader reads one data set"
         self._passes.indices = batch_sampler
         if self._loader is None:
@@ -86,7 +86,7 @@ class LastingLoader:
 
 
 class _Passes:
-    """A batch sampler of the present pass's indices."""
+    """A batch sampler of the current pass's indices."""
 
     indices: Iterator[Any] = iter(())
 
@@ -103,7 +103,7 @@ def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Itera
     try:
         batches = iter(make_loader(samples, batch_sampler=indices))
         for worker in getattr(batches, "_workers", ()):
-            # It ignores SIGTERM, so torch and Python would wait for it for ever.
+            # Workers ignore SIGTERM, so torch and Python would wait for them forever.
             worker._popen.terminate = worker._popen.kill
         for batch in batches:
             if isinstance(batch, SampleFailure):
@@ -117,50 +117,51 @@ def read(samples: Any, indices: Iterator[Any], make_loader: MakeLoader) -> Itera
 
 
 def lost_worker(error: BaseException) -> DataError | None:
-    """Return what to say of an error that came of a loader worker's end; None of all others.
+    """Return the error to report if ``error`` was caused by the death or timeout of a loader worker, else None.
 
     Torch raises it in a signal handler, so wherever the main thread happens to be: in the user's model, in an evaluation, or
     while a file is written (torch 2.13, ``_set_SIGCHLD_handler``).
     """
     for cause in causes(error):
         if isinstance(cause, RuntimeError) and "DataLoader" in str(cause):
-            return DataError(_what_was_lost(str(cause)))
+            return DataError(_lost_worker_message(str(cause)))
     return None
 
 
-def _what_was_lost(reason: str) -> str:
-    late = re.search(r"timed out after (\S+) seconds", reason)
-    if late is not None:
+def _lost_worker_message(reason: str) -> str:
+    timeout = re.search(r"timed out after (\S+) seconds", reason)
+    if timeout is not None:
         return (
-            f"data.loader.timeout_seconds: no loader worker gave a batch within {late[1]} s, so reading is slower than that or "
-            "hangs; raise it (0 waits without end), or look at what the data set waits for"
+            f"data.loader.timeout_seconds: no loader worker returned a batch within {timeout[1]} s: reading is too slow or "
+            "hangs; raise it (0 disables the timeout), or check what the data set waits for"
         )
     return (
-        f"a loader worker was lost ({reason}); a killed worker is mostly out of memory or shared memory: "
+        f"a loader worker was lost ({reason}); usually it was killed because memory or shared memory ran out: "
         "lower data.loader.num_workers or prefetch_factor"
     )
 
 
 def read_here(samples: Any, *, batch_sampler: Iterator[Any]) -> Iterator[Any]:
-    """Read in this process: a loader without workers."""
+    """Read in this process, without workers."""
     return map(samples.__getitems__, batch_sampler)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(own: Callable[[int], Any] | None, worker: int) -> None:
-    """Leave SIGINT, SIGTERM, SIGUSR1 and SIGHUP to the training process; a worker ends with its parent.
+def _start_worker(worker_init: Callable[[int], Any] | None, worker: int) -> None:
+    """Ignore SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which the training process handles, and exit with the parent.
 
-    Torch's own watch begins behind this, so it would take whoever adopts the worker of a dead process for its parent.
+    Torch's own check of the parent starts after this, so if the parent is already dead it would take the process that
+    adopted the worker for its parent.
     """
     protect_output()
     threading.Thread(target=_end_with_parent, name="lockstep-orphan", daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if own is not None:
-        own(worker)
+    if worker_init is not None:
+        worker_init(worker)
 
 
 def _end_with_parent() -> None:

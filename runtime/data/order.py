@@ -1,7 +1,7 @@
-"""Which samples make up a global batch: any batch of any epoch, at once, without walking there.
+"""The samples of each global batch: any batch of any epoch in constant time, without iterating up to it.
 
 An order is a function of (seed, epoch, batch), equal on every rank. Shuffling is a keyed permutation of [0, N), computed
-for the positions that are asked for; no array of size N exists.
+only for the requested positions; no array of size N exists.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from runtime.randomness import Purpose, derive, mix, preserved_random_state, see
 
 Ids = npt.NDArray[np.int64]
 
-_ROUNDS = 12  # enough that tiny sets see every permutation about equally often
-_BLOCK = 8192  # positions enciphered at once: the cost per id falls from 0.5 to 0.1 µs
+_ROUNDS = 12  # enough for all permutations of tiny sets to be about equally frequent
+_BLOCK = 8192  # positions enciphered at once: reduces the cost per id from 0.5 to 0.1 µs
 _HALF = np.uint64(32)
 _CPU = torch.device("cpu")
 
@@ -38,26 +38,26 @@ class Order(Protocol):
         ...
 
     def basis(self) -> str:
-        """Return a digest of the user's values that it follows from; empty if there are none."""
+        """Return a digest of the user's values that the order depends on; empty if there are none."""
         ...
 
     def drawn_until(self, epoch: int) -> int:
-        """Return a digest, below 2**32, of what user code has drawn for this epoch and those before; 0 if nothing."""
+        """Return a digest, below 2**32, of the user code's draws up to and including this epoch; 0 if there are none."""
         ...
 
 
 def digest_of_values(values: npt.NDArray[Any]) -> str:
-    """Return a digest of one value for each sample, of any type."""
-    shown = values.astype(str) if values.dtype.hasobject else values
-    return f"{shown.dtype.str}{shown.shape} {zlib.crc32(np.ascontiguousarray(shown).tobytes()):08x}"
+    """Return a digest of one value per sample, of any dtype."""
+    plain = values.astype(str) if values.dtype.hasobject else values
+    return f"{plain.dtype.str}{plain.shape} {zlib.crc32(np.ascontiguousarray(plain).tobytes()):08x}"
 
 
 class KeyedPermutation:
     """A pseudorandom permutation of [0, size), computed position by position.
 
-    A Feistel network over Z_a x Z_b with a * b just above ``size``, and cycle walking for what falls outside (Black and
-    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The excess is below ``sqrt(size)``, so that hardly any
-    position is enciphered twice.
+    A Feistel network over Z_a x Z_b with a * b just above ``size``, with cycle walking for values outside (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The excess is below ``sqrt(size)``, so few positions are
+    enciphered twice.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -82,18 +82,21 @@ class KeyedPermutation:
         right, left = np.divmod(values, self._rows)
         for number, key in enumerate(self._keys):
             modulus = self._rows if number % 2 == 0 else self._columns
-            # left + f(right), modulo: without a division, which would take most of the time.
+            # left + f(right), reduced without a division, which would take most of the time.
             shift = mix(right + key)
             shift >>= _HALF
             shift *= modulus
             shift >>= _HALF
             shift += left
-            left, right = right, np.minimum(shift, shift - modulus)  # below zero it wraps to something huge
+            left, right = (
+                right,
+                np.minimum(shift, shift - modulus),
+            )  # a negative difference wraps around to a huge value
         return right * self._rows + left
 
 
-class OwnOrder:
-    """Base of the orders that follow from seed and epoch, and maybe a value of each sample: no user code draws them."""
+class BuiltInOrder:
+    """Base class of orders that are a function of seed, epoch and possibly one value per sample, not drawn by user code."""
 
     def basis(self) -> str:
         """See :class:`Order`."""
@@ -104,8 +107,8 @@ class OwnOrder:
         return 0
 
 
-class IndexOrder(OwnOrder):
-    """Every index once per epoch, shuffled or in sequence."""
+class IndexOrder(BuiltInOrder):
+    """Every index once per epoch, shuffled or sequential."""
 
     def __init__(self, num_samples: int, *, batch_size: int, seed: int, shuffle: bool, drop_last: bool) -> None:
         self._num_samples = num_samples
@@ -142,26 +145,26 @@ class IndexOrder(OwnOrder):
         return self._permutation[1]
 
 
-class WeightedOrder(OwnOrder):
+class WeightedOrder(BuiltInOrder):
     """Draws with replacement, each id with a probability proportional to its weight.
 
-    Draw j of an epoch follows from (seed, epoch, j) alone. Holds one number per sample.
+    Draw j of an epoch depends only on (seed, epoch, j). Holds one number per sample in memory.
 
     Args:
-        weights: (samples,) numbers that are not negative, of any sum above zero.
-        num_draws: samples of an epoch. Default: as many as there are weights.
+        weights: (samples,) non-negative numbers with a sum above zero.
+        num_draws: samples of an epoch. Default: the number of weights.
     """
 
     def __init__(
         self, weights: npt.ArrayLike, *, num_draws: int | None = None, batch_size: int, seed: int, drop_last: bool
     ) -> None:
-        found = np.asarray(weights, dtype=np.float64)
-        if found.ndim != 1 or not np.isfinite(found).all() or (found < 0).any() or not found.sum() > 0:
+        values = np.asarray(weights, dtype=np.float64)
+        if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
             raise DataError("sampling weights must be a list of finite numbers, none negative and not all zero")
-        self._ends = np.cumsum(found)
-        self._last = int(np.flatnonzero(found)[-1])  # rounding must not reach beyond the last that can be drawn
+        self._ends = np.cumsum(values)
+        self._last = int(np.flatnonzero(values)[-1])  # rounding must not reach an id of weight 0 at the end
         self._positions = IndexOrder(
-            len(found) if num_draws is None else num_draws,
+            len(values) if num_draws is None else num_draws,
             batch_size=batch_size,
             seed=seed,
             shuffle=False,
@@ -198,8 +201,8 @@ class WeightedOrder(OwnOrder):
         return self._drawn[2]
 
 
-class EpochOrder(OwnOrder):
-    """An order whose epochs are drawn whole, when first asked for; holds one epoch's ids in memory."""
+class EpochOrder(BuiltInOrder):
+    """An order that draws a whole epoch at its first use; holds one epoch's ids in memory."""
 
     def __init__(self) -> None:
         self._drawn: tuple[int, list[Ids]] | None = None
@@ -222,12 +225,12 @@ class EpochOrder(OwnOrder):
 
 
 class SamplerOrder(EpochOrder):
-    """A torch sampler or batch sampler, drawn once per epoch under the epoch's seed, on every rank alike."""
+    """A torch sampler or batch sampler, drawn once per epoch under the epoch's seed, identically on every rank."""
 
     def __init__(
         self, sampler: Iterable[Any], *, num_samples: int, batch_size: int | None, seed: int, drop_last: bool
     ) -> None:
-        """Take a sampler of indices, or with ``batch_size=None`` a batch sampler whose batches are the global batches."""
+        """Wrap a sampler of indices, or with ``batch_size=None`` a batch sampler, whose batches are the global batches."""
         super().__init__()
         self._sampler = sampler
         self._num_samples = num_samples
@@ -243,11 +246,11 @@ class SamplerOrder(EpochOrder):
 
     @property
     def draws_samples(self) -> bool:
-        """Whether the sampler draws single samples, rather than global batches."""
+        """Whether the sampler draws single samples, not global batches."""
         return self._batch_size is not None
 
     def repeats(self) -> bool:
-        """Tell whether the first epoch, drawn again under its seed, is the same. Draws it once more."""
+        """Draw the first epoch again under its seed and return whether it is the same."""
         first = self._batches(0)
         again = self._draw(0)
         return len(first) == len(again) and all(map(np.array_equal, first, again))
@@ -258,12 +261,11 @@ class SamplerOrder(EpochOrder):
 
     def _draw(self, epoch: int) -> list[Ids]:
         drawn = self._drawn_now(epoch)
-        told = 0
+        digest = 0
         for ids in drawn:
-            told = zlib.crc32(ids.tobytes(), told ^ len(ids))
-        self._digests[epoch] = (
-            told  # of indices, as the sampler gave them: another global batch does not change what is drawn
-        )
+            digest = zlib.crc32(ids.tobytes(), digest ^ len(ids))
+        # Of the sampler's indices before they are batched, which do not depend on the global batch size.
+        self._digests[epoch] = digest
         return [batch for batch in (drawn if self._batch_size is None else self._cut(drawn[0])) if batch.size]
 
     def _drawn_now(self, epoch: int) -> list[Ids]:
@@ -287,6 +289,6 @@ class SamplerOrder(EpochOrder):
             ids = np.zeros((0, 0), dtype=np.int64)
         if ids.ndim != 1 or (ids.size and not (ids.min() >= 0 and ids.max() < self._num_samples)):
             raise DataError(
-                f"the sampler drew something that is no list of indices below {self._num_samples}: {batch!r:.80}"
+                f"the sampler must draw a list of indices from 0 to {self._num_samples - 1}, not {batch!r:.80}"
             )
         return ids

@@ -1,7 +1,7 @@
-"""A few samples of the data, read before the first step: what they hold, and whether they are the same when read again.
+"""Read a few samples before the first step: digest their contents, and check that reading them again gives the same.
 
-They are read through a loader worker where there are workers, as in training: what a data set opens when it is first read
-must not be open before workers are forked.
+They are read in a loader worker if there are workers, as in training: files that a data set opens at its first read must
+not be open before workers are forked.
 """
 
 from __future__ import annotations
@@ -29,66 +29,66 @@ _CPU = torch.device("cpu")
 
 
 class ProbeResult(NamedTuple):
-    """One sample, or the first ones of a stream.
+    """Findings about one sample, or about the first ones of a stream.
 
     Args:
-        content: digest of what the data set gives; None if it cannot be read, or not twice the same.
-        differs: what gives something else when it is asked again under the same seed; None if nothing does.
-        memory: how samples overwrite each other; empty if they do not, or if that is not known.
-        state_lacks: why a stream cannot go on from the data set's own state; empty if it can, or if that is not known.
+        content: digest of the data set's sample; None if it cannot be read or does not repeat.
+        differs: the first stage that does not repeat under the same seed; None if all do.
+        memory: how samples overwrite each other; empty if they do not, or if unknown.
+        state_fault: why a stream cannot resume from the data set's own state; empty if it can, or if unknown.
     """
 
     content: str | None
     differs: Stage | None = None
     memory: str = ""
-    state_lacks: str = ""
+    state_fault: str = ""
 
 
 def probe(samples: Samples, ids: list[int], *, times: int, make_loader: MakeLoader) -> dict[int, ProbeResult]:
-    """Look at samples.
+    """Probe samples by id.
 
     Args:
-        times: how often each is read; once tells nothing of ``differs``.
+        times: number of readings of each; ``differs`` needs at least two.
     """
     indices = iter([SlotIndex(0, np.array([number], dtype=np.int64)) for number in ids])
-    found = read(_Probe(samples, times), indices, make_loader)
-    return dict(zip(ids, found, strict=True))
+    results = read(_Probe(samples, times), indices, make_loader)
+    return dict(zip(ids, results, strict=True))
 
 
 def probe_stream(samples: StreamSamples, *, times: int, make_loader: MakeLoader) -> ProbeResult:
-    """Look at the first samples of a stream; at none where what is read of it may be gone.
+    """Probe the first samples of a stream; none if reading could consume them.
 
     Args:
-        times: how often it is read; once tells nothing but its content.
-        make_loader: of a loader with a worker. The worker has a copy of the stream, of which nothing is taken in this process.
+        times: number of readings; all but ``content`` need at least two.
+        make_loader: of a loader with a worker, which reads a copy of the stream, so that this process consumes nothing.
     """
-    if _is_used_up(samples.source) or _default_start_method() != "fork":
+    if _is_consumed_by_reading(samples.source) or _default_start_method() != "fork":
         return ProbeResult(None)
     try:
-        found: ProbeResult = next(iter(read(_StreamProbe(samples, times), iter([None]), make_loader)))
+        result: ProbeResult = next(iter(read(_StreamProbe(samples, times), iter([None]), make_loader)))
     except Exception:  # training reports it
         return ProbeResult(None)
-    return found
+    return result
 
 
 def _default_start_method() -> str:
-    """Return how workers are started by default, without settling it: a user may still choose another."""
+    """Return the default start method of workers without fixing it: a user may still choose another."""
     return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
-def _is_used_up(source: object) -> bool:
-    """Tell whether a stream is, or holds, an iterator, an open file or a connection, whose place a forked worker shares."""
+def _is_consumed_by_reading(source: object) -> bool:
+    """Return whether a stream is or holds an iterator, open file or connection, whose position a forked worker shares."""
     held = [source, *getattr(source, "__dict__", {}).values()]
     return any(hasattr(value, "__next__") or hasattr(value, "fileno") for value in held)
 
 
-def few_of(size: int) -> list[int]:
+def probe_ids(size: int) -> list[int]:
     """Return the ids of the first, the middle and the last sample."""
     return sorted({0, size // 2, size - 1})
 
 
 class _Probe(Dataset[Any]):
-    """What a loader reads in place of the samples: what is found out about each."""
+    """Passed to a loader in place of the samples: gives a :class:`ProbeResult` for each."""
 
     def __init__(self, samples: Samples, times: int) -> None:
         self._samples, self._times = samples, times
@@ -97,25 +97,24 @@ class _Probe(Dataset[Any]):
         return self.__getitems__(index)
 
     def __getitems__(self, index: SlotIndex) -> ProbeResult:
-        with preserved_random_state(
-            _CPU
-        ):  # around both: what draws without a seed draws something else the second time
+        # Around all readings: code that draws without a seed then draws different values in the second.
+        with preserved_random_state(_CPU):
             readings = [self._samples.read_in_stages(index, digest) for _ in range(self._times)]
         if any(isinstance(reading, SampleFailure) for reading in readings):
             return ProbeResult(None)  # training reports it when it reads the sample
-        found = _compared(readings)
-        return found if found.differs or self._times < 2 else found._replace(memory=self._memory(index))
+        result = _compared(readings)
+        return result if result.differs or self._times < 2 else result._replace(memory=self._memory(index))
 
     def _memory(self, index: SlotIndex) -> str:
         try:
             with preserved_random_state(_CPU):
-                return self._samples.memory_at_fault(index, (int(index.ids[0]) + 1) % len(self._samples))
+                return self._samples.memory_fault(index, (int(index.ids[0]) + 1) % len(self._samples))
         except Exception:  # training reports it
             return ""
 
 
 class _StreamProbe(Dataset[Any]):
-    """What a loader reads in place of a stream: what is found out about its first samples."""
+    """Passed to a loader in place of a stream: gives a :class:`ProbeResult` for its first samples."""
 
     def __init__(self, samples: StreamSamples, times: int) -> None:
         self._samples, self._times = samples, times
@@ -129,8 +128,8 @@ class _StreamProbe(Dataset[Any]):
                 readings = [copy(self._samples).beginning(with_state=number > 0) for number in range(self._times)]
         except Exception:  # training reports it
             return ProbeResult(None)
-        found = _compared([reading[:3] for reading in readings])
-        return found if found.differs else found._replace(state_lacks=readings[-1].state_lacks)
+        result = _compared([reading[:3] for reading in readings])
+        return result if result.differs else result._replace(state_fault=readings[-1].state_fault)
 
 
 def _compared(readings: list[Any]) -> ProbeResult:

@@ -1,4 +1,4 @@
-"""One value for each sample of a data set (a length, weight, class or group), without reading the samples."""
+"""One value per sample of a data set (a length, weight, class or group), without reading the samples."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def values_of(source: Any, where: str | int | Callable[[Any], Any], key: str, *,
 
     Args:
         where: a column of the source; the position of a tensor in a TensorDataset; an ``.npy`` file; or a function of the
-            source. Of a subset they are those of the data set that it is part of.
+            source. For a subset, all refer to the whole data set.
         key: of the configuration, for messages.
-        numbers: whether they must be finite and not below zero; they come as int64 or float64.
+        numbers: whether they must be finite and not negative; then returned as int64 or float64.
 
     Raises:
-        DataError: there is no such column or file, or not one value for each sample.
+        DataError: there is no such column or file, or not one value per sample.
     """
     if isinstance(source, Subset | TensorSubset):
         return values_of(source.source, where, key, numbers=numbers)[source.ids]
     try:
-        found = np.asarray(where(source) if callable(where) else _looked_up(source, where))
+        values = np.asarray(where(source) if callable(where) else _looked_up(source, where))
     except LockstepError as error:
         raise DataError(f"{key}: {error}") from error
     except Exception as error:
         raise DataError(f"{key}: {where!s:.80} raised {described(error)}") from error
-    if found.shape != (len(source),):
-        raise DataError(f"{key}: one value for each of {len(source)} samples is needed, not the shape {found.shape}")
+    if values.shape != (len(source),):
+        raise DataError(f"{key}: one value for each of {len(source)} samples is needed, not shape {values.shape}")
     if not numbers:
-        return found
-    if not (found.dtype.kind in "iufb" and np.isfinite(found).all() and (found >= 0).all()):
-        raise DataError(f"{key}: finite numbers not below 0 are needed")
-    return found.astype(np.float64 if found.dtype.kind == "f" else np.int64)
+        return values
+    if not (values.dtype.kind in "iufb" and np.isfinite(values).all() and (values >= 0).all()):
+        raise DataError(f"{key}: all values must be finite numbers, none negative")
+    return values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
 
 
 def _looked_up(source: Any, where: str | int) -> Any:
@@ -60,5 +60,5 @@ def _looked_up(source: Any, where: str | int) -> Any:
         return source.tensors[where].numpy()
     kind = type(source).__name__
     raise DataError(
-        f"{kind} has no columns to find {where!r} in: give an .npy file, or a target that is called with it"
+        f"{kind} has no columns, so {where!r} cannot be found: give an .npy file, or a function (target) of the data set"
     )

@@ -1,4 +1,4 @@
-"""A map-style data set as the loader sees it: whole slots, each sample under a seed of its own."""
+"""Adapter of a map-style data set for the loader: returns whole slots and seeds each sample."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _CPU = torch.device("cpu")
 
 
 class SlotIndex(NamedTuple):
-    """What the loader's workers are asked for."""
+    """A request to a loader worker: the samples of one slot."""
 
     epoch: int
     ids: Ids
 
 
 class SampleFailure(NamedTuple):
-    """What a worker hands back in place of a batch when the user's data set raised."""
+    """Returned by a worker in place of a batch if the user's data set raised."""
 
     message: str
 
 
 class Samples(Dataset[Any]):
-    """A map-style data set as the loader sees it: indexed by :class:`SlotIndex`, giving one collated batch.
+    """Adapter of a map-style data set for the loader: indexed by :class:`SlotIndex`, returns one collated batch.
 
     A deterministic data set (``deterministic = True``, or a TensorDataset) is read a whole slot at a time through
-    ``__getitems__``, which may return a list of samples or a finished batch. So is one that draws by itself from the seeds that
-    it is given (``seeded = True``): ``__getitems__(ids, seeds)``, a uint64 for each sample, of (seed, epoch, id). Any other is
-    read sample by sample, with python, NumPy and torch seeded so before each: random transforms depend on nothing else. A
-    collate function of the user's own draws under the seed of the slot's last sample, or of its first where it is read whole.
+    ``__getitems__``, which may return a list of samples or a finished batch. So is one that takes seeds (``seeded = True``):
+    ``__getitems__(ids, seeds)``, with a uint64 derived from (seed, epoch, id) for each sample. Any other is read sample by
+    sample, with Python, NumPy and torch seeded with that number before each: random transforms depend on nothing else. A
+    user's collate function draws under the seed of the slot's last sample, or of its first if the slot is read whole.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class Samples(Dataset[Any]):
         self._seed = seed
         self._transform = transform
         self._collate = collate or default_collate
-        self._own_collate = collate is not None
+        self._custom_collate = collate is not None
         deterministic = isinstance(source, TensorDataset) or bool(getattr(source, "deterministic", False))
         self._seeded = bool(getattr(source, "seeded", False)) and transform is None
         self._whole_slots = deterministic and transform is None
 
     @property
     def own_batches(self) -> bool:
-        """Tell whether code of the user's makes batches, which may have other rows than samples were asked for."""
-        return self._own_collate or hasattr(self.source, "__getitems__")
+        """Whether user code makes batches, so that the number of rows may differ from the number of samples."""
+        return self._custom_collate or hasattr(self.source, "__getitems__")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -72,7 +72,7 @@ class Samples(Dataset[Any]):
         return self.__getitems__(index)
 
     def __getitems__(self, index: SlotIndex) -> Any:
-        """Return one batch, or the failure that kept it from being read."""
+        """Return one batch, or a failure if reading raised."""
         try:
             with worker_info.hidden():
                 if self._seeded:
@@ -86,34 +86,34 @@ class Samples(Dataset[Any]):
             return SampleFailure(f"reading samples {_listed(index.ids)} raised {described(error)}")
 
     def name_of(self, stage: str) -> str:
-        """Return what the user calls the data set, the transform or the collate function."""
+        """Return the name of the user's data set, transform or collate function."""
         return name_of(stage, self.source, self._transform, self._collate)
 
     def read_in_stages(self, index: SlotIndex, note: Callable[[Any], str]) -> tuple[str, ...] | SampleFailure:
-        """Read one sample and note what the data set gives, what the transform makes of it, and what is collated.
+        """Read one sample and apply ``note`` to it as read, as transformed and as collated.
 
-        Draws as reading it for training does. The transform works on a copy, so that one that changes its argument changes
-        nothing that the data set holds.
+        Uses the same seeds as training. The transform works on a copy, so that one that modifies its argument does not
+        modify the data set.
         """
         number = int(index.ids[0])
         try:
             with worker_info.hidden():
                 if self._seeded or self._whole_slots:
-                    found = self._given_whole(index)
-                    given = made = note(found)
-                    return given, made, note(self._finished(copied(found), index))
+                    slot = self._slot_from_source(index)
+                    noted = note(slot)
+                    return noted, noted, note(self._finished(copied(slot), index))
                 seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, number), _CPU)
                 sample = self.source[number]
-                given = note(sample)
+                as_read = note(sample)
                 sample = copied(sample)
                 sample = sample if self._transform is None else self._transform(sample)
-                made = note(sample)
-                return given, made, note(self._collate([sample]))
+                transformed = note(sample)
+                return as_read, transformed, note(self._collate([sample]))
         except Exception as error:
             return SampleFailure(f"reading sample {number} raised {described(error)}")
 
-    def memory_at_fault(self, index: SlotIndex, other: int) -> str:
-        """Say how samples overwrite each other where they are read one by one; nothing where they do not.
+    def memory_fault(self, index: SlotIndex, other: int) -> str:
+        """Describe how samples read one by one overwrite each other; empty if they do not.
 
         Args:
             index: of one sample.
@@ -128,7 +128,7 @@ class Samples(Dataset[Any]):
             second = self.source[other]
             if digest(first) != before and digest(second) != before:
                 return (
-                    "fills one buffer with each sample, so that all samples of a batch are the last one: return a copy"
+                    "reuses one buffer for all samples, so that all samples of a batch are the last one: return a copy"
                 )
             if self._transform is None:
                 return ""
@@ -137,11 +137,11 @@ class Samples(Dataset[Any]):
             self._transform(changed)
             if digest(held) != before:
                 return (
-                    "changes what the data set holds, so that each epoch changes it again: let it return a new sample"
+                    "modifies samples held by the data set, so that each epoch modifies them again: return a new sample"
                 )
         return ""
 
-    def _given_whole(self, index: SlotIndex) -> Any:
+    def _slot_from_source(self, index: SlotIndex) -> Any:
         if self._seeded:
             return self._fetch_seeded(index)
         numbers = index.ids.tolist()
@@ -155,22 +155,25 @@ class Samples(Dataset[Any]):
 
     def _fetch_whole(self, index: SlotIndex) -> Any:
         ids = index.ids
-        if isinstance(self.source, TensorDataset) and not self._own_collate:
+        if isinstance(self.source, TensorDataset) and not self._custom_collate:
             rows = torch.from_numpy(ids)
-            # Half of what indexing takes, which, though, finds rows on another device than theirs.
+            # Takes half the time of indexing, but needs index and tensor on the same device.
             return tuple([t.index_select(0, rows) if t.is_cpu else t[rows] for t in self.source.tensors])
-        return self._finished(self._given_whole(index), index)
+        return self._finished(self._slot_from_source(index), index)
 
-    def _finished(self, found: Any, index: SlotIndex) -> Any:
-        if isinstance(found, list):
-            if not self._own_collate:
-                return self._collate(found)
+    def _finished(self, slot: Any, index: SlotIndex) -> Any:
+        """Collate a slot that is a list of samples; return a finished batch unchanged."""
+        if isinstance(slot, list):
+            if not self._custom_collate:
+                return self._collate(slot)
             with preserved_random_state(_CPU):
                 seed_everything(derive(self._seed, Purpose.SAMPLE, index.epoch, int(index.ids[0])), _CPU)
-                return self._collate(found)
-        if self._own_collate:
-            raise DataError(f"{type(self.source).__name__}.__getitems__ gives finished batches; leave data.collate out")
-        return found
+                return self._collate(slot)
+        if self._custom_collate:
+            raise DataError(
+                f"{type(self.source).__name__}.__getitems__ returns finished batches; leave data.collate out"
+            )
+        return slot
 
     def _fetch_each(self, index: SlotIndex) -> Any:
         samples = []
@@ -186,20 +189,20 @@ class Samples(Dataset[Any]):
 
 
 def name_of(stage: str, source: Any, transform: Any, collate: Any) -> str:
-    """Return what the user calls a data set, a transform or a collate function."""
-    while hasattr(source, "ids") and hasattr(source, "source"):  # what it is a part of
+    """Return the name of a user's data set, transform or collate function."""
+    while hasattr(source, "ids") and hasattr(source, "source"):  # a subset: name the whole data set
         source = source.source
-    named = {"the transform": transform, "the collate function": collate}.get(stage, source)
-    return str(getattr(named, "__name__", type(named).__name__))
+    component = {"the transform": transform, "the collate function": collate}.get(stage, source)
+    return str(getattr(component, "__name__", type(component).__name__))
 
 
 def _listed(ids: Sequence[int] | Ids) -> str:
-    shown = ", ".join(str(int(i)) for i in ids[:5])
-    return f"[{shown}, …]" if len(ids) > 5 else f"[{shown}]"
+    first = ", ".join(str(int(i)) for i in ids[:5])
+    return f"[{first}, …]" if len(ids) > 5 else f"[{first}]"
 
 
 def fingerprint(source: Any) -> dict[str, Any]:
-    """Return what identifies a data set on resumption: its length (a stream has none) and its own ``fingerprint``, if any."""
+    """Return the identity of a data set, compared on resumption: length (None for a stream) and ``fingerprint``, if any."""
     return {
         "samples": None if isinstance(source, IterableDataset) else len(source),
         "id": getattr(source, "fingerprint", None),
@@ -207,22 +210,22 @@ def fingerprint(source: Any) -> dict[str, Any]:
 
 
 def check_samples(source: Any, key: str, *, sharded_by: str | None = None) -> None:
-    """Refuse what is neither a map-style data set nor a stream of which is said who shares it out, or an empty one.
+    """Check that a source is a non-empty map-style data set, or a stream with ``sharded_by``.
 
     Raises:
-        DataError: naming the configuration's key.
+        DataError: it is not; the message names the configuration key.
     """
     if isinstance(source, IterableDataset):
         if sharded_by is None:
             raise DataError(
-                f"{key}: {type(source).__name__} is a stream (IterableDataset). Say who shares it out over ranks and workers: "
-                f"{key}.sharded_by: runtime (every rank reads all of it and keeps its part; the same answer on any number of "
-                "ranks), or dataset (it does so itself, by torch.distributed and torch's get_worker_info)"
+                f"{key}: {type(source).__name__} is a stream (IterableDataset). Say what divides it among ranks and workers: "
+                f"{key}.sharded_by: runtime (every rank reads all of it and keeps its part; the same result on any number of "
+                "ranks), or dataset (it divides itself, using torch.distributed and torch's get_worker_info)"
             )
         return
     if sharded_by is not None:
         raise DataError(
-            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave 'sharded_by' (and 'yields') out"
+            f"{key}.sharded_by: {type(source).__name__} is no stream (IterableDataset); leave out 'sharded_by' (and 'yields')"
         )
     if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Random splits by a keyed seed: stratified, or with groups kept whole; equal on every rank."""
+"""Seeded random splits, optionally stratified or by group; equal on every rank."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def split_ids(
     stratify: npt.NDArray[Any] | None = None,
     group: npt.NDArray[Any] | None = None,
 ) -> dict[str, Ids]:
-    """Share all samples out: each id in one part, ids ascending; ``train`` gets what is not held out.
+    """Split sample ids: each id in exactly one part, ids ascending; ``train`` gets all that are not held out.
 
     Args:
-        held_out: name of a part to its share (a float below 1, rounded to the nearest number of samples) or its size.
-        seed: another seed, another split.
-        stratify: class of each sample; each class's share of a part is within one sample of exact, and the parts' sizes
-            are exact.
-        group: group of each sample; a group is in one part, so sizes are as near as its size allows.
+        held_out: fraction (a float below 1, rounded to the nearest number of samples) or size of each part, by name.
+        seed: determines the split.
+        stratify: class of each sample; each class's share of a part is within one sample of exact, and part sizes are
+            exact.
+        group: group of each sample; each group is in one part, so part sizes are as close as group sizes allow.
 
     Raises:
-        DataError: there is no such split.
+        DataError: no such split exists.
     """
     sizes = {name: _size(share, num_samples) for name, share in held_out.items()}
     sizes[REST] = num_samples - sum(sizes.values())
     for name, size in sizes.items():
         if size < 1:
-            raise DataError(f"{num_samples} samples leave none for the {name} part: change the shares")
+            raise DataError(f"{num_samples} samples leave none for the {name} part: change the fractions")
     order = KeyedPermutation(num_samples, derive(seed, Purpose.SPLIT))(np.arange(num_samples, dtype=np.int64))
     if group is not None:
         part_of = _by_group(sizes, group, order)
@@ -78,14 +78,15 @@ def _by_class(sizes: Mapping[str, int], classes: npt.NDArray[Any], order: Ids) -
 def _rounded(members: list[int], sizes: list[int]) -> list[list[int]]:
     """Round ``members[c] * sizes[p] / total`` up or down so that all sums over classes and over parts are kept.
 
-    That is always possible (Cox, "A Constructive Procedure for Unbiased Controlled Rounding", 1987). Each class first takes
-    its whole numbers; then each of its missing samples looks for a part with room, if need be by moving others' samples.
+    That is always possible (Cox, "A Constructive Procedure for Unbiased Controlled Rounding", 1987). Each class first gets
+    its integer parts; then each of its remaining samples is placed in a part with room, moving other classes' samples if
+    necessary.
     """
     total = sum(members)
     cells = [[divmod(count * size, total) for size in sizes] for count in members]
     counts = [[whole for whole, _ in row] for row in cells]
     room = [size - sum(row[part] for row in counts) for part, size in enumerate(sizes)]
-    raised: list[set[int]] = [set() for _ in members]  # where a class has one more than its whole number
+    raised: list[set[int]] = [set() for _ in members]  # parts in which a class is rounded up
 
     def may(one: int, part: int) -> bool:
         return cells[one][part][1] > 0 and part not in raised[one]
@@ -114,13 +115,13 @@ def _rounded(members: list[int], sizes: list[int]) -> list[list[int]]:
 
 
 def _by_group(sizes: Mapping[str, int], groups: npt.NDArray[Any], order: Ids) -> Ids:
-    """Give each held-out part groups, in random order, as long as that brings it nearer to its size."""
+    """Assign groups to each held-out part, in random order, while that brings it closer to its size."""
     _, first, numbers, members = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     rest = list(sizes).index(REST)
     part_of_group = np.full(len(first), rest, dtype=np.int64)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    in_order = np.argsort(place[first])  # of one member each, so that a large group does not tend to come first
+    in_order = np.argsort(place[first])  # by one member each, so that large groups are not favoured
     for part, (name, size) in enumerate(sizes.items()):
         if part == rest:
             continue
@@ -130,15 +131,15 @@ def _by_group(sizes: Mapping[str, int], groups: npt.NDArray[Any], order: Ids) ->
                 part_of_group[one] = part
                 held += int(members[one])
         if not held:
-            raise DataError(f"no group is small enough for the {name} part of {size} samples; change the shares")
+            raise DataError(f"no group is small enough for the {name} part of {size} samples; change the fractions")
     if not (part_of_group == rest).any():
-        raise DataError(f"{len(first)} groups leave none for the {REST} part; change the shares")
+        raise DataError(f"{len(first)} groups leave none for the {REST} part; change the fractions")
     of_samples: Ids = part_of_group[numbers]
     return of_samples
 
 
 class Subset(Dataset[Any]):
-    """Some samples of a map-style data set, read as the data set itself would be.
+    """Some samples of a map-style data set, read in the same way as the data set.
 
     Args:
         source: the data set.
@@ -157,7 +158,7 @@ class Subset(Dataset[Any]):
         return self.source[int(self.ids[index])]
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """Return what the data set's own ``__getitems__`` does, or a list of samples where it has none."""
+        """Call the data set's ``__getitems__``, or return a list of samples if it has none."""
         rows = self.ids[indices].tolist()
         if hasattr(self.source, "__getitems__"):
             return self.source.__getitems__(rows)
@@ -165,12 +166,12 @@ class Subset(Dataset[Any]):
 
     @property
     def fingerprint(self) -> Any:
-        """The data set's own."""
+        """The fingerprint of the whole data set."""
         return getattr(self.source, "fingerprint", None)
 
 
 class TensorSubset(TensorDataset):
-    """Some samples of a TensorDataset, as tensors of their own."""
+    """Some samples of a TensorDataset, copied into new tensors."""
 
     def __init__(self, source: TensorDataset, ids: Ids) -> None:
         super().__init__(*(tensor[ids] for tensor in source.tensors))
@@ -179,5 +180,5 @@ class TensorSubset(TensorDataset):
 
 
 def subset(source: Any, ids: Ids) -> Subset | TensorSubset:
-    """Return some samples of a data set; of tensors in memory as tensors in memory."""
+    """Return some samples of a data set; of a TensorDataset as a TensorDataset."""
     return TensorSubset(source, ids) if type(source) is TensorDataset else Subset(source, ids)

@@ -1,4 +1,4 @@
-"""What the reader of a stream is asked for, what it gives back, and where it stands."""
+"""Requests to the readers of a stream, their replies, and their saved states."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from runtime.data.batches import Cursor
 ShardedBy = Literal["runtime", "dataset"]
 
 FIRST, NOTHING = -1, -2
-"""In place of a slot: the batch's first samples, for fillers; nothing but the counts."""
+"""In place of a slot: the batch's first samples, for fillers; only the counts, no samples."""
 
 
 class StreamIndex(NamedTuple):
-    """What a loader's worker is asked for.
+    """A request to a loader worker.
 
     Args:
-        slot: its number, or FIRST or NOTHING.
+        slot: slot number, or FIRST or NOTHING.
         slots: K.
-        own: the rank's slots; they are asked for in turn.
-        aligning: asked only so that the next question reaches the worker that it belongs to.
+        own: the rank's slots, requested in turn.
+        aligning: a dummy request, so that the next one reaches the right worker.
     """
 
     cursor: Cursor
@@ -31,22 +31,22 @@ class StreamIndex(NamedTuple):
 
 
 class StreamItem(NamedTuple):
-    """What comes back.
+    """A reader's reply.
 
     Args:
-        asked: what was asked for.
-        samples: in ``batch``.
+        request: the request that it answers.
+        samples: number of samples in ``batch``.
         batch: collated, or as it was yielded; None if there are no samples.
-        total: items of the whole global batch, where the runtime shards; else of the piece.
-        more: whether another global batch follows in the epoch, where the runtime shards.
-        worker: which reader of the rank it was.
-        state: the data set's own state behind the global batch (behind the piece, where the data set shards).
-        content: digest of the global batch that it is part of; equal on all ranks where the runtime shards.
+        total: items of the whole global batch (of this piece if the data set shards).
+        more: whether another global batch follows in the epoch; only if the runtime shards.
+        worker: number of the reader within the rank.
+        state: the data set's ``state_dict`` after the global batch (after this piece if the data set shards).
+        content: digest of the global batch that it is part of; equal on all ranks if the runtime shards.
         next_content: digest of what this reader reads next.
-        read_again: the data set's own state did not lead to where a run stopped, so the reader came from the beginning.
+        read_again: the stream was read from its beginning, since the data set's state did not restore the position.
     """
 
-    asked: StreamIndex
+    request: StreamIndex
     samples: int = 0
     batch: Any = None
     total: int = 0
@@ -59,11 +59,11 @@ class StreamItem(NamedTuple):
 
 
 class ReaderState(NamedTuple):
-    """Where a reader stands: the global batch (or the reader's turn) that it reads next.
+    """Position of a reader: the global batch (or the reader's turn) that it reads next.
 
     Args:
-        state: of the data set's own, before that; None if there is none.
-        content: digest of what is read there; empty if it is not known.
+        state: the data set's ``state_dict`` at that position; None if there is none.
+        content: digest of what is read next; empty if unknown.
     """
 
     epoch: int
@@ -76,20 +76,20 @@ class StreamBeginning(NamedTuple):
     """Digests of a stream's first items.
 
     Args:
-        given: of what the data set gives.
-        transformed: of what the transform makes of it.
-        collated: of the batches that are made of that.
-        state_lacks: why the stream cannot go on from the data set's own state; empty if it can, or if it has none.
+        yielded: of the items that the data set yields.
+        transformed: of the transformed items.
+        collated: of the batches made of those.
+        state_fault: why the stream cannot resume from the data set's own state; empty if it can, or if it has none.
     """
 
-    given: str
+    yielded: str
     transformed: str
     collated: str
-    state_lacks: str
+    state_fault: str
 
 
 def fits_json(state: Any) -> bool:
-    """Tell whether a state can be written to a checkpoint and read back as it was."""
+    """Return whether a state survives being written to JSON and read back."""
     try:
         return bool(json.loads(json.dumps(state)) == state)
     except (TypeError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""This rank's windows of a stream, whose length nobody knows before its end.
+"""This rank's windows of a stream, whose length is unknown until its end.
 
-Ahead of the training the ranks tell each other, in one small all-reduce every few steps, how many samples and how much weight
-each slot has. That gives the global weights, ends an epoch on all ranks after the same step, and shows when ranks read
-different streams though each was to read all of one.
+Ahead of training, one small all-reduce every few steps shares the number of samples and the weight of each slot. That gives
+the global weights, ends an epoch on all ranks after the same step, and detects ranks that read different streams although
+each must read all of the same one.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from runtime.data.batches import (
     SlotAssignment,
     Weigh,
     Window,
-    note_weight,
     slots_of_rank,
     weight_of_batch,
+    write_weight,
 )
 from runtime.data.loading import MakeLoader, read
 from runtime.data.reading_ahead import Ahead, steps_of, summed_ahead
-from runtime.data.stream_comparison import SHOWN, causes, difference, readers_differ, shown_to_all
+from runtime.data.stream_comparison import COMPARED, causes, comparison_row, difference, readers_differ
 from runtime.data.stream_pieces import FIRST, NOTHING, ReaderState, StreamIndex, StreamItem
 from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
 
-_AHEAD = 4  # most steps between two all-reduces; one and a half times as many global batches are held
+_AHEAD = 4  # most steps between two all-reduces; 1.5 times this number of global batches are held
 _READ_AGAIN = (
-    "data.train: what the stream's load_state_dict leads to is not what comes next (its state lacks something, such as the "
-    "content of a shuffle buffer), so the stream is read again from its beginning: the same samples, later"
+    "data.train: the stream's load_state_dict did not restore its position (its state lacks something, such as the content "
+    "of a shuffle buffer), so the stream is read again from its beginning: the same samples, but resuming takes longer"
 )
-_EMPTY = "data.train: there is nothing in the stream (or, with data.drop_last, less than one global batch)"
+_EMPTY = "data.train: the stream is empty (or, with data.drop_last, shorter than one global batch)"
 
 
 class _Row(NamedTuple):
-    """One global batch as this rank has it, and as all have it together.
+    """One global batch: this rank's pieces, and the totals over all ranks.
 
     Args:
         readers_differ: this rank's readers read different streams.
+        sizes: samples of each slot, over all ranks.
     """
 
     cursor: Cursor
@@ -62,21 +63,21 @@ class StreamWindows:
     """This rank's windows from a cursor on; iterate once. Collective: every rank must iterate alike.
 
     Args:
-        stop: told the cursor and the number of steps yielded so far, whether the run's limit is reached.
-        skipped: global batches that are read and left out.
-        weigh: returns the weight of a microbatch of so many samples; None if it is the number of samples.
-        num_weights: how many weights a microbatch has; None: one, as a number.
+        stop: given the cursor and the number of steps yielded so far, returns whether the run's limit is reached.
+        skipped: global batches to read and leave out.
+        weigh: returns the weight of a microbatch, given its batch and number of samples; None: the number of samples.
+        num_weights: weights of a microbatch; None: one, as a number.
         sum_over_ranks: sums a float64 tensor over all ranks.
         num_workers: of the loader; 0 reads in this process.
-        ahead: steps between two all-reduces, four at most. Default: four.
-        tell: takes a line that informs.
+        ahead: steps between two all-reduces, at most four. Default: four.
+        notify: called with a line of information for the user.
 
     Attributes:
         filler: a batch for fillers, with several ranks.
-        places: where this rank's readers stand behind the window that was yielded last, if the data set can tell.
+        reader_states: states of this rank's readers after the last yielded window, by worker.
 
     Raises:
-        DataError: the data set raised, a worker died, there is nothing in the stream, or the ranks read different ones.
+        DataError: the data set raised, a worker died, the stream is empty, or the ranks read different streams.
     """
 
     def __init__(
@@ -93,26 +94,26 @@ class StreamWindows:
         num_weights: int | None = None,
         sum_over_ranks: Callable[[Tensor], Tensor],
         ahead: Ahead = _AHEAD,
-        tell: Callable[[str], None] = lambda text: None,
+        notify: Callable[[str], None] = lambda text: None,
     ) -> None:
         if samples.sharded_by == "dataset" and assignment.slots < assignment.world_size:
             raise DataError(
-                f"data.train.sharded_by: dataset needs a slot for each rank, and batch.slots is {assignment.slots} for "
-                f"{assignment.world_size} ranks: what the others read would never be trained on"
+                f"data.train.sharded_by: dataset needs a slot for each rank, but batch.slots is {assignment.slots} for "
+                f"{assignment.world_size} ranks: the data of the other ranks would never be used"
             )
         self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
         self._skipped, self._assignment, self._weigh, self._sum = frozenset(skipped), assignment, weigh, sum_over_ranks
-        self._ahead, self._tell, self._told = ahead, tell, False
-        # Where the data set shards itself, readers end at different turns: each has had one in so many rows.
+        self._ahead, self._notify, self._notified = ahead, notify, False
+        # If the data set shards itself, readers end at different turns; each has had one after this many rows.
         readers, turns = max(1, num_workers), max(1, assignment.slots // assignment.world_size)
         self._most_empty = 1 if samples.sharded_by == "runtime" else -(-readers // turns)
-        self._questions = _Requests(samples, start, assignment, max(1, num_workers))
-        self._fetched = read(samples, iter(self._questions), make_loader)
-        self.places: dict[int, ReaderState] = {}
-        self._early: deque[list[StreamItem]] = deque()  # read before they are asked for
+        self._requests = _Requests(samples, start, assignment, max(1, num_workers))
+        self._fetched = read(samples, iter(self._requests), make_loader)
+        self.reader_states: dict[int, ReaderState] = {}
+        self._early: deque[list[StreamItem]] = deque()  # read while looking for a filler
         self.filler: Any = None
         if assignment.world_size > 1:
-            self.filler = self._made_filler()
+            self.filler = self._read_filler()
 
     def __iter__(self) -> Iterator[Window]:
         cursor, steps = self._start, 0
@@ -134,12 +135,12 @@ class StreamWindows:
                 yield self._window(held, cursor, run_ends=self._stop(cursor, steps))
 
     def _rows(self, start: Cursor) -> Iterator[_Row]:
-        """Yield the global batches of an epoch, each known to all ranks."""
-        self._questions.turn_to(start)
+        """Yield the global batches of an epoch, with the totals over all ranks."""
+        self._requests.turn_to(start)
         empty, any_samples = 0, start.batch > 0
         for row in summed_ahead(
             self._own_rows(start),
-            lambda block: partial(self._known_to_all, block),
+            lambda block: partial(self._with_totals, block),
             lambda: min(_AHEAD, steps_of(self._ahead)),
         ):
             if row.samples:
@@ -153,7 +154,7 @@ class StreamWindows:
                 return
 
     def _own_rows(self, start: Cursor) -> Iterator[_Row]:
-        """Yield the global batches of an epoch as this rank reads them, without end where only all ranks know the end."""
+        """Yield the global batches of an epoch as this rank reads them; endless if only all ranks together know the end."""
         cursor, more, expected = start, True, ""
         while more:
             row = _Row(cursor, self._pieces(cursor))
@@ -167,40 +168,40 @@ class StreamWindows:
     def _pieces(self, cursor: Cursor) -> list[StreamItem]:
         if self._early:
             return self._early.popleft()
-        return [self._piece(cursor, slot) for slot in self._questions.slots_asked]
+        return [self._piece(cursor, slot) for slot in self._requests.requested_slots]
 
     def _piece(self, cursor: Cursor, slot: int) -> StreamItem:
-        """Return the answer to a question; what was asked ahead of an epoch's end is passed over."""
+        """Return the reply to a request, dropping replies to requests beyond the end of an epoch."""
         while True:
             piece: StreamItem = next(self._fetched)
-            if piece.asked.cursor == cursor and piece.asked.slot == slot and not piece.asked.aligning:
-                if piece.read_again and not self._told:
-                    self._told = True
-                    self._tell(_READ_AGAIN)
+            if piece.request.cursor == cursor and piece.request.slot == slot and not piece.request.aligning:
+                if piece.read_again and not self._notified:
+                    self._notified = True
+                    self._notify(_READ_AGAIN)
                 return piece
 
-    def _made_filler(self) -> Any:
+    def _read_filler(self) -> Any:
         if self._samples.sharded_by == "runtime":
             first = self._piece(self._start, FIRST)
             if not first.samples:
                 raise DataError(_EMPTY)
             return first.batch
         epoch, batch = self._start
-        early, filler = self._found_filler(self._start)
+        early, filler = self._search_filler(self._start)
         if filler is not None:
             self._early.extend(early)
-        elif batch:  # this rank's share of the epoch is at its end
-            _, filler = self._found_filler(Cursor(epoch, 0))
+        elif batch:  # this rank's part of the epoch is at its end
+            _, filler = self._search_filler(Cursor(epoch, 0))
         if filler is None:
             raise DataError(
-                f"data.train: rank {self._assignment.rank} has no samples in its share of the stream; "
+                f"data.train: rank {self._assignment.rank} has no samples in its part of the stream; "
                 "let the data set give every rank some, or let the runtime shard it (sharded_by: runtime)"
             )
         return filler
 
-    def _found_filler(self, start: Cursor) -> tuple[list[list[StreamItem]], Any]:
-        """Read from a cursor on until a reader has samples, or all have had a turn; return what was read, and a batch."""
-        self._questions.turn_to(start)
+    def _search_filler(self, start: Cursor) -> tuple[list[list[StreamItem]], Any]:
+        """Read from a cursor on until a reader has samples, or all have had a turn; return the pieces read, and a batch."""
+        self._requests.turn_to(start)
         read_so_far: list[list[StreamItem]] = []
         for number in range(self._most_empty):
             read_so_far.append(self._pieces(Cursor(start.epoch, start.batch + number)))
@@ -209,35 +210,35 @@ class StreamWindows:
                 return read_so_far, filler
         return read_so_far, None
 
-    def _known_to_all(self, block: list[_Row]) -> list[_Row]:
-        """Fill in what all ranks have together. Collective."""
+    def _with_totals(self, block: list[_Row]) -> list[_Row]:
+        """Fill in the totals over all ranks. Collective."""
         slots, world_size = self._assignment.slots, self._assignment.world_size
         whole = self._samples.sharded_by == "runtime"
         width = self._num_weights or 1
-        table = torch.zeros(_AHEAD, slots * (1 + width) + SHOWN, dtype=torch.float64)
-        weights = table[:, slots:-SHOWN].view(_AHEAD, slots, width)
+        table = torch.zeros(_AHEAD, slots * (1 + width) + COMPARED, dtype=torch.float64)
+        weights = table[:, slots:-COMPARED].view(_AHEAD, slots, width)
         for place, row in enumerate(block):
             for piece in row.pieces:
                 if piece.samples:
-                    table[place, piece.asked.slot] = piece.samples
-                    note_weight(weights[place, piece.asked.slot], self._weight_of(piece))
+                    table[place, piece.request.slot] = piece.samples
+                    write_weight(weights[place, piece.request.slot], self._weight_of(piece))
             if whole:
                 first = row.pieces[0]
-                table[place, -SHOWN:] = shown_to_all(
+                table[place, -COMPARED:] = comparison_row(
                     1.0 + 2 * first.total + first.more, first.content, row.readers_differ
                 )
-        together = self._sum(table)
-        what = difference(together, world_size, "streams")
-        if what:
+        totals = self._sum(table)
+        mismatch = difference(totals, world_size, "streams")
+        if mismatch:
             raise DataError(
-                f"data.train: {what}, though each was to read all of one (sharded_by: runtime). If the data set gives each its "
-                f"own share, say sharded_by: dataset{causes(what)}"
+                f"data.train: {mismatch}, but with sharded_by: runtime each must read all of the same stream. If the data set "
+                f"divides itself, set sharded_by: dataset{causes(mismatch)}"
             )
         return [
             row._replace(
-                sizes=[int(size) for size in together[place, :slots].tolist()],
+                sizes=[int(size) for size in totals[place, :slots].tolist()],
                 weight=weight_of_batch(
-                    together[place, slots:-SHOWN].view(slots, width).sum(0).tolist(), self._num_weights
+                    totals[place, slots:-COMPARED].view(slots, width).sum(0).tolist(), self._num_weights
                 ),
             )
             for place, row in enumerate(block)
@@ -248,10 +249,10 @@ class StreamWindows:
 
     def _window(self, row: _Row, next_cursor: Cursor, *, run_ends: bool) -> Window:
         slots, world_size = self._assignment.slots, self._assignment.world_size
-        real = [Microbatch(piece.asked.slot, piece.samples, piece.batch) for piece in row.pieces if piece.samples]
+        real = [Microbatch(piece.request.slot, piece.samples, piece.batch) for piece in row.pieces if piece.samples]
         rounds = max(sum(row.sizes[k] > 0 for k in slots_of_rank(slots, world_size, r)) for r in range(world_size))
         fillers = [Microbatch(-1, 0, self.filler)] * (rounds - len(real))
-        self._note_places(row)
+        self._save_reader_states(row)
         return Window(
             row.cursor,
             next_cursor,
@@ -263,52 +264,52 @@ class StreamWindows:
             row.weight,
         )
 
-    def _note_places(self, row: _Row) -> None:
+    def _save_reader_states(self, row: _Row) -> None:
         epoch, batch = row.cursor
         for piece in row.pieces:
             if self._samples.sharded_by == "runtime":
-                self.places[0] = ReaderState(epoch, batch + 1, piece.state, piece.next_content)
+                self.reader_states[0] = ReaderState(epoch, batch + 1, piece.state, piece.next_content)
             else:
-                own = piece.asked.own
-                turn = batch * len(own) + piece.asked.slot - own.start
-                number = turn + self._questions.workers
-                self.places[piece.worker] = ReaderState(epoch, number, piece.state, piece.next_content)
+                own = piece.request.own
+                turn = batch * len(own) + piece.request.slot - own.start
+                number = turn + self._requests.workers
+                self.reader_states[piece.worker] = ReaderState(epoch, number, piece.state, piece.next_content)
 
 
 class _Requests:
-    """What the loader is asked for, without end; told where the next epoch begins, it turns to it."""
+    """Endless requests to the loader; ``turn_to`` moves on to the next epoch."""
 
     def __init__(self, samples: StreamSamples, start: Cursor, assignment: SlotAssignment, workers: int) -> None:
         self.workers = workers
         self._own = slots_of_rank(assignment.slots, assignment.world_size, assignment.rank)
-        self.slots_asked = list(self._own) or [NOTHING]
+        self.requested_slots = list(self._own) or [NOTHING]
         self._slots = assignment.slots
         self._dataset_shards = samples.sharded_by == "dataset"
         self._filler_first = assignment.world_size > 1 and not self._dataset_shards
         self._from, self._turns = start, 0
 
     def turn_to(self, cursor: Cursor) -> None:
-        """Ask for the global batches from a cursor on, from the next question on."""
+        """Request the global batches from a cursor on, from the next request on."""
         if cursor != self._from:
             self._from = cursor
             self._turns += 1
 
     def __iter__(self) -> Iterator[StreamIndex]:
-        asked = 0
+        count = 0
         if self._filler_first:
             yield StreamIndex(self._from, FIRST, self._slots, self._own)
         while True:
             turns, (epoch, batch) = self._turns, self._from
             while turns == self._turns:
-                for number, slot in enumerate(self.slots_asked):
+                for number, slot in enumerate(self.requested_slots):
                     index = StreamIndex(Cursor(epoch, batch), slot, self._slots, self._own)
-                    # The loader asks its workers in turn; each slot has a worker that it belongs to.
-                    belongs_to = (batch * len(self._own) + number) % self.workers
-                    while self._dataset_shards and asked % self.workers != belongs_to:
+                    # The loader sends requests to its workers in turn; each slot is served by a fixed worker.
+                    worker = (batch * len(self._own) + number) % self.workers
+                    while self._dataset_shards and count % self.workers != worker:
                         yield index._replace(aligning=True)
-                        asked += 1
+                        count += 1
                     yield index
-                    asked += 1
+                    count += 1
                     if turns != self._turns:
                         break
                 batch += 1

@@ -1,4 +1,4 @@
-"""What a run trains on, mapped or streamed: its global batches from any cursor on, and what is known of them beforehand."""
+"""Training data, map-style or streamed: its global batches from any cursor on, and its known sizes."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from runtime.errors import DataError
 
 @dataclass(frozen=True)
 class WindowReader:
-    """This rank's windows, being read.
+    """This rank's windows while they are read.
 
     Args:
         windows: with their weights. Collective: every rank must iterate alike.
         filler: a batch for fillers, with several ranks.
-        places: by worker, where a stream's readers stand behind the last window; empty where nothing is known.
+        reader_states: by worker, the states of a stream's readers after the last window; empty for map-style data.
     """
 
     windows: Iterator[Window]
     filler: Any
-    places: Mapping[int, ReaderState] = field(default_factory=dict)
+    reader_states: Mapping[int, ReaderState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How windows are read and weighed.
+    """Options for reading windows and computing their weights.
 
     Args:
         num_workers: of the loader.
-        weigh: weight of one microbatch of so many samples; None if it is the number of samples.
-        num_weights: how many weights a microbatch has; None: one, as a number.
-        begin_sum: begins to sum a float64 tensor over all ranks. Collective.
-        ahead: over how many steps weights are to be summed at once; equal on all ranks.
-        tell: takes a line that informs.
+        weigh: returns the weight of one microbatch, given its batch and number of samples; None: the number of samples.
+        num_weights: weights of a microbatch; None: one, as a number.
+        begin_sum: starts summing a float64 tensor over all ranks. Collective.
+        ahead: steps whose weights are summed at once; equal on all ranks.
+        notify: called with a line of information for the user.
     """
 
     assignment: SlotAssignment
@@ -58,48 +58,48 @@ class ReadOptions:
     begin_sum: BeginSum
     num_weights: int | None = None
     ahead: Ahead = 8
-    tell: Callable[[str], None] = lambda text: None
+    notify: Callable[[str], None] = lambda text: None
 
 
 class MappedData:
-    """A map-style data set in an order."""
+    """A map-style data set with an order."""
 
     def __init__(self, samples: Samples, order: Order) -> None:
         self.samples, self.order = samples, order
 
     @property
     def num_samples(self) -> int | None:
-        """Samples of the data set; None where nobody knows."""
+        """Samples of the data set; None if unknown."""
         return len(self.samples)
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Global batches of the first epoch; None where nobody knows."""
+        """Global batches of the first epoch; None if unknown."""
         return self.order.num_batches(0)
 
     def num_steps(self, epochs: int) -> int | None:
-        """Global batches of so many epochs, which may differ in length; None where nobody knows."""
-        if isinstance(self.order, BudgetOrder):  # others differ only by a user's own sampler
+        """Global batches of the first ``epochs`` epochs, which may differ in length; None if unknown."""
+        if isinstance(self.order, BudgetOrder):  # otherwise epochs differ only with a user's sampler
             return sum(self.order.num_batches(epoch) for epoch in range(epochs))
         return epochs * self.order.num_batches(0)
 
     @property
     def smallest_batch(self) -> int:
-        """Samples of the first epoch's smallest global batch, as far as is known."""
+        """Samples of the first epoch's smallest global batch; 1 for a stream."""
         last = self.order.num_batches(0) - 1
         first = 0 if isinstance(self.order, BudgetOrder) else last
         return min(len(self.order.batch(0, index)) for index in range(first, last + 1))
 
     def fingerprint(self, assignment: tuple[int, int]) -> dict[str, Any]:
-        """Return what must be the same on resumption, given ranks and workers."""
+        """Return the data's identity, which must be the same on resumption; ``assignment`` is (ranks, workers)."""
         return fingerprint(self.samples.source)
 
     def upcoming(self, cursor: Cursor, skipped: Collection[Cursor]) -> Cursor:
-        """Return the first global batch from a cursor on that is not left out."""
+        """Return the first global batch from a cursor on that is not skipped."""
         return upcoming(self.order, cursor, skipped)
 
     def first_batch(self, size: int) -> Any:
-        """Return the run's first samples, collated."""
+        """Return a batch of the run's first ``size`` samples."""
         return next(read(self.samples, iter([SlotIndex(0, self.order.batch(0, 0)[:size])]), read_here))
 
     def read(
@@ -109,9 +109,9 @@ class MappedData:
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
         skipped: Collection[Cursor],
-        places: Mapping[int, ReaderState],
+        reader_states: Mapping[int, ReaderState],
     ) -> WindowReader:
-        """Begin to read from a cursor on."""
+        """Start reading from a cursor on."""
         windows = Windows(
             self.samples,
             self.order,
@@ -149,25 +149,25 @@ class StreamedData:
         self.samples = samples
 
     def fingerprint(self, assignment: tuple[int, int]) -> dict[str, Any]:
-        """See :class:`MappedData`. Where the data set shards itself, its shares follow from ranks and workers."""
+        """See :class:`MappedData`. If the data set shards itself, its parts depend on the numbers of ranks and workers."""
         source = self.samples.source
-        told = {"samples": None, "id": getattr(source, "fingerprint", None)}
+        identity = {"samples": None, "id": getattr(source, "fingerprint", None)}
         if self.samples.sharded_by == "dataset":
-            told |= {"ranks": assignment[0], "workers": max(1, assignment[1])}
-        return told
+            identity |= {"ranks": assignment[0], "workers": max(1, assignment[1])}
+        return identity
 
     def upcoming(self, cursor: Cursor, skipped: Collection[Cursor]) -> Cursor:
-        """Return the cursor itself: what comes after it shows when it is read."""
+        """Return the cursor unchanged: the batches of a stream are known only when it is read."""
         return cursor
 
     def first_batch(self, size: int) -> Any:
-        """See :class:`MappedData`; from a reader of its own, so that nothing is used up."""
+        """See :class:`MappedData`; reads with a separate reader, which leaves the stream's position unchanged."""
         slots = -(-self.samples.batch_size // size)
         slot = FIRST if self.samples.sharded_by == "runtime" else 0
         piece = next(read(copy(self.samples), iter([StreamIndex(Cursor(), slot, slots, range(slots))]), read_here))
         if not piece.samples:
             raise DataError(
-                "data.train: there are not enough samples in the stream to try what fits (batch.micro_size: auto)"
+                "data.train: the stream has too few samples to find the batch size that fits (batch.micro_size: auto)"
             )
         return piece.batch
 
@@ -178,10 +178,10 @@ class StreamedData:
         start: Cursor,
         stop: Callable[[Cursor, int], bool],
         skipped: Collection[Cursor],
-        places: Mapping[int, ReaderState],
+        reader_states: Mapping[int, ReaderState],
     ) -> WindowReader:
         """See :class:`MappedData`."""
-        self.samples.places = dict(places)
+        self.samples.reader_states = dict(reader_states)
         windows = StreamWindows(
             self.samples,
             start=start,
@@ -194,29 +194,31 @@ class StreamedData:
             num_weights=options.num_weights,
             sum_over_ranks=lambda table: options.begin_sum(table)(),
             ahead=options.ahead,
-            tell=options.tell,
+            notify=options.notify,
         )
-        return WindowReader(iter(windows), windows.filler, windows.places)
+        return WindowReader(iter(windows), windows.filler, windows.reader_states)
 
 
 TrainingData = MappedData | StreamedData
 
 
-def saved_places(places: Mapping[int, ReaderState], sharded_by: ShardedBy, device: torch.device) -> dict[str, Any]:
-    """Return where the readers of a stream stand, as JSON can hold it: rank to worker to place.
+def gather_reader_states(
+    states: Mapping[int, ReaderState], sharded_by: ShardedBy, device: torch.device
+) -> dict[str, Any]:
+    """Return the states of all ranks' readers for JSON: rank to worker to state.
 
-    A state that JSON cannot hold is left out; the stream is then read again on resumption. Collective where the data set
-    shards itself; where the runtime does, every rank's place is everybody's.
+    A data set's state that JSON cannot hold becomes None; the stream is then read again on resumption. Collective if the
+    data set shards itself; if the runtime does, the states of all ranks are the same.
     """
-    kept = {worker: place if fits_json(place.state) else place._replace(state=None) for worker, place in places.items()}
-    told = {str(worker): list(place) for worker, place in kept.items()}
+    kept = {worker: state if fits_json(state.state) else state._replace(state=None) for worker, state in states.items()}
+    own = {str(worker): list(state) for worker, state in kept.items()}
     if sharded_by == "runtime":
-        return {"0": told}
-    replies = gather_bytes(json.dumps(told).encode(), device)
+        return {"0": own}
+    replies = gather_bytes(json.dumps(own).encode(), device)
     return {str(rank): json.loads(reply) for rank, reply in enumerate(replies)}
 
 
-def places_of(told: Mapping[str, Any], rank: int) -> dict[int, ReaderState]:
-    """Return a rank's places from what :func:`saved_places` returned."""
-    own = told.get(str(rank), told.get("0", {}))
-    return {int(worker): ReaderState(*place) for worker, place in own.items()}
+def reader_states_of(saved: Mapping[str, Any], rank: int) -> dict[int, ReaderState]:
+    """Return a rank's reader states from the result of :func:`gather_reader_states`."""
+    own = saved.get(str(rank), saved.get("0", {}))
+    return {int(worker): ReaderState(*state) for worker, state in own.items()}

@@ -1,4 +1,4 @@
-"""Random changes to samples, drawn under each sample's own seed: equal for any number of processes and workers."""
+"""Random augmentation, drawn under each sample's seed: equal for any number of processes and workers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from runtime.errors import DataError
 
 
 class Augment:
-    """Crop and flip images at random: part of a sample, (channels, height, width).
+    """Randomly crop and flip an image (channels, height, width) that is part of a sample.
 
     Args:
-        crop: height and width of what is cut out. Default: the image's own.
-        padding: pixels of 0 around the image before cutting, as for CIFAR.
-        scale: cut out this share of the area (from, to) instead, of an aspect ratio between 3:4 and 4:3, and scale it to
+        crop: height and width of the crop. Default: those of the image.
+        padding: pixels of 0 added around the image before cropping, as for CIFAR.
+        scale: instead crop this fraction of the area (from, to), with an aspect ratio between 3:4 and 4:3, and resize it to
             ``crop`` (Szegedy et al., "Going Deeper with Convolutions", 2015, section 6).
-        flip: chance to mirror left and right.
-        part: key or position of the image in the sample.
+        flip: probability of a horizontal flip.
+        part: key or position of the image in the sample. Default: ``inputs``, or position 0.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Augment:
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
             raise DataError(f"Augment: scale={list(scale)}: give [from, to], above 0 and up to 1")
         if not 0 <= flip <= 1 or padding < 0:
-            raise DataError("Augment: 'flip' is a chance between 0 and 1, 'padding' not below 0")
+            raise DataError("Augment: 'flip' must be a probability between 0 and 1, and 'padding' must not be negative")
         if crop is None and padding == 0 and flip == 0:
             raise DataError("Augment: nothing to do; give 'crop', 'padding' or 'flip'")
         self._crop, self._padding, self._scale, self._flip = crop, padding, scale, flip
         self._part = part
 
     def __call__(self, sample: Any) -> Any:
-        """Return the sample with its image changed."""
+        """Return the sample with its image augmented."""
         part = self._part
         if part is None:
             part = "inputs" if isinstance(sample, dict) else 0

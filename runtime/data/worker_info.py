@@ -1,4 +1,4 @@
-"""Which loader worker this is: known to the runtime, hidden from user code whose answer must not depend on it."""
+"""Number of the current loader worker: known to the runtime, hidden from user code whose result must not depend on it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.utils.data import _utils, get_worker_info
 
 
 def reader() -> tuple[int, int]:
-    """Return the number of this loader worker, and how many there are; (0, 1) in the training process."""
+    """Return the number of this loader worker, and the number of workers; (0, 1) in the training process."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
 
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Let ``torch.utils.data.get_worker_info()`` return None, as in a process without workers.
+    """Make ``torch.utils.data.get_worker_info()`` return None, as in a process without workers.
 
-    A data set that asks it shares itself out (Hugging Face's streams do), or draws from a seed of the worker: both give
-    another answer for another number of workers. torch keeps it in one global of a private module, in all versions up to 2.13.
+    A data set that calls it divides itself (as Hugging Face's streams do) or draws from the worker's seed: either result
+    depends on the number of workers. torch keeps it in one global of a private module, in all versions up to 2.13.
     """
     info = _utils.worker._worker_info
     _utils.worker._worker_info = None

@@ -1,4 +1,4 @@
-"""Batches that a stream yields whole (``yields: batches``): how many samples each has, and parts of one."""
+"""Whole batches yielded by a stream (``yields: batches``): their number of samples, and slices of rows."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from runtime.errors import DataError, ObjectiveError
 
 
 def rows_of(batch: Any, fields: Fields) -> int:
-    """Return how many samples a batch has: the first dimension of its tensors.
+    """Return the number of samples in a batch: the first dimension of its tensors.
 
-    Where tensors differ in it (all samples' words in one tensor, and where each sample begins), that of the target counts,
-    since losses have a term for each row of it; without a target, that of what the model is called with. A batch of a class
-    of its own is asked for its length.
+    If tensors differ in it (all samples' words in one tensor, and offsets of the samples in another), that of the target
+    is used, since losses have a term for each of its rows; without a target, that of the model's inputs. For a batch of a
+    custom class it is its length.
 
     Raises:
-        DataError: the batch has no samples, or their number cannot be told.
+        DataError: the batch has no samples, or their number cannot be determined.
     """
     rows = _agreed(batch)
     for part in (_target, _inputs) if rows is None else ():
         rows = _agreed(part(batch, fields)) if rows is None else rows
     if rows is None:
         raise DataError(
-            f"how many samples it has cannot be told, since {_described(batch)} (yields: batches). Samples are the first "
-            "dimension of a batch's tensors; where they differ, that of the target (data.fields.target). A batch of a class of "
-            "your own needs __len__; data.train.transform can make tensors of it"
+            f"its number of samples cannot be determined, since {_described(batch)} (yields: batches). Samples are the first "
+            "dimension of a batch's tensors; if these differ, that of the target (data.fields.target). A batch of a custom "
+            "class needs __len__; data.train.transform can convert it to tensors"
         )
     if rows == 0:
-        raise DataError("it has no samples (yields: batches); let the stream leave empty batches out")
+        raise DataError("it has no samples (yields: batches); the stream must not yield empty batches")
     return rows
 
 
 def rows_from(batch: Any, start: int, stop: int, *, rows: int) -> Any:
-    """Return some rows of a batch of nothing but tensors and lists of so many rows; None where it has other parts."""
+    """Return rows ``start`` to ``stop`` of a batch; None if any part is not a tensor or list with ``rows`` rows."""
     if isinstance(batch, Tensor):
         return batch[start:stop] if batch.ndim and batch.size(0) == rows else None
     if isinstance(batch, Mapping):
@@ -53,7 +53,7 @@ def rows_from(batch: Any, start: int, stop: int, *, rows: int) -> Any:
 def _target(batch: Any, fields: Fields) -> Any:
     try:
         return fields.target_of(batch)
-    except ObjectiveError:  # there is none
+    except ObjectiveError:  # the batch has no target
         return None
 
 
@@ -65,7 +65,7 @@ def _inputs(batch: Any, fields: Fields) -> Any:
 
 
 def _agreed(value: Any) -> int | None:
-    """Return the first dimension of all tensors, or the length of what holds none; None if they differ or there is none."""
+    """Return the first dimension common to all tensors, or the length of a custom class; None if they differ."""
     if not isinstance(value, Tensor | Mapping | list | tuple | str | bytes) and hasattr(value, "__len__"):
         return len(value)
     sizes = {tensor.size(0) for tensor in tensors_of(value) if tensor.ndim}
@@ -80,7 +80,7 @@ def _described(batch: Any) -> str:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a batch, nested as it is."""
+    """Yield the tensors of a batch, however nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Data by short name: readers of the user's files, and data that needs no download; map-style, one file each."""
+"""Data sets by short name: readers of the user's files, and data that needs no download; map-style, one module each."""
 
 from runtime.data_sources.arrays import Arrays
 from runtime.data_sources.diabetes import diabetes

@@ -18,31 +18,31 @@ from runtime.errors import DataError
 from runtime.files import digest, existing, rows_within
 from runtime.wording import did_you_mean
 
-_LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member; its last two fields are lengths of what follows
+_LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member; its last two fields are the lengths of name and extra field
 
 
 class Arrays(Dataset[dict[str, Tensor]]):
-    """Parts of a sample from NumPy arrays whose first axis counts samples.
+    """Samples from NumPy arrays whose first axis is samples.
 
     ``.npy`` files and the members of ``.npz`` files written by ``np.savez`` are memory-mapped: they may be larger than
     memory, and all processes of a machine share them. Members of compressed ``.npz`` files are read into memory.
 
     Args:
-        parts: name of a part to ``file.npy``, or to ``file.npz:member``; or one ``.npz`` file, all of whose members are
-            parts of their own names.
-        floating: type that floating-point parts are cast to; null leaves them as they are. Integers become int64,
-            except for uint8 (images), and booleans stay.
-        provided_by: the command that brings the files, for the message when they are missing.
+        parts: mapping from the name of a part to ``file.npy`` or ``file.npz:member``; or one ``.npz`` file, all of whose
+            members are parts with the same names.
+        floating: dtype that floating-point parts are cast to; null leaves them unchanged. Integers become int64, except
+            for uint8 (images), and booleans stay.
+        provided_by: command that installs the files, for the error message if they are missing.
 
-    A sample is a mapping, such as ``{inputs, target}``; ``data.fields`` says which part is what.
+    A sample is a mapping, such as ``{inputs, target}``; ``data.fields`` assigns the roles of its parts.
 
     Raises:
-        DataError: a file or member is missing, holds Python objects, or is of another length.
+        DataError: a file or member is missing, holds Python objects, or the arrays differ in length.
     """
 
     deterministic = True
     shared_arguments = ("floating",)
-    """Arguments that data to predict has from the training data."""
+    """Arguments that data to predict takes over from the training data."""
 
     def __init__(
         self, parts: str | Mapping[str, str], *, floating: str | None = "float32", provided_by: str | None = None
@@ -86,7 +86,7 @@ class Arrays(Dataset[dict[str, Tensor]]):
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the arrays out: a loader worker maps the files again."""
+        """Omit the arrays: a loader worker maps the files again."""
         return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _place(place: str, provided_by: str | None) -> tuple[Path, str | None]:
         return existing(f"{file}.npz", provided_by=provided_by), member
     path = existing(place, provided_by=provided_by)
     if path.suffix == ".npz":
-        raise DataError(f"say which member of {path} is meant, as in '{place}:NAME'")
+        raise DataError(f"name a member of {path}, as in '{place}:NAME'")
     return path, None
 
 
@@ -125,7 +125,7 @@ def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is no .npz file ({error})") from error
+        raise DataError(f"{path} is not an .npz file ({error})") from error
 
 
 def _mapped(path: Path, member: str | None) -> NDArray[Any]:
@@ -134,8 +134,8 @@ def _mapped(path: Path, member: str | None) -> NDArray[Any]:
     except (ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read as an array of numbers: {error}") from error
     if array.dtype.kind not in "fiub":
-        raise DataError(f"{path} holds {array.dtype}, which is no array of numbers")
-    # In this machine's byte order, and as a plain array over the map: indexing the subclass costs more.
+        raise DataError(f"{path} holds {array.dtype}, not numbers")
+    # In native byte order, and as a plain array over the map: indexing the memmap subclass is slower.
     return np.asarray(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
 
 

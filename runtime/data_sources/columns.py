@@ -1,4 +1,4 @@
-"""Columns of CSV and Parquet files, as numbers or as codes of texts."""
+"""Read columns of CSV and Parquet files, as numbers or as codes of texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK = 10_000  # rows parsed at once
 
 @dataclass(frozen=True)
 class NumberColumn:
-    """A column of numbers: (rows,) float64, NaN where there is none."""
+    """A column of numbers: (rows,) float64, NaN where missing."""
 
     values: NDArray[np.float64]
 
@@ -31,7 +31,7 @@ class NumberColumn:
 
 @dataclass(frozen=True)
 class TextColumn:
-    """A column of texts: codes (rows,) int32 into ``known``; -1 where there is none."""
+    """A column of texts: codes (rows,) int32 into ``known``, -1 where missing."""
 
     codes: NDArray[np.int32]
     known: list[str]
@@ -40,7 +40,7 @@ class TextColumn:
         return len(self.codes)
 
     def of(self, rows: NDArray[np.int64]) -> list[str | None]:
-        """Return the texts of some rows."""
+        """Return the texts of some rows, None where missing."""
         with_missing = [*self.known, None]
         return [with_missing[code] for code in self.codes[rows].tolist()]
 
@@ -49,14 +49,14 @@ Columns = dict[str, NumberColumn | TextColumn]
 
 
 def checked_names(names: Sequence[str], wanted: Collection[str], path: Path) -> None:
-    """Refuse a file without a wanted column, or with two of one name.
+    """Check that the file has the wanted columns, and no two of the same name.
 
     Raises:
-        DataError: naming the column and its nearest neighbour.
+        DataError: it does not; the message names the column and the most similar name.
     """
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise DataError(f"{path} has more than one column {twice[0]!r}")
+    duplicates = sorted({name for name in names if list(names).count(name) > 1})
+    if duplicates:
+        raise DataError(f"{path} has more than one column {duplicates[0]!r}")
     for name in wanted:
         if name not in names:
             hint = did_you_mean(name, names) or f"; it has {', '.join(map(repr, names))}"
@@ -64,7 +64,7 @@ def checked_names(names: Sequence[str], wanted: Collection[str], path: Path) -> 
 
 
 def csv_names(path: Path, *, delimiter: str, encoding: str) -> list[str]:
-    """Return the column names, from the first line."""
+    """Return the column names, read from the first line."""
     with path.open(encoding=encoding, newline="") as file:
         try:
             return next(csv.reader(file, delimiter=delimiter, strict=True))
@@ -86,33 +86,33 @@ def read_csv(
     """Read some columns of a CSV file whose first line names them.
 
     Raises:
-        DataError: naming file, line and column.
+        DataError: the file cannot be read; the message names file, line and column.
     """
     names = csv_names(path, delimiter=delimiter, encoding=encoding)
     checked_names(names, [*numbers, *texts], path)
-    found = {name: array("d") for name in numbers}
+    values = {name: array("d") for name in numbers}
     codes: dict[str, array[int]] = {name: array("i") for name in texts}
     known: dict[str, dict[str, int]] = {name: {} for name in texts}
     absent = frozenset(missing)
     for first_line, block in _blocks(path, len(names), delimiter=delimiter, encoding=encoding):
         columns = dict(zip(names, zip(*block, strict=True), strict=True))
-        for name, into in found.items():
+        for name, into in values.items():
             try:
                 into.extend([float(value) if value not in absent else np.nan for value in columns[name]])
             except ValueError:
-                raise _no_number(path, first_line, name, columns[name], absent) from None
+                raise _not_a_number(path, first_line, name, columns[name], absent) from None
         for name, index in known.items():
             codes[name].extend(
                 [-1 if value in absent else index.setdefault(value, len(index)) for value in columns[name]]
             )
     return {
-        **{name: NumberColumn(np.frombuffer(values, dtype=np.float64)) for name, values in found.items()},
+        **{name: NumberColumn(np.frombuffer(numbers, dtype=np.float64)) for name, numbers in values.items()},
         **{name: TextColumn(np.frombuffer(codes[name], dtype=np.int32), list(index)) for name, index in known.items()},
     }
 
 
 def _blocks(path: Path, width: int, *, delimiter: str, encoding: str) -> Iterator[tuple[list[int], list[list[str]]]]:
-    """Yield blocks of rows, each with the line that it ends in; empty lines are no rows."""
+    """Yield blocks of rows, with the number of each row's last line; empty lines are skipped."""
     with path.open(encoding=encoding, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         next(reader)
@@ -128,20 +128,20 @@ def _blocks(path: Path, width: int, *, delimiter: str, encoding: str) -> Iterato
             raise DataError(f"{path}:{reader.line_num} cannot be read as {encoding} CSV: {error}") from error
 
 
-def _no_number(path: Path, lines: list[int], name: str, values: Sequence[str], absent: Collection[str]) -> DataError:
+def _not_a_number(path: Path, lines: list[int], name: str, values: Sequence[str], absent: Collection[str]) -> DataError:
     for line, value in zip(lines, values, strict=True):
         try:
             float(0 if value in absent else value)
         except ValueError:
             return DataError(
-                f"{path}:{line} has {value!r} in column {name!r}, which is no number: list the column under "
+                f"{path}:{line} has {value!r} in column {name!r}, which is not a number: list the column under "
                 f"'categorical', or add {value!r} to 'missing_values'"
             )
     raise AssertionError("every value is a number")
 
 
 def is_parquet(path: Path) -> bool:
-    """Tell a Parquet file by its first bytes."""
+    """Return whether a file is a Parquet file, by its first bytes."""
     with path.open("rb") as file:
         return file.read(4) == b"PAR1"
 
@@ -155,7 +155,7 @@ def read_parquet(path: Path, *, numbers: Collection[str], texts: Collection[str]
     """Read some columns of a Parquet file.
 
     Raises:
-        DataError: naming file and column.
+        DataError: the file cannot be read; the message names file and column.
         MissingDependencyError: pyarrow is not installed.
     """
     file = _parquet(path)
@@ -163,20 +163,20 @@ def read_parquet(path: Path, *, numbers: Collection[str], texts: Collection[str]
     import pyarrow as pa
 
     table = file.read(columns=[*numbers, *texts])
-    found: Columns = {}
+    columns: Columns = {}
     for name in numbers:
         column = table.column(name)
         if pa.types.is_boolean(column.type):
             column = column.cast(pa.uint8())
         try:
-            found[name] = NumberColumn(column.cast(pa.float64(), safe=False).to_numpy())
+            columns[name] = NumberColumn(column.cast(pa.float64(), safe=False).to_numpy())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise DataError(
-                f"{path} has {column.type} in column {name!r}, which are no numbers: list it under 'categorical'"
+                f"{path} has {column.type} in column {name!r}, not numbers: list it under 'categorical'"
             ) from None
     for name in texts:
-        found[name] = _texts(table.column(name), name, path, missing)
-    return found
+        columns[name] = _texts(table.column(name), name, path, missing)
+    return columns
 
 
 def _texts(column: Any, name: str, path: Path, missing: Collection[str]) -> TextColumn:
@@ -185,7 +185,7 @@ def _texts(column: Any, name: str, path: Path, missing: Collection[str]) -> Text
     try:
         values = column.cast(pa.string()).combine_chunks().dictionary_encode()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise DataError(f"{path} has {column.type} in column {name!r}, which are no texts") from None
+        raise DataError(f"{path} has {column.type} in column {name!r}, not texts") from None
     values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     known = values.dictionary.to_pylist()
     codes = values.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
@@ -204,4 +204,4 @@ def _parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is no Parquet file: {error}") from error
+        raise DataError(f"{path} is not a Parquet file: {error}") from error

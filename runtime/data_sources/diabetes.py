@@ -17,16 +17,16 @@ def diabetes(
 ) -> TensorDataset:
     """Load one split of the diabetes data (Efron et al. 2004, section 1).
 
-    Features and target are standardised, both splits by the mean and standard deviation of the
-    training part, so nothing of the validation part reaches training. A root mean squared error
-    is therefore in training standard deviations: predicting the training mean for everyone scores
-    1.0 on the training part. Times that standard deviation, 78.30 with the default arguments, it
-    is in the target's own units; a mean squared error, times its square.
+    Features and target of both splits are standardised by the mean and standard deviation of the
+    training part, so nothing of the validation part leaks into training. A root mean squared error
+    is therefore in training standard deviations: always predicting the training mean scores 1.0 on
+    the training part. Multiply it by that standard deviation, 78.30 with the default arguments, to
+    get the target's units; a mean squared error by its square.
 
     Args:
         split: ``"train"`` or ``"validation"``.
-        validation_fraction: share of the patients held out for validation, above 0 and below 1.
-        seed: which patients are held out; both splits must be given the same.
+        validation_fraction: fraction of the patients held out for validation, above 0 and below 1.
+        seed: determines which patients are held out; must be the same for both splits.
 
     Returns:
         Pairs (features, target): float32 of shape (10,) and (1,).
@@ -45,7 +45,7 @@ def diabetes(
     except ModuleNotFoundError as error:
         raise MissingDependencyError("scikit-learn", "the diabetes data", "examples") from error
 
-    # scikit-learn's own scaling would use the statistics of all patients.
+    # scikit-learn's scaling would use the statistics of all patients.
     features, target = load_diabetes(return_X_y=True, scaled=False)
     table = np.column_stack([features, target])
     try:

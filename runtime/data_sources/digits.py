@@ -18,13 +18,13 @@ def digits(
 ) -> TensorDataset:
     """Load one split of the digits data.
 
-    The held-out part is stratified: it has every class in the proportion of the whole.
+    The split is stratified by class.
 
     Args:
         split: ``"train"`` or ``"validation"``.
-        validation_fraction: share of the images held out for validation, above 0 and below 1.
-        seed: which images are held out; both splits must be given the same.
-        as_images: shape images as such, for a convolution, rather than flat, for an MLP.
+        validation_fraction: fraction of the images held out for validation, above 0 and below 1.
+        seed: determines which images are held out; must be the same for both splits.
+        as_images: return images of shape (1, 8, 8), for a convolution, instead of flat ones, for an MLP.
 
     Returns:
         Pairs (image, class): float32 in [0, 1] of shape (1, 8, 8) or (64,), and an int64 scalar.
@@ -55,7 +55,7 @@ def digits(
         raise DataError(f"validation_fraction={validation_fraction}: {error}") from error
     rows = np.sort(train if split == "train" else validation)
 
-    # Pixels count the dark dots in a cell of 4x4, so 16 is the most.
+    # Pixels count the dark dots in a cell of 4x4, so the maximum is 16.
     images = torch.from_numpy(pixels[rows].astype(np.float32) / 16)
     if as_images:
         images = images.view(-1, 1, 8, 8)

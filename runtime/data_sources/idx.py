@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and its kin, gzipped or not."""
+"""IDX files, the format of MNIST and similar data sets, gzipped or not."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Idx(Dataset[dict[str, Tensor]]):
     Files are memory-mapped; gzipped ones are read into memory.
 
     Args:
-        folder: holds ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two of ``t10k``, each perhaps with
-            ``.gz``, as MNIST, Fashion-MNIST (``apt install dataset-fashion-mnist``, then
-            ``/usr/share/datasets/fashion-mnist``) and EMNIST's kin do.
+        folder: holds ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k`` files, optionally with
+            ``.gz``, as for MNIST, Fashion-MNIST (``apt install dataset-fashion-mnist``, then
+            ``/usr/share/datasets/fashion-mnist``) and the like.
         split: ``train`` or ``test`` of that folder.
-        images: the file of images, in place of folder and split.
-        labels: the file of labels.
-        mean: subtracted from pixels between 0 and 1.
-        std: what they are then divided by.
-        provided_by: the command that brings the files, for the message when they are missing.
+        images: file of images, instead of folder and split.
+        labels: file of labels.
+        mean: subtracted from pixels, which are scaled to 0 to 1.
+        std: divisor of the result.
+        provided_by: command that installs the files, for the error message if they are missing.
 
     A sample is ``{inputs: (1, height, width) float32, target: int64 scalar}``.
 
@@ -45,7 +45,7 @@ class Idx(Dataset[dict[str, Tensor]]):
 
     deterministic = True
     shared_arguments = ("mean", "std")
-    """Arguments that data to predict has from the training data."""
+    """Arguments that data to predict takes over from the training data."""
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class Idx(Dataset[dict[str, Tensor]]):
         self._images, self._labels = self._open()
         if self._images.ndim != 3 or self._labels.ndim != 1 or len(self._images) != len(self._labels):
             raise DataError(
-                f"{paths[0]} has the shape {self._images.shape} and {paths[1]} {self._labels.shape}; "
-                "(samples, height, width) and (samples,) are needed"
+                f"{paths[0]} has shape {self._images.shape} and {paths[1]} {self._labels.shape}; they must have shapes "
+                "(samples, height, width) and (samples,)"
             )
         self.fingerprint = f"idx {digest(*paths)} mean={mean} std={std}"
 
@@ -101,7 +101,7 @@ class Idx(Dataset[dict[str, Tensor]]):
         return self._labels
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave what is mapped out: a loader worker maps the files again."""
+        """Omit the mapped arrays: a loader worker maps the files again."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_images", "_labels")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,10 +115,10 @@ class Idx(Dataset[dict[str, Tensor]]):
 
 
 def read_idx(path: Path) -> NDArray[Any]:
-    """Return the array in an IDX file, mapped unless it is gzipped.
+    """Return the array in an IDX file, memory-mapped unless it is gzipped.
 
     Raises:
-        DataError: it is no IDX file, or it is shorter or longer than its header says.
+        DataError: the file is not an IDX file, or its size does not match its header.
     """
     try:
         if path.suffix == ".gz":
@@ -129,12 +129,12 @@ def read_idx(path: Path) -> NDArray[Any]:
         raise DataError(f"{path} is damaged ({error})") from error
     magic = content[:4].tolist()
     if len(magic) < 4 or magic[:2] != [0, 0] or magic[2] not in _TYPES:
-        raise DataError(f"{path} is no IDX file: it begins with {bytes(magic)!r}")
+        raise DataError(f"{path} is not an IDX file: it begins with {bytes(magic)!r}")
     dtype, header_bytes = np.dtype(_TYPES[magic[2]]), 4 + 4 * magic[3]
     shape = tuple(int(size) for size in content[4:header_bytes].view(">u4"))
     expected = header_bytes + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if len(content) != expected:
-        raise DataError(f"{path} has {len(content)} bytes; its header says {expected}")
+        raise DataError(f"{path} has {len(content)} bytes, but its header requires {expected}")
     return content[header_bytes:].view(dtype).reshape(shape)
 
 

@@ -1,4 +1,4 @@
-"""Images in one folder per class."""
+"""Image classification data: one folder of images per class."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 class ImageFolder(Dataset[dict[str, Any]]):
     """Images under ``folder/CLASS/``, at any depth; classes are numbered by the sorted names of the training data's folders.
 
-    Random crops and flips are ``data.train.transform: {target: Augment, …}``, under each sample's own seed. Needs
-    ``pip install pillow``.
+    For random crops and flips use ``data.train.transform: {target: Augment, …}``, which draws under each sample's seed.
+    Needs ``pip install pillow``.
 
     Args:
-        folder: holds one folder per class. Files of other kinds than images are passed over.
-        exclude: shell patterns of paths within the folder, such as ``shapes/broken*.png``, that are left out.
-        size: height and width; the image is scaled until both are covered, and its middle cut out. Default: as they are,
-            which needs images of one size, or a transform that makes them so.
-        channels: 3 for RGB, 1 for grey. Transparent pixels become white.
-        mean: of each channel, subtracted from values between 0 and 1. Default: nothing is.
-        std: of each channel, divided by.
-        provided_by: the command that brings the folder, for the message when it is missing.
+        folder: holds one folder per class. Files that are not images are ignored.
+        exclude: shell patterns of paths within the folder to leave out, such as ``shapes/broken*.png``.
+        size: height and width; the image is resized to cover both, then centre-cropped. Default: unchanged, for images of
+            one size, or with a transform that makes them so.
+        channels: 3 for RGB, 1 for greyscale. Transparent pixels become white.
+        mean: per channel, subtracted from values between 0 and 1. Default: 0.
+        std: per channel, divisor of the result. Default: 1.
+        provided_by: command that installs the folder, for the error message if it is missing.
 
     A sample is ``{inputs: (channels, height, width) float32, target: int64 scalar}``. A folder of images without class folders
     is for data to predict: its samples have no target.
 
     Raises:
-        DataError: the folder or its classes are missing, a class has no image, or a file cannot be read as one.
+        DataError: the folder or its classes are missing, a class has no image, or a file cannot be read as an image.
         MissingDependencyError: Pillow is not installed.
     """
 
     deterministic = True
     shared_arguments = ("size", "channels", "mean", "std")
-    """Arguments that data to predict has from the training data."""
+    """Arguments that data to predict takes over from the training data."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         provided_by: str | None = None,
     ) -> None:
         if channels not in (1, 3):
-            raise DataError(f"channels={channels}: use 3 (RGB) or 1 (grey)")
+            raise DataError(f"channels={channels}: use 3 (RGB) or 1 (greyscale)")
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise DataError(f"size={list(size)}: give [height, width]")
         for name, values in (("mean", mean), ("std", std)):
@@ -76,8 +76,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self._std = torch.tensor(std or [1.0] * channels).view(-1, 1, 1)
         self.classes, self._paths, self._labels = _listed(self._folder, exclude)
         listed = "\n".join(f"{path}:{(self._folder / path).stat().st_size}" for path in self._paths)
-        named = blake2b(listed.encode(), digest_size=16).hexdigest()
-        self.fingerprint = f"images {named} size={size} channels={channels} mean={mean} std={std}"
+        listing_digest = blake2b(listed.encode(), digest_size=16).hexdigest()
+        self.fingerprint = f"images {listing_digest} size={size} channels={channels} mean={mean} std={std}"
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -92,11 +92,11 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
     @property
     def fitted(self) -> dict[str, Any]:
-        """The names of the classes in the order of their numbers, which other splits take over."""
+        """Class names in the order of their numbers, for other splits to adopt."""
         return {"classes": list(self.classes)}
 
     def adopt(self, fitted: Mapping[str, Any]) -> None:
-        """Number the classes as another split does. Folders none of which it has are no classes, but images to predict.
+        """Number the classes as another split does. If it has none of these folders, they are images to predict, not classes.
 
         Raises:
             DataError: some of the folders are classes of the other split, and some are not.
@@ -107,16 +107,16 @@ class ImageFolder(Dataset[dict[str, Any]]):
             return
         if unknown:
             raise DataError(
-                f"{self._folder} has the class folder {unknown[0]!r}, which the training data has not (its classes are "
+                f"{self._folder} has the class folder {unknown[0]!r}, which is not in the training data (its classes are "
                 f"{', '.join(map(repr, names[:10]))}{', …' * (len(names) > 10)})"
             )
-        place = np.array([names.index(name) for name in self.classes], dtype=np.int64)
-        self._labels, self.classes = place[self._labels], names
+        numbers = np.array([names.index(name) for name in self.classes], dtype=np.int64)
+        self._labels, self.classes = numbers[self._labels], names
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return one thing of every image: its class number (``target``), or of its path within the folder a part.
+        """Return the class number (``target``) or a part of the path of every image.
 
-        These are ``folder``, ``file`` (a name such as 7.png) and ``stem`` (7).
+        The parts are ``folder``, ``file`` (a name such as 7.png) and ``stem`` (7).
         """
         paths = [Path(path) for path in self._paths]
         if name == "target" and self.classes:
@@ -153,18 +153,18 @@ def _listed(folder: Path, exclude: Sequence[str]) -> tuple[list[str], list[str],
     if not classes and any(_is_image(path) for path in folder.iterdir()):
         places = [folder]
     if not places:
-        raise DataError(f"{folder} holds no folder; one for each class is needed, or images to predict")
+        raise DataError(f"{folder} holds neither class folders nor images to predict")
     paths: list[str] = []
     labels: list[int] = []
     for number, place in enumerate(places):
-        found = [path for path in place.rglob("*") if _is_image(path)]
-        matching = {path: [p for p in exclude if fnmatchcase(path.relative_to(folder).as_posix(), p)] for path in found}
-        unused -= {pattern for patterns in matching.values() for pattern in patterns}
-        found = [path for path in found if not matching[path]]
-        if not found:
+        images = [path for path in place.rglob("*") if _is_image(path)]
+        matches = {path: [p for p in exclude if fnmatchcase(path.relative_to(folder).as_posix(), p)] for path in images}
+        unused -= {pattern for patterns in matches.values() for pattern in patterns}
+        images = [path for path in images if not matches[path]]
+        if not images:
             raise DataError(f"class folder {place} holds no image ({', '.join(sorted(SUFFIXES))})")
-        paths += sorted(path.relative_to(folder).as_posix() for path in found)
-        labels += [number] * len(found)
+        paths += sorted(path.relative_to(folder).as_posix() for path in images)
+        labels += [number] * len(images)
     if unused:
         raise DataError(f"exclude: no image in {folder} matches {', '.join(map(repr, sorted(unused)))}")
     return classes, paths, np.array(labels, dtype=np.int64)

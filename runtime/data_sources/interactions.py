@@ -1,4 +1,4 @@
-"""Users' choices among items, for ranking: triples to train on, and every unseen item of every user to evaluate on."""
+"""Implicit feedback for ranking: (user, positive, negative) triples for training, all unseen items for evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class _Read:
-    """A file of choices, shared out.
+    """A file of choices, split into parts.
 
     Args:
         users: (choices,) int64, numbered in the order of their sorted names.
@@ -40,29 +40,29 @@ class _Read:
     fingerprint: str
 
     def pairs(self, *parts: int) -> NDArray[np.int64]:
-        """Return sorted numbers of the (user, item) pairs of some parts."""
+        """Return the sorted (user, item) pairs of some parts, each encoded as ``user * num_items + item``."""
         chosen = np.isin(self.part, parts)
         return np.unique(self.users[chosen] * self.num_items + self.items[chosen])
 
 
 class Choices(Dataset[dict[str, Tensor]]):
-    """What users chose, each with an item that they did not: ``{user, positive, negative}`` for ``BPRLoss``.
+    """Items that users chose, each with a random negative: ``{user, positive, negative}`` for ``BPRLoss``.
 
-    Of each user's choices a random share is held out for validation and for test (:class:`Candidates`). A negative item is
-    drawn evenly from those that are none of the user's training choices, under the sample's seed of each epoch.
+    A random fraction of each user's choices is held out for validation and for test (:class:`Candidates`). A negative item
+    is drawn uniformly from the items that are not among the user's training choices, under the sample's seed of each epoch.
 
     Args:
-        path: a table of choices, one a row, whose first line names the columns; such as RecBole's ``.inter`` files.
-        user: the column of users. They are numbered from 0 in the sorted order of their names (numbers before texts).
-        item: the column of items, likewise.
-        validation: share of each user's choices, rounded down, but at least one if there is another to train on.
+        path: a table with one choice per row, whose first line names the columns; such as RecBole's ``.inter`` files.
+        user: column of users. They are numbered from 0 in the sorted order of their names (numerically if all are numbers).
+        item: column of items, likewise.
+        validation: fraction of each user's choices, rounded down, but at least one if another is left for training.
         test: the same.
-        seed: another seed, another split; all parts must be given the same.
-        delimiter: between two values. Default: a tabulator.
-        provided_by: the command that brings the file, for the message when it is missing.
+        seed: determines the split; must be the same for all parts.
+        delimiter: between two values. Default: a tab.
+        provided_by: command that installs the file, for the error message if it is missing.
 
     Raises:
-        DataError: the file or a column is missing, the shares leave nothing to train on, or a user has chosen every item.
+        DataError: the file or a column is missing, the fractions leave nothing to train on, or a user chose every item.
     """
 
     seeded = True
@@ -93,7 +93,7 @@ class Choices(Dataset[dict[str, Tensor]]):
         self._users, self._items, self.num_items = read.users[chosen], read.items[chosen], read.num_items
         self._taken = read.pairs(0)
         if int(np.bincount(self._taken // self.num_items).max()) == self.num_items:
-            raise DataError(f"{path}: a user has chosen every item, so there is no negative one to draw")
+            raise DataError(f"{path}: a user chose every item, so there is no negative item to draw")
         self.fingerprint = f"choices {read.fingerprint}"
 
     def __len__(self) -> int:
@@ -105,33 +105,33 @@ class Choices(Dataset[dict[str, Tensor]]):
         return {name: part[0] for name, part in self.__getitems__([index], seed).items()}
 
     def __getitems__(self, indices: list[int], seeds: NDArray[np.uint64]) -> dict[str, Tensor]:
-        """Return a finished batch: three times (n,) int64.
+        """Return a finished batch: three parts, each (n,) int64.
 
         Args:
-            seeds: (n,) of the samples.
+            seeds: (n,) uint64, one per sample.
         """
         rows = rows_within(indices, len(self))
         users = self._users[rows]
         negatives = np.empty(len(rows), dtype=np.int64)
-        waiting = np.arange(len(rows))
+        pending = np.arange(len(rows))
         attempt = 0
-        while waiting.size:  # a draw that hits a choice is drawn again: one in sixteen on MovieLens
-            drawn = _mixed(seeds[waiting] + np.array([attempt], dtype=np.uint64) * _GOLDEN) % np.uint64(self.num_items)
-            negatives[waiting] = drawn.astype(np.int64)
-            waiting = waiting[_among(self._taken, users[waiting] * self.num_items + negatives[waiting])]
+        while pending.size:  # rejection sampling: on MovieLens one draw in sixteen is a choice of the user
+            drawn = _mixed(seeds[pending] + np.array([attempt], dtype=np.uint64) * _GOLDEN) % np.uint64(self.num_items)
+            negatives[pending] = drawn.astype(np.int64)
+            pending = pending[_among(self._taken, users[pending] * self.num_items + negatives[pending])]
             attempt += 1
         parts = {"user": users, "positive": self._items[rows], "negative": negatives}
         return {name: torch.from_numpy(part) for name, part in parts.items()}
 
 
 class Candidates(Dataset[dict[str, Tensor]]):
-    """Every item that a user has not chosen before, for ranking in full: ``{user, item, target}``.
+    """Every item that a user has not chosen before, for full ranking: ``{user, item, target}``.
 
-    Target 1 is an item of the held-out part, 0 any other. Left out are, of each user, the training choices, for ``test`` those
-    of validation too; and users of whom nothing is held out. ``data.fields.group: user`` ranks by user.
+    The target is 1 for items of the held-out part, else 0. Each user's training choices are left out, for ``test`` also the
+    validation choices; so are users without held-out items. ``data.fields.group: user`` ranks by user.
 
     Args:
-        path: see :class:`Choices`, as for all other arguments, which must be those of the training part.
+        path: see :class:`Choices`, as for all other arguments, which must equal those of the training part.
         split: ``validation`` or ``test``.
 
     Raises:
@@ -180,11 +180,11 @@ class Candidates(Dataset[dict[str, Tensor]]):
         return len(self._users)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one user with one item."""
+        """Return one (user, item) pair."""
         return {name: part[0] for name, part in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return a finished batch: three times (n,) int64."""
+        """Return a finished batch: three parts, each (n,) int64."""
         rows = rows_within(indices, len(self))
         parts = {"user": self._users[rows], "item": self._items[rows], "target": self._relevant[rows]}
         return {name: torch.from_numpy(part) for name, part in parts.items()}
@@ -203,15 +203,15 @@ def _read(
 ) -> _Read:
     for name, share in (("validation", validation), ("test", test)):
         if not 0 <= share < 1:
-            raise DataError(f"{name}={share}: the share must be at least 0 and below 1")
+            raise DataError(f"{name}={share}: the fraction must be at least 0 and below 1")
     if validation + test >= 1:
         raise DataError(f"validation={validation} and test={test} leave nothing to train on")
-    found = existing(path, provided_by=provided_by)
-    columns = read_csv(found, numbers=[], texts=[user, item], missing=("",), delimiter=delimiter, encoding="utf-8")
-    (users, num_users), (items, num_items) = (_numbered(found, name, columns[name]) for name in (user, item))
-    part = _shared_out(users, (validation, test), seed)
-    print_of = f"{digest(Path(found))} {user} {item} {validation} {test} {seed}"
-    return _Read(users, items, part, num_users, num_items, print_of)
+    file = existing(path, provided_by=provided_by)
+    columns = read_csv(file, numbers=[], texts=[user, item], missing=("",), delimiter=delimiter, encoding="utf-8")
+    (users, num_users), (items, num_items) = (_numbered(file, name, columns[name]) for name in (user, item))
+    part = _split(users, (validation, test), seed)
+    fingerprint = f"{digest(Path(file))} {user} {item} {validation} {test} {seed}"
+    return _Read(users, items, part, num_users, num_items, fingerprint)
 
 
 def _numbered(path: Path, name: str, column: Any) -> tuple[NDArray[np.int64], int]:
@@ -225,15 +225,15 @@ def _numbered(path: Path, name: str, column: Any) -> tuple[NDArray[np.int64], in
     return place[column.codes], len(order)
 
 
-def _shared_out(users: NDArray[np.int64], shares: tuple[float, float], seed: int) -> NDArray[np.int64]:
+def _split(users: NDArray[np.int64], shares: tuple[float, float], seed: int) -> NDArray[np.int64]:
     """Return each choice's part. Sizes are those of RecBole's ratio split by user: rounded down, but at least one."""
     counter = np.arange(len(users), dtype=np.uint64)
     keys = _mixed(_mixed(np.array([seed], dtype=np.int64).view(np.uint64)) + counter * _GOLDEN)
-    order = np.lexsort((keys, users))  # by user, and at random within
+    order = np.lexsort((keys, users))  # by user, random within each user
     num_choices = np.bincount(users)
     rest = num_choices.copy()
     sizes = []
-    for share in reversed(shares):  # the test part first, where there is too little for both
+    for share in reversed(shares):  # the test part first, in case there are too few for both
         size = np.floor(share * num_choices + 1e-9).astype(np.int64)
         size[(size == 0) & (rest > 1) & (share > 0)] = 1
         rest -= size
@@ -247,14 +247,14 @@ def _shared_out(users: NDArray[np.int64], shares: tuple[float, float], seed: int
 
 
 def _among(known: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Tell which values are among sorted known ones."""
+    """Return a mask of the values that are in ``known``, which must be sorted."""
     if not known.size:
         return np.zeros(values.shape, dtype=np.bool_)
     place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    found: NDArray[np.bool_] = known[place] == values
-    return found
+    mask: NDArray[np.bool_] = known[place] == values
+    return mask
 
 
 def _mixed(counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the well-mixed bits of splitmix64 for each state of its counter."""
+    """Return the output of splitmix64 for each counter."""
     return mix(counter + _GOLDEN)

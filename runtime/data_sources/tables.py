@@ -1,4 +1,4 @@
-"""Tables: numeric and categorical columns of a CSV or Parquet file, prepared by what the training rows say."""
+"""Tables: numeric and categorical columns of a CSV or Parquet file, preprocessed with statistics of the training rows."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ _TASKS = ("regression", "binary", "classification")
 class Table(Dataset[dict[str, Any]]):
     """Rows of a CSV file, whose first line names the columns, or of a Parquet file (``pip install pyarrow``), in memory.
 
-    Numbers are filled where missing and standardised; categories are numbered or made one-hot. What that takes (means,
-    standard deviations, categories) is fitted on training rows only: the runtime calls ``fit`` with them and gives the
-    result, ``fitted``, to the other splits. A category that no training row has reads as unknown: all zeros, or code 0.
+    Missing numbers are filled, numbers standardised; categories are numbered or one-hot encoded. The statistics (means,
+    standard deviations, categories) are fitted on training rows only: the runtime calls ``fit`` with them and passes the
+    result, ``fitted``, to the other splits. A category not in the training rows is unknown: all zeros, or code 0.
 
     Args:
         path: the file.
         target: column to predict, or columns (regression). Default: none, for data to predict.
         task: ``regression``: float32 (targets,). ``binary``: 0 or 1, float32 (1,). ``classification``: int64 scalar.
             Classes are the sorted values of the training rows.
-        numeric: columns of numbers. Default: every column that is named nowhere else.
-        categorical: columns of categories. A missing value is a category of its own.
-        keep: columns handed on as parts of their own names, for ``data.fields.id``, ``group`` or ``weight``: int64,
-            float64, or texts.
-        categorical_as: ``one_hot``: behind the numbers in ``inputs``. ``codes``: the batch has ``numeric`` and
-            ``categorical`` ((columns,) int64, 0 for unknown, for embeddings) in place of ``inputs``.
-        missing: ``error``: a missing number is refused. ``mean``, ``median``: filled with that of the training rows.
-        indicators: one more input for each numeric column: 1 where the number was missing.
-        missing_values: what else counts as missing; a Parquet file's nulls always do.
-        standardize: numbers to mean 0 and standard deviation 1 over the training rows.
-        standardize_target: the same for a regression's target. Losses and metrics are then in those units; ``prediction`` in
-            what is predicted is in the file's own, and ``output`` as the model gives it.
+        numeric: numeric columns. Default: every column that is not named elsewhere.
+        categorical: categorical columns. A missing value is a separate category.
+        keep: columns added to samples under their names, for ``data.fields.id``, ``group`` or ``weight``: int64, float64, or
+            texts.
+        categorical_as: ``one_hot``: appended to the numbers in ``inputs``. ``codes``: the batch has ``numeric`` and
+            ``categorical`` ((columns,) int64, 0 for unknown, for embeddings) instead of ``inputs``.
+        missing: ``error``: a missing number is an error. ``mean``, ``median``: filled with that of the training rows.
+        indicators: add an input for each numeric column: 1 where the number was missing.
+        missing_values: texts that count as missing; a Parquet file's nulls always do.
+        standardize: scale numbers to mean 0 and standard deviation 1 over the training rows.
+        standardize_target: the same for a regression's target. Losses and metrics are then in those units; in predictions,
+            ``prediction`` is in the file's units, and ``output`` is the model's output.
         delimiter: between two values of a CSV file. Default: a comma.
         encoding: of a CSV file. Default: UTF-8.
-        preprocessing: a ``preprocessing.json`` of an earlier run's folder, used in place of fitting.
-        provided_by: the command that brings the file, for the message when it is missing.
+        preprocessing: a ``preprocessing.json`` from an earlier run's folder, used instead of fitting.
+        provided_by: command that installs the file, for the error message if it is missing.
 
     Raises:
-        DataError: the file or a column is missing, or a value is none of its kind; names file, line and column.
+        DataError: the file or a column is missing, or a value has the wrong type; the message names file, line and column.
     """
 
     deterministic = True
@@ -80,7 +80,7 @@ class Table(Dataset[dict[str, Any]]):
         "delimiter",
         "encoding",
     )
-    """Arguments that data to predict has from the training data: how rows are read and prepared."""
+    """Arguments that data to predict takes over from the training data: how rows are read and preprocessed."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Table(Dataset[dict[str, Any]]):
         self._path = existing(path, provided_by=provided_by)
         self._is_parquet = is_parquet(self._path)
         if self._is_parquet and (delimiter or encoding):
-            raise DataError(f"{self._path} is a Parquet file; leave 'delimiter' and 'encoding' out")
+            raise DataError(f"{self._path} is a Parquet file; leave out 'delimiter' and 'encoding'")
         self._csv = {"delimiter": delimiter or ",", "encoding": encoding or "utf-8"}
         self._targets = [target] if isinstance(target, str) else list(target or ())
         self._task = task
@@ -113,9 +113,9 @@ class Table(Dataset[dict[str, Any]]):
         used = [*self._targets, *categorical, *keep]
         self._numeric = [name for name in self._names() if name not in used] if numeric is None else list(numeric)
         self._categorical, self._keep = list(categorical), list(keep)
-        named = [*self._numeric, *used]
-        for name in named:
-            if named.count(name) > 1:
+        all_names = [*self._numeric, *used]
+        for name in all_names:
+            if all_names.count(name) > 1:
                 raise DataError(f"column {name!r} is named twice among numeric, categorical, keep and target")
         self._codes, self._missing, self._indicators = categorical_as == "codes", missing, indicators
         self._standardize, self._standardize_target = standardize, standardize_target
@@ -136,7 +136,7 @@ class Table(Dataset[dict[str, Any]]):
 
     @staticmethod
     def arguments_of(fitted: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments for rows to predict that follow from what was fitted: which columns are the numeric ones."""
+        """Return the constructor arguments for data to predict, given ``fitted``: the numeric columns."""
         return {"numeric": list(fitted["numeric"])}
 
     def __len__(self) -> int:
@@ -144,18 +144,18 @@ class Table(Dataset[dict[str, Any]]):
 
     @property
     def prepared(self) -> bool:
-        """Whether ``preprocessing`` says how rows are prepared, and no training row needs to."""
+        """Whether statistics come from ``preprocessing``, so that no fitting is needed."""
         return self._preprocessing is not None
 
     @property
     def fingerprint(self) -> str:
-        """Content of the file, and what was fitted."""
+        """Digests of the file and of ``fitted``."""
         fitted = blake2b(json.dumps(self.fitted, sort_keys=True).encode(), digest_size=8).hexdigest()
         return f"table {self._file_digest} {fitted}"
 
     @property
     def fitted(self) -> dict[str, Any]:
-        """What the training rows say, as JSON can hold it. Fitted on all rows if nobody has called ``fit``."""
+        """Statistics of the training rows, JSON-serialisable. Fitted on all rows if ``fit`` was not called."""
         if self._fitted is None:
             self.fit(np.arange(len(self), dtype=np.int64))
         assert self._fitted is not None
@@ -163,40 +163,40 @@ class Table(Dataset[dict[str, Any]]):
 
     @property
     def target_scale(self) -> list[dict[str, float]] | None:
-        """Mean and standard deviation of each target, where they are standardised."""
+        """Mean and standard deviation of each target, if they are standardised."""
         return list(self.fitted["target"].values()) if self._standardize_target else None
 
     @property
     def features(self) -> list[str]:
-        """What each of the ``inputs`` is (of ``numeric``, where categories are codes)."""
+        """Names of the columns of ``inputs`` (of ``numeric``, if categories are codes)."""
         indicators = [f"{name} missing" for name in self._numeric] if self._indicators else []
         one_hot = [f"{name}={value}" for name, values in self.fitted["categories"].items() for value in values]
         return [*self._numeric, *indicators, *([] if self._codes else one_hot)]
 
     @property
     def classes(self) -> list[str]:
-        """The names of the target's classes, in order; of several targets (labels, or numbers), the names of these."""
+        """Names of the target's classes, in order; if there are several targets, the names of the targets."""
         return list(self.fitted["classes"]) if len(self._targets) == 1 else list(self._targets)
 
     def fit(self, rows: NDArray[np.int64]) -> None:
-        """Take fill values, means, deviations, categories and classes from these rows; ``preprocessing`` comes first.
+        """Fit fill values, means, deviations, categories and classes on these rows; does nothing with ``preprocessing``.
 
         Raises:
-            DataError: a numeric column has no number in them, or a target has another number of classes than the task.
+            DataError: a numeric column has no number in them, or a binary target does not have two classes.
         """
         if self._preprocessing is not None:
             return
         fitted: dict[str, Any] = {"numeric": {}, "categories": {}, "target": {}, "classes": []}
         for name in self._numeric:
             values = self._numbers(name)[rows]
-            there = values[~np.isnan(values)]
-            if not there.size:
+            present = values[~np.isnan(values)]
+            if not present.size:
                 raise DataError(f"{self._path}: column {name!r} has no number in the training rows")
-            fill = float(np.median(there) if self._missing == "median" else there.mean())
+            fill = float(np.median(present) if self._missing == "median" else present.mean())
             fitted["numeric"][name] = {"fill": fill, **_scale(np.where(np.isnan(values), fill, values))}
         for name in self._categorical:
-            found = set(self._text(name).of(rows))
-            fitted["categories"][name] = sorted(found - {None}) + ([None] if None in found else [])  # type: ignore[type-var]
+            categories = set(self._text(name).of(rows))
+            fitted["categories"][name] = sorted(categories - {None}) + ([None] if None in categories else [])  # type: ignore[type-var]
         if self._task == "regression":
             fitted["target"] = {name: _scale(self._numbers(name)[rows]) for name in self._targets}
         elif self._task is not None:
@@ -209,21 +209,22 @@ class Table(Dataset[dict[str, Any]]):
         self.adopt(fitted)
 
     def adopt(self, fitted: Mapping[str, Any]) -> None:
-        """Prepare rows by what another split, or an earlier run, was fitted with.
+        """Use the statistics fitted by another split or an earlier run.
 
         Raises:
-            DataError: it is of other columns.
+            DataError: they are for other columns.
         """
         for kind, names in (("numeric", self._numeric), ("categories", self._categorical)):
             if list(fitted.get(kind, {})) != names:
                 raise DataError(
-                    f"{self._path}: what was fitted has the {kind} columns {list(fitted.get(kind, {}))}, this table has {names}"
+                    f"{self._path}: preprocessing was fitted with the {kind} columns {list(fitted.get(kind, {}))}, but this "
+                    f"table has {names}"
                 )
         self._fitted = dict(fitted)
         self._places = {}
         for name, values in fitted["categories"].items():
             place = {value: number for number, value in enumerate(values, start=1)}
-            known: list[str | None] = [*self._text(name).known, None]  # code -1 is the last
+            known: list[str | None] = [*self._text(name).known, None]  # None last: the code of missing values is -1
             self._places[name] = np.array([place.get(value, 0) for value in known], dtype=np.int64)
         if self._targets and self._task != "regression":
             place = {value: number for number, value in enumerate(fitted["classes"])}
@@ -235,17 +236,18 @@ class Table(Dataset[dict[str, Any]]):
         return {name: part[0] for name, part in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """Return a finished batch: ``inputs`` (rows, features) float32 or the two parts of codes; ``target``; what is kept."""
+        """Return a batch: ``inputs`` (rows, features) float32 or ``numeric`` and ``categorical``; ``target``; ``keep``."""
         rows, fitted = rows_within(indices, len(self)), self.fitted
         numbers = np.empty((len(rows), len(self._numeric)))
         for place, name in enumerate(self._numeric):
             numbers[:, place] = self._numbers(name)[rows]
         absent = np.isnan(numbers)
         if self._numeric:
-            stated = fitted["numeric"].values()
-            numbers = np.where(absent, [column["fill"] for column in stated], numbers)
+            statistics = fitted["numeric"].values()
+            numbers = np.where(absent, [column["fill"] for column in statistics], numbers)
             if self._standardize:
-                numbers = (numbers - [column["mean"] for column in stated]) / [column["std"] for column in stated]
+                means, stds = ([column[name] for column in statistics] for name in ("mean", "std"))
+                numbers = (numbers - means) / stds
         if self._indicators:
             numbers = np.concatenate([numbers, absent], axis=1)
         codes = [places[self._text(name).codes[rows]] for name, places in self._places.items()]
@@ -264,42 +266,43 @@ class Table(Dataset[dict[str, Any]]):
         return {**batch, **{name: _rows_of(values, rows) for name, values in self._kept.items()}}
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return a column: numbers, NaN where one is missing, or texts, empty where one is missing."""
+        """Return a column: numbers, NaN where missing, or texts, empty where missing."""
         if name not in self._columns:
             return self.as_written(name)
-        found = self._columns[name]
-        return (
-            found.values if isinstance(found, NumberColumn) else np.array([*found.known, ""], dtype=object)[found.codes]
-        )
+        column = self._columns[name]
+        if isinstance(column, NumberColumn):
+            return column.values
+        return np.array([*column.known, ""], dtype=object)[column.codes]
 
     def as_written(self, name: str) -> NDArray[Any]:
-        """Return a column as it stands in the file, read anew: int64 or float64 where all values are such, else texts.
+        """Return a column as written in the file, read again: int64 or float64 if all values are such numbers, else texts.
 
         Raises:
             DataError: the file has no such column.
         """
-        found = _as_numbers(self._read(numbers=(), texts=[name], missing=())[name])
-        return np.array([*found.known, None], dtype=object)[found.codes] if isinstance(found, TextColumn) else found
+        column = _as_numbers(self._read(numbers=(), texts=[name], missing=())[name])
+        return np.array([*column.known, None], dtype=object)[column.codes] if isinstance(column, TextColumn) else column
 
     def targets(self, rows: NDArray[np.int64]) -> Tensor:
-        """Return the targets of some rows, as the task has them.
+        """Return the targets of some rows, in the dtype and shape of the task.
 
         Raises:
-            DataError: a row's class is none of the training rows'.
+            DataError: a row's class is not among those of the training rows.
         """
         fitted = self.fitted
         if self._task == "regression":
             values = np.stack([self._numbers(name)[rows] for name in self._targets], axis=1)
             if self._standardize_target:
-                stated = fitted["target"].values()
-                values = (values - [column["mean"] for column in stated]) / [column["std"] for column in stated]
+                statistics = fitted["target"].values()
+                means, stds = ([column[name] for column in statistics] for name in ("mean", "std"))
+                values = (values - means) / stds
             return torch.from_numpy(values.astype(np.float32))
         text = self._text(self._targets[0])
         classes = self._classes_of[text.codes[rows]]
         if (classes < 0).any():
             label = text.of(rows)[int(np.argmin(classes))]
             raise DataError(
-                f"{self._path}: column {self._targets[0]!r} has {label!r}, which no training row has "
+                f"{self._path}: column {self._targets[0]!r} has {label!r}, which is not in the training rows "
                 f"(they have {', '.join(map(repr, self.classes[:10]))})"
             )
         return torch.from_numpy(classes[:, np.newaxis].astype(np.float32) if self._task == "binary" else classes)
@@ -316,7 +319,7 @@ class Table(Dataset[dict[str, Any]]):
 
     def _check_choices(self, categorical_as: str, missing: str, standardize_target: bool) -> None:
         if (self._task is None) != (not self._targets) or self._task not in (None, *_TASKS):
-            raise DataError(f"'target' goes with 'task', one of {', '.join(_TASKS)}")
+            raise DataError(f"'target' and 'task' must be given together; 'task' is one of {', '.join(_TASKS)}")
         if self._task != "regression" and len(self._targets) > 1:
             raise DataError(f"{self._task} has one target, not {len(self._targets)}")
         if categorical_as not in ("one_hot", "codes"):
@@ -324,19 +327,19 @@ class Table(Dataset[dict[str, Any]]):
         if missing not in ("error", "mean", "median"):
             raise DataError(f"missing={missing!r}: use 'error', 'mean' or 'median'")
         if standardize_target and self._task != "regression":
-            raise DataError("standardize_target: only a regression's target can be standardised")
+            raise DataError("standardize_target: only the target of a regression can be standardised")
 
     def _check_whole(self) -> None:
-        """Refuse missing targets, and missing numbers unless they are to be filled."""
+        """Raise for missing targets, and for missing numbers unless ``missing`` fills them."""
         needed = [*(self._numeric if self._missing == "error" else ()), *self._targets]
         for name in needed:
             column = self._columns[name]
             absent = np.isnan(column.values) if isinstance(column, NumberColumn) else column.codes < 0
             if absent.any():
-                cure = "" if name in self._targets else ": say missing: mean (or median)"
+                hint = "" if name in self._targets else ": set missing: mean (or median)"
                 raise DataError(
                     f"{self._path}: column {name!r} has no value in {int(absent.sum())} of {len(absent)} rows, first in "
-                    f"row {int(np.argmax(absent))} (counted from 0){cure}"
+                    f"row {int(np.argmax(absent))} (counted from 0){hint}"
                 )
 
     def _names(self) -> list[str]:
@@ -349,26 +352,26 @@ class Table(Dataset[dict[str, Any]]):
 
 
 def _scale(values: NDArray[np.float64]) -> dict[str, float]:
-    """Return mean and deviation; a constant column is only shifted."""
+    """Return mean and standard deviation; 1 for a constant column, which is then only shifted."""
     std = float(values.std())
     return {"mean": float(values.mean()), "std": std if std > 0 else 1.0}
 
 
 def _sorted_labels(labels: set[str]) -> list[str]:
-    """Sort class names, as numbers if all of them are: 2 before 10. Equal numbers, such as 1 and 1.0, go by their text."""
+    """Sort class names, as numbers if all are numbers: 2 before 10. Equal numbers, such as 1 and 1.0, are sorted as text."""
     try:
         numbers = {label: float(label) for label in labels}
     except ValueError:
         return sorted(labels)
-    finite = all(math.isfinite(number) for number in numbers.values())  # NaN has no place in an order
+    finite = all(math.isfinite(number) for number in numbers.values())  # NaN cannot be ordered
     return sorted(labels, key=lambda label: (numbers[label], label)) if finite else sorted(labels)
 
 
 def _as_numbers(column: NumberColumn | TextColumn) -> NDArray[Any] | TextColumn:
-    """Return a column of texts as int64 or float64, or as the texts it is.
+    """Convert a column of texts to int64 or float64 if possible, else return it unchanged.
 
-    A number of leading zeros or of twenty digits stays a text, and so do all beside it: ids are written into predictions as
-    they stand in the file.
+    If any number has leading zeros or exceeds 64 bits, all values stay texts: ids are written into predictions exactly as
+    they are in the file.
     """
     assert isinstance(column, TextColumn)
     known = [value.strip() for value in column.known]
@@ -387,7 +390,7 @@ def _rows_of(values: NDArray[Any] | TextColumn, rows: NDArray[np.int64]) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json_files.read(path)
+        content: dict[str, Any] = json_files.read(path)
     except ValueError as error:
-        raise DataError(f"{path} is no JSON file: {error}") from error
-    return found
+        raise DataError(f"{path} is not a JSON file: {error}") from error
+    return content

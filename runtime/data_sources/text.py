@@ -18,21 +18,21 @@ Tokenizer = Callable[[list[str]], Mapping[str, Any]]
 
 
 class Texts(Dataset[dict[str, Any]]):
-    """Texts that are tokenised a whole microbatch at a time, or a sample at a time for a collate function that pads."""
+    """Texts, tokenised a whole microbatch at a time, or a sample at a time for a collate function that pads."""
 
     deterministic = True
     shared_arguments: tuple[str, ...] = ("tokenizer", "tokenize")
-    """Arguments that data to predict has from the training data."""
+    """Arguments that data to predict takes over from the training data."""
 
     def __init__(
         self, texts: Sequence[str], tokenizer: Tokenizer | str | None, options: Mapping[str, Any] | None
     ) -> None:
         if not (tokenizer in (None, "bytes") or callable(tokenizer)):
             raise DataError(
-                f"tokenizer {tokenizer!r} is unknown: use 'bytes', or a component that is called with texts"
+                f"tokenizer {tokenizer!r} is unknown: use 'bytes', or a component that can be called with texts"
             )
         if options and not callable(tokenizer):
-            raise DataError("'tokenize' needs a tokenizer to be given to")
+            raise DataError("'tokenize' holds arguments of a tokenizer component; set 'tokenizer' to one")
         self._texts = texts
         self._tokenizer = tokenizer
         self._options = dict(options or {})
@@ -45,7 +45,7 @@ class Texts(Dataset[dict[str, Any]]):
         return self._samples([index])[0]
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """Return a finished batch from a tokenizer that gives tensors, else a list of samples."""
+        """Return a finished batch if the tokenizer returns tensors, else a list of samples."""
         if not callable(self._tokenizer):
             return self._samples(indices)
         rows = rows_within(indices, len(self))
@@ -76,26 +76,26 @@ class Texts(Dataset[dict[str, Any]]):
             tokens = [{"inputs": torch.tensor(list(text.encode()), dtype=torch.int64)} for text in texts]
         else:
             tokens = [{"inputs": text} for text in texts]
-        return [{**found, **label} for found, label in zip(tokens, self._labels(rows), strict=True)]
+        return [{**sample, **label} for sample, label in zip(tokens, self._labels(rows), strict=True)]
 
     def _labels(self, rows: list[int]) -> list[dict[str, Any]]:
         return [{} for _ in rows]
 
 
 class TextLines(Texts):
-    """The lines of a text file, without empty ones.
+    """The non-empty lines of a text file.
 
     Args:
-        path: the file, in memory.
+        path: the file, read into memory.
         tokenizer: ``bytes``: a sample is ``{inputs: (bytes,) int64}``, of varying length, for
             ``data.collate: {target: Padded}``. A component, such as ``{target: "transformers:AutoTokenizer.from_pretrained",
             args: {…}}``, is called with a list of texts. Default: ``{inputs: the text}``.
         tokenize: arguments of that call, such as ``{padding: true, truncation: true, return_tensors: pt}``.
         encoding: of the file.
-        provided_by: the command that brings the file, for the message when it is missing.
+        provided_by: command that installs the file, for the error message if it is missing.
 
     Raises:
-        DataError: the file is missing or of another encoding.
+        DataError: the file is missing or has another encoding.
     """
 
     shared_arguments = (*Texts.shared_arguments, "encoding")
@@ -109,29 +109,29 @@ class TextLines(Texts):
         encoding: str = "utf-8",
         provided_by: str | None = None,
     ) -> None:
-        found = existing(path, provided_by=provided_by)
+        file = existing(path, provided_by=provided_by)
         try:
-            content = found.read_bytes().decode(encoding)
+            content = file.read_bytes().decode(encoding)
         except (UnicodeDecodeError, LookupError) as error:
-            raise DataError(f"{found} cannot be read as {encoding}: {error}") from error
-        # Not str.splitlines: it would also cut at form feeds and the like.
+            raise DataError(f"{file} cannot be read as {encoding}: {error}") from error
+        # Not str.splitlines, which also splits at form feeds and other separators.
         lines = [line.removesuffix("\r") for line in content.split("\n")]
         super().__init__([line for line in lines if line], tokenizer, tokenize)
-        self.fingerprint = f"lines {digest(found)} {encoding}"
+        self.fingerprint = f"lines {digest(file)} {encoding}"
 
 
 class LabelledTexts(Texts):
-    """Texts with a class each, from two columns of a CSV or Parquet file.
+    """Texts with one class each, from two columns of a CSV or Parquet file.
 
     Args:
-        path: the file, in memory.
-        text: the column of texts.
-        target: the column of classes, numbered in the sorted order of the training rows' values. Default: none.
+        path: the file, read into memory.
+        text: column of texts.
+        target: column of classes, numbered in the sorted order of the training rows' values. Default: none.
         tokenizer: see :class:`TextLines`; the class is the part ``target``, an int64 scalar.
         tokenize: arguments of the tokenizer's call.
         delimiter: between two values of a CSV file. Default: a comma.
         encoding: of a CSV file. Default: UTF-8.
-        provided_by: the command that brings the file, for the message when it is missing.
+        provided_by: command that installs the file, for the error message if it is missing.
 
     Raises:
         DataError: the file, a column or a class is missing.
@@ -167,7 +167,7 @@ class LabelledTexts(Texts):
 
     @property
     def fingerprint(self) -> str:
-        """Content of the file, and its classes."""
+        """Digests of the file and of the classes."""
         return f"texts {self._table.fingerprint}"
 
     @property
@@ -176,7 +176,7 @@ class LabelledTexts(Texts):
         return self._table.fitted
 
     def fit(self, rows: NDArray[np.int64]) -> None:
-        """Number the classes of these rows."""
+        """Number the classes found in these rows."""
         self._table.fit(rows)
 
     def adopt(self, fitted: Mapping[str, Any]) -> None:
@@ -185,7 +185,7 @@ class LabelledTexts(Texts):
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes, in order."""
+        """Class names, in the order of their numbers."""
         return self._table.classes
 
     def column(self, name: str) -> NDArray[Any]:
@@ -193,7 +193,7 @@ class LabelledTexts(Texts):
         return super().column(name) if name == "length" else self._table.column(name)
 
     def as_written(self, name: str) -> NDArray[Any]:
-        """Return a column as it stands in the file."""
+        """Return a column as written in the file."""
         return self._table.as_written(name)
 
     def _labels(self, rows: list[int]) -> list[dict[str, Any]]:

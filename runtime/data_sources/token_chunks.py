@@ -1,4 +1,4 @@
-"""Documents of tokens, cut into chunks of inputs and targets; every token is a target once."""
+"""Split documents of tokens into chunks of inputs and targets; every token is a target once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from runtime.files import rows_within
 
-IGNORED = -100  # ``ignore_index`` of torch's cross-entropy: a target that is none
+IGNORED = -100  # default ``ignore_index`` of torch's cross-entropy
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Where the chunks of a data set lie in one long array of tokens.
+    """Positions of a data set's chunks in one long array of tokens.
 
-    A document has its first input at its start and its last target at its end. Its chunks of ``context_length`` inputs
-    overlap by the one token that is the last target of one and the first input of the next, so that over an epoch every
-    token after the start is a target exactly once. No chunk reaches into another document: what lies beyond its end
-    reads as its last token, and as -100 in the targets.
+    A document has its first input at its start and its last target at its end. Consecutive chunks of ``context_length``
+    inputs share one token, the last target of one and the first input of the next, so that over an epoch every token after
+    the start is a target exactly once. No chunk reaches into another document: beyond the document's end, inputs are its
+    last token and targets are -100.
 
     Args:
         starts: (documents,) int64, positions of first inputs.
@@ -43,7 +43,7 @@ class Chunks:
         object.__setattr__(self, "_first_chunks", self._chunk_ends - counts)
 
     def __len__(self) -> int:
-        """Return the number of chunks in all documents."""
+        """Return the number of chunks."""
         return int(self._chunk_ends[-1]) if self._chunk_ends.size else 0
 
     def document_of(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -61,6 +61,6 @@ class Chunks:
         start = self.starts[document] + self.context_length * (chunks - self._first_chunks[document])
         end = self.ends[document][:, np.newaxis]
         positions = start[:, np.newaxis] + np.arange(self.context_length + 1)
-        found = tokens[np.minimum(positions, end)].astype(np.int64)
-        targets = np.where(positions[:, 1:] <= end, found[:, 1:], IGNORED)
-        return torch.from_numpy(found[:, :-1].copy()), torch.from_numpy(targets)
+        values = tokens[np.minimum(positions, end)].astype(np.int64)
+        targets = np.where(positions[:, 1:] <= end, values[:, 1:], IGNORED)
+        return torch.from_numpy(values[:, :-1].copy()), torch.from_numpy(targets)

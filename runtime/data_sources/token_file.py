@@ -1,4 +1,4 @@
-"""Tokens of a language model in one binary file, memory-mapped."""
+"""Language model tokens in one memory-mapped binary file."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _SCANNED = 1 << 22  # tokens searched for document ends at once
 
 
 class TokenFile(Dataset[dict[str, Tensor]]):
-    """Next-token prediction over a file of token numbers, one after the other (``array.astype('<u2').tofile(path)``).
+    """Next-token prediction over a file of consecutive token numbers (``array.astype('<u2').tofile(path)``).
 
-    With ``end_of_document`` no sample reaches over the end of a document: its last sample is padded with that token, and
-    the padding's targets are -100 (``ignore_index``). Every token but the file's first is a target once per epoch.
+    With ``end_of_document`` no sample crosses the end of a document: its last sample is padded with that token, and the
+    padding's targets are -100 (``ignore_index``). Every token but the file's first is a target once per epoch.
 
     Args:
         path: the file; only the pages that are read are ever in memory.
         context_length: inputs of a sample.
         dtype: ``uint16`` or ``uint32``, little-endian.
-        end_of_document: the token that ends each document. Default: the file is one document.
-        skip_bytes: length of a header to pass over.
-        provided_by: the command that brings the file, for the message when it is missing.
+        end_of_document: token that ends each document. Default: the file is one document.
+        skip_bytes: length of a header to skip.
+        provided_by: command that installs the file, for the error message if it is missing.
 
     A sample is ``{inputs, target}``, each (context_length,) int64. For splitting by document, ``column("document")``
     numbers the documents: ``data.split.group: document``.
 
     Raises:
-        DataError: the file is missing, or is no whole number of at least two tokens.
+        DataError: the file is missing, or does not hold a whole number of at least two tokens.
     """
 
     deterministic = True
@@ -59,8 +59,8 @@ class TokenFile(Dataset[dict[str, Tensor]]):
         rest = self._path.stat().st_size - skip_bytes
         if rest % self._dtype.itemsize or rest < 2 * self._dtype.itemsize:
             raise DataError(
-                f"{self._path} has {rest} bytes{f' after the first {skip_bytes}' * (skip_bytes > 0)}, which is no whole "
-                f"number of at least two {dtype} tokens; is 'dtype' or 'skip_bytes' wrong?"
+                f"{self._path} has {rest} bytes{f' after the first {skip_bytes}' * (skip_bytes > 0)}, which is not a whole "
+                f"number of at least two {dtype} tokens; check 'dtype' and 'skip_bytes'"
             )
         self._tokens = self._open()
         bounds = _bounds(self._tokens, end_of_document)
@@ -84,13 +84,13 @@ class TokenFile(Dataset[dict[str, Tensor]]):
         return {"inputs": inputs, "target": target}
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return each sample's ``document``, by number."""
+        """Return the number of each sample's ``document``."""
         if name != "document":
             raise DataError(f"there is no column {name!r}; there is 'document'")
         return self._chunks.document_of(np.arange(len(self), dtype=np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the tokens out: a loader worker maps the file again."""
+        """Omit the tokens: a loader worker maps the file again."""
         return {name: value for name, value in self.__dict__.items() if name != "_tokens"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,12 +99,12 @@ class TokenFile(Dataset[dict[str, Tensor]]):
         self._tokens = self._open()
 
     def _open(self) -> NDArray[Any]:
-        # As a plain array over the map: indexing the subclass costs more. The map closes with it.
+        # As a plain array over the map: indexing the memmap subclass is slower. The map closes with it.
         return np.asarray(np.memmap(self._path, dtype=self._dtype, mode="r", offset=self._skip_bytes))
 
 
 def _bounds(tokens: NDArray[Any], end_of_document: int | None) -> NDArray[np.int64]:
-    """Return where documents meet: each one's last target, which is the next one's first input."""
+    """Return the document boundaries: positions of each one's last target, which is the next one's first input."""
     last = len(tokens) - 1
     if end_of_document is None:
         return np.array([0, last], dtype=np.int64)

@@ -22,7 +22,7 @@ from runtime.data.streams import StreamSamples
 from runtime.distributed.collectives import StopConsensus, sum_by_name, sum_over_ranks
 from runtime.errors import EvaluationError
 from runtime.evaluation.metrics import MetricSet, Result
-from runtime.losses.rows import miscounted
+from runtime.losses.rows import row_mismatch
 from runtime.objective import Weight, add_weights
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.state.module_buffers import preserved_buffers
@@ -156,7 +156,7 @@ class Evaluator:
             number, count, batch = own
             totals["samples"] += count
             if count and self._samples.own_batches:
-                miscounted(objective, batch, count)
+                row_mismatch(objective, batch, count)
             weight = add_weights(weight, objective.checked_weight(batch, count)) if count else weight
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
             batch = to_device(batch, strategy.device)

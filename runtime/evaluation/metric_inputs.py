@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import EvaluationError
-from runtime.objective import Objective, full_precision, plain
+from runtime.objective import Objective, dtype_name, full_precision
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -207,7 +207,7 @@ def _numbers(groups: Any, device: torch.device) -> Tensor:
     """Return groups as int64; names become numbers that are the same on every rank."""
     if isinstance(groups, Tensor):
         if groups.is_floating_point() or groups.is_complex():
-            raise EvaluationError(f"data.fields.group must hold whole numbers or names, not {plain(groups.dtype)}")
+            raise EvaluationError(f"data.fields.group must hold whole numbers or names, not {dtype_name(groups.dtype)}")
         return groups.long()
     digests = (blake2b(str(group).encode(), digest_size=8).digest() for group in groups)
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], device=device)

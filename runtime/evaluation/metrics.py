@@ -24,7 +24,7 @@ from runtime.errors import EvaluationError, LockstepError, MetricError
 from runtime.evaluation.class_results import kind_of, thinned
 from runtime.evaluation.compute_groups import sharing_state
 from runtime.evaluation.metric_inputs import MetricInputs, parts_of, signature_of
-from runtime.objective import Objective, shown
+from runtime.objective import Objective, describe
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -94,8 +94,8 @@ class MetricSet:
             raise
         except Exception as error:
             raise EvaluationError(
-                f"{type(objective).__name__}.metric_inputs raised {described(error)}; the model's output is {shown(output)}, "
-                f"the batch {shown(batch)}"
+                f"{type(objective).__name__}.metric_inputs raised {described(error)}; the model's output is "
+                f"{describe(output)}, the batch {describe(batch)}"
             ) from error
         if inputs.empty:
             return
@@ -108,7 +108,7 @@ class MetricSet:
             except Exception as error:
                 raise MetricError(
                     name,
-                    f"metric {name!r} ({type(metric).__name__}) refused its input ({shown(inputs.given)}): {error}",
+                    f"metric {name!r} ({type(metric).__name__}) refused its input ({describe(inputs.given)}): {error}",
                 ) from error
 
     @torch.no_grad()
@@ -282,7 +282,7 @@ def _flattened(name: str, value: Any) -> dict[str, Result]:
         plain = _plain(value)
         return {name: plain if isinstance(plain, list) else float(plain)}
     except (TypeError, ValueError):
-        raise EvaluationError(f"metric {name!r} gives {shown(value)}, not real numbers") from None
+        raise EvaluationError(f"metric {name!r} gives {describe(value)}, not real numbers") from None
 
 
 def _plain(value: Any) -> Any:

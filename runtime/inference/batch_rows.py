@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime.data.yielded_batches import tensors_of
 from runtime.errors import DataError
-from runtime.losses.rows import other_rows
+from runtime.losses.rows import mismatched_rows
 
 
 def check_count(batch: Any, samples: int) -> None:
@@ -22,7 +22,7 @@ def check_count(batch: Any, samples: int) -> None:
     Raises:
         DataError: naming both.
     """
-    rows = other_rows(batch, samples)
+    rows = mismatched_rows(batch, samples)
     if rows is not None:
         raise DataError(
             f"a batch of {samples} samples to predict has {rows} rows: data.collate (or the data set's __getitems__) drops "

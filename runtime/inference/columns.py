@@ -12,7 +12,7 @@ from runtime.config.component import described
 from runtime.config.sections import PredictionSection
 from runtime.data.fields import COLUMN, Fields, Name, part_of
 from runtime.errors import ConfigurationError, DataError, EvaluationError, LockstepError, ObjectiveError, Problem
-from runtime.objective import full_precision, plain, shown
+from runtime.objective import describe, dtype_name, full_precision
 from runtime.wording import did_you_mean
 
 Values = np.ndarray[Any, Any] | list[Any]
@@ -296,7 +296,7 @@ class DataColumns:
         try:
             if not single:
                 return part_of(batch, name)
-            why = f"the batch is {shown(batch)}"
+            why = f"the batch is {describe(batch)}"
         except ObjectiveError as error:
             why = str(error).partition(": ")[2]
         column = self._column(name) if isinstance(name, str) else None
@@ -343,7 +343,8 @@ def _rows(name: str, given: Any, count: int) -> Any:
         )
     if given.is_complex():
         raise EvaluationError(
-            f"predictions: {name!r} is {plain(given.dtype)}, which no file holds; an objective's 'predicted' can give parts"
+            f"predictions: {name!r} is {dtype_name(given.dtype)}, which no file holds; an objective's 'predicted' can give "
+            "parts"
         )
     values = full_precision(given.detach()).cpu().numpy()
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values

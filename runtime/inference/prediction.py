@@ -22,7 +22,7 @@ from runtime.errors import LockstepError, ObjectiveError
 from runtime.inference.batch_rows import check_count, check_order
 from runtime.inference.columns import ColumnBuilder, Columns, DataColumns, model_arguments
 from runtime.model_calls import explained, is_out_of_memory
-from runtime.objective import Objective, full_precision, shown
+from runtime.objective import Objective, describe, full_precision
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.strategies import Strategy
 from runtime.strategies.placement import to_device
@@ -151,7 +151,7 @@ class Predictor:
         try:
             return self._strategy.output(positional, named)
         except Exception as error:
-            message = explained(error, self._strategy.unwrapped, shown([*positional, *named.values()]))
+            message = explained(error, self._strategy.unwrapped, describe([*positional, *named.values()]))
             if message is None:
                 raise
             raise message from error

@@ -1,1 +1,1 @@
-"""Losses: torch's by name and Lockstep's own, as sums and what they are divided by."""
+"""Losses, torch's and Lockstep's own, each as a sum and a weight (its divisor)."""

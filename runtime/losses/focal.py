@@ -1,4 +1,4 @@
-"""Focal loss: cross entropy in which what is already classified well counts for less."""
+"""Focal loss: cross entropy that gives less weight to well-classified targets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
-from runtime.losses.supervised import SupervisedObjective, counted_of
-from runtime.losses.torch_losses import check_range, likelier
+from runtime.losses.supervised import SupervisedObjective, counted_mask
+from runtime.losses.torch_losses import binarized, check_range
 from runtime.objective import full_precision
 
 
 class FocalLoss(SupervisedObjective):
     """``-alpha_t (1 - p_t)^gamma log(p_t)``, where ``p_t`` is the probability of the true class (Lin et al. 2017, eq. 5).
 
-    Binary, and one label or several: logits and target of one shape, target 0 or 1 (between them, for soft labels, ``p_t`` is
+    Binary, with one label or several: logits and target of one shape, target 0 or 1 (for soft labels, in between, ``p_t`` is
     the probability of agreement). Multi-class: logits (batch, classes, …), target (batch, …) int64. With gamma 0 it is
     cross entropy. It is divided by the number of targets, not by the sum of their alphas.
 
     Args:
-        gamma: how much less what is classified well counts; 0 or more.
-        alpha: what the classes' losses are multiplied by. Binary: that of class 1, and class 0 has ``1 - alpha``; or both,
-            class 0 first. Multi-class: one for each class, or one for all.
-        ignore_index: target of what does not count.
+        gamma: focusing exponent, 0 or more.
+        alpha: factors of the classes' losses. Binary: that of class 1, and class 0 has ``1 - alpha``; or both, class 0
+            first. Multi-class: one for each class, or one for all.
+        ignore_index: target value to ignore.
     """
 
     unit = "targets"
@@ -39,12 +39,12 @@ class FocalLoss(SupervisedObjective):
             raise ObjectiveError("FocalLoss: gamma and alpha must not be negative")
         if isinstance(alpha, int | float) and alpha > 1:
             raise ObjectiveError(
-                "FocalLoss: alpha as one number must be within 0 and 1; give a list, one for each class"
+                "FocalLoss: a single alpha must be between 0 and 1; otherwise give a list, one for each class"
             )
         self._gamma, self._values, self._ignore_index = gamma, values, ignore_index
 
     def losses(self, output: Any, target: Any) -> Tensor:
-        """Return the losses, of the target's shape."""
+        """Return the losses, in the target's shape."""
         logits = full_precision(output)
         if logits.shape == target.shape:
             return self._binary(logits, target)
@@ -59,13 +59,13 @@ class FocalLoss(SupervisedObjective):
     def _checked(self, target: Any) -> Tensor:
         if not isinstance(target, Tensor):
             raise self.wrong_target(target)
-        return target if target.is_floating_point() else target.long()  # uint8 knows no -100
+        return target if target.is_floating_point() else target.long()  # uint8 cannot represent -100
 
     def _binary(self, logits: Tensor, target: Tensor) -> Tensor:
         counted = target != self._ignore_index
         truth = torch.where(counted, target, 0).to(logits.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        # 1 - p_t from sigmoids of either sign: 1 - sigmoid(x) would lose all digits of a small one.
+        # 1 - p_t from sigmoids of both signs: 1 - sigmoid(x) would lose all digits of a small result.
         missed = logits.sigmoid() * (1 - truth) + (-logits).sigmoid() * truth
         losses = self._modulated(cross_entropy, missed)
         if self._values:
@@ -91,7 +91,7 @@ class FocalLoss(SupervisedObjective):
     def _modulated(self, cross_entropy: Tensor, missed: Tensor) -> Tensor:
         if self._gamma == 0:
             return cross_entropy
-        # Zero to a power below one has an infinite slope, which times zero would be NaN.
+        # Zero to a power below one has an infinite derivative, which times zero would be NaN.
         return cross_entropy * missed.clamp(min=torch.finfo(missed.dtype).tiny).pow(self._gamma)
 
     def counts(self, target: Any) -> Tensor:
@@ -100,15 +100,15 @@ class FocalLoss(SupervisedObjective):
         return counted.double()
 
     def count(self, target: Any) -> float:
-        """Return the targets that are not ignored."""
+        """Return the number of targets that are not ignored."""
         return float((target != self._ignore_index).sum())
 
     def metric_mask(self, batch: Any) -> Tensor:
-        """Return which targets metrics see."""
-        return counted_of(self.target_of(batch), self._ignore_index, super().metric_mask(batch))
+        """Return a mask of the targets that metrics receive."""
+        return counted_mask(self.target_of(batch), self._ignore_index, super().metric_mask(batch))
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
-        """Return probabilities and integer targets, those that do not count left out."""
+        """Return probabilities and integer targets, without ignored ones."""
         binary = output.shape == self.target_of(batch).shape
         scores, target = super().metric_inputs(output if binary else output.movedim(1, -1), batch)
         counted = target != self._ignore_index
@@ -116,12 +116,12 @@ class FocalLoss(SupervisedObjective):
         if not binary:
             return probabilities[counted], target[counted]
         check_range(self.name, target[counted])
-        if bool(counted.all()):  # the shape (batch, labels) says how many labels there are
-            return probabilities, likelier(target)
-        return probabilities[counted], likelier(target[counted])
+        if bool(counted.all()):  # keep the shape (batch, labels): it gives the number of labels
+            return probabilities, binarized(target)
+        return probabilities[counted], binarized(target[counted])
 
     def soft_target(self, batch: Any) -> Tensor | None:
-        """Return the probabilities of a yes; None where the target is class numbers."""
+        """Return the probabilities of the positive class; None if the target is class numbers."""
         target = self._counted(self.target_of(batch), batch)
         if not target.is_floating_point():
             return None
@@ -129,7 +129,7 @@ class FocalLoss(SupervisedObjective):
         return target if bool(counted.all()) else target[counted]
 
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
-        """Return the output and probabilities: of (batch,) and (batch, 1) that of a yes, of more columns the classes'."""
+        """Return the output and probabilities: the positive class's for (batch,) and (batch, 1), else all classes'."""
         if output.ndim == 1 or output.shape[1:] == (1,):
             return {"output": output, "probability": output.sigmoid()}
         scores = output.movedim(1, -1)

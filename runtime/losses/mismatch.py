@@ -1,4 +1,4 @@
-"""Messages about a model's output and a target that a loss cannot compare: what they are, and the key that helps."""
+"""Errors for a model output or a target that a loss cannot use, with the configuration key that fixes it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,38 @@ from torch import Tensor
 
 from runtime.data.fields import Fields
 from runtime.errors import ObjectiveError
-from runtime.objective import shown
+from runtime.objective import describe
 
 _USUAL_OUTPUTS = ("logits", "output", "outputs", "prediction", "predictions")
 _READERS = " (Table does with task: classification, LabelledTexts always)"
 
 
 def wrong_target(name: str, target: Any, fields: Fields, *, classes: bool, wanted: str = "") -> ObjectiveError:
-    """Make an error of a target that is not what a loss compares with.
+    """Return an error for a target of the wrong type.
 
     Args:
         name: of the loss.
         classes: whether it takes class numbers.
-        wanted: what it takes, in more words.
+        wanted: description of what it takes; default: by ``classes``.
     """
     usual = "class numbers (an integer type, from 0 on)" if classes else "a tensor of numbers"
-    cure = (
-        f"number the classes where the data is made{_READERS}" if classes else "make it numbers where the data is made"
-    )
+    hint = f"number the classes in the data set{_READERS}" if classes else "convert it to numbers in the data set"
     return ObjectiveError(
-        f"{name} compares the model's output with {wanted or usual}, and the target ({target_name(fields)}) is "
-        f"{shown(target)}: {cure}, or let data.fields.target name the part of a batch that is so"
+        f"{name} compares the model's output with {wanted or usual}, but the target ({target_name(fields)}) is "
+        f"{describe(target)}: {hint}, or set data.fields.target to another part of the batch"
     )
 
 
 def target_name(fields: Fields) -> str:
-    """Return how messages say which part of a batch the target is."""
-    said = fields.target
+    """Return, for messages, which part of a batch the target is."""
+    name = fields.target
     return (
-        f"data.fields.target: {said}" if said is not None else "data.fields.target, by default 'target' or position 1"
+        f"data.fields.target: {name}" if name is not None else "data.fields.target, by default 'target' or position 1"
     )
 
 
 def no_tensor(name: str, output: Any) -> ObjectiveError:
-    """Make an error of a model that returns several things, of which nothing says which is its output."""
+    """Return an error for a model that does not return a tensor, where ``model.output`` is not set."""
     if isinstance(output, Mapping):
         parts: dict[Any, Any] = dict(output)
     elif isinstance(output, list | tuple):
@@ -50,12 +48,12 @@ def no_tensor(name: str, output: Any) -> ObjectiveError:
     else:
         parts = dict(getattr(output, "__dict__", {}))
     tensors = {key: value for key, value in parts.items() if isinstance(value, Tensor)}
-    what = f"a {type(output).__name__}{f' of {shown(tensors)}' if tensors else ''}"
+    returned = f"a {type(output).__name__}{f' of {describe(tensors)}' if tensors else ''}"
     best = next((key for key in _USUAL_OUTPUTS if key in tensors), next(iter(tensors), None))
-    cure = f"say which part is its output, such as model.output: {best}" if tensors else "let it return a tensor"
-    return ObjectiveError(f"{name} takes a tensor from the model, which returns {what}: {cure}")
+    hint = f"name the part to use, such as model.output: {best}" if tensors else "let it return a tensor"
+    return ObjectiveError(f"{name} takes a tensor from the model, which returns {returned}: {hint}")
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, without what follows its first line."""
+    """Return the first line of an error's message."""
     return str(error).strip().split("\n", maxsplit=1)[0]

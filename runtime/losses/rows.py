@@ -1,4 +1,4 @@
-"""Whether a batch has as many rows as samples were read for it: what divides a loss by samples must not divide by others."""
+"""Check that a batch has one row per sample read for it, since losses are divided by the number of samples."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from runtime.losses.supervised import PerSampleObjective
 from runtime.objective import Objective
 
 
-def miscounted(objective: Objective, batch: Any, samples: int) -> str:
-    """Return, in one line, how a batch's rows are not its samples; empty if they are, or cannot be counted, or do not matter.
+def row_mismatch(objective: Objective, batch: Any, samples: int) -> str:
+    """Return a one-line warning if the number of rows is not ``samples``; empty if it is, is unknown, or does not matter.
 
-    They matter where the objective's weight is the number of samples.
+    It matters where the objective's weight is the number of samples.
 
     Raises:
-        DataError: the objective has one loss a row, so the loss and its gradient would certainly be wrong.
+        DataError: the objective has one loss per row, so the loss and its gradient would certainly be wrong.
     """
     if not objective.counts_samples:
         return ""
-    rows = other_rows(batch, samples)
+    rows = mismatched_rows(batch, samples)
     if rows is None:
         return ""
-    told = (
-        f"a batch of {samples} samples has {rows} rows: data.collate (or the data set's __getitems__) drops samples or "
-        f"makes more of them, and {type(objective).__name__} divides the loss by the number of samples: loss and gradient are "
-        "wrong. Leave samples out of the data set, or let the objective count: weight(batch) returns what it sums over"
+    message = (
+        f"a batch of {samples} samples has {rows} rows: data.collate (or the data set's __getitems__) drops or adds samples, "
+        f"but {type(objective).__name__} divides the loss by the number of samples: loss and gradient are wrong. Filter "
+        "samples in the data set instead, or give the objective a weight(batch) that returns the number it sums over"
     )
     if isinstance(objective, PerSampleObjective):
-        raise DataError(told)
-    return told
+        raise DataError(message)
+    return message
 
 
-def other_rows(batch: Any, samples: int) -> int | None:
-    """Return how many rows a batch has if these are certainly not so many samples, else None.
+def mismatched_rows(batch: Any, samples: int) -> int | None:
+    """Return the number of a batch's rows if it is certainly not ``samples``, else None.
 
-    Rows are counted where all tensors agree in their first dimension. Sequences may have time first, so a tensor with as many
-    samples in its second dimension is right as well.
+    Rows are counted where all tensors agree in their first dimension. Sequences may have time first, so a tensor whose second
+    dimension is ``samples`` is accepted too.
     """
     shapes = [tensor.shape for tensor in tensors_of(batch) if tensor.ndim]
     rows = {shape[0] for shape in shapes}
@@ -47,19 +47,17 @@ def other_rows(batch: Any, samples: int) -> int | None:
 
 
 def with_rows_checked(windows: Iterator[Window], objective: Objective, warn: Callable[[str], None]) -> Iterator[Window]:
-    """Yield windows as they are, and warn of the first batch whose rows are not its samples.
+    """Yield windows unchanged, and warn of the first batch whose number of rows is not its number of samples.
 
     Raises:
         DataError: the loss would certainly be wrong.
     """
     for window in windows:
-        told = next(
-            (text for m in window.microbatches if not m.filler and (text := miscounted(objective, m.batch, m.samples))),
-            "",
-        )
-        if told:
-            warn(told)
+        warnings = (row_mismatch(objective, m.batch, m.samples) for m in window.microbatches if not m.filler)
+        warning = next(filter(None, warnings), "")
+        if warning:
+            warn(warning)
         yield window
-        if told:
+        if warning:
             break
     yield from windows

@@ -1,4 +1,4 @@
-"""Torch's losses of which each sample has exactly one."""
+"""Torch losses with exactly one value per sample."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch.nn import functional as F
 
 from runtime.errors import ObjectiveError
 from runtime.losses.supervised import PerSampleObjective, SupervisedObjective
-from runtime.losses.torch_losses import TorchLoss, check_range, likelier
-from runtime.objective import shown
+from runtime.losses.torch_losses import TorchLoss, binarized, check_range
+from runtime.objective import describe
 
 
 class PerSampleLoss(PerSampleObjective, TorchLoss):
-    """One loss a sample. Output: (batch, dim), or several of this shape."""
+    """One loss per sample. Output: (batch, dim), or several tensors of this shape."""
 
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
-        inputs = self.several(output) if self.outputs else (output,)
+        inputs = self.output_tensors(output) if self.outputs else (output,)
         for value in inputs:
             if value.ndim != 2:
-                raise ObjectiveError(f"{self.name} needs outputs of the shape (batch, dim), not {shown(value)}")
+                raise ObjectiveError(f"{self.name} needs outputs of shape (batch, dim), not {describe(value)}")
         if self.has_target and self.target_is == "values":
             target = self.like(inputs[0], target)
         return self._call(reduction, *inputs, *((target,) if self.has_target else ()))
 
 
 class DivergenceLoss(PerSampleLoss):
-    """KLDivLoss, summed over all but the first dimension. Output: log-probabilities (batch, …), the target alike."""
+    """KLDivLoss, summed over all but the first dimension. Output: log-probabilities (batch, …); target: the same shape."""
 
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
         self.same_shape(output, target)
@@ -69,9 +69,9 @@ class MultiLabelLoss(PerSampleLoss):
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return a probability, or a score within [0, 1], and 0 or 1 for each class."""
         if self._lists_classes:
-            listed = (target >= 0).cumprod(1)  # what is behind the first -1 does not count
+            listed = (target >= 0).cumprod(1)  # everything after the first -1 is ignored
             target = torch.zeros_like(target).scatter_add_(1, target.clamp(min=0), listed).clamp(max=1)
-        return output.sigmoid(), likelier(target)
+        return output.sigmoid(), binarized(target)
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return a probability, or a score within [0, 1], and 0 or 1 for each class."""
@@ -80,7 +80,7 @@ class MultiLabelLoss(PerSampleLoss):
         return super().metric_inputs(output, batch)
 
     def soft_target(self, batch: Any) -> Tensor | None:
-        """Return the probability of each label; None where the target lists the true ones."""
+        """Return the probability of each label; None if the target lists class indices."""
         return None if self._lists_classes else self._counted(self.target_of(batch), batch)
 
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
@@ -89,14 +89,14 @@ class MultiLabelLoss(PerSampleLoss):
 
 
 class PairLoss(PerSampleLoss):
-    """CosineEmbeddingLoss of two vectors; the target is 1 for those that belong together, else -1."""
+    """CosineEmbeddingLoss of two vectors; the target is 1 for similar pairs, else -1."""
 
     outputs = ("input1", "input2")
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
-        """Return the cosine similarity, moved into [0, 1], and 1 for what belongs together."""
-        first, second = self.several(output)
-        return (1 + F.cosine_similarity(first, second)).clamp(0, 2) / 2, likelier(target, signed=True)
+        """Return the cosine similarity, rescaled to [0, 1], and 1 for similar pairs, else 0."""
+        first, second = self.output_tensors(output)
+        return (1 + F.cosine_similarity(first, second)).clamp(0, 2) / 2, binarized(target, signed=True)
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
         """Return the similarity and 0 or 1."""
@@ -105,14 +105,14 @@ class PairLoss(PerSampleLoss):
 
 
 class TripletLoss(PerSampleLoss):
-    """TripletMarginLoss with and without a distance of one's own; the batch has no target."""
+    """TripletMarginLoss and TripletMarginWithDistanceLoss; the batch has no target."""
 
     outputs = ("anchor", "positive", "negative")
     has_target = False
 
     def predictions(self, output: Any, target: Any) -> tuple[Any, ...]:
         """Return the three vectors."""
-        return (*self.several(output),)
+        return (*self.output_tensors(output),)
 
 
 class SequenceLoss(PerSampleLoss):
@@ -135,5 +135,5 @@ class SequenceLoss(PerSampleLoss):
     loss_sum = SupervisedObjective.loss_sum
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
-        """Return the output and the three parts of the target; a metric of one's own must decode them."""
+        """Return the output and the three parts of the target, for a custom metric that decodes them."""
         return output, *self.fields.target_of(batch)

@@ -1,4 +1,4 @@
-"""A loss of torch as an objective: reduced as the runtime needs it, its constants where the output is."""
+"""Wrap a torch loss as an objective: set its reduction, and move its constants to the output's device and dtype."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from runtime.errors import ObjectiveError
 from runtime.losses.supervised import SupervisedObjective, TargetIs
-from runtime.objective import plain
+from runtime.objective import dtype_name
 
 
 class TorchLoss(SupervisedObjective):
-    """One of torch's losses.
+    """A torch loss as an objective.
 
-    Class weights and the like are constants, not buffers: nothing has to keep them equal on all ranks, or save them.
+    Its buffers, such as class weights, become plain attributes: they need not be synchronised between ranks or saved.
     """
 
     target_is: TargetIs = "values"
@@ -30,7 +30,7 @@ class TorchLoss(SupervisedObjective):
 
     @property
     def name(self) -> str:
-        """What messages call the loss."""
+        """Name of the loss in messages."""
         return type(self.loss).__name__
 
     def loss_sum(self, output: Any, target: Any) -> Tensor:
@@ -38,7 +38,7 @@ class TorchLoss(SupervisedObjective):
         return self._reduced(output, target, "sum")
 
     def losses(self, output: Any, target: Any) -> Tensor:
-        """Return the losses one by one."""
+        """Return the unreduced losses."""
         return self._reduced(output, target, "none")
 
     def _reduced(self, output: Any, target: Any, reduction: str) -> Tensor:
@@ -46,58 +46,58 @@ class TorchLoss(SupervisedObjective):
         return self._call(reduction, output, self.like(output, target))
 
     def like(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return a target in the output's type: whole numbers, yes and no, and numbers of another precision mean the same.
+        """Convert a target (integer, boolean, or of another precision) to the output's dtype.
 
         Raises:
-            ObjectiveError: the target is complex, and the output is not.
+            ObjectiveError: the target is complex and the output is not.
         """
         if target.dtype == output.dtype:
             return target
         if target.is_complex() and not output.is_complex():
             raise ObjectiveError(
-                f"{self.name} compares {plain(output.dtype)} with a target in {plain(target.dtype)}, whose imaginary part "
-                "would be lost; make both real, or both complex"
+                f"{self.name} compares {dtype_name(output.dtype)} with a target in {dtype_name(target.dtype)}, whose imaginary "
+                "part would be lost; make both real, or both complex"
             )
         return target.to(output.dtype)
 
     def _call(self, reduction: str, *inputs: Any) -> Tensor:
         loss: Any = self.loss
-        if self._constants and (inputs[0].device, inputs[0].dtype) != self._placed:
+        if self._constants and (inputs[0].device, inputs[0].dtype) != self._placement:
             self._place(inputs[0].device, inputs[0].dtype)
         if loss.reduction != reduction:
             loss.reduction = reduction
-        found: Tensor = loss.forward(*inputs)
-        return found
+        value: Tensor = loss.forward(*inputs)
+        return value
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         for name, tensor in self._constants.items():
             setattr(self.loss, name, tensor.to(device, dtype))
-        self._placed = (device, dtype)
+        self._placement = (device, dtype)
 
 
-def likelier(target: Tensor, *, signed: bool = False) -> Tensor:
-    """Return 1 where a yes is more probable than a no, else 0; so also at one half, as predictions are judged.
+def binarized(target: Tensor, *, signed: bool = False) -> Tensor:
+    """Return 1 where the positive class is more probable, else 0; also 0 at one half, the same rule as for predictions.
 
     Args:
-        signed: targets lie between -1 and 1 rather than 0 and 1.
+        signed: targets lie between -1 and 1 instead of 0 and 1.
     """
     return (target > (0 if signed else 0.5)).long()
 
 
 def check_range(name: str, target: Tensor, *, signed: bool = False) -> None:
-    """Refuse targets that a loss of yes and no does not take, so that neither it nor a metric means anything.
+    """Reject targets outside a binary loss's range, for which neither the loss nor a metric is meaningful.
 
     Raises:
-        ObjectiveError: naming one, and the loss that takes it.
+        ObjectiveError: names one such target, and the loss to use for it.
     """
     wrong = target[~((target.abs() <= 1) & (target != 0)) if signed else ~((target >= 0) & (target <= 1))]
     if wrong.numel():
         takes, other = (
-            ("-1 and 1", "0 and 1 go with BCEWithLogitsLoss")
+            ("-1 and 1", "use BCEWithLogitsLoss for 0 and 1")
             if signed
             else (
                 "0 and 1, or probabilities between them",
-                "-1 and 1 go with SoftMarginLoss, class numbers with CrossEntropyLoss",
+                "use SoftMarginLoss for -1 and 1, CrossEntropyLoss for class numbers",
             )
         )
-        raise ObjectiveError(f"{name} takes targets of {takes}, and one is {wrong[0].item():g}: {other}")
+        raise ObjectiveError(f"{name} takes targets of {takes}, but one is {wrong[0].item():g}: {other}")

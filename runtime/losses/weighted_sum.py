@@ -1,4 +1,4 @@
-"""A weighted sum of the means of several losses, each divided by what it counts itself."""
+"""A weighted sum of the means of several losses, each with its own divisor."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from runtime.objective import Loss, Objective, Weight
 
 
 class WeightedSum(Objective):
-    """What ``objective.losses`` says: ``sum of factor * loss sum / weight`` over the losses.
+    """The objective for ``objective.losses``: ``sum of factor * loss sum / weight`` over the losses.
 
-    Losses may count different things, tokens and sentences say: each has a sum and a weight of its own, and each is divided
-    by its weight over the whole global batch. Where no sample of a global batch counts for one of them, the others are
-    minimised. Each is reported under its name, as its mean before the factor.
+    Losses may count different things, such as tokens and sentences: each has its own sum and weight, and is divided by its
+    weight over the whole global batch. A loss for which no sample of a global batch counts is left out of that step. Each is
+    reported under its name, as its mean before the factor.
 
-    Losses of an output and a target share one call of the model; any other objective calls it itself. Metrics are given what
-    the first loss gives them.
+    Supervised losses share one call of the model; any other objective calls it itself. Metrics receive the inputs that the
+    first loss gives.
 
     Args:
-        losses: name to objective, whose ``fields`` are set.
-        factors: name to what its mean is multiplied by.
+        losses: objective by name, with ``fields`` set.
+        factors: factor of the mean, by name.
 
     Attributes:
         parts: the losses by name.
@@ -42,7 +42,7 @@ class WeightedSum(Objective):
 
     @property
     def counts_samples(self) -> bool:
-        """Tell that there are several weights."""
+        """False: there are several weights."""
         return False
 
     def checked_weight(self, batch: Any, samples: int) -> Weight:
@@ -53,21 +53,21 @@ class WeightedSum(Objective):
     def forward(self, model: nn.Module, batch: Any) -> Loss:
         """Return the sums of all losses, times their factors: (losses,)."""
         returned, called = None, False
-        found: dict[str, Loss] = {}
+        losses: dict[str, Loss] = {}
         for name, objective in self.parts.items():
             if type(objective).forward is SupervisedObjective.forward:
                 assert isinstance(objective, SupervisedObjective)
                 if not called:
                     positional, named = self.fields.arguments(batch)
                     returned, called = model(*positional, **named), True
-                found[name] = objective.compared(returned, batch)
+                losses[name] = objective.loss_of(returned, batch)
             else:
                 loss = objective.forward(model, batch)
-                found[name] = loss if isinstance(loss, Loss) else Loss(loss)
-        parts = {name: loss.sum.detach() for name, loss in found.items()}
-        parts |= {f"{name}/{part}": value for name, loss in found.items() for part, value in loss.parts.items()}
-        sums = torch.stack([self._factors[name] * loss.sum for name, loss in found.items()])
-        return Loss(sums, parts, next(iter(found.values())).output)
+                losses[name] = loss if isinstance(loss, Loss) else Loss(loss)
+        parts = {name: loss.sum.detach() for name, loss in losses.items()}
+        parts |= {f"{name}/{part}": value for name, loss in losses.items() for part, value in loss.parts.items()}
+        sums = torch.stack([self._factors[name] * loss.sum for name, loss in losses.items()])
+        return Loss(sums, parts, next(iter(losses.values())).output)
 
     def means(self, sums: Mapping[str, float], weight: Weight) -> dict[str, float]:
         """Return each loss's mean, and ``loss``, the sum of the means times their factors."""
@@ -78,17 +78,17 @@ class WeightedSum(Objective):
         return {"loss": sum(self._factors[name] * means[name] for name in self._factors if name in means), **means}
 
     def predicted(self, output: Any) -> Mapping[str, Tensor]:
-        """Return what the first loss says of the output."""
+        """Return the first loss's predictions."""
         return next(iter(self.parts.values())).predicted(output)
 
     def metric_inputs(self, output: Any, batch: Any) -> tuple[Any, ...]:
-        """Return what the first loss gives the metrics."""
+        """Return the first loss's metric inputs."""
         return next(iter(self.parts.values())).metric_inputs(output, batch)
 
     def metric_mask(self, batch: Any) -> Tensor | None:
-        """Return which elements of the first loss's target metrics see."""
+        """Return the first loss's metric mask."""
         return next(iter(self.parts.values())).metric_mask(batch)
 
     def soft_target(self, batch: Any) -> Tensor | None:
-        """Return what the first loss does."""
+        """Return the first loss's soft target."""
         return next(iter(self.parts.values())).soft_target(batch)

@@ -9,17 +9,17 @@ class ConvNet(nn.Module):
     """Classify small images, such as 8x8 or 28x28.
 
     Each stage is convolution, batch normalisation (Ioffe and Szegedy 2015), ReLU. Every stage but
-    the first halves height and width, rounding up; then the mean over what positions are left
-    feeds one linear layer. So no size depends on the image's, and any height and width will do.
+    the first halves height and width, rounding up; the mean over the remaining positions feeds
+    one linear layer. So images may have any height and width.
 
-    The stride does the halving, and the mean is taken by ``mean``, because the backward passes of
-    several pooling layers add in no fixed order on a GPU
+    Downsampling is by stride and pooling is by ``mean``, because the backward passes of several
+    pooling layers are nondeterministic on a GPU
     (https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html).
 
     Args:
         in_channels: colour channels of an image.
         channels: output channels of each stage in order.
-        num_classes: classes to tell apart.
+        num_classes: number of classes.
         dropout: probability of zeroing a feature before the linear layer while training.
 
     Raises:
@@ -70,7 +70,7 @@ class ConvNet(nn.Module):
 
 
 def _stage(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
-    # The convolution has no bias: batch normalisation subtracts the mean, and would cancel it.
+    # The convolution has no bias: batch normalisation subtracts the mean, which would cancel it.
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),

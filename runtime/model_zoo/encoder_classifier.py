@@ -1,4 +1,4 @@
-"""A pretrained text encoder with a new linear layer behind it."""
+"""A pretrained text encoder followed by a new linear layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class EncoderClassifier(nn.Module):
 
     Args:
         encoder: called as ``encoder(input_ids=…, attention_mask=…)``; returns something with ``last_hidden_state``
-            (batch, length, width), as transformers' ``AutoModel`` does. Leave its pooling layer out
-            (``add_pooling_layer: false``): it would be trained without having a gradient.
-        num_classes: classes to tell apart.
+            (batch, length, width), as transformers' ``AutoModel`` does. Leave out its pooling layer
+            (``add_pooling_layer: false``): it would be trainable but get no gradient.
+        num_classes: number of classes.
         width: of the encodings. Default: ``encoder.config.hidden_size``.
         dropout: probability of zeroing a feature before the linear layer while training.
     """

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: GPT-2 (Radford et al. 2019) in its plainest form."""
+"""A minimal decoder-only transformer: GPT-2 (Radford et al. 2019)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ INITIAL_STD = 0.02  # Radford et al. 2018, section 4.1
 
 
 class GPT(nn.Module):
-    """Predict each next token of a sequence from the tokens up to it.
+    """Predict each token of a sequence from the tokens before it.
 
-    Token and position embeddings, then ``num_layers`` blocks of attention and MLP with the
-    normalisation before each (pre-norm), then logits by the transposed token embedding. That
-    matrix is one parameter under one name, used twice (Press and Wolf 2017), so no checkpoint or
-    shard can hold two versions of it.
+    Token and position embeddings, then ``num_layers`` pre-norm blocks of attention and MLP, then
+    logits by the transposed token embedding. That matrix is one parameter under one name, used
+    twice (Press and Wolf 2017), so no checkpoint or shard can hold two versions of it.
 
     Args:
         vocab_size: number of distinct tokens.
@@ -54,7 +53,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{name}={size}: it must be at least 1")
         if width % num_heads != 0:
             raise ValueError(
-                f"width={width} cannot be shared out over num_heads={num_heads}: make width a multiple of num_heads"
+                f"width={width} cannot be divided among num_heads={num_heads}: make width a multiple of num_heads"
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout}: it must be at least 0 and below 1")
@@ -68,9 +67,9 @@ class GPT(nn.Module):
         self._initialize(num_layers)
 
     def _initialize(self, num_layers: int) -> None:
-        """Draw the initial weights as GPT-2 does (Radford et al. 2019, section 2.3).
+        """Initialise the weights as GPT-2 does (Radford et al. 2019, section 2.3).
 
-        A block adds two branches to the residual stream, so 2 * num_layers are summed by its end.
+        Each block adds two branches to the residual stream, so it sums 2 * num_layers in total.
         Scaling their last layers by 1 / sqrt(2 * num_layers) keeps that sum's variance
         independent of depth.
         """
@@ -86,13 +85,13 @@ class GPT(nn.Module):
                 nn.init.normal_(module.output.weight, std=residual_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the scores of every token's successor.
+        """Return the logits of the next token at every position.
 
         Args:
             tokens: (batch, time) int64, time at most ``context_length``.
 
         Returns:
-            logits: (batch, time, vocab_size) float; those at time t depend on tokens 0 to t only.
+            logits: (batch, time, vocab_size) float; those at time t depend only on tokens 0 to t.
 
         Raises:
             ValueError: the sequence is longer than ``context_length``.
@@ -100,7 +99,7 @@ class GPT(nn.Module):
         time = tokens.shape[1]
         if time > self.context_length:
             raise ValueError(f"{time} tokens exceed context_length={self.context_length}")
-        # The first rows of the table are the embeddings of positions 0 to time - 1, in order.
+        # The first rows of the table are the embeddings of positions 0 to time - 1.
         positions = self.position_embedding.weight[:time]
         stream = self.dropout(self.token_embedding(tokens) + positions)
         for block in self.blocks:
@@ -128,8 +127,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2).
 
-    The causal mask is an argument of the fused kernel, never a buffer: nothing to save, nothing
-    that grows with the square of the context length.
+    The causal mask is an argument of the fused kernel, not a buffer: nothing to save, and no
+    memory that grows with the square of the context length.
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
@@ -142,27 +141,27 @@ class Attention(nn.Module):
         self.output_dropout = nn.Dropout(dropout)
 
     def forward(self, stream: Tensor) -> Tensor:
-        """Return what each position gathers from itself and those before: (batch, time, width)."""
+        """Attend from each position to itself and those before: (batch, time, width) to the same."""
         batch, time, width = stream.shape
         query, key, value = (
             self.query_key_value(stream)
             .view(batch, time, 3, self.num_heads, width // self.num_heads)
             .permute(2, 0, 3, 1, 4)  # (3, batch, heads, time, head width)
         )
-        gathered = nn.functional.scaled_dot_product_attention(
+        attended = nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
             dropout_p=self.dropout_probability if self.training else 0.0,
             is_causal=True,
         )
-        gathered = gathered.transpose(1, 2).reshape(batch, time, width)
-        output: Tensor = self.output_dropout(self.output(gathered))
+        attended = attended.transpose(1, 2).reshape(batch, time, width)
+        output: Tensor = self.output_dropout(self.output(attended))
         return output
 
 
 class FeedForward(nn.Module):
-    """Transform each position on its own: widen fourfold, GELU, narrow again."""
+    """Position-wise MLP: linear layer to four times the width, GELU, linear layer back."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Matrix factorisation: a user likes an item as much as their two vectors agree."""
+"""Matrix factorisation: the score of a user and an item is the dot product of their embeddings."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class MatrixFactorization(nn.Module):
-    """Score items for users by the product of their vectors (Koren, Bell and Volinsky 2009).
+    """Score items for users by the dot product of their embeddings (Koren, Bell and Volinsky 2009).
 
     Args:
-        num_users: users, numbered from 0.
-        num_items: items, numbered from 0.
-        width: length of a vector.
+        num_users: number of users, numbered from 0.
+        num_items: number of items, numbered from 0.
+        width: size of an embedding.
 
     Raises:
         ValueError: a size is below 1.

@@ -1,4 +1,4 @@
-"""Texts classified by which short runs of bytes they contain."""
+"""A text classifier on byte n-grams."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _FACTOR = 1_000_003  # prime; products stay far below 2**63
 
 
 class NGramClassifier(nn.Module):
-    """Classify texts by the mean of the vectors of their byte n-grams, each hashed into a table, and an MLP on it.
+    """Classify texts by an MLP on the mean embedding of their byte n-grams, each hashed into a table.
 
-    After fastText (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification"), on bytes instead of words: no
+    Like fastText (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification"), but on bytes instead of words: no
     vocabulary, any language, and misspelt words share most of their n-grams.
 
     Args:
-        num_classes: classes to tell apart; 1 gives a single score a text, for binary losses.
-        max_length: longest n-gram, in bytes; all shorter ones count too.
-        num_buckets: rows of the table; n-grams that share a row are taken for one another.
-        width: length of a vector.
+        num_classes: number of classes; 1 gives a single score per text, for binary losses.
+        max_length: longest n-gram, in bytes; all shorter ones are used too.
+        num_buckets: rows of the table; n-grams that share a row are not distinguished.
+        width: size of an embedding.
         hidden: width of the hidden layer.
         dropout: probability of zeroing a feature of the text, and of the hidden layer, while training.
 
@@ -41,7 +41,7 @@ class NGramClassifier(nn.Module):
         if min(num_classes, max_length, num_buckets, width, hidden) < 1:
             raise ValueError("num_classes, max_length, num_buckets, width and hidden must each be at least 1")
         self._max_length, self._num_buckets = max_length, num_buckets
-        # Row 0 is of n-grams that reach into the padding: it counts in no mean.
+        # Row 0 is for n-grams that reach into the padding, which are left out of the mean.
         self.table = nn.EmbeddingBag(num_buckets + 1, width, mode="mean", padding_idx=0)
         self.layers = nn.Sequential(
             nn.Dropout(dropout),
@@ -52,7 +52,7 @@ class NGramClassifier(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the scores of each text; how far it is padded makes no difference.
+        """Return the scores of each text; they do not depend on the amount of padding.
 
         Args:
             inputs: (batch, length) int64, bytes; 0 is padding.
@@ -66,10 +66,10 @@ class NGramClassifier(nn.Module):
     def rows(self, inputs: Tensor) -> Tensor:
         """Return the table's row of each n-gram, (batch, max_length * length); 0 where it reaches into the padding."""
         hashed = torch.zeros_like(inputs)
-        found: list[Tensor] = []
+        rows: list[Tensor] = []
         for size in range(self._max_length):
             byte = F.pad(inputs, (0, size))[:, size:]
             hashed = torch.where(byte == 0, -1, (hashed * _FACTOR + byte + 1) % 2_147_483_647)
-            # Sizes share the table, so their hashes are told apart by what is added.
-            found.append(torch.where(hashed < 0, 0, (hashed + size * 40_503) % self._num_buckets + 1))
-        return torch.cat(found, dim=1)
+            # Sizes share the table; the added offset makes their hashes differ.
+            rows.append(torch.where(hashed < 0, 0, (hashed + size * 40_503) % self._num_buckets + 1))
+        return torch.cat(rows, dim=1)

@@ -1,4 +1,4 @@
-"""An MLP on the columns of a table: numbers, and categories with a vector each."""
+"""An MLP on the columns of a table: numbers, and embedded categories."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from runtime.model_zoo.mlp import MLP
 
 
 class TabularMLP(nn.Module):
-    """Predict from numbers and category codes, as ``Table`` with ``categorical_as: codes`` gives them.
+    """Predict from numbers and category codes, the output of ``Table`` with ``categorical_as: codes``.
 
-    A number may be turned into a vector first: sines and cosines of it at learned frequencies, then a linear layer and ReLU
-    (Gorishniy, Rubachev and Babenko 2022, "On Embeddings for Numerical Features in Tabular Deep Learning", section 3.3; the
-    linear layer is shared by all columns). It lets a small network bend more than straight numbers do.
+    Numbers may be embedded first: sines and cosines at learned frequencies, then a linear layer and ReLU (Gorishniy,
+    Rubachev and Babenko 2022, "On Embeddings for Numerical Features in Tabular Deep Learning", section 3.3; the linear layer
+    is shared by all columns). A small network can then fit more nonlinear functions than with plain numbers.
 
     Args:
-        num_numeric: columns of numbers.
-        cardinalities: categories of each categorical column; code 0 is any unknown one.
+        num_numeric: number of numeric columns.
+        cardinalities: number of categories of each categorical column; code 0 is for unknown ones.
         hidden: width of each hidden layer in order.
         out_features: classes, or predicted values.
-        embedding_width: length of a category's vector.
-        frequencies: sines of each number; 0: the number itself.
-        frequency_scale: standard deviation of the frequencies at the start, in turns per standard deviation of a column.
-        numeric_width: length of a number's vector; only with frequencies.
+        embedding_width: size of a category's embedding.
+        frequencies: learned frequencies of each number; 0: use the number itself.
+        frequency_scale: initial standard deviation of the frequencies, in cycles per standard deviation of a column.
+        numeric_width: size of a number's embedding; only with frequencies.
         dropout: probability of zeroing a hidden activation while training.
 
     Raises:
@@ -65,15 +65,15 @@ class TabularMLP(nn.Module):
 
         Args:
             numeric: (batch, num_numeric) float, standardised.
-            categorical: (batch, columns) int64; not given where there are no such columns.
+            categorical: (batch, columns) int64; None if there are no such columns.
 
         Returns:
             (batch, out_features) float.
         """
         parts = [numeric]
         if self.frequencies is not None:
-            turns = 2 * torch.pi * numeric.unsqueeze(-1) * self.frequencies
-            parts = [self.numbers(torch.cat([turns.sin(), turns.cos()], dim=-1)).flatten(1)]
+            angles = 2 * torch.pi * numeric.unsqueeze(-1) * self.frequencies
+            parts = [self.numbers(torch.cat([angles.sin(), angles.cos()], dim=-1)).flatten(1)]
         if categorical is not None:
             parts += [table(categorical[:, column]) for column, table in enumerate(self.embeddings)]
         output: Tensor = self.mlp(torch.cat(parts, dim=1))

@@ -16,7 +16,7 @@ from runtime.checks.objective import coupled_parts
 from runtime.code_digests import loaded_code
 from runtime.data.batches import Window
 from runtime.data.order import SamplerOrder
-from runtime.data.training_data import MappedData, StreamedData, saved_places
+from runtime.data.training_data import MappedData, StreamedData, gather_reader_states
 from runtime.distributed.rank_consistency import compare_values
 from runtime.reporting.facts import versions
 from runtime.reporting.meters import TrainingMeter
@@ -81,8 +81,8 @@ class StateSaver:
         if self._compares:
             compare_values(_held_alike(self._state.module), self._strategy.device)
         if isinstance(self._data, StreamedData):
-            self._of_reading["stream"] = saved_places(
-                self._windows.places, self._data.samples.sharded_by, self._strategy.device
+            self._of_reading["stream"] = gather_reader_states(
+                self._windows.reader_states, self._data.samples.sharded_by, self._strategy.device
             )
         self._of_reading["meter"] = self._meter.state()
         place: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}

@@ -11,7 +11,7 @@ from runtime.build.builder import Builder
 from runtime.build.preparation import RunComponents
 from runtime.data.batches import Window
 from runtime.data.stream_pieces import ReaderState
-from runtime.data.training_data import MappedData, ReadOptions, WindowReader, places_of
+from runtime.data.training_data import MappedData, ReadOptions, WindowReader, reader_states_of
 from runtime.distributed.collectives import StopConsensus, begin_sum_over_ranks
 from runtime.losses.rows import with_rows_checked
 from runtime.run.services import RunServices
@@ -38,7 +38,7 @@ class TrainingWindows:
         self._data, self._assignment, self._freezing = prepared.data, prepared.assignment, prepared.freezing
         self._module, self._progress = prepared.state.module, prepared.state.progress
         self._reading: WindowReader | None = None
-        self._places: dict[int, ReaderState] = {}
+        self._reader_states: dict[int, ReaderState] = {}
         self._epoch = -1  # of the step that is being made
         self._warmed_up = False
         self.stop_consensus = StopConsensus(
@@ -46,9 +46,9 @@ class TrainingWindows:
         )
 
     @property
-    def places(self) -> Mapping[int, ReaderState]:
-        """Where this rank's readers of a stream are, by worker."""
-        return self._places if self._reading is None else self._reading.places
+    def reader_states(self) -> Mapping[int, ReaderState]:
+        """States of this rank's readers of a stream, by worker."""
+        return self._reader_states if self._reading is None else self._reading.reader_states
 
     def go_on_from(self, training: Mapping[str, Any]) -> None:
         """Continue where the readers were when a checkpoint was made.
@@ -57,7 +57,7 @@ class TrainingWindows:
             training: the checkpoint's training state.
         """
         self._reading = None
-        self._places = places_of(training.get("stream", {}), self._strategy.rank)
+        self._reader_states = reader_states_of(training.get("stream", {}), self._strategy.rank)
 
     def begin(self) -> Iterator[Window]:
         """Begin to read at the run's cursor. The loader's workers live until the next call or :meth:`close`."""
@@ -81,14 +81,14 @@ class TrainingWindows:
             num_weights=objective.num_weights,
             begin_sum=self._begin_sum,
             ahead=lambda: self.stop_consensus.steps_ahead,
-            tell=self._services.reporter.message,
+            notify=self._services.reporter.message,
         )
         return self._data.read(
             how,
             start=self._progress.cursor,
             stop=self._triggers.limit_from_here(),
             skipped=self._progress.skipped_batches,
-            places=self._places,
+            reader_states=self._reader_states,
         )
 
     def _unfrozen(self, reading: WindowReader) -> Iterator[Window]:

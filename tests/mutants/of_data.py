@@ -113,8 +113,8 @@ MUTANTS = (
     Mutant(
         "streams: a reader's place is one batch behind",
         _STREAM,
-        "self.places[0] = ReaderState(epoch, batch + 1, ",
-        "self.places[0] = ReaderState(epoch, batch, ",
+        "self.reader_states[0] = ReaderState(epoch, batch + 1, ",
+        "self.reader_states[0] = ReaderState(epoch, batch, ",
         (
             "tests/test_streams.py::test_a_stream_that_can_tell_its_place_is_not_read_again",
             remembers("a stream with a state"),
@@ -124,8 +124,8 @@ MUTANTS = (
     Mutant(
         "streams: a reader's place is one batch ahead",
         _STREAM,
-        "self.places[0] = ReaderState(epoch, batch + 1, ",
-        "self.places[0] = ReaderState(epoch, batch + 2, ",
+        "self.reader_states[0] = ReaderState(epoch, batch + 1, ",
+        "self.reader_states[0] = ReaderState(epoch, batch + 2, ",
         (
             "tests/test_streams.py::test_a_stream_that_can_tell_its_place_is_not_read_again",
             remembers("a stream with a state"),
@@ -142,8 +142,8 @@ MUTANTS = (
     Mutant(
         "streams: ranks that read different streams are not noticed",
         "runtime/data/stream_comparison.py",
-        "sums = together[..., -SHOWN:]",
-        "sums = 0 * together[..., -SHOWN:]",
+        "sums = table[..., -COMPARED:]",
+        "sums = 0 * table[..., -COMPARED:]",
         (
             "tests/test_stream_runs.py::test_a_stream_that_shares_itself_out_though_the_runtime_was_to_is_refused_on_all_ranks",
         ),

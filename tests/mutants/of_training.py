@@ -159,7 +159,7 @@ MUTANTS = (
     ),
     Mutant(
         "strategy: the loss scale is forgotten on resumption",
-        _STRATEGY,
+        "runtime/strategies/whole_state.py",
         'self._scaler.load_state_dict(dict(state["scaler"]))',
         "pass",
         ("tests/test_strategies.py::test_fp16_skips_overflows_without_a_trace_and_resumes_bitwise",),
