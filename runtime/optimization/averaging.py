@@ -216,7 +216,7 @@ def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     return {name: norm for name, norm in found.items() if norm.running_mean is not None}
 
 
-def checked(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def usable_average(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return the state of a :class:`WeightAverage`, as a checkpoint holds it, if there is an average that can be used.
 
     Raises:
@@ -245,7 +245,7 @@ def averaged_state(model: Mapping[str, Tensor], stored: Mapping[str, Any] | None
     Raises:
         CheckpointError: there is no average, it does not fit the model, or it has no statistics.
     """
-    stored = checked(stored)
+    stored = usable_average(stored)
     values = {**stored["average"], **stored["statistics"]}
     ours = {name.removeprefix("model."): value for name, value in values.items() if name.startswith("model.")}
     strange = [name for name in ours if name not in model]
