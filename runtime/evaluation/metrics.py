@@ -137,7 +137,7 @@ class MetricSet:
             return []
         return [{"updates": dict(rank.updates), "states": dict(rank.states)} for rank in self._gathered()]
 
-    def go_on_from(self, state: Sequence[Mapping[str, Any]]) -> None:
+    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Forget everything, and count in what the same metrics had gathered on any number of ranks; alike on every rank."""
         self.reset()
         self._carried = [_Gathered(rank["updates"], rank["states"]) for rank in state]

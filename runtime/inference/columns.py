@@ -151,8 +151,8 @@ class ColumnBuilder:
         if values.ndim > 2:
             raise self._wrong(
                 name,
-                f"needs one number or one row of numbers per sample, but {kind!r} has shape {tuple(values.shape[1:])}; "
-                "a custom objective can choose what to write (predicted)",
+                f"needs one number or one row of numbers per sample; {kind!r} has the shape {tuple(values.shape[1:])} "
+                "for each; a custom objective can choose what to write (predicted)",
             )
         width = values.shape[1]
         parts: Sequence[Any] = range(1, width + 1) if kind.startswith("top_") else range(width)
