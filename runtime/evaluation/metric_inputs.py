@@ -199,8 +199,8 @@ def _expanded(values: Tensor, shape: torch.Size, role: Role) -> Tensor:
         return values
     if values.shape != shape[:1]:
         raise EvaluationError(
-            f"data.fields.{role} has the shape {tuple(values.shape)}, the target {tuple(shape)}; it must have one value per sample, "
-            "or the target's shape"
+            f"data.fields.{role} has the shape {tuple(values.shape)}, the target {tuple(shape)}; it must have "
+            "one value per sample, or the target's shape"
         )
     return values.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
 
@@ -225,8 +225,8 @@ def _check_probabilities(predictions: Tensor) -> None:
         raise EvaluationError(
             f"it takes probabilities, but predictions lie between {predictions.min():.3g} and {predictions.max():.3g}. "
             "torchmetrics would convert only those microbatches to probabilities that have a score outside [0, 1], so the "
-            "result would depend on how the data is batched: BCEWithLogitsLoss and CrossEntropyLoss give probabilities, and so can "
-            "metric_inputs of a custom objective"
+            "result would depend on how the data is batched: BCEWithLogitsLoss and CrossEntropyLoss give probabilities, and "
+            "so can metric_inputs of a custom objective"
         )
 
 
