@@ -200,7 +200,7 @@ def test_ids_that_the_batch_lacks_are_a_column_of_the_data_set(batch: Any) -> No
         assert not DataColumns(WithColumns()).has_column(name)
         with pytest.raises(DataError, match=rf"data\.fields\.id: WithColumns\.{words}"):
             DataColumns(WithColumns()).ids(batch, index, name)
-    with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no method column\(name\)"):
+    with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no column\(name\) method"):
         DataColumns(object()).ids(batch, index, "n")
 
 

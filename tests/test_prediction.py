@@ -363,7 +363,7 @@ def test_rows_that_are_not_the_samples_in_their_order_are_not_written_as_theirs(
 def test_a_file_that_is_there_is_kept_unless_force_is_given(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("mine")
-    with pytest.raises(PredictionError, match=r"is there already.*--force"):
+    with pytest.raises(PredictionError, match=r"already exists.*--force"):
         predict(run, split="validation", output=out)
     assert out.read_text() == "mine"
     predict(run, split="validation", output=out, force=True)
@@ -580,7 +580,7 @@ def test_columns_of_a_sample_that_are_not_predicted_are_told(run: Path, tmp_path
         overrides = [] if columns is None else [written_columns(columns)]
         with pytest.raises(LockstepError, match=words):
             predict(run, data, sample(range(SIZE), header), *overrides, output=tmp_path / "out.csv")
-    with pytest.raises(ConfigurationError, match=r"written as \\.csv"):
+    with pytest.raises(ConfigurationError, match=r"written as \.csv"):
         predict(run, data, sample(range(SIZE)), output=tmp_path / "out.jsonl")
     with pytest.raises(PredictionError, match="cannot be read"):
         predict(run, data, f"prediction.sample_submission={tmp_path}/none.csv", output=tmp_path / "out.csv")
@@ -610,7 +610,7 @@ def test_lockstep_checks_before_it_starts_anything(
         (["evaluate", str(run), "output=elsewhere"], 2, "leave it out"),
         (["evaluate", str(tmp_path)], 2, "without a config.yaml"),
         (["predict", str(run), "--split", "validation", "--output", "x.txt"], 2, "must end in"),
-        (["predict", str(run), "--split", "validation", "--output", f"{tmp_path}/there.csv"], 1, "is there already"),
+        (["predict", str(run), "--split", "validation", "--output", f"{tmp_path}/there.csv"], 1, "already exists"),
         (["predict", str(run), "prediction.data=tiny:nothing"], 2, "prediction.data"),
         (["predict", str(run), "--split", "train", "prediction.top_k=2"], 2, "no column holds top_classes"),
     ):  # fmt: skip

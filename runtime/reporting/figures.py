@@ -175,12 +175,12 @@ def label_confusions_figure(matrices: Sequence[Sequence[Sequence[float]]], names
     figure.suptitle(f"Confusion matrices{left_out}\n{title}", fontsize=11)
     figure.supxlabel("predicted", fontsize=10)
     figure.supylabel("true", fontsize=10)
-    for place, (matrix, name) in enumerate(zip(matrices[:shown], names, strict=False)):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    for index, (matrix, name) in enumerate(zip(matrices[:shown], names, strict=False)):
+        axes = figure.add_subplot(rows, columns, index + 1)
         _draw_cells(axes, matrix)
         axes.set_title(name, fontsize=9)
         axes.set_xticks((0, 1), ("no", "yes"), fontsize=8)
-        axes.set_yticks((0, 1), ("no", "yes") if place % columns == 0 else ("", ""), fontsize=8)
+        axes.set_yticks((0, 1), ("no", "yes") if index % columns == 0 else ("", ""), fontsize=8)
     return figure
 
 
