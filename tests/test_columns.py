@@ -274,7 +274,7 @@ def test_a_file_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
     file.open()
     file.append(CsvFile.encode({"y": np.zeros(2)}))
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(PredictionError, match="is there already"):
+    with pytest.raises(PredictionError, match="already exists"):
         file.commit()
     file.close()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "mine")]

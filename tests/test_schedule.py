@@ -337,7 +337,7 @@ def test_a_chain_within_a_sequence_is_refused() -> None:
     args = {"schedulers": [within("ChainedScheduler", schedulers=[within("StepLR", step_size=2)])], "milestones": []}
     (mistake,) = schedulers.check("SequentialLR", args)
     assert mistake.path == ("args", "schedulers", "0", "target")
-    assert "Chain sequences instead" in mistake.what
+    assert "ChainedScheduler of SequentialLRs" in mistake.what
 
 
 def test_a_scheduler_within_that_raises_is_named_by_its_place() -> None:
