@@ -242,7 +242,7 @@ def test_statistics_come_back_with_the_average_that_they_are_of() -> None:
     average = WeightAverage(nn.BatchNorm1d(2), section)
     for _ in range(3):
         average.update()
-    average.take_statistics({name: torch.tensor(3.0) for name in average._buffers})
+    average.set_statistics({name: torch.tensor(3.0) for name in average._buffers})
     other = WeightAverage(nn.BatchNorm1d(2), section)
     other.load_state_dict(average.state_dict())
     assert other.state_dict()["statistics"] == average.state_dict()["statistics"] != {}

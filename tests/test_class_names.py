@@ -263,9 +263,9 @@ def test_a_sample_submission_gets_names_and_never_numbers_in_place_of_texts(tmp_
     predict(config, sample(tmp_path, "benign"), output=tmp_path / "out.csv")
     assert {row["diagnosis"] for row in read(tmp_path / "out.csv")} == {"malignant", "benign"}
     numbers = "prediction.columns={patient: id, diagnosis: class}"
-    with pytest.raises(PredictionError, match=r"'diagnosis' of .* holds texts, such as 'benign', .* numbers"):
+    with pytest.raises(PredictionError, match=r"'diagnosis' of .* holds text, such as 'benign', .* numbers"):
         predict(config, sample(tmp_path, "benign"), numbers, output=tmp_path / "no.csv")
-    with pytest.raises(PredictionError, match=r"holds numbers, such as 0, .* texts, such as '(benign|malignant)'"):
+    with pytest.raises(PredictionError, match=r"holds numbers, such as 0, .* text, such as '(benign|malignant)'"):
         predict(config, sample(tmp_path, "0"), output=tmp_path / "no.csv")
     assert not (tmp_path / "no.csv").exists()
     predict(config, sample(tmp_path, "0"), "prediction.labels=[0, 1]", output=tmp_path / "codes.csv")

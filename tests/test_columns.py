@@ -165,10 +165,12 @@ def test_ids_are_one_text_or_number_for_each_sample() -> None:
     assert parts.ids((torch.zeros(2, 1),), index, None) is index
     assert list(parts.ids((0, torch.tensor([7, 8])), index, 1)) == [7, 8]
     assert parts.ids({"n": [np.str_("a"), "b"]}, index, "n") == ["a", "b"]
-    with pytest.raises(DataError, match=r"data\.fields\.id: 'n' is there 1 times for 2 samples; data\.collate"):
+    with pytest.raises(DataError, match=r"data\.fields\.id: 'n' has 1 values for 2 samples; data\.collate"):
         parts.ids({"n": ["a"]}, index, "n")
     for ids in ([["a"], ["b"]], torch.zeros(2, 2), "ab", [None, "a"]):
-        with pytest.raises(DataError, match=r"data\.fields\.id: 'n' must be one text or number for each of 2 samples"):
+        with pytest.raises(
+            DataError, match=r"data\.fields\.id: 'n' must be one string or number for each of 2 samples"
+        ):
             parts.ids({"n": ids}, index, "n")
 
 
@@ -198,7 +200,7 @@ def test_ids_that_the_batch_lacks_are_a_column_of_the_data_set(batch: Any) -> No
         assert not DataColumns(WithColumns()).has_column(name)
         with pytest.raises(DataError, match=rf"data\.fields\.id: WithColumns\.{words}"):
             DataColumns(WithColumns()).ids(batch, index, name)
-    with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no method column\(name\)"):
+    with pytest.raises(DataError, match=r"data\.fields\.id: the data has no part 'n': .*no column\(name\) method"):
         DataColumns(object()).ids(batch, index, "n")
 
 
@@ -244,7 +246,7 @@ def test_outputs_that_change_in_size_are_refused(tmp_path: Path, kind: Any) -> N
     with (tmp_path / "x").open("wb") as file:
         made = kind(file)
         made.append(kind.encode({"y_0": np.zeros(2)}))
-        with pytest.raises(PredictionError, match="makes the columns y_0, y_1, the first made y_0"):
+        with pytest.raises(PredictionError, match="gives the columns y_0, y_1, the first one gave y_0"):
             made.append(kind.encode({"y_0": np.zeros(2), "y_1": np.zeros(2)}))
         made.finish()
 
@@ -272,7 +274,7 @@ def test_a_file_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
     file.open()
     file.append(CsvFile.encode({"y": np.zeros(2)}))
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(PredictionError, match="is there already"):
+    with pytest.raises(PredictionError, match="already exists"):
         file.commit()
     file.close()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "mine")]

@@ -198,4 +198,4 @@ def test_the_rank_that_holds_the_others_up_is_named(pool: ProcessPool, tmp_path:
     assert [report["slowest_rank"] for report in reports] == [1, 1]
     assert all(report["slowest_rank_excess"] > 0.2 for report in reports)
     assert all(0.2 < report["data_share"] <= 1 for report in reports)
-    assert sum("rank 1 holds the others up" in record.get("text", "") for record in records) == 1
+    assert sum("rank 1 is the slowest" in record.get("text", "") for record in records) == 1

@@ -238,7 +238,7 @@ def test_modules_that_are_wholly_frozen_are_in_evaluation_mode_and_no_others(tmp
         ({"freeze": ["*"]}, "model.freeze: leaves no parameter to train in the first epoch"),
         ({"unfreeze": STAGES}, "model.unfreeze: does nothing without model.freeze"),
         ({"frozen_mode": "train"}, "model.frozen_mode: does nothing without model.freeze"),
-        ({"freeze": ["first.*"], "unfreeze": STAGES}, r"unfreeze.0.match: nothing that model.freeze .* 'body.2.\*'"),
+        ({"freeze": ["first.*"], "unfreeze": STAGES}, r"unfreeze.0.match: no parameter frozen by model.freeze .* 'body.2.\*'"),
         ({"freeze": ["first.*"], "unfreeze": [{"epoch": 1, "match": ["*"]}]}, "unfreeze.0.epoch: must be greater than"),
     ],
 )  # fmt: skip

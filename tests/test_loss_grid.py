@@ -139,7 +139,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         data = MappedData(samples, builder.order(samples.source))
         stop = lambda cursor, steps: steps >= 3  # noqa: E731
-        for window in data.read(how, start=Cursor(), stop=stop, skipped=(), places={}).windows:
+        for window in data.read(how, start=Cursor(), stop=stop, skipped=(), reader_states={}).windows:
             for number, microbatch in enumerate(window.microbatches, start=1):
                 with strategy.microbatch(last=number == len(window.microbatches)):
                     loss = strategy.forward(microbatch.batch, filler=microbatch.filler)

@@ -46,7 +46,7 @@ def warning_run(folder: Path) -> dict[str, Any]:
     return config
 
 
-WARNING = "Failing stopped working (OSError: no server); going on without it"
+WARNING = "Failing stopped working (OSError: no server); continuing without it"
 TOLD = "This run is finished"  # to a run that is started again
 
 

@@ -363,7 +363,7 @@ def test_rows_that_are_not_the_samples_in_their_order_are_not_written_as_theirs(
 def test_a_file_that_is_there_is_kept_unless_force_is_given(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("mine")
-    with pytest.raises(PredictionError, match=r"is there already.*--force"):
+    with pytest.raises(PredictionError, match=r"already exists.*--force"):
         predict(run, split="validation", output=out)
     assert out.read_text() == "mine"
     predict(run, split="validation", output=out, force=True)
@@ -432,7 +432,9 @@ def full_disk(run: Path, out: Path) -> str:
 def test_a_full_disk_is_told_to_every_rank_and_leaves_nothing(pool: ProcessPool, run: Path, tmp_path: Path) -> None:
     told = pool.run(full_disk, 2, run, tmp_path / "out.csv")
     assert told[0] == told[1]
-    assert told[0] == f"{tmp_path / 'out.csv'} could not be written: No space left on device; no half file is left"
+    assert (
+        told[0] == f"{tmp_path / 'out.csv'} could not be written: No space left on device; no incomplete file is left"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -530,7 +532,7 @@ def one_submission(run: Path, output: Path, overrides: list[str]) -> None:
         ([*range(SIZE), 500, 501], r"has 105 ids and the data 103 samples: at least 2 ids .*'500', '501'"),
         (list(range(SIZE - 2)), r"'101', '102' are extra"),
         ([*range(1, SIZE), "0x"], r"'0' are extra; its first is '1'"),
-        ([*range(SIZE), 5, 7], r"ids more than once: '5', '7'"),
+        ([*range(SIZE), 5, 7], r"duplicate ids: '5', '7'"),
         ([], "has no rows"),
     ],
     ids=["too many", "too few", "others", "twice", "none"],
@@ -559,9 +561,9 @@ def test_ids_that_are_missing_among_named_samples_or_predicted_twice_are_told(
             submission.append(SubmissionFile.encode({"name": list(ids), "kind": np.arange(len(ids))}))
             submission.finish()
 
-    with pytest.raises(PredictionError, match=r"2 ids of .* are missing among the predictions: 'b', 'd'"):
+    with pytest.raises(PredictionError, match=r"2 ids of .* are missing from the predictions: 'b', 'd'"):
         append("c", "a")
-    with pytest.raises(PredictionError, match=r"ids more than once: 'a'"):
+    with pytest.raises(PredictionError, match=r"duplicate ids: 'a'"):
         append("a", "b", "a")
     append("d", "c", "b", "a")
     assert (tmp_path / "x").read_text() == "name,kind\nc,1\na,3\nb,2\nd,0\n"
@@ -571,14 +573,14 @@ def test_ids_that_are_missing_among_named_samples_or_predicted_twice_are_told(
 def test_columns_of_a_sample_that_are_not_predicted_are_told(run: Path, tmp_path: Path, sample: Any) -> None:
     data = "prediction.data=tiny_prediction:Inputs"
     for header, columns, words in (
-        ("name,kind,sure", None, "say what each column of"),
-        ("name,kind", {"name": "id", "p": "probability"}, r"no column 'kind' and 'p' besides"),
+        ("name,kind,sure", None, "set what each column of"),
+        ("name,kind", {"name": "id", "p": "probability"}, r"no column 'kind' and extra columns 'p'"),
         ("name,kind", {"kind": "class"}, "one column of .* must hold 'id'"),
     ):
         overrides = [] if columns is None else [written_columns(columns)]
         with pytest.raises(LockstepError, match=words):
             predict(run, data, sample(range(SIZE), header), *overrides, output=tmp_path / "out.csv")
-    with pytest.raises(ConfigurationError, match=r"filled in as \.csv"):
+    with pytest.raises(ConfigurationError, match=r"written as \.csv"):
         predict(run, data, sample(range(SIZE)), output=tmp_path / "out.jsonl")
     with pytest.raises(PredictionError, match="cannot be read"):
         predict(run, data, f"prediction.sample_submission={tmp_path}/none.csv", output=tmp_path / "out.csv")
@@ -608,7 +610,7 @@ def test_lockstep_checks_before_it_starts_anything(
         (["evaluate", str(run), "output=elsewhere"], 2, "leave it out"),
         (["evaluate", str(tmp_path)], 2, "without a config.yaml"),
         (["predict", str(run), "--split", "validation", "--output", "x.txt"], 2, "must end in"),
-        (["predict", str(run), "--split", "validation", "--output", f"{tmp_path}/there.csv"], 1, "is there already"),
+        (["predict", str(run), "--split", "validation", "--output", f"{tmp_path}/there.csv"], 1, "already exists"),
         (["predict", str(run), "prediction.data=tiny:nothing"], 2, "prediction.data"),
         (["predict", str(run), "--split", "train", "prediction.top_k=2"], 2, "no column holds top_classes"),
     ):  # fmt: skip

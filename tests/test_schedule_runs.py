@@ -238,7 +238,7 @@ def test_a_picture_that_cannot_be_drawn_is_one_message(
         ({"target": "ReduceLROnPlateau", "monitor": "loss", "interval": "epoch"}, "schedule.interval", "evaluations"),
         ({"warmup_steps": 3, "interval": "epoch"}, "schedule.interval", "leave 'interval' out"),
         ({"target": "OneCycleLR", "args": {"max_lr": 1, "total_steps": 20}}, "schedule.args", "ends after 20 steps"),
-        ({"target": "LambdaLR", "args": {"lr_lambda": "lambda i: i"}}, "lr_lambda", "no text is evaluated"),
+        ({"target": "LambdaLR", "args": {"lr_lambda": "lambda i: i"}}, "lr_lambda", "text is not evaluated"),
         ({"target": "tiny_schedules:hidden"}, "schedule.target", "ends in ReduceLROnPlateau"),
         ({"target": "ChainedScheduler", "args": {"schedulers": [{"target": "XLR"}]}}, "schedulers.0.target", "XLR"),
     ],

@@ -94,7 +94,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_run_goes_on(
     other = {"target": "tiny_trackers:Failing", "args": {"method": "log"}}  # its warning is a message
     config = tracked(tmp_path, failing, *([other] if method == "log_message" else []), "tiny_trackers:Noting")
     assert train(config).outcome == "finished"
-    expected = "Failing stopped working (OSError: no server); going on without it"
+    expected = "Failing stopped working (OSError: no server); continuing without it"
     if method == "__init__":
         expected = "reporting.trackers.0"
     assert capsys.readouterr().out.count(expected) == (2 if method == "log_message" else 1)

@@ -52,7 +52,7 @@ def restore_meter(
     stored = in_memory(training["meter"])
     if training["identity"]["configuration"]["evaluation"] != configuration["evaluation"]:
         stored["metrics"] = []  # of other metrics
-    meter.go_on_from(stored, rank=strategy.rank, world_size=strategy.world_size)
+    meter.load_state(stored, rank=strategy.rank, world_size=strategy.world_size)
 
 
 def open_trackers(

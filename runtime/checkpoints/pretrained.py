@@ -19,7 +19,7 @@ from runtime.checkpoints.load import damage_of, load_model
 from runtime.checkpoints.sharded_files import INDEX
 from runtime.config.component import ComponentError
 from runtime.config.learning import WeightsSection
-from runtime.optimization.patterns import described_misses, matches, useless
+from runtime.optimization.patterns import described_misses, matches, unmatched
 from runtime.run_files import RunFiles
 from runtime.state.durable_files import checksum
 from runtime.wording import did_you_mean
@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, section: WeightsSection, file: Path) -> Weigh
     found = _renamed(_read(file, section), section)
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     if section.ignore:
-        unused = useless(section.ignore, {**state, **found})
+        unused = unmatched(section.ignore, {**state, **found})
         if unused:
             raise ComponentError(f"no name matches {described_misses(unused, state)}", ("ignore",))
     report = WeightsReport(file)

@@ -103,7 +103,7 @@ class RunState:
             self.schedule.load_state_dict(in_memory(training["schedule"]))
             if self.averaging is not None and training["averaging"] is not None:
                 self.averaging.load_state_dict(training["averaging"])
-                self.averaging.go_on()
+                self.averaging.restore_statistics()
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not fit the model or the optimizer: {error}") from error
         state_io.load_scaler_state(training["strategy"])

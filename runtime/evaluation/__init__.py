@@ -1,1 +1,1 @@
-"""Exact evaluation and its metrics: merged over ranks, never averaged over batches."""
+"""Exact evaluation: metric states are merged over ranks, never averaged over batches."""

@@ -1,7 +1,7 @@
 """BatchNorm statistics of given weights: the mean over the slots of one pass over the training data.
 
-What torch.optim.swa_utils.update_bn gives depends on how the data was cut up. This is its result on one process over the
-epoch's slots in order (momentum None: a cumulative mean), whatever the number of ranks.
+The result of torch.optim.swa_utils.update_bn depends on how the data is batched. This is its result on one process over the
+epoch's slots in order (momentum None: a cumulative mean), on any number of ranks.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from runtime.strategies.placement import to_device
 
 
 class BatchStatistics:
-    """Computes statistics over the training data, in training mode as torch does: dropout is on, under the slot's seed.
+    """Computes statistics over the training data, in training mode as torch does: dropout is on, with the slot's seed.
 
     Args:
         samples: the training data.
         order: its global batches.
-        sharing: how each is cut into slots, and which of them this rank takes.
+        assignment: how each is cut into slots, and which of them this rank runs.
         seed: of the run.
-        enter: told each global batch, so that a long pass is not taken for a hang.
+        enter: called for each global batch, so that the watchdog does not take a long pass for a hang.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class BatchStatistics:
     def compute(
         self, epoch: int, *, skipped: Collection[Cursor], stop_requested: Callable[[], bool]
     ) -> dict[str, Tensor] | None:
-        """Return the buffers of each BatchNorm by name, of the weights that the module holds, and leave it as it was.
+        """Return each BatchNorm's buffers by name, computed with the module's current weights; leave the module unchanged.
 
-        None if it was cut short, after the same global batch on every rank, because a rank wished to stop.
+        None if a rank requested a stop, after the same global batch on every rank.
         Collective: every rank must call this.
 
         Args:
-            epoch: whose order and transforms are taken, counted from 0.
-            skipped: global batches that are left out.
+            epoch: whose order and transforms to use, from 0.
+            skipped: global batches to leave out.
         """
         module, device = self._strategy.unwrapped, self._strategy.device
         norms = list(batch_norms(module).items())
@@ -111,7 +111,7 @@ class BatchStatistics:
 
 @contextmanager
 def _cumulative(module: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """Let BatchNorm keep plain means in training mode; put modes, momenta and all buffers back in the end."""
+    """Put the module in training mode with cumulative BatchNorm means; restore modes, momenta and all buffers on exit."""
     momenta = [norm.momentum for norm in norms]
     modes = [(part, part.training) for part in module.modules()]
     module.train()
@@ -132,7 +132,7 @@ def _length(norm: _BatchNorm) -> int:
 
 
 def _weighted(norm: _BatchNorm) -> Tensor:
-    """Return mean and variance of a slot, times how often the module was called in it, and that number."""
+    """Return a slot's mean and variance, each times the module's number of calls in it, and that number."""
     calls = cast(Tensor, norm.num_batches_tracked).double()
     mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     return torch.cat([mean.double() * calls, variance.double() * calls, calls.reshape(1)])

@@ -1,4 +1,4 @@
-"""Results that are more than a number: values per class, confusion matrices and curves; what each is, by its metric."""
+"""Results that are not single numbers: values per class, confusion matrices and curves, classified by metric."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 Kind = Literal["per_class", "confusion", "label_confusions", "roc", "precision_recall"]
 
 MOST_POINTS = 200
-"""Points by which a longer curve is reported: its corners, or if they are more, some of them evenly spaced along it."""
+"""Most points of a reported curve. A longer one is reduced to its corners, and these to evenly spaced ones if too many."""
 
 
 def kind_of(metric: Metric) -> Kind | None:
-    """Return what a metric's result is beside a number or an array of any meaning.
+    """Return the kind of a metric's result, or None for a number or any other array.
 
-    That follows from whose ``compute`` it has: kappa and AUROC inherit from the confusion matrix and the curves.
+    Decided by the class that defines its ``compute``: kappa and AUROC inherit from the confusion matrix and the curves.
     """
     from torchmetrics import classification as c
 
@@ -43,20 +43,20 @@ def kind_of(metric: Metric) -> Kind | None:
 
 
 def num_classes_of(metric: Metric) -> int | None:
-    """Return how many classes (or labels) a metric's result is about, or None if it knows of no classes."""
-    found = getattr(metric, "num_classes", None) or getattr(metric, "num_labels", None)
-    return int(found) if found else 2 if kind_of(metric) is not None else None
+    """Return the number of classes (or labels) of a metric's result, or None if it has no classes."""
+    number = getattr(metric, "num_classes", None) or getattr(metric, "num_labels", None)
+    return int(number) if number else 2 if kind_of(metric) is not None else None
 
 
 def thinned(curve: Sequence[Any]) -> list[Any]:
-    """Return a curve (two coordinates and thresholds, for one class or for each) with at most MOST_POINTS points."""
+    """Return a curve (two coordinates and thresholds, of one class or of each) with at most MOST_POINTS points."""
     first, second, thresholds = curve
     if isinstance(first, Tensor) and first.ndim == 1:
         return _thinned(first, second, thresholds)
     count = len(first)
-    shared = isinstance(thresholds, Tensor) and thresholds.ndim == 1  # given thresholds are the same for all classes
+    shared = isinstance(thresholds, Tensor) and thresholds.ndim == 1  # user-defined thresholds hold for all classes
     each = [_thinned(first[i], second[i], thresholds if shared else thresholds[i]) for i in range(count)]
-    return [[parts[place] for parts in each] for place in range(3)]
+    return [[parts[n] for parts in each] for n in range(3)]
 
 
 def _thinned(first: Tensor, second: Tensor, thresholds: Tensor) -> list[list[float]]:
@@ -65,30 +65,30 @@ def _thinned(first: Tensor, second: Tensor, thresholds: Tensor) -> list[list[flo
     if len(first) > MOST_POINTS:
         steps = torch.hypot(first.diff().double(), second.diff().double()).nan_to_num()
         along = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
-        wanted = torch.linspace(0, float(along[-1]), MOST_POINTS, dtype=along.dtype, device=along.device)
-        chosen = torch.searchsorted(along, wanted).clamp(max=len(first) - 1)
-        first, second, thresholds = _chosen(torch.unique(chosen), first, second, thresholds)
+        spaced = torch.linspace(0, float(along[-1]), MOST_POINTS, dtype=along.dtype, device=along.device)
+        indices = torch.searchsorted(along, spaced).clamp(max=len(first) - 1)
+        first, second, thresholds = _selected(torch.unique(indices), first, second, thresholds)
     return [first.tolist(), second.tolist(), thresholds.tolist()]
 
 
 def _corners(*curve: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave out points on a straight line between their neighbours."""
+    """Remove points on a straight line between their neighbours."""
     turns = torch.stack([coordinate.diff(n=2).abs() > 1e-9 for coordinate in curve[:2]]).any(0)
     ends = turns.new_ones(1)
-    return _chosen(torch.cat([ends, turns, ends]).nonzero().flatten(), *curve)
+    return _selected(torch.cat([ends, turns, ends]).nonzero().flatten(), *curve)
 
 
-def _chosen(places: Tensor, first: Tensor, second: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return first[places], second[places], thresholds[places[places < len(thresholds)]]
+def _selected(indices: Tensor, first: Tensor, second: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return first[indices], second[indices], thresholds[indices[indices < len(thresholds)]]
 
 
 @dataclass(frozen=True)
 class ClassResults:
-    """Reads tables, matrices and curves out of the results of an evaluation.
+    """Extracts tables, matrices and curves from the results of an evaluation.
 
     Args:
-        kinds: metric to what its result is.
-        names: of the classes, if the configuration or the data says them; not used for another number of classes.
+        kinds: metric name to the kind of its result.
+        names: of the classes, from the configuration or the data; ignored for another number of classes.
     """
 
     kinds: Mapping[str, Kind]
@@ -96,16 +96,16 @@ class ClassResults:
 
     @classmethod
     def of(cls, metrics: Mapping[str, Metric], names: Sequence[str] | None) -> Self:
-        """Look at metrics."""
+        """Classify metrics."""
         kinds = {name: kind for name, metric in metrics.items() if (kind := kind_of(metric)) is not None}
         return cls(kinds, names)
 
     def class_names(self, size: int) -> list[str]:
-        """Return what so many classes are called."""
+        """Return the names of ``size`` classes; their indices if there are no matching names."""
         return list(self.names) if self.names and len(self.names) == size else [str(number) for number in range(size)]
 
     def table(self, results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
-        """Return headings and a row for each class (its name, its targets where a confusion matrix tells, its values)."""
+        """Return headings and a row for each class: name, number of targets if there is a confusion matrix, values."""
         columns = {name: values for name, values in self._of_kind("per_class", results) if _are_numbers(values)}
         if not columns:
             return None
@@ -121,16 +121,16 @@ class ClassResults:
         return ["class", *columns], rows
 
     def confusions(self, results: Mapping[str, Any]) -> list[tuple[str, list[list[float]]]]:
-        """Return the confusion matrices: rows are true classes, columns predicted ones."""
+        """Return the confusion matrices by metric: rows are true classes, columns predicted ones."""
         return self._of_kind("confusion", results)
 
     def label_confusions(self, results: Mapping[str, Any]) -> list[tuple[str, list[list[list[float]]]]]:
-        """Return for each label a matrix of two classes, absent and present: rows are true ones, columns predicted ones."""
+        """Return (labels, 2, 2) matrices by metric, absent then present: rows are true values, columns predicted ones."""
         return self._of_kind("label_confusions", results)
 
     def curves(self, results: Mapping[str, Any]) -> list[tuple[str, Kind, list[tuple[str, list[float], list[float]]]]]:
         """Return metric, kind and, for each class, its name and the x and y of its curve."""
-        found = []
+        curves = []
         kinds: tuple[Kind, ...] = ("roc", "precision_recall")
         for kind in kinds:
             for name, (first, second, _) in self._of_kind(kind, results):
@@ -138,8 +138,8 @@ class ClassResults:
                 firsts, seconds = (first, second) if several else ([first], [second])
                 x, y = (firsts, seconds) if kind == "roc" else (seconds, firsts)  # torchmetrics gives precision first
                 labels = self.class_names(len(firsts)) if several else [""]
-                found.append((name, kind, list(zip(labels, x, y, strict=True))))
-        return found
+                curves.append((name, kind, list(zip(labels, x, y, strict=True))))
+        return curves
 
     def _of_kind(self, kind: Kind, results: Mapping[str, Any]) -> list[tuple[str, Any]]:
         return [(name, results[name]) for name, of_kind in self.kinds.items() if of_kind == kind and name in results]

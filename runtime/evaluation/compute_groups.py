@@ -1,8 +1,8 @@
-"""Which metrics gather the same state, so that it is updated, kept and sent once.
+"""Groups of metrics that gather the same state, so that it is updated, kept and sent once.
 
-torchmetrics' MetricCollection finds them by comparing values after the first batch; top-1 and top-2 accuracy of an easy
-first batch are then one metric for ever. Here they are compared by what they are: the code of ``update``, all that it reads
-of the metric, and the states' defaults.
+torchmetrics' MetricCollection finds them by comparing values after the first batch, so top-1 and top-2 accuracy stay merged
+after an easy first batch. Here their definitions are compared: the code of ``update``, every attribute of the metric that it
+reads, and the states' defaults.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-_READ_ANYTHING = {"getattr", "vars", "__dict__", "super", "eval", "exec"}  # of a metric, by a name that cannot be seen
+_READ_ANYTHING = {"getattr", "vars", "__dict__", "super", "eval", "exec"}  # may read attributes not named in the code
 
 
 def sharing_state(metrics: Mapping[str, Metric]) -> list[list[str]]:
-    """Return the names in groups whose metrics have the same state after any updates; most are alone."""
+    """Return the names in groups whose metrics have the same state after any updates; most groups have one metric."""
     groups: list[list[str]] = []
     for name, metric in metrics.items():
-        found = next((group for group in groups if _same_state(metrics[group[0]], metric)), None)
-        if found is None:
+        equal = next((group for group in groups if _same_state(metrics[group[0]], metric)), None)
+        if equal is None:
             groups.append([name])
         else:
-            found.append(name)
+            equal.append(name)
     return groups
 
 
@@ -57,18 +57,18 @@ def _same_defaults(first: Metric, second: Metric) -> bool:
 
 
 def _read_by_update(owner: type[Metric]) -> set[str] | None:
-    """Return all names in the code of ``update`` and of the methods that it calls, or None if more may be read."""
+    """Return all names in the code of ``update`` and of the methods that it calls, or None if it may read others."""
     names: set[str] = set()
-    waiting: list[Any] = [inspect.unwrap(owner.update)]
-    while waiting:
-        function = waiting.pop()
+    pending: list[Any] = [inspect.unwrap(owner.update)]
+    while pending:
+        function = pending.pop()
         if not isinstance(function, FunctionType):
             return None
         new = set(_names(function.__code__)) - names
         if new & _READ_ANYTHING:
             return None
         names |= new
-        waiting += [
+        pending += [
             m for m in (inspect.getattr_static(owner, name, None) for name in new) if isinstance(m, FunctionType)
         ]
     return names

@@ -1,7 +1,7 @@
-"""Exact evaluation: every sample once, whatever the number of ranks; sums, never means of means.
+"""Exact evaluation: every sample once on any number of ranks; sums, never means of means.
 
-The data is cut into microbatches by its size alone, and each rank runs a consecutive share of them, as many rounds on every
-rank. What stays in memory is the state of the metrics, never the model's outputs.
+The microbatches depend only on the size of the data. Each rank runs a consecutive share of them, in the same number of rounds
+on every rank. Only the metrics' states stay in memory, never the model's outputs.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class TrialBatch(NamedTuple):
     """One microbatch that was run through model, loss and metrics.
 
     Args:
-        batch: on its device; None where a stream had none for this rank.
-        output: what the objective hands to metrics.
-        parts: names of what is reported as the loss and its parts; empty where nothing carried weight.
-        metrics: copies of the evaluator's, which have seen this microbatch only.
+        batch: on its device; None if a stream had none for this rank.
+        output: the output that the objective passes to metrics.
+        parts: names under which the loss and its parts are reported; empty without a batch.
+        metrics: copies of the evaluator's, updated with this microbatch only.
     """
 
     batch: Any
@@ -55,8 +55,8 @@ class Evaluator:
         split: its name, for messages.
         samples: the data.
         micro_size: samples in one forward pass.
-        metrics: what to compute besides the loss.
-        seed: of the run; a model that draws random numbers draws the same in every evaluation.
+        metrics: computed in addition to the loss.
+        seed: of the run; a model that draws random numbers draws the same ones in every evaluation.
     """
 
     def __init__(
@@ -77,24 +77,24 @@ class Evaluator:
         self._metrics = metrics
         self._make_loader = make_loader
         self._seed = seed
-        self._begun: Iterator[tuple[int, int, Any] | None] | None = None
+        self._started_rounds: Iterator[tuple[int, int, Any] | None] | None = None
 
     @torch.no_grad()
     def try_first(self, make_loader: MakeLoader) -> TrialBatch:
-        """Run the first microbatch through model, loss and metrics: of mapped data the same on every rank.
+        """Run the first microbatch through model, loss and metrics; for map-style data it is the same on every rank.
 
-        What was read of a stream is evaluated by the next evaluation all the same. The caller puts back random state, modes
-        and buffers. Collective where data is streamed, or forward passes are run together.
+        The next evaluation still evaluates what was read from a stream. The caller restores random state, modes and buffers.
+        Collective if data is streamed or the strategy's forward passes are collective.
 
         Args:
-            make_loader: for mapped data.
+            make_loader: for map-style data.
         """
         strategy, metrics = self._strategy, deepcopy(self._metrics)
         metrics.reset()
-        own = self._first(make_loader)
-        if own is None:
+        first = self._first(make_loader)
+        if first is None:
             return TrialBatch(None, None, (), metrics)
-        number, count, batch = own
+        number, count, batch = first
         objective = strategy.unwrapped.objective
         weight = objective.checked_weight(batch, count)
         seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), strategy.device)
@@ -110,28 +110,28 @@ class Evaluator:
             share = self._share(0, len(self._samples))
             return 0, len(share.ids), next(read(self._samples, iter([share]), make_loader))
         if self._strategy.collective_forward:
-            return None  # a rank may have no microbatch of its own, and the others would wait for it
+            return None  # a rank may have no microbatch, and the others would wait for its forward pass
         rounds = self._rounds()
         first = next(rounds, None)
-        self._begun = chain([first], rounds)
+        self._started_rounds = chain([first], rounds)
         return first
 
     @torch.no_grad()
     def evaluate(self, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, Result] | None:
         """Return ``samples``, ``loss``, the objective's parts and the metrics, equal on every rank.
 
-        None if it was cut short, after the same round on every rank, because a rank wished to stop.
+        None if a rank requested a stop, after the same round on every rank.
         Collective: every rank must call this.
 
         Raises:
-            EvaluationError: not every sample was seen once, or a metric refused its input.
+            EvaluationError: not every sample was evaluated once, or a metric refused its input.
         """
         module = self._strategy.unwrapped
         was_training = module.training
         module.eval()
         self._metrics.reset()
         try:
-            # A module may count or keep something in evaluation as well, of which each rank sees a part.
+            # A module may update buffers in evaluation mode too, and each rank would see only a part of the data.
             with preserved_random_state(self._strategy.device), preserved_buffers(module):
                 totals = self._run_share(stop_requested)
         finally:
@@ -144,29 +144,29 @@ class Evaluator:
         stop_consensus = StopConsensus(world_size=strategy.world_size, device=device)
         totals: dict[str, Any] = {"samples": 0.0}
         weight: Weight = 0.0
-        spare: Any = None  # a batch that was seen, on its device
-        rounds, self._begun = self._begun or self._rounds(), None
-        for own in rounds:  # as many on every rank
+        placeholder: Any = None  # an earlier batch, on its device
+        rounds, self._started_rounds = self._started_rounds or self._rounds(), None
+        for microbatch in rounds:  # the same number on every rank
             stop_consensus.begin(stop_requested())
             if stop_consensus.end():
                 return None
-            if own is None:
-                self._run_along(spare)
+            if microbatch is None:
+                self._run_placeholder(placeholder)
                 continue
-            number, count, batch = own
+            number, count, batch = microbatch
             totals["samples"] += count
             if count and self._samples.own_batches:
                 row_mismatch(objective, batch, count)
             weight = add_weights(weight, objective.checked_weight(batch, count)) if count else weight
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
             batch = to_device(batch, strategy.device)
-            spare = batch if strategy.collective_forward else None
-            if not count:  # read for want of one of its own
-                self._run_along(batch)
+            placeholder = batch if strategy.collective_forward else None
+            if not count:  # placeholder batch: this rank has no microbatch
+                self._run_placeholder(batch)
                 continue
             with strategy.autocast():
                 loss = strategy.unwrapped(batch)
-            # Of an objective with several sums, each is a part of its own as well.
+            # Of an objective with several sums, each is also a part by itself.
             sums = loss.parts if loss.sum.ndim else {"loss": loss.sum, **loss.parts}
             for name, part in sums.items():
                 totals[name] = totals.get(name, 0) + part.double()
@@ -176,7 +176,7 @@ class Evaluator:
         return totals | {f"{_WEIGHT}{number}": part for number, part in enumerate(weights)}
 
     def _rounds(self) -> Iterator[tuple[int, int, Any] | None]:
-        """Yield a microbatch's number, samples and batch once a round, or None where this rank has none."""
+        """Yield once per round a microbatch's number, number of samples and batch, or None if this rank has none."""
         strategy = self._strategy
         if isinstance(self._samples, StreamSamples):
             yield from evaluation_rounds(
@@ -191,31 +191,31 @@ class Evaluator:
         microbatches = -(-size // self._micro_size)
         own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
         if not own and strategy.collective_forward:
-            yield from self._borrowed(self._samples, rounds=-(-microbatches // strategy.world_size))
+            yield from self._placeholders(self._samples, rounds=-(-microbatches // strategy.world_size))
             return
         batches = read(self._samples, (self._share(number, size) for number in own), self._make_loader)
-        for place in range(-(-microbatches // strategy.world_size)):
-            yield (own[place], len(self._share(own[place], size).ids), next(batches)) if place < len(own) else None
+        for n in range(-(-microbatches // strategy.world_size)):
+            yield (own[n], len(self._share(own[n], size).ids), next(batches)) if n < len(own) else None
 
-    def _borrowed(self, samples: Samples, *, rounds: int) -> Iterator[tuple[int, int, Any]]:
-        """Yield the first microbatch in every round, as one of no samples: this rank has none of its own."""
+    def _placeholders(self, samples: Samples, *, rounds: int) -> Iterator[tuple[int, int, Any]]:
+        """Yield the first microbatch in every round, counted as no samples, for a rank without microbatches."""
         first = self._share(0, len(samples))
         for batch in read(samples, (first for _ in range(rounds)), self._make_loader):
             yield 0, 0, batch
 
-    def _run_along(self, batch: Any) -> None:
-        """Run a forward pass that counts nothing, where other ranks need one for theirs.
+    def _run_placeholder(self, batch: Any) -> None:
+        """Run a forward pass whose result is discarded, if the strategy's forward passes are collective.
 
         Raises:
-            EvaluationError: there is no batch to run it with.
+            EvaluationError: there is no batch to run.
         """
         strategy = self._strategy
         if not strategy.collective_forward:
             return
         if batch is None:
             raise EvaluationError(
-                f"{self._split}: the stream has fewer microbatches than there are processes, and each of them needs one "
-                "(strategy.kind); lower evaluation.micro_size, or use fewer processes"
+                f"{self._split}: the stream has fewer microbatches than there are processes, and with this strategy.kind each "
+                "process needs one; lower evaluation.micro_size, or use fewer processes"
             )
         with strategy.autocast():
             strategy.unwrapped(batch)
@@ -225,7 +225,7 @@ class Evaluator:
         return SlotIndex(0, np.arange(start, min(start + self._micro_size, size), dtype=np.int64))
 
     def _reduced(self, totals: dict[str, Any]) -> dict[str, Result]:
-        # Waits for the device: an evaluation is over when its sums are read.
+        # Synchronises with the device: an evaluation is over when its sums are read.
         summed = sum_by_name({name: float(total) for name, total in totals.items()}, self._strategy.device)
         samples = int(summed.pop("samples"))
         objective = self._strategy.unwrapped.objective

@@ -1,8 +1,8 @@
-"""torchmetrics whose states we reduce ourselves, exactly and for any number of ranks, ranks without data included.
+"""torchmetrics with Lockstep's own reduction: exact on any number of ranks, including ranks without data.
 
-torchmetrics' own synchronisation aborts when a rank has seen nothing, and sums in float32. Here every rank's states travel
-as safetensors bytes (no pickle) and are merged in rank order, those of ranks without data left out. Importing torchmetrics
-takes seconds; it happens only where a metric is asked for.
+torchmetrics' synchronisation aborts when a rank has no data, and sums in float32. Here every rank's states are gathered as
+safetensors bytes (no pickle) and merged in rank order, without those of ranks that have no data. Importing torchmetrics takes
+seconds, so it is imported only if a metric is configured.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ Result = float | list[Any]
 
 
 class MetricSet:
-    """Several named metrics, updated with the same batches; those with equal states keep one between them.
+    """Several named metrics, updated with the same batches; metrics with equal states share one.
 
     Args:
-        metrics: name to metric; they are moved to the device, and their sums kept in float64.
-        device: where predictions are.
+        metrics: name to metric; they are moved to the device, and their states are kept in float64.
+        device: of the predictions.
 
     Raises:
-        EvaluationError: a metric cannot be fed.
+        EvaluationError: a metric's ``update`` is not supported.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], device: torch.device) -> None:
         self._device = device
         self._metrics = dict(metrics)
-        self._feeds = {name: signature_of(metric) for name, metric in self._metrics.items()}
+        self._signatures = {name: signature_of(metric) for name, metric in self._metrics.items()}
         self._kinds = {name: kind_of(metric) for name, metric in self._metrics.items()}
         for part in (part for metric in self._metrics.values() for part in parts_of(metric)):
-            # What is merged here must not be merged again in compute(); sync_on_compute is read in __init__ only.
-            part.distributed_available_fn = _never
+            # States merged here must not be merged again in compute(); sync_on_compute is read in __init__ only.
+            part.distributed_available_fn = _not_distributed
             part.to(device)
             part.set_dtype(torch.float64)
         self._groups = sharing_state(self._metrics)
-        self._carried: list[_Gathered] = []  # what the ranks of earlier starts had gathered; equal on every rank
+        self._carried: list[_Gathered] = []  # states of the ranks of earlier starts; equal on every rank
 
     def __bool__(self) -> bool:
         return bool(self._metrics)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all states at present."""
+        """Current size of all states in bytes."""
         return sum(tensor.nbytes for tensors in self._states().values() for tensor in tensors)
 
     @property
     def growing(self) -> dict[str, str | None]:
-        """Metrics that keep a value of every sample, and the argument that would bound that, if there is one."""
+        """Metrics whose state grows with every sample, and the argument that would bound it, if there is one."""
         return {
             name: "thresholds" if hasattr(metric, "thresholds") else None
             for name, metric in self._metrics.items()
@@ -74,17 +74,17 @@ class MetricSet:
         }
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all metrics."""
         self._carried = []
         for metric in self._metrics.values():
             metric.reset()
 
     @torch.no_grad()
     def update(self, objective: Objective, output: Any, batch: Any) -> None:
-        """Take in one microbatch: what the model returned, and the batch.
+        """Update with one microbatch: the model's output, and the batch.
 
         Raises:
-            EvaluationError: a metric refused them, or the objective could not say what is shown to metrics.
+            EvaluationError: a metric refused its input, or the objective's ``metric_inputs`` raised.
         """
         if not self._metrics:
             return
@@ -102,20 +102,20 @@ class MetricSet:
         for name, *_ in self._groups:
             metric = self._metrics[name]
             try:
-                positional, named = inputs.arguments(self._feeds[name])
-                with _own_counting(metric):
+                positional, named = inputs.arguments(self._signatures[name])
+                with _fast_bincount(metric):
                     metric.update(*positional, **named)
             except Exception as error:
                 raise MetricError(
                     name,
-                    f"metric {name!r} ({type(metric).__name__}) refused its input ({describe(inputs.given)}): {error}",
+                    f"metric {name!r} ({type(metric).__name__}) refused its input ({describe(inputs.values)}): {error}",
                 ) from error
 
     @torch.no_grad()
     def compute(self) -> dict[str, Result]:
         """Return the metrics over all ranks' samples, equal on every rank. Collective: every rank must call this.
 
-        A metric that no rank has data for is left out.
+        A metric without data on any rank is left out.
         """
         if not self._metrics:
             return {}
@@ -132,13 +132,13 @@ class MetricSet:
         return {key: value for name in self._metrics for key, value in results.items() if _belongs(key, name)}
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what has been gathered so far, rank by rank, for a checkpoint. Collective: every rank must call this."""
+        """Return the states of each rank, for a checkpoint. Collective: every rank must call this."""
         if not self._metrics:
             return []
         return [{"updates": dict(rank.updates), "states": dict(rank.states)} for rank in self._gathered()]
 
-    def go_on_from(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Forget everything, and count in what the same metrics had gathered on any number of ranks; alike on every rank."""
+    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Reset, and restore the same metrics' states from any world size. Call with the same state on every rank."""
         self.reset()
         self._carried = [_Gathered(rank["updates"], rank["states"]) for rank in state]
 
@@ -149,17 +149,19 @@ class MetricSet:
     def _computed(self, name: str, merged: Sequence[_Merged]) -> dict[str, Result]:
         metric = self._metrics[name]
         parts = parts_of(metric)
-        own = [_Merged({state: getattr(part, state) for state in part._defaults}, part._update_count) for part in parts]
+        before = [
+            _Merged({state: getattr(part, state) for state in part._defaults}, part._update_count) for part in parts
+        ]
         try:
             for part, state in zip(parts, merged, strict=True):
                 state.put_into(part)
-            # Retrieval counts the rows of each query: compared with each query they would take gigabytes here, too.
-            with _own_counting(metric) if _is_retrieval(parts[-1]) else nullcontext():
+            # Retrieval counts the rows of each query: comparing them with each query would take gigabytes here, too.
+            with _fast_bincount(metric) if _is_retrieval(parts[-1]) else nullcontext():
                 value = metric.compute()
         except Exception as error:
             raise EvaluationError(f"metric {name!r} ({type(metric).__name__}) failed: {error}") from error
         finally:
-            for part, state in zip(parts, own, strict=True):
+            for part, state in zip(parts, before, strict=True):
                 state.put_into(part)
         if self._kinds[name] in ("roc", "precision_recall"):
             return {name: thinned(value)}
@@ -177,12 +179,12 @@ class MetricSet:
                 stacked = torch.stack([tensors[0] for tensors in on_device])
                 reduction: Any = part._reductions[state]
                 states[state] = stacked if reduction is None else reduction(stacked)
-        if _is_retrieval(part) and states:  # it counts queries in an array as long as their largest number
+        if _is_retrieval(part) and states:  # it counts queries in an array as long as their largest index
             states["indexes"] = [torch.unique(torch.cat(states["indexes"]), return_inverse=True)[1]]
         return _Merged(states, sum(rank.updates[key] for rank in gathered))
 
     def _leading_parts(self) -> Iterator[tuple[str, Metric]]:
-        """Return the metrics that are updated, and what they wrap."""
+        """Yield key and metric of each group's updated metric, and of those that it wraps."""
         for name, *_ in self._groups:
             for number, part in enumerate(parts_of(self._metrics[name])):
                 yield f"{name}/{number}", part
@@ -207,7 +209,7 @@ class MetricSet:
 
 @dataclass(frozen=True)
 class _Merged:
-    """The state of one metric, and of how many updates it is."""
+    """The state of one metric, and its number of updates."""
 
     states: Mapping[str, Any]
     updates: int
@@ -220,7 +222,7 @@ class _Merged:
 
 
 class _Gathered(NamedTuple):
-    """What one rank has gathered."""
+    """Update counts and states of one rank's metrics."""
 
     updates: Mapping[str, int]
     states: Mapping[str, Tensor]
@@ -232,18 +234,18 @@ def _decoded(payload: bytes) -> _Gathered:
 
 
 def _of_state(states: Mapping[str, Tensor], key: str) -> list[Tensor]:
-    found: list[Tensor] = []
-    while f"{key}/{len(found)}" in states:
-        found.append(states[f"{key}/{len(found)}"])
-    return found
+    tensors: list[Tensor] = []
+    while f"{key}/{len(tensors)}" in states:
+        tensors.append(states[f"{key}/{len(tensors)}"])
+    return tensors
 
 
 @contextmanager
-def _own_counting(metric: Metric) -> Iterator[None]:
-    """Let torchmetrics count with ``torch.bincount``, which is deterministic where it is used: without weights.
+def _fast_bincount(metric: Metric) -> Iterator[None]:
+    """Let torchmetrics use ``torch.bincount``, which is deterministic as it uses it: without weights.
 
     Under deterministic algorithms it compares each sample with each bin instead (``utilities.data._bincount`` of 1.9):
-    gigabytes and seconds a microbatch for a binned curve. A user's own update keeps the run's setting.
+    gigabytes and seconds per microbatch for a binned curve. A user's own update keeps the run's setting.
     """
     strict, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
@@ -269,7 +271,7 @@ def _belongs(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}/")
 
 
-def _never() -> bool:
+def _not_distributed() -> bool:
     return False
 
 

@@ -1,1 +1,1 @@
-"""Evaluation and prediction apart from training, on any checkpoint."""
+"""Evaluation and prediction from a checkpoint, outside of a training run."""

@@ -1,4 +1,4 @@
-"""A checkpoint's model called on a split: evaluation and prediction apart from training. Nothing in the run folder changes."""
+"""Evaluation and prediction of a checkpoint's model on a split, outside of training. Changes nothing in the run folder."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from runtime.evaluation.metrics import Result
 from runtime.inference.columns import ColumnBuilder, Columns, DataColumns
 from runtime.inference.prediction import Predictor
 from runtime.inference.predictions_file import FileFormat, PredictionsFile, check_target, format_of
-from runtime.inference.request import InferenceRequest, Which, columns_of_sample
+from runtime.inference.request import InferenceRequest, WeightKind, columns_of_sample
 from runtime.inference.sample_submission import SubmissionFile, header_of
 from runtime.model_calls import is_out_of_memory
-from runtime.optimization.averaging import WeightAverage, checked
+from runtime.optimization.averaging import WeightAverage, usable_average
 from runtime.state.durable_files import replace_file
 from runtime.strategies import Strategy
 from runtime.training.fitting import out_of_memory
@@ -54,16 +54,16 @@ class InferenceResult:
     """The result of an evaluation or a prediction; equal on every rank.
 
     Args:
-        outcome: ``finished``, or ``stopped`` when it was asked to stop: then there are no results, and no file is written.
+        outcome: ``finished``, or ``stopped`` after a stop request: then there are no results and no file is written.
         checkpoint: folder of the checkpoint.
         step: of the checkpoint.
         epoch: of the checkpoint.
-        split: which data.
-        weights: which of the checkpoint's weights.
-        samples: in the data.
+        split: the data.
+        weights: which of the checkpoint's weights were used.
+        samples: number of samples in the data.
         results: of an evaluation.
         output: the file that was written, if any.
-        message: always empty; what a run's result has there, an inference has not.
+        message: always empty; exists because a run's result has one.
     """
 
     outcome: Literal["finished", "stopped"]
@@ -71,7 +71,7 @@ class InferenceResult:
     step: int
     epoch: int
     split: str
-    weights: Which
+    weights: WeightKind
     samples: int
     results: Mapping[str, Result] = field(default_factory=dict)
     output: Path | None = None
@@ -86,14 +86,14 @@ class InferenceResult:
 
 
 class Inference:
-    """One evaluation or prediction, whose processes are up.
+    """One evaluation or prediction; the process group is already initialised.
 
     Args:
         loaded: the checked configuration.
-        request: what is asked for.
+        request: the command and its options.
         strategy: how the processes share the work.
         stop_request: set by signals.
-        position: where this rank is, for its heartbeats.
+        position: this rank's current phase, for its heartbeats.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class Inference:
         split, which = request.split_in(values.data, values.prediction), request.weights_in(values.averaging)
         if request.act == "predict" and self._target is not None:
             format_of(self._target)
-        self._checkpoint = self._chosen()
+        self._checkpoint = self._choose_checkpoint()
         module = build_module(Builder(loaded), strategy, training=False)
-        weights = self._loaded_weights()
-        # What the checkpoint says of the training data, which need not be here.
+        weights = self._load_weights()
+        # The checkpoint stores the facts about the training data, which need not exist on this machine.
         self._builder = builder = Builder(loaded, stored=weights.preparation)
         self._slots = int(weights.fingerprint["slots"])
         self._micro_size = builder.evaluation_micro_size(self._slots)
@@ -128,23 +128,23 @@ class Inference:
         assert samples is not None
         if isinstance(samples, StreamSamples) and (request.act == "predict" or samples.sharded_by == "dataset"):
             raise DataError(
-                f"{split}: it is a stream, which can be evaluated where sharded_by is runtime, and not be predicted; give "
+                f"{split}: a stream can be evaluated only where sharded_by is runtime, and cannot be predicted; give "
                 "prediction.data a map-style data set"
             )
-        more = {"--split": split, "--weights": which, "command": request.act}
+        options = {"--split": split, "--weights": which, "command": request.act}
         configuration = loaded.resolved()
-        told = fingerprint(samples.source)
-        compare_ranks(strategy, module, told, more, configuration=configuration, code=loaded.code)
-        looked_at = values.checks == "on"
-        contents = contents_of({split: samples}, strategy, builder.loader) if looked_at else DataContents()
+        data = fingerprint(samples.source)
+        compare_ranks(strategy, module, data, options, configuration=configuration, code=loaded.code)
+        checks_on = values.checks == "on"
+        contents = contents_of({split: samples}, strategy, builder.loader) if checks_on else DataContents()
         for part, differing in contents.differing.items():
             if strategy.rank == 0:
                 _LOGGER.warning(does_not_repeat(part, differing))
         if request.weights is None and not (weights.averaging or {}).get("count"):
-            which = "raw"  # as the run's own evaluations did before averaging.start
+            which = "raw"  # as in the run's evaluations before averaging.start
         strategy.prepare_evaluation(module)
         averaging = _restored(strategy, weights, builder.averaging(strategy) if which == "averaged" else None)
-        done = InferenceResult(
+        result = InferenceResult(
             "finished",
             self._checkpoint.path,
             self._checkpoint.step,
@@ -153,42 +153,42 @@ class Inference:
             which,
             0 if isinstance(samples, StreamSamples) else len(samples),
         )
-        self._unchanged = self._tell_changes(weights)
+        self._unchanged = self._warn_of_changes(weights)
         try:
             with averaging.swapped_in() if averaging is not None else nullcontext():
                 if isinstance(samples, StreamSamples) or request.act == "evaluate":
-                    return self._evaluate(done, samples)
-                return self._predict(done, samples)
+                    return self._evaluate(result, samples)
+                return self._predict(result, samples)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             key = "evaluation.micro_size"
             raise out_of_memory(error, rank=strategy.rank, where=request.act, key=key, size=self._micro_size) from error
 
-    def _evaluate(self, done: InferenceResult, samples: Samples | StreamSamples) -> InferenceResult:
-        evaluator = evaluator_of(samples, self._builder, self._strategy, done.split, slots=self._slots)
-        with self._rounds(done) as next_round:
+    def _evaluate(self, result: InferenceResult, samples: Samples | StreamSamples) -> InferenceResult:
+        evaluator = evaluator_of(samples, self._builder, self._strategy, result.split, slots=self._slots)
+        with self._rounds(result) as next_round:
             results = evaluator.evaluate(next_round)
         if results is None:
-            return self._stopped(done)
-        done = replace(done, results=results, samples=int(float(str(results["samples"]))), output=self._target)
+            return self._stopped(result)
+        result = replace(result, results=results, samples=int(float(str(results["samples"]))), output=self._target)
         if self._target is not None:
-            self._on_rank_0(lambda: self._write_results(done))
+            self._on_rank_0(lambda: self._write_results(result))
         if self._strategy.rank == 0:
-            print_results(done, self._reported(done))
-        return done
+            print_results(result, self._training_results(result))
+        return result
 
-    def _predict(self, done: InferenceResult, samples: Samples) -> InferenceResult:
+    def _predict(self, result: InferenceResult, samples: Samples) -> InferenceResult:
         assert self._target is not None
         target, section = self._target, self._loaded.values.prediction
-        wanted, id_part, encode, make = self._format(target, samples)
+        columns, id_part, encode, make = self._format(target, samples)
         predictor = Predictor(
             samples,
             micro_size=self._micro_size,
             strategy=self._strategy,
             columns=ColumnBuilder(
                 section,
-                wanted,
+                columns,
                 self._loaded.where.problem,
                 self._class_names() or (),
                 self._builder.sources.preparation.get("target_scale"),
@@ -201,31 +201,31 @@ class Inference:
         file = PredictionsFile(target, make, force=self._request.force)
         try:
             self._on_rank_0(file.open)
-            with self._rounds(done, lambda: file.problem is not None) as next_round:
+            with self._rounds(result, lambda: file.problem is not None) as next_round:
                 complete = predictor.predict(file.append, next_round)
-            self._on_rank_0(file.commit if complete else file.refuse_problem)
+            self._on_rank_0(file.commit if complete else file.raise_problem)
         finally:
             file.close()
         if not complete:
-            return self._stopped(done)
+            return self._stopped(result)
         if predictor.nan_samples and self._strategy.rank == 0:
-            what = "the model gives NaN for %d of %d samples; their rows mean nothing"
-            _LOGGER.warning(what, predictor.nan_samples, len(samples))
-        done = replace(done, output=target)
+            warning = "the model's output is NaN for %d of %d samples; their predictions are meaningless"
+            _LOGGER.warning(warning, predictor.nan_samples, len(samples))
+        result = replace(result, output=target)
         if self._strategy.rank == 0:
-            Console(highlight=False).print(f"{done}: {target}", soft_wrap=True, markup=False)
-        return done
+            Console(highlight=False).print(f"{result}: {target}", soft_wrap=True, markup=False)
+        return result
 
     def _class_names(self) -> list[str] | None:
-        """Return what the classes are called: as the configuration says, or the training data."""
+        """Return the class names from the configuration, else from the training data."""
         return self._loaded.values.evaluation.class_names or self._builder.sources.preparation["classes"]
 
     def _format(
         self, target: Path, samples: Samples
     ) -> tuple[Mapping[str, str], Name | None, Callable[[Columns], bytes], Callable[[BinaryIO], FileFormat]]:
-        """Return the columns that are wanted, where ids are, how a microbatch is encoded, and what makes the file of it.
+        """Return the requested columns, the part with the ids, the encoder of a microbatch and the constructor of the format.
 
-        Without ``data.fields.id`` the ids are the data's column that is called as the sample submission's.
+        Without ``data.fields.id`` the ids are the data's column with the name of the sample submission's id column.
         """
         section, id_part = self._loaded.values.prediction, self._loaded.values.data.fields.id
         if section.sample_submission is None:
@@ -233,8 +233,8 @@ class Inference:
             return section.columns, id_part, kind.encode, kind
         sample = Path(section.sample_submission)
         header = self._on_rank_0(lambda: header_of(sample))
-        wanted = columns_of_sample(section, target, header, id_field=id_part, where=self._loaded.where)
-        (id_column,) = (name for name, kind in wanted.items() if kind == "id")
+        columns = columns_of_sample(section, target, header, id_field=id_part, where=self._loaded.where)
+        (id_column,) = (name for name, kind in columns.items() if kind == "id")
         if id_part is None and DataColumns(samples.source).has_column(id_column):
             id_part = id_column
 
@@ -244,126 +244,126 @@ class Inference:
                 file, sample, id_column, num_samples=size, ids_are_index=id_part is None, labels=labels
             )
 
-        return wanted, id_part, SubmissionFile.encode, make
+        return columns, id_part, SubmissionFile.encode, make
 
     @contextmanager
     def _rounds(
-        self, done: InferenceResult, failing: Callable[[], bool] = lambda: False
+        self, result: InferenceResult, failing: Callable[[], bool] = lambda: False
     ) -> Iterator[Callable[[], bool]]:
-        """Yield what is called before every round: a sign of life, a step of the bar, and whether this rank wishes to stop."""
+        """Yield a function to call before every round: heartbeat, progress bar; it returns whether this rank wants to stop."""
         console = Console(stderr=True)
         shown = self._strategy.rank == 0 and console.is_terminal and self._loaded.values.reporting.progress
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         per_round = self._micro_size * self._strategy.world_size
         with Progress(*columns, *times, console=console, transient=True, disable=not shown) as bar:
-            task = bar.add_task(f"{self._request.act} {done.split}", total=done.samples)
+            task = bar.add_task(f"{self._request.act} {result.split}", total=result.samples)
             rounds = count()
 
             def next_round() -> bool:
                 number = next(rounds)
-                bar.update(task, completed=min(number * per_round, done.samples))
+                bar.update(task, completed=min(number * per_round, result.samples))
                 self._position.enter(self._request.act, number)
                 return bool(self._stop_request) or failing()
 
             yield next_round
 
-    def _chosen(self) -> Checkpoint:
-        """Let rank 0 choose and verify the checkpoint."""
+    def _choose_checkpoint(self) -> Checkpoint:
+        """Choose and verify the checkpoint on rank 0, and return it on every rank."""
 
         def choose() -> dict[str, Any]:
             best = self._loaded.values.checkpoint.best
-            found = chosen(self._loaded.output, self._request.checkpoint, best, warn=_LOGGER.warning)
-            return {**vars(found), "path": str(found.path.absolute())}
+            checkpoint = chosen(self._loaded.output, self._request.checkpoint, best, warn=_LOGGER.warning)
+            return {**vars(checkpoint), "path": str(checkpoint.path.absolute())}
 
-        checkpoint = self._on_rank_0(choose)
-        return Checkpoint(**{**checkpoint, "path": Path(checkpoint["path"])})
+        fields = self._on_rank_0(choose)
+        return Checkpoint(**{**fields, "path": Path(fields["path"])})
 
-    def _loaded_weights(self) -> LoadedWeights:
-        """Read the checkpoint on every rank; what fails on one is raised on all."""
+    def _load_weights(self) -> LoadedWeights:
+        """Read the checkpoint on every rank; an error on one rank is raised on all."""
         problem, weights = "", None
         try:
             weights = load_weights(self._checkpoint.path)
         except CheckpointError as error:
             problem = str(error)
-        for rank, found in enumerate(gather_bytes(problem.encode() or b" ", self._strategy.device)):
-            if found != b" ":
-                raise CheckpointError(f"rank {rank}: {found.decode()}")
+        for rank, message in enumerate(gather_bytes(problem.encode() or b" ", self._strategy.device)):
+            if message != b" ":
+                raise CheckpointError(f"rank {rank}: {message.decode()}")
         assert weights is not None
         return weights
 
-    def _tell_changes(self, weights: LoadedWeights) -> bool:
-        """Say where the configuration is not the one that the checkpoint was made with; return whether it is."""
+    def _warn_of_changes(self, weights: LoadedWeights) -> bool:
+        """Warn of differences from the checkpoint's configuration and code; return whether the configurations are equal."""
         old, new = exact_keys(weights.fingerprint["configuration"]), exact_keys(self._loaded.resolved())
         changed = [key for key in sorted(set(old) | set(new)) if repr(old.get(key)) != repr(new.get(key))]
         for key in changed if self._strategy.rank == 0 else ():
             _LOGGER.warning("%s is %r; the checkpoint was made with %r", key, new.get(key), old.get(key))
         code = changes_of(weights.code, self._loaded.code, self._loaded.resolved())
         if code and self._strategy.rank == 0:
-            _LOGGER.warning("the code is not what the checkpoint was trained with: %s", ", ".join(code[:8]))
+            _LOGGER.warning("the code has changed since the checkpoint was trained: %s", ", ".join(code[:8]))
         return not changed
 
-    def _reported(self, done: InferenceResult) -> Mapping[str, Result]:
-        """Return what training reported for the same step, if it evaluated the same split and weights."""
-        same = done.split == "validation" and done.weights == InferenceRequest("evaluate").weights_in(
+    def _training_results(self, result: InferenceResult) -> Mapping[str, Result]:
+        """Return the results of training's evaluation of the same step, if it used the same split and weights."""
+        same = result.split == "validation" and result.weights == InferenceRequest("evaluate").weights_in(
             self._loaded.values.averaging
         )
         return self._checkpoint.results if same and self._unchanged else {}
 
-    def _write_results(self, done: InferenceResult) -> None:
-        assert done.output is not None
-        check_target(done.output, force=self._request.force)
+    def _write_results(self, result: InferenceResult) -> None:
+        assert result.output is not None
+        check_target(result.output, force=self._request.force)
         facts = {
-            "checkpoint": str(done.checkpoint),
-            "step": done.step,
-            "epoch": done.epoch,
-            "weights": done.weights,
-            "split": done.split,
+            "checkpoint": str(result.checkpoint),
+            "step": result.step,
+            "epoch": result.epoch,
+            "weights": result.weights,
+            "split": result.split,
             "class_names": self._class_names(),
-            "results": _without_nan(dict(done.results)),
+            "results": _without_nan(dict(result.results)),
         }
         try:
-            replace_file(done.output, json.dumps(facts, indent=1, allow_nan=False) + "\n")
+            replace_file(result.output, json.dumps(facts, indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            raise PredictionError(f"{done.output} cannot be written: {error.strerror or error}") from error
+            raise PredictionError(f"{result.output} cannot be written: {error.strerror or error}") from error
 
-    def _stopped(self, done: InferenceResult) -> InferenceResult:
+    def _stopped(self, result: InferenceResult) -> InferenceResult:
         if self._strategy.rank == 0:
-            who = self._stop_request.reason or "another rank"
-            _LOGGER.warning("stopped by %s; nothing was written, the same command begins anew", who)
-        return replace(done, outcome="stopped")
+            reason = self._stop_request.reason or "another rank"
+            _LOGGER.warning("stopped by %s; nothing was written, rerun the command", reason)
+        return replace(result, outcome="stopped")
 
     def _on_rank_0(self, act: Callable[[], Any]) -> Any:
         return on_rank_0(act, rank=self._strategy.rank, device=self._strategy.device)
 
 
-def print_results(done: InferenceResult, reported: Mapping[str, Result]) -> None:
-    """Print what was evaluated and the results, beside those that training reported for the same step."""
+def print_results(result: InferenceResult, training_results: Mapping[str, Result]) -> None:
+    """Print the results, next to those that training reported for the same step."""
     console = Console(highlight=False)
-    console.print(str(done), soft_wrap=True, markup=False)
+    console.print(str(result), soft_wrap=True, markup=False)
     table = Table()
     table.add_column("result")
     table.add_column("value", justify="right")
-    if reported:
+    if training_results:
         table.add_column("in training", justify="right")
-    for name, value in done.results.items():
+    for name, value in result.results.items():
         if isinstance(value, float) and name != "samples":
-            before = reported.get(name)
+            before = training_results.get(name)
             in_training = f"{before:.6g}" if isinstance(before, float) else ""
-            table.add_row(name, f"{value:.6g}", *([in_training] if reported else []))
+            table.add_row(name, f"{value:.6g}", *([in_training] if training_results else []))
     console.print(table)
-    lists = [name for name, value in done.results.items() if not isinstance(value, float)]
-    if lists and done.output is None:
-        console.print(f"with --output FILE also: {', '.join(lists)}", soft_wrap=True, markup=False)
-    if done.output is not None:
-        console.print(f"written to {done.output}", soft_wrap=True, markup=False)
+    lists = [name for name, value in result.results.items() if not isinstance(value, float)]
+    if lists and result.output is None:
+        console.print(f"--output FILE also writes: {', '.join(lists)}", soft_wrap=True, markup=False)
+    if result.output is not None:
+        console.print(f"written to {result.output}", soft_wrap=True, markup=False)
 
 
 def _restored(strategy: Strategy, weights: LoadedWeights, averaging: WeightAverage | None) -> WeightAverage | None:
-    """Give the prepared module the checkpoint's raw weights, and the average its own, to be swapped in.
+    """Load the checkpoint's raw weights into the prepared module, and its averaged weights into the average.
 
     Raises:
-        CheckpointError: they do not fit, or there is no average.
+        CheckpointError: the weights do not fit, or there is no average.
     """
     try:
         load_module(
@@ -378,7 +378,7 @@ def _restored(strategy: Strategy, weights: LoadedWeights, averaging: WeightAvera
 
 def _usable(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
     try:
-        return checked(stored)
+        return usable_average(stored)
     except CheckpointError as error:
         raise CheckpointError(f"the checkpoint {error}; evaluate the raw weights: --weights raw") from None
 

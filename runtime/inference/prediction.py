@@ -1,7 +1,7 @@
-"""Prediction: every sample once and in the data set's order, from any number of ranks, with a bounded number of rows in memory.
+"""Prediction: every sample once, in the data set's order, on any number of ranks, with a bounded number of rows in memory.
 
-The data is cut into the same numbered microbatches as in evaluation, under the same seeds. In each round every rank runs one,
-and rank 0 gets all of them in their order: what is written does not depend on how many ranks there are.
+The data is cut into the same numbered microbatches as in evaluation, with the same seeds. In each round every rank runs one
+microbatch, and rank 0 gathers them in order, so the output does not depend on the world size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.randomness import Purpose, derive, preserved_random_state, seed_eve
 from runtime.strategies import Strategy
 from runtime.strategies.placement import to_device
 
-_LOOKED_AT = 8  # samples, to see whether a batch keeps their order
+_ORDER_CHECK_SAMPLES = 8  # read one by one, to check that a batch keeps their order
 
 
 class Predictor:
@@ -36,13 +36,13 @@ class Predictor:
     Args:
         samples: the data; a batch may have no target.
         micro_size: samples in one forward pass.
-        columns: makes what is written of the model's output.
-        id_part: part of the data that samples are called by. None: their places in the data set.
-        encode: makes bytes of a microbatch's columns.
-        seed: of the run; a model that draws random numbers draws what it draws in evaluation.
+        columns: makes the columns to write from the model's output.
+        id_part: part of the data that holds the samples' ids. None: their positions in the data set.
+        encode: encodes a microbatch's columns as bytes.
+        seed: of the run; a model that draws random numbers draws the same ones as in evaluation.
 
     Attributes:
-        nan_samples: for how many samples the model gave NaN, on all ranks together; known when all are predicted.
+        nan_samples: number of samples with a NaN prediction, over all ranks; known after :meth:`predict`.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, append: Callable[[bytes], None], stop_requested: Callable[[], bool] = lambda: False) -> bool:
-        """Predict everything; return False if it was cut short, after the same round on every rank.
+        """Predict everything; return False if stopped early, after the same round on every rank.
 
         Collective: every rank must call this.
 
         Args:
-            append: called on rank 0 with one microbatch after the other, in the data set's order.
-            stop_requested: asked in every round.
+            append: called on rank 0 with one encoded microbatch at a time, in the data set's order.
+            stop_requested: called in every round.
 
         Raises:
-            LockstepError: the model's output, or the batch, is not what the configuration says.
+            LockstepError: the model's output or the batch does not match the configuration.
         """
         module = self._strategy.unwrapped
         was_training = module.training
@@ -95,46 +95,46 @@ class Predictor:
         own = list(range(strategy.rank, microbatches, strategy.world_size))
         rounds = -(-microbatches // strategy.world_size)
         spare = rounds - len(own) if strategy.collective_forward else 0
-        own += [0] * spare  # run along with the others, and forgotten
+        own += [0] * spare  # run because every rank must take part in a forward pass, and discarded
         batches = read(self._samples, map(self._share, own), self._make_loader)
         stop_consensus = StopConsensus(world_size=strategy.world_size, device=strategy.device)
         nan_samples = torch.zeros((), dtype=torch.float64, device=strategy.device)
-        for place in range(rounds):  # as many on every rank
+        for round_ in range(rounds):  # the same number on every rank
             stop_consensus.begin(stop_requested())
             if stop_consensus.end():
                 return False
             payload = b""
-            if place < len(own):
+            if round_ < len(own):
                 batch = next(batches)
-                self._check_rows(batch, self._share(own[place]), first=place == 0)
-                predictions, payload = self._predicted(own[place], batch)
-                if place < len(own) - spare:
+                self._check_rows(batch, self._share(own[round_]), first=round_ == 0)
+                predictions, payload = self._predict_microbatch(own[round_], batch)
+                if round_ < len(own) - spare:
                     nan_samples += _with_nan(predictions)
-            if place >= len(own) - spare:
+            if round_ >= len(own) - spare:
                 payload = b""
-            for gathered in gather_on_rank_0(payload, strategy.device):  # in the order of the ranks, so in order
+            for gathered in gather_on_rank_0(payload, strategy.device):  # in rank order, which is the data's order
                 if gathered:
                     append(gathered)
         self.nan_samples = int(sum_over_ranks(nan_samples.cpu(), strategy.device))
         return True
 
     def _check_rows(self, batch: Any, share: SlotIndex, *, first: bool) -> None:
-        """Refuse batches whose rows are not the samples. Their order is looked at in a rank's first one, which costs reading.
+        """Refuse batches whose rows are not the samples. The order is checked in a rank's first batch only: it costs reads.
 
         Raises:
-            DataError: what is wrong with them.
+            DataError: rows are missing, extra or in another order.
         """
         if not self._samples.own_batches:
             return
         check_count(batch, len(share.ids))
-        if first and self._columns.follows_places(self._strategy.unwrapped.objective.fields):
-            few = share._replace(ids=share.ids[:_LOOKED_AT])
+        if first and self._columns.depend_on_positions(self._strategy.unwrapped.objective.fields):
+            few = share._replace(ids=share.ids[:_ORDER_CHECK_SAMPLES])
             alone = [few._replace(ids=few.ids[n : n + 1]) for n in range(len(few.ids))]
             together, *singles = read(self._samples, iter([few, *alone]), read_here)
             check_order(together, singles)
 
-    def _predicted(self, number: int, batch: Any) -> tuple[Mapping[str, Tensor], bytes]:
-        """Return what the objective makes of one microbatch, and its encoded columns."""
+    def _predict_microbatch(self, number: int, batch: Any) -> tuple[Mapping[str, Tensor], bytes]:
+        """Return the objective's named predictions for one microbatch, and its encoded columns."""
         strategy = self._strategy
         module, index = strategy.unwrapped, self._share(number).ids
         fields = module.objective.fields
@@ -143,7 +143,7 @@ class Predictor:
         positional, named = model_arguments(fields, to_device(batch, strategy.device))
         with strategy.autocast():
             output = fields.output_of(self._output(positional, named))
-            predictions = self._named(module.objective, full_precision(output))
+            predictions = self._named_predictions(module.objective, full_precision(output))
         columns = self._columns.build(predictions, ids, index, lambda name: self._parts.of(batch, index, name))
         return predictions, self._encode(columns)
 
@@ -156,7 +156,7 @@ class Predictor:
                 raise
             raise message from error
 
-    def _named(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
+    def _named_predictions(self, objective: Objective, output: Any) -> Mapping[str, Tensor]:
         try:
             return objective.predicted(output)
         except Exception as error:
@@ -169,7 +169,7 @@ class Predictor:
             )
             raise ObjectiveError(
                 f"{type(objective).__name__}.predicted raised {described(error)}; the model's output is {kind} (model.output "
-                "says which part of what it returns that is)"
+                "selects it from what the model returns)"
             ) from error
 
     def _share(self, number: int) -> SlotIndex:
@@ -178,6 +178,6 @@ class Predictor:
 
 
 def _with_nan(predictions: Mapping[str, Tensor]) -> Tensor:
-    """Return for how many samples, the rows of each tensor, a prediction is NaN; stays on the device."""
+    """Return the number of samples (rows) with a NaN in any prediction, as a scalar tensor on the device."""
     rows = [value.isnan().flatten(1).any(1) if value.ndim > 1 else value.isnan() for value in predictions.values()]
     return torch.stack(rows).any(0).sum() if rows else torch.zeros(())

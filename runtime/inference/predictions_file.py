@@ -1,4 +1,4 @@
-"""Files of predictions: CSV, JSON lines or Parquet by the file's name. Ranks encode, rank 0 appends, so it all goes by once."""
+"""Prediction files: CSV, JSON lines or Parquet by the file's suffix. Ranks encode microbatches, rank 0 appends them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from runtime.errors import ConfigurationError, MissingDependencyError, Predictio
 from runtime.inference.columns import Columns, Values
 from runtime.state.atomic_folder import hidden_folder, put_in_place
 
-_FAILURES = (OSError, ValueError, sqlite3.Error)  # pyarrow's are of the first two kinds; a submission is kept in SQLite
-_ROWS_PER_GROUP = 1 << 16  # of Parquet; as many are held in memory
+_FAILURES = (
+    OSError,
+    ValueError,
+    sqlite3.Error,
+)  # pyarrow's errors are subclasses of the first two; submissions use SQLite
+_ROWS_PER_GROUP = 1 << 16  # of Parquet; that many rows are held in memory
 
 
 class FileFormat(Protocol):
-    """One kind of file. Made on rank 0 with the file that it appends to; encoding is for every rank."""
+    """A file format. Constructed on rank 0 with the file to append to; every rank encodes."""
 
     @staticmethod
     def encode(columns: Columns) -> bytes:
@@ -37,16 +41,16 @@ class FileFormat(Protocol):
         ...
 
     def finish(self) -> None:
-        """Write what is still held back."""
+        """Write all buffered rows."""
         ...
 
     def close(self) -> None:
-        """Let go of everything, finished or not; the file is still open."""
+        """Release all resources, finished or not; the file is still open."""
         ...
 
 
 class CsvFile:
-    """A header and a line a row. Numbers have the fewest digits that read back as the same number of their type."""
+    """A header and one line per row. Numbers have the fewest digits that read back as the same number of their type."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -54,12 +58,12 @@ class CsvFile:
 
     @staticmethod
     def encode(columns: Columns) -> bytes:
-        """Return the names as one line of JSON, and the rows."""
+        """Return the names as one line of JSON, followed by the rows."""
         rows = zip(*(texts(values) for values in columns.values()), strict=True)
         return with_names(columns, "".join(csv_lines(rows)).encode())
 
     def append(self, payload: bytes) -> None:
-        """Write rows, before the first of them the header."""
+        """Write rows, and the header before the first of them."""
         names, body = split_names(payload)
         if not self._names:
             self._file.write("".join(csv_lines([names])).encode())
@@ -68,14 +72,14 @@ class CsvFile:
         self._file.write(body)
 
     def finish(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no rows are buffered."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resources are held."""
 
 
 class JsonLinesFile:
-    """One JSON object a line; what is NaN or infinite becomes null."""
+    """One JSON object per line; NaN and infinities become null."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -83,7 +87,7 @@ class JsonLinesFile:
 
     @staticmethod
     def encode(columns: Columns) -> bytes:
-        """Return the names as one line of JSON, and the rows."""
+        """Return the names as one line of JSON, followed by the rows."""
         rows = zip(*(_for_json(values) for values in columns.values()), strict=True)
         lines = (json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows)
         return with_names(columns, "".join(f"{line}\n" for line in lines).encode())
@@ -96,14 +100,14 @@ class JsonLinesFile:
         self._file.write(body)
 
     def finish(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no rows are buffered."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resources are held."""
 
 
 class ParquetFile:
-    """Columns with their types, in row groups whose sizes follow from the data alone."""
+    """Typed columns, in row groups whose sizes depend only on the data."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -122,7 +126,7 @@ class ParquetFile:
         return stream.getvalue()
 
     def append(self, payload: bytes) -> None:
-        """Hold rows until a row group is full."""
+        """Buffer rows until a row group is full."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -142,7 +146,7 @@ class ParquetFile:
             self._writer.close()
 
     def close(self) -> None:
-        """Close the writer, which would do so when it is forgotten, on a closed file."""
+        """Close the writer now: its destructor would do so on a closed file."""
         self._held = []
         if self._writer is not None:
             with suppress(OSError, ValueError):
@@ -162,44 +166,44 @@ _FORMATS: dict[str, type[FileFormat]] = {
 
 
 def format_of(out: Path) -> type[FileFormat]:
-    """Return the format that a file's name asks for.
+    """Return the format for a file's suffix.
 
     Raises:
-        ConfigurationError: the name ends otherwise.
-        MissingDependencyError: Parquet is asked for and pyarrow is not installed.
+        ConfigurationError: the suffix is unknown.
+        MissingDependencyError: the suffix is ``.parquet`` and pyarrow is not installed.
     """
     if out.suffix not in _FORMATS:
-        problem = f"{out} must end in .csv, .jsonl, .ndjson or .parquet"
-        raise ConfigurationError([Problem("command line", "--output", problem)])
+        message = f"{out} must end in .csv, .jsonl, .ndjson or .parquet"
+        raise ConfigurationError([Problem("command line", "--output", message)])
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise MissingDependencyError("pyarrow", "writing Parquet files", "parquet")
     return _FORMATS[out.suffix]
 
 
 def check_target(out: Path, *, force: bool) -> None:
-    """Refuse a file that cannot be written, or that is there already.
+    """Refuse a file that cannot be written or already exists.
 
     Raises:
-        PredictionError: it is, and why.
+        PredictionError: the file cannot be written, or exists and ``force`` is False.
     """
     if out.is_dir():
         raise PredictionError(f"{out} cannot be written: it is a folder")
     if not out.parent.is_dir():
         raise PredictionError(f"{out} cannot be written: there is no folder {out.parent}")
     if os.path.lexists(out) and not force:
-        raise PredictionError(f"{out} is there already; choose another name, or write over it with --force")
+        raise PredictionError(f"{out} already exists; choose another name, or overwrite it with --force")
 
 
 class PredictionsFile:
-    """A file that appears whole or not at all. For rank 0; closing it uncommitted drops everything.
+    """A file that is written atomically, on rank 0; closing it uncommitted discards everything.
 
     Args:
         out: the file.
-        make: makes the format, of the file that it appends to.
-        force: write over a file that is there.
+        make: constructs the format with the open file to append to.
+        force: overwrite an existing file.
 
     Attributes:
-        problem: what kept the rows from being written; later ones are ignored.
+        problem: the first error in writing rows; later rows are ignored.
     """
 
     def __init__(self, out: Path, make: Callable[[BinaryIO], FileFormat], *, force: bool) -> None:
@@ -211,7 +215,7 @@ class PredictionsFile:
         """Begin to write, under a hidden name.
 
         Raises:
-            PredictionError: the file cannot be written, or is there already.
+            PredictionError: the file cannot be written, or already exists.
         """
         check_target(self._out, force=self._force)
         try:
@@ -224,39 +228,39 @@ class PredictionsFile:
             raise PredictionError(self._message(error)) from error
 
     def close(self) -> None:
-        """Let nothing be left but what was committed."""
+        """Remove everything that was not committed."""
         self._stack.close()
 
     def append(self, payload: bytes) -> None:
-        """Write the rows of the next microbatch, or note why that failed."""
+        """Write the rows of the next microbatch; an error is kept in ``problem``."""
         if self.problem is None:
             try:
                 self._format.append(payload)
             except (PredictionError, *_FAILURES) as error:
                 self.problem = self._message(error)
 
-    def refuse_problem(self) -> None:
-        """Raise what kept the rows from being written.
+    def raise_problem(self) -> None:
+        """Raise the error in writing rows, if there was one.
 
         Raises:
-            PredictionError: something did; nothing is there that was not before.
+            PredictionError: writing failed; no file was left.
         """
         if self.problem is not None:
             raise PredictionError(self.problem)
 
     def commit(self) -> None:
-        """Give the file its name.
+        """Finish the file and rename it to its final name.
 
         Raises:
-            PredictionError: something failed, now or before; nothing is there that was not before.
+            PredictionError: writing failed, now or before; no file was left.
         """
-        self.refuse_problem()
+        self.raise_problem()
         try:
             self._format.finish()
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            check_target(self._out, force=self._force)  # once more: it may have come meanwhile
+            check_target(self._out, force=self._force)  # again: it may have been created meanwhile
             put_in_place(self._written, self._out)
         except _FAILURES as error:
             raise PredictionError(self._message(error)) from error
@@ -265,7 +269,7 @@ class PredictionsFile:
         if isinstance(error, PredictionError):
             return str(error)
         reason = getattr(error, "strerror", None) or error
-        return f"{self._out} could not be written: {reason}; no half file is left"
+        return f"{self._out} could not be written: {reason}; no incomplete file is left"
 
 
 def _close(file: BinaryIO) -> None:
@@ -274,7 +278,7 @@ def _close(file: BinaryIO) -> None:
 
 
 def texts(values: Values) -> Sequence[Any]:
-    """Return values as a CSV file shows them; float32 with the digits of a float32."""
+    """Return values in their CSV form; float32 with the digits of a float32."""
     if not isinstance(values, np.ndarray):
         return values
     listed: list[Any] = (values.astype(str) if values.dtype.kind == "f" else values).tolist()
@@ -297,7 +301,7 @@ class _Lines:
 
 
 def with_names(columns: Columns, body: bytes) -> bytes:
-    """Put the columns' names before a microbatch's rows."""
+    """Prepend the columns' names to a microbatch's rows."""
     return json.dumps(list(columns)).encode() + b"\n" + body
 
 
@@ -308,14 +312,14 @@ def split_names(payload: bytes) -> tuple[list[str], bytes]:
 
 
 def check_names(first: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a microbatch that has other columns than the first.
+    """Refuse a microbatch whose columns differ from the first's.
 
     Raises:
-        PredictionError: naming both.
+        PredictionError: the columns differ.
     """
     if list(first) != list(names):
         raise PredictionError(
-            f"the model's outputs differ in size: one microbatch makes the columns {', '.join(names)}, the first made "
+            f"the model's outputs differ in size: a microbatch gives the columns {', '.join(names)}, the first one gave "
             f"{', '.join(first)}"
         )
 

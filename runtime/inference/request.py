@@ -1,4 +1,4 @@
-"""What an evaluation or a prediction apart from training is asked for, and what of it can be checked before it is begun."""
+"""Requests for an evaluation or a prediction of a checkpoint, and the checks that need no process group."""
 
 from __future__ import annotations
 
@@ -19,68 +19,68 @@ from runtime.errors import ConfigurationError, Problem
 from runtime.inference.predictions_file import check_target, format_of
 from runtime.inference.sample_submission import header_of
 
-Which = Literal["raw", "averaged"]
+WeightKind = Literal["raw", "averaged"]
 _DEFAULT_SPLITS = {"evaluate": ("validation", "test"), "predict": ("predict", "test")}
 
 
 @dataclass(frozen=True)
 class InferenceRequest:
-    """What is asked for besides the configuration.
+    """A command's options in addition to the configuration.
 
     Args:
         act: ``evaluate`` or ``predict``.
         checkpoint: ``newest``, ``best:METRIC`` or a path.
-        split: ``train``, ``validation``, ``test`` or ``predict``. Default: validation data for an evaluation, what is to be
-            predicted for a prediction; else test data.
-        weights: default: what the run's own evaluations took.
+        split: ``train``, ``validation``, ``test`` or ``predict``. Default: validation data for an evaluation,
+            ``prediction.data`` for a prediction; else test data.
+        weights: default: those that the run's own evaluations use.
         output: file to write. Default: none for an evaluation, ``predictions.csv`` in the run folder for a prediction.
-        force: write over a file that is there.
+        force: overwrite an existing file.
     """
 
     act: Literal["evaluate", "predict"]
     checkpoint: str = "newest"
     split: str | None = None
-    weights: Which | None = None
+    weights: WeightKind | None = None
     output: Path | None = None
     force: bool = False
 
     def target(self, run_folder: Path) -> Path | None:
-        """Return the file to write, if there is to be one."""
+        """Return the file to write, if any."""
         default = run_folder / "predictions.csv" if self.act == "predict" else None
         return self.output or default
 
     def split_in(self, data: DataSection, prediction: PredictionSection) -> str:
-        """Return the split that is meant.
+        """Return the requested or default split.
 
         Raises:
-            ConfigurationError: there is no such data.
+            ConfigurationError: the configuration has no such data.
         """
-        there = available_splits(data, prediction)
+        available = available_splits(data, prediction)
         for name in _DEFAULT_SPLITS[self.act] if self.split is None else (self.split,):
-            if name in there:
+            if name in available:
                 return name
         default = "data.validation or data.test" if self.act == "evaluate" else "prediction.data or data.test"
         missing = default if self.split is None else ".".join(split_key(self.split))
-        what = f"there is no {missing} in the configuration; it has: {', '.join(there)}"
-        raise ConfigurationError([Problem("command line", "--split", what)])
+        message = f"there is no {missing} in the configuration; it has: {', '.join(available)}"
+        raise ConfigurationError([Problem("command line", "--split", message)])
 
-    def weights_in(self, averaging: AveragingSection | None) -> Which:
-        """Return which weights are meant.
+    def weights_in(self, averaging: AveragingSection | None) -> WeightKind:
+        """Return the requested or default weights.
 
         Raises:
             ConfigurationError: the run has no averaged weights.
         """
         if self.weights == "averaged" and averaging is None:
-            what = "the configuration has no averaging, so there are raw weights only"
-            raise ConfigurationError([Problem("command line", "--weights", what)])
+            message = "the configuration has no averaging, so there are raw weights only"
+            raise ConfigurationError([Problem("command line", "--weights", message)])
         return self.weights or ("averaged" if averaging is not None and averaging.evaluate else "raw")
 
 
 def check_request(loaded: LoadedConfiguration, request: InferenceRequest) -> None:
-    """Refuse what is seen to be wrong before any process is started and any device touched.
+    """Check a request before any process is started or device used.
 
     Raises:
-        LockstepError: what is wrong.
+        LockstepError: the request cannot be satisfied.
     """
     values = loaded.values
     request.split_in(values.data, values.prediction)
@@ -100,29 +100,29 @@ def check_request(loaded: LoadedConfiguration, request: InferenceRequest) -> Non
 def columns_of_sample(
     section: PredictionSection, target: Path, header: Sequence[str], *, id_field: Name | None, where: Locations
 ) -> Mapping[str, str]:
-    """Return what each column of a sample submission is to hold.
+    """Return the kind of each column of a sample submission.
 
     Args:
         target: the file to write.
         header: of the sample submission.
-        id_field: the part of a batch that says what a sample is called.
+        id_field: the part of a batch that holds the samples' ids.
 
     Raises:
-        ConfigurationError: that is not said, or the file to write is no CSV file.
+        ConfigurationError: ``prediction.columns`` does not determine it, or the file to write is not a CSV file.
     """
-    key, what = ("prediction", "columns"), ""
+    key, message = ("prediction", "columns"), ""
     ids = [name for name, kind in section.columns.items() if kind == "id"]
     if target.suffix != ".csv":
         raise ConfigurationError(
-            [Problem("command line", "--output", f"{target}: a sample submission is filled in as .csv")]
+            [Problem("command line", "--output", f"{target}: a sample submission is written as .csv")]
         )
     if not section.columns and len(header) == 2:
         other = header[0] if header[1] == id_field else header[1]
         return {name: "prediction" if name == other else "id" for name in header}
     if not section.columns:
-        what = f"say what each column of {section.sample_submission} holds: {', '.join(header)}"
+        message = f"set what each column of {section.sample_submission} holds: {', '.join(header)}"
     elif len(ids) != 1 or ids[0] not in header:
-        what = f"one column of {section.sample_submission} must hold 'id'; it has: {', '.join(header)}"
-    if what:
-        raise where.error(key, what)
+        message = f"one column of {section.sample_submission} must hold 'id'; it has: {', '.join(header)}"
+    if message:
+        raise where.error(key, message)
     return section.columns

@@ -1,7 +1,7 @@
-"""A sample submission filled in: its ids in its order, its columns, every value from the predictions.
+"""Fills in a sample submission: its ids in its order, its columns, every value from the predictions.
 
-Ids come in the data set's order and leave in the sample's. What lies between is in a temporary SQLite database, which spills
-to disk and has no name there: memory stays bounded, and a kill leaves nothing.
+Predictions arrive in the data set's order and are written in the sample's. In between they are kept in a temporary, unnamed
+SQLite database, which spills to disk: memory stays bounded, and a killed process leaves no file.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _ROWS = 10_000  # read or written at a time
 
 
 class SubmissionFile:
-    """Like :class:`runtime.inference.predictions_file.CsvFile`, but in the rows and columns of a sample.
+    """Like :class:`runtime.inference.predictions_file.CsvFile`, but with the rows and columns of a sample submission.
 
     Args:
-        file: what is written to.
+        file: opened for writing.
         sample: the sample submission.
-        id_column: which of its columns holds the ids.
-        num_samples: in the data set.
-        ids_are_index: whether samples are called by their place in the data set, so that ids are known beforehand.
-        labels: what the configuration calls the classes; these are written whatever the sample's columns hold. Anything else
-            is no text where the sample has numbers, and no number where it has texts.
+        id_column: the sample's column that holds the ids.
+        num_samples: number of samples in the data set.
+        ids_are_index: whether the samples' ids are their positions in the data set, and so known in advance.
+        labels: the configuration's class labels; these are written whatever the sample's columns hold. Any other text is
+            refused in a column of numbers, and any other number in a column of text.
 
     Raises:
-        PredictionError: the sample cannot be read, or has an id twice.
+        PredictionError: the sample cannot be read, or has a duplicate id.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class SubmissionFile:
         self._file = file
         self._sample = sample
         self._header = header_of(sample)
-        self._place = self._header.index(id_column)
+        self._id_position = self._header.index(id_column)
         self._labels = {str(label) for label in labels}
-        self._seen = {place: _Seen() for place in range(len(self._header)) if place != self._place}
+        self._examples = {n: _ColumnExamples() for n in range(len(self._header)) if n != self._id_position}
         self._rows = sqlite3.connect("", isolation_level=None)
         self._rows.execute("CREATE TABLE rows (place INTEGER PRIMARY KEY, id TEXT, line TEXT)")
         self._read_ids()
@@ -61,51 +61,51 @@ class SubmissionFile:
 
     @staticmethod
     def encode(columns: Columns) -> bytes:
-        """Return the names and the rows as texts."""
+        """Return the names and the rows, all values as strings."""
         listed = [["" if value is None else str(value) for value in texts(values)] for values in columns.values()]
         return with_names(columns, json.dumps(list(zip(*listed, strict=True))).encode())
 
     def append(self, payload: bytes) -> None:
-        """Take in rows.
+        """Store rows.
 
         Raises:
-            PredictionError: a column is missing or too many, or an id is not in the sample or comes twice.
+            PredictionError: a column is missing or extra, or an id is a duplicate or not in the sample.
         """
         names, body = split_names(payload)
         self._check_columns(names)
         order = [names.index(name) for name in self._header]
-        strange: list[str] = []
-        twice: list[str] = []
+        unknown: list[str] = []
+        duplicates: list[str] = []
         self._rows.execute("BEGIN")
         for row in json.loads(body):
-            values = [row[place] for place in order]
-            called = values[self._place]
+            values = [row[position] for position in order]
+            id_ = values[self._id_position]
             self._check_kind(values)
             (line,) = csv_lines([values])
-            found = self._rows.execute("UPDATE rows SET line = ? WHERE id = ? AND line IS NULL", (line, called))
-            if found.rowcount == 0:
-                (twice if self._knows(called) else strange).append(called)
+            updated = self._rows.execute("UPDATE rows SET line = ? WHERE id = ? AND line IS NULL", (line, id_))
+            if updated.rowcount == 0:
+                (duplicates if self._has_id(id_) else unknown).append(id_)
         self._rows.execute("COMMIT")
-        if strange:
+        if unknown:
             raise PredictionError(
-                f"{self._sample} does not have every id that is predicted: {_few(strange)} are extra; its first is "
+                f"{self._sample} does not have every predicted id: {_few(unknown)} are extra; its first is "
                 f"{self._first()!r}. Check data.fields.id and prediction.data. Nothing was written"
             )
-        if twice:
-            raise PredictionError(f"the predicted data has ids more than once: {_few(twice)}. Nothing was written")
+        if duplicates:
+            raise PredictionError(f"the predicted data has duplicate ids: {_few(duplicates)}. Nothing was written")
 
     def finish(self) -> None:
         """Write everything in the sample's order.
 
         Raises:
-            PredictionError: ids of the sample are missing among the predictions.
+            PredictionError: the predictions lack ids of the sample.
         """
         (missing,) = self._rows.execute("SELECT COUNT(*) FROM rows WHERE line IS NULL").fetchone()
         if missing:
             query = "SELECT id FROM rows WHERE line IS NULL ORDER BY place LIMIT ?"
-            first = [called for (called,) in self._rows.execute(query, (_SHOWN,))]
+            first = [id_ for (id_,) in self._rows.execute(query, (_SHOWN,))]
             raise PredictionError(
-                f"{missing:,} ids of {self._sample} are missing among the predictions: {_few(first, missing)}. Nothing was "
+                f"{missing:,} ids of {self._sample} are missing from the predictions: {_few(first, missing)}. Nothing was "
                 "written"
             )
         self._file.write("".join(csv_lines([self._header])).encode())
@@ -114,12 +114,12 @@ class SubmissionFile:
             self._file.write("".join(line for (line,) in chunk).encode())
 
     def close(self) -> None:
-        """Give the database's space back."""
+        """Close the database and free its space."""
         self._rows.close()
 
     def _read_ids(self) -> None:
         ids = self._ids()
-        while chunk := [(called,) for _, called in zip(range(_ROWS), ids, strict=False)]:
+        while chunk := [(id_,) for _, id_ in zip(range(_ROWS), ids, strict=False)]:
             self._rows.execute("BEGIN")
             self._rows.executemany("INSERT INTO rows (id) VALUES (?)", chunk)
             self._rows.execute("COMMIT")
@@ -127,23 +127,23 @@ class SubmissionFile:
             raise PredictionError(f"{self._sample} has no rows")
         self._rows.execute("CREATE INDEX by_id ON rows (id)")
         query = "SELECT id FROM rows GROUP BY id HAVING COUNT(*) > 1 ORDER BY MIN(place) LIMIT ?"
-        twice = [called for (called,) in self._rows.execute(query, (_SHOWN + 1,))]
-        if twice:
-            raise PredictionError(f"{self._sample} has ids more than once: {_few(twice)}")
+        duplicates = [id_ for (id_,) in self._rows.execute(query, (_SHOWN + 1,))]
+        if duplicates:
+            raise PredictionError(f"{self._sample} has duplicate ids: {_few(duplicates)}")
 
     def _refuse_too_many(self, num_samples: int, *, ids_are_index: bool) -> None:
-        """Tell before anything is predicted that ids will be missing: later it may have taken hours."""
+        """Raise before prediction if ids will be missing: at the end hours may have been spent."""
         (count,) = self._rows.execute("SELECT COUNT(*) FROM rows").fetchone()
         if count <= num_samples:
             return
         examples = ""
         if ids_are_index:
-            ids = (called for (called,) in self._rows.execute("SELECT id FROM rows ORDER BY place"))
-            strange = (i for i in ids if not (i.isdigit() and int(i) < num_samples and i == str(int(i))))
-            examples = f" ({_few(list(islice(strange, _SHOWN)), count - num_samples)})"
+            ids = (id_ for (id_,) in self._rows.execute("SELECT id FROM rows ORDER BY place"))
+            unknown = (i for i in ids if not (i.isdigit() and int(i) < num_samples and i == str(int(i))))
+            examples = f" ({_few(list(islice(unknown, _SHOWN)), count - num_samples)})"
         raise PredictionError(
             f"{self._sample} has {count:,} ids and the data {num_samples:,} samples: at least {count - num_samples:,} ids "
-            f"would be missing among the predictions{examples}. Nothing was written"
+            f"would be missing from the predictions{examples}. Nothing was written"
         )
 
     def _ids(self) -> Iterator[str]:
@@ -153,9 +153,9 @@ class SubmissionFile:
                     raise PredictionError(
                         f"{self._sample}:{number} has {len(row)} values, its header {len(self._header)} columns"
                     )
-                for place, seen in self._seen.items():
-                    seen.add(row[place])
-                yield row[self._place]
+                for position, examples in self._examples.items():
+                    examples.add(row[position])
+                yield row[self._id_position]
 
     def _check_columns(self, names: Sequence[str]) -> None:
         if set(names) == set(self._header):
@@ -163,39 +163,39 @@ class SubmissionFile:
         missing = [name for name in self._header if name not in names]
         extra = [name for name in names if name not in self._header]
         differing = [f"no column {_few(missing)}"] if missing else []
-        differing += [f"{_few(extra)} besides"] if extra else []
+        differing += [f"extra columns {_few(extra)}"] if extra else []
         raise PredictionError(
             f"the columns of {self._sample} are {', '.join(self._header)}; the predictions have {' and '.join(differing)}: "
-            "say in prediction.columns what each holds. Nothing was written"
+            "set in prediction.columns what each holds. Nothing was written"
         )
 
     def _check_kind(self, values: Sequence[str]) -> None:
-        """Refuse numbers where the sample has texts: whoever scores them would compare names with numbers of classes."""
-        for place, seen in self._seen.items():
-            value, name = values[place], self._header[place]
+        """Refuse numbers where the sample has text, and the reverse: scoring would compare class names with class indices."""
+        for position, examples in self._examples.items():
+            value, name = values[position], self._header[position]
             if not value or value in self._labels:
                 continue
-            if seen.all_texts and _is_number(value):
+            if examples.all_text and _is_number(value):
                 raise PredictionError(
-                    f"column {name!r} of {self._sample} holds texts, such as {seen.text!r}, and the predictions are numbers, "
-                    f"such as {value}: say in prediction.labels what the classes are called. Nothing was written"
+                    f"column {name!r} of {self._sample} holds text, such as {examples.text!r}, but the predictions are "
+                    f"numbers, such as {value}: set the names of the classes in prediction.labels. Nothing was written"
                 )
-            if seen.all_numbers and not _is_number(value):
+            if examples.all_numbers and not _is_number(value):
                 raise PredictionError(
-                    f"column {name!r} of {self._sample} holds numbers, such as {seen.number}, and the predictions are texts, "
-                    f"such as {value!r}: say in prediction.labels what is to be written for each class. Nothing was written"
+                    f"column {name!r} of {self._sample} holds numbers, such as {examples.number}, but the predictions are "
+                    f"text, such as {value!r}: set in prediction.labels what to write for each class. Nothing was written"
                 )
 
-    def _knows(self, called: str) -> bool:
-        return self._rows.execute("SELECT 1 FROM rows WHERE id = ? LIMIT 1", (called,)).fetchone() is not None
+    def _has_id(self, id_: str) -> bool:
+        return self._rows.execute("SELECT 1 FROM rows WHERE id = ? LIMIT 1", (id_,)).fetchone() is not None
 
     def _first(self) -> str | None:
-        found = self._rows.execute("SELECT id FROM rows ORDER BY place LIMIT 1").fetchone()
-        return None if found is None else str(found[0])
+        row = self._rows.execute("SELECT id FROM rows ORDER BY place LIMIT 1").fetchone()
+        return None if row is None else str(row[0])
 
 
-class _Seen:
-    """What one column of a sample holds: a text and a number of it, if there are any."""
+class _ColumnExamples:
+    """The first text and the first number in a column of a sample, if any."""
 
     def __init__(self) -> None:
         self.text = self.number = ""
@@ -203,11 +203,11 @@ class _Seen:
     def add(self, value: str) -> None:
         if _is_number(value):
             self.number = self.number or value
-        elif any(letter.isalpha() for letter in value):  # "?" and "-" hold a place
+        elif any(letter.isalpha() for letter in value):  # "?" and "-" are placeholders
             self.text = self.text or value
 
     @property
-    def all_texts(self) -> bool:
+    def all_text(self) -> bool:
         return bool(self.text) and not self.number
 
     @property
@@ -227,18 +227,18 @@ def header_of(sample: Path) -> list[str]:
     """Return a sample submission's columns.
 
     Raises:
-        PredictionError: it cannot be read, or a column is there twice.
+        PredictionError: the file cannot be read, or has a duplicate column.
     """
     _, header = next(_read(sample), (0, []))
     if not header:
         raise PredictionError(f"{sample} is empty; a sample submission has a header and a row for each id")
     if len(set(header)) < len(header):
-        raise PredictionError(f"{sample} has a column twice: {', '.join(header)}")
+        raise PredictionError(f"{sample} has a duplicate column: {', '.join(header)}")
     return header
 
 
 def _read(sample: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield line numbers and rows; blank lines are left out."""
+    """Yield line numbers and rows, without blank lines."""
     try:
         with sample.open(newline="", encoding="utf-8-sig") as file:
             reader: Any = csv.reader(file, strict=True)
@@ -248,9 +248,9 @@ def _read(sample: Path) -> Iterator[tuple[int, list[str]]]:
     except OSError as error:
         raise PredictionError(f"{sample} cannot be read: {error.strerror or error}") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise PredictionError(f"{sample} is no CSV file in UTF-8: {error}") from error
+        raise PredictionError(f"{sample} is not a CSV file in UTF-8: {error}") from error
 
 
 def _few(ids: Sequence[str], count: int | None = None) -> str:
-    shown = ", ".join(repr(called) for called in ids[:_SHOWN])
+    shown = ", ".join(repr(id_) for id_ in ids[:_SHOWN])
     return f"{shown}, …" if (count or len(ids)) > _SHOWN else shown

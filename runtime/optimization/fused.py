@@ -1,4 +1,4 @@
-"""Which of torch's fused kernels an optimizer takes."""
+"""Selection of torch's fused optimizer kernels."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def fused_arguments(
     optimizer_class: type[Optimizer], args: Mapping[str, Any], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Any]:
-    """Return ``{"fused": True}`` where torch has a fused kernel for all parameters and the user did not choose.
+    """Return ``{"fused": True}`` if torch has a fused kernel for all parameters and the user did not choose.
 
     Raises:
-        ComponentError: the user chose it, and a parameter has gaps in memory: the kernels walk raw memory, and would update
-            other elements than the gradient's (torch 2.13).
+        ComponentError: the user chose ``fused``, and a parameter has gaps in memory: the kernels walk raw memory, and would
+            update the wrong elements (torch 2.13).
     """
     gaps = next((p for p in parameters if not is_dense(p.shape, p.stride())), None)
     if gaps is not None and args.get("fused"):

@@ -1,7 +1,7 @@
-"""Parameters whose first gradient comes later than others': unfrozen ones, a branch that early steps do not use.
+"""Parameters that get their first gradient later than others: unfrozen ones, or a branch that early steps do not use.
 
-Torch's fused kernel of SGD (2.11 to 2.13) takes either the momentum of all parameters of a group or of none, and raises a
-TypeError where some have none yet.
+Torch's fused SGD kernel (2.11 to 2.13) needs a momentum for all parameters of a group or for none, and raises a TypeError if
+only some have one.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from runtime.optimization.combined import members
 
 
 class Latecomers:
-    """Makes the first update of latecomers apart from the others' of the same step.
+    """Makes the first update of such parameters separately from the others' update of the same step.
 
     Args:
-        optimizer: all of whose updates come after :meth:`update`.
+        optimizer: call :meth:`update` before each of its steps.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        found: list[Any] = [member for member in members(optimizer) if type(member).step is SGD.step]
-        self._optimizers = [(member, sum(len(group["params"]) for group in member.param_groups)) for member in found]
+        sgds: list[Any] = [member for member in members(optimizer) if type(member).step is SGD.step]
+        self._optimizers = [(member, sum(len(group["params"]) for group in member.param_groups)) for member in sgds]
 
     def update(self) -> None:
-        """Apply and clear the gradients of latecomers, before the optimizer's own step."""
+        """Apply and clear the first gradients of such parameters, before the optimizer's step."""
         for optimizer, num_parameters in self._optimizers:
             if len(optimizer.state) < num_parameters:
                 for group in optimizer.param_groups:
@@ -37,15 +37,15 @@ class Latecomers:
 
 @torch.no_grad()
 def _update(optimizer: SGD, group: dict[str, Any]) -> None:
-    begun: list[torch.Tensor] = []
+    earlier: list[torch.Tensor] = []
     late: list[torch.Tensor] = []
     for parameter in group["params"]:
         if parameter.grad is not None:
             has_momentum = (
                 parameter in optimizer.state and optimizer.state[parameter].get("momentum_buffer") is not None
             )
-            (begun if has_momentum else late).append(parameter)
-    if not begun or not late:
+            (earlier if has_momentum else late).append(parameter)
+    if not earlier or not late:
         return
     gradients = [gradient for parameter in late if (gradient := parameter.grad) is not None]
     momenta: list[Any] = [None] * len(late)

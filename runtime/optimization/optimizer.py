@@ -1,4 +1,4 @@
-"""From ``optimizer`` in the configuration to torch's optimizer: its classes, its groups, its kernels."""
+"""Builds torch's optimizer from ``optimizer`` in the configuration: its classes, groups and kernels."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from runtime.optimization.rehearsal import try_optimizer
 
 NAMESPACES = ("torch.optim",)
 EXCLUDED = {
-    "LBFGS": "needs the loss evaluated several times a step; take torch.optim.Adam or SGD",
-    "SparseAdam": "takes sparse gradients alone, which are not reduced over processes; take Adam, with dense embeddings",
-    "Optimizer": "is the base class of optimizers; take AdamW",
+    "LBFGS": "needs the loss evaluated several times per step; use torch.optim.Adam or SGD",
+    "SparseAdam": "takes only sparse gradients, which are not reduced over processes; use Adam, with dense embeddings",
+    "Optimizer": "is the base class of optimizers; use AdamW",
 }
 """Classes of torch.optim that cannot be used, with the reason."""
 
 
 def check_optimizer(section: OptimizerSection, code: Path) -> list[ComponentError]:
-    """Look up the optimizer and those of its groups, and compare arguments with signatures. Calls nothing."""
+    """Look up the optimizer and its groups' optimizers, and compare arguments with signatures. Calls nothing."""
     mistakes = _check(section.target, section.args, code)
     if any(mistake.path == ("target",) for mistake in mistakes):
         return mistakes
@@ -37,15 +37,15 @@ def check_optimizer(section: OptimizerSection, code: Path) -> list[ComponentErro
         separate = group.target is not None
         args = group.args if separate else {**section.args, **group.args}
         mistakes += [
-            ComponentError(found.what, key + found.path)
-            for found in _check(group.target or section.target, args, code)
-            if separate or found.path[-1] in group.args  # those of the optimizer's own are told above
+            ComponentError(mistake.what, key + mistake.path)
+            for mistake in _check(group.target or section.target, args, code)
+            if separate or mistake.path[-1] in group.args  # mistakes in the optimizer's arguments are reported above
         ]
     return mistakes
 
 
 def default_rate(section: OptimizerSection, code: Path) -> str | None:
-    """Say what rate an optimizer takes whose ``lr`` was left out; None where one was given."""
+    """Describe the default rate of an optimizer whose ``lr`` was left out; None if it was set or has no default."""
     rate = default_of(component.locate(section.target, namespaces=NAMESPACES, code=code), section.args, "lr")
     if "lr" in section.args or rate is None:
         return None
@@ -53,7 +53,7 @@ def default_rate(section: OptimizerSection, code: Path) -> str | None:
 
 
 def groups_of(section: OptimizerSection, module: nn.Module, code: Path) -> list[ParameterGroup]:
-    """Share the trainable parameters out over the optimizer's groups.
+    """Divide the trainable parameters into the optimizer's groups.
 
     Raises:
         ComponentError: a pattern matches nothing, or a key has no effect.
@@ -62,10 +62,10 @@ def groups_of(section: OptimizerSection, module: nn.Module, code: Path) -> list[
 
 
 def build(section: OptimizerSection, module: nn.Module, code: Path) -> Optimizer:
-    """Build the optimizer over a TrainingModule's trainable parameters, fused where torch can.
+    """Build the optimizer over a TrainingModule's trainable parameters, fused where torch supports it.
 
     Raises:
-        ComponentError: what :func:`groups_of` raises, or the optimizer refuses its arguments.
+        ComponentError: see :func:`groups_of`; or the optimizer refuses its arguments.
     """
     groups = groups_of(section, module, code)
     classes = _classes(section, code)
@@ -75,7 +75,7 @@ def build(section: OptimizerSection, module: nn.Module, code: Path) -> Optimizer
         own = [group for group in groups if _owner(section, group) == owner]
         if not own and owner is None:
             raise ComponentError(
-                f"no parameter is left for {section.target}: groups with targets of their own take all"
+                f"no parameter is left for {section.target}: groups with their own target match all of them"
             )
         optimizers.append(_member(section, owner, classes[-1 if owner is None else owner], own, code))
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
@@ -89,10 +89,10 @@ def _member(
     parameters = [parameter for group in groups for parameter in group.parameters]
     if optimizer_class is Muon:
         _refuse_for_muon(groups, path)
-    made = [_torch_group(group, {} if owner is None else chosen.args) for group in groups]
+    param_groups = [_torch_group(group, {} if owner is None else chosen.args) for group in groups]
     try:
         extra = fused_arguments(optimizer_class, chosen.args, parameters)
-        optimizer = component.build(target, {**chosen.args, **extra}, made, namespaces=NAMESPACES, code=code)
+        optimizer = component.build(target, {**chosen.args, **extra}, param_groups, namespaces=NAMESPACES, code=code)
     except ComponentError as mistake:
         raise ComponentError(mistake.what, path + mistake.path) from mistake
     if not isinstance(optimizer, Optimizer):
@@ -104,9 +104,10 @@ def _member(
     return optimizer
 
 
-def _torch_group(group: ParameterGroup, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return torch's group: only what differs from the arguments that its optimizer is given."""
-    return {"params": group.parameters, **{k: v for k, v in group.args.items() if k not in given or given[k] != v}}
+def _torch_group(group: ParameterGroup, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return torch's parameter group, with only the arguments that differ from its optimizer's."""
+    args = {k: v for k, v in group.args.items() if k not in defaults or defaults[k] != v}
+    return {"params": group.parameters, **args}
 
 
 def _refuse_for_muon(groups: Sequence[ParameterGroup], path: tuple[str, ...]) -> None:
@@ -115,8 +116,8 @@ def _refuse_for_muon(groups: Sequence[ParameterGroup], path: tuple[str, ...]) ->
     if other:
         listed = ", ".join(other[:8]) + (f" and {len(other) - 8} more" if len(other) > 8 else "")
         raise ComponentError(
-            f"Muon takes matrices only, not {listed}: give these an optimizer of their own, as in "
-            'groups: [{match: ["*.bias"], target: AdamW, args: {lr: 3e-4}}] (embeddings and the head mostly belong there too)',
+            f"Muon takes matrices only, not {listed}: give these another optimizer, as in "
+            'groups: [{match: ["*.bias"], target: AdamW, args: {lr: 3e-4}}] (embeddings and the head usually belong there too)',
             (*path, "target"),
         )
 
@@ -126,7 +127,7 @@ def _owner(section: OptimizerSection, group: ParameterGroup) -> int | None:
 
 
 def _classes(section: OptimizerSection, code: Path) -> list[type]:
-    """Return the class of each group, and last the optimizer's own."""
+    """Return the optimizer class of each group, and last that of the optimizer itself."""
     targets = [*(group.target or section.target for group in section.groups), section.target]
     return [component.locate(target, namespaces=NAMESPACES, code=code) for target in targets]
 

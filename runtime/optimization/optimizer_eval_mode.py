@@ -1,8 +1,8 @@
-"""Optimizers that train other weights than those to be evaluated, as schedule-free ones do: ``train()`` and ``eval()``.
+"""Optimizers with different weights for training and evaluation, such as schedule-free ones: ``train()`` and ``eval()``.
 
-Defazio et al., "The Road Less Scheduled" (2024). Their switch computes one kind of weights from the other and rounds on the
-way, so that evaluating more often would change a run. Here training's weights are kept and put back bit for bit. A checkpoint
-holds the weights to be evaluated as the model's, and training's beside them.
+Defazio et al., "The Road Less Scheduled" (2024). Their switch computes one kind of weights from the other with rounding, so
+evaluating more often would change a run. Here the training weights are kept and restored bit for bit. A checkpoint holds the
+evaluation weights as the model's, and the training weights in addition.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from runtime.state.shards import Shard, StoredTensor
 
 
 def switches(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer has other weights for evaluation than for training."""
+    """Return whether an optimizer has different weights for evaluation and training."""
     return bool(_switching(optimizer))
 
 
 def begin_training(optimizer: Optimizer) -> None:
-    """Let the module hold training's weights; before the first step, and after a state was loaded."""
+    """Switch the module to the training weights; call before the first step, and after loading a state."""
     for member in _switching(optimizer):
         member.train()
 
 
 def end_training(optimizer: Optimizer) -> None:
-    """Let the module hold the weights to be evaluated, for good."""
+    """Switch the module to the evaluation weights at the end of training."""
     for member in _switching(optimizer):
         member.eval()
 
 
 @contextmanager
 def evaluated_weights(optimizer: Optimizer) -> Iterator[None]:
-    """Let the module hold the weights to be evaluated for a while; does nothing where there are no others."""
+    """Switch the module to the evaluation weights, and restore the training weights on exit. No effect on other optimizers."""
     switching = _switching(optimizer)
     kept = [(p, p.detach().clone()) for member in switching for group in member.param_groups for p in group["params"]]
     try:
@@ -55,7 +55,7 @@ def evaluated_weights(optimizer: Optimizer) -> Iterator[None]:
 
 
 def training_weights(optimizer: Optimizer, module: nn.Module, held: LocalWeights) -> dict[str, Tensor | Shard] | None:
-    """Return training's weights by name, for a checkpoint; None where they are the model's."""
+    """Return the training weights by name, for a checkpoint; None if the optimizer does not switch weights."""
     if not switches(optimizer):
         return None
     switched = {id(p) for member in _switching(optimizer) for group in member.param_groups for p in group["params"]}
@@ -65,7 +65,7 @@ def training_weights(optimizer: Optimizer, module: nn.Module, held: LocalWeights
 
 @torch.no_grad()
 def load_training_weights(weights: Mapping[str, StoredTensor] | None, held: LocalWeights) -> None:
-    """Put training's weights into the module, after its state and the optimizer's were loaded."""
+    """Load the training weights into the module, after its state and the optimizer's were loaded."""
     for name, weight in (weights or {}).items():
         held.pieces()[name].copy_(held.from_checkpoint(name, weight))
     if weights:
@@ -73,7 +73,7 @@ def load_training_weights(weights: Mapping[str, StoredTensor] | None, held: Loca
 
 
 def cloned(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a state dict's tensors; those that share their memory (tied weights) share it in the copy."""
+    """Copy a state dict's tensors; tensors that share memory (tied weights) also share it in the copy."""
     copies: dict[Any, Tensor] = {}
 
     def copy(name: str, value: Tensor) -> Tensor:

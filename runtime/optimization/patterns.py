@@ -1,4 +1,4 @@
-"""Shell patterns of parameter names: ``encoder.*``. A later pattern that begins with ``!`` takes names back."""
+"""Shell patterns of parameter names: ``encoder.*``. A later pattern that begins with ``!`` excludes names again."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _LISTED = 8
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Tell whether a name is meant; the last pattern that fits it decides."""
-    meant = False
+    """Return whether patterns select a name; the last one that matches it decides."""
+    selected = False
     for pattern in patterns:
         if fnmatchcase(name, pattern.removeprefix("!")):
-            meant = not pattern.startswith("!")
-    return meant
+            selected = not pattern.startswith("!")
+    return selected
 
 
-def useless(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Return the patterns that fit none of the names."""
+def unmatched(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return the patterns that match none of the names."""
     names = list(names)
     return [p for p in patterns if not any(fnmatchcase(name, p.removeprefix("!")) for name in names)]
 
 
 def near_miss(pattern: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest name, or the nearest ``part.of.a.name.*``, or nothing."""
+    """Return ``; did you mean 'x'?`` with the nearest name or ``prefix.of.a.name.*``, or an empty string."""
     known: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -35,7 +35,7 @@ def near_miss(pattern: str, names: Iterable[str]) -> str:
 
 
 def described_misses(patterns: Sequence[str], names: Iterable[str]) -> str:
-    """Return the patterns, quoted, each with its near miss, and what the names are."""
+    """Return the quoted patterns, each with its near miss, and a list of the names."""
     names = list(names)
     misses = ", ".join(f"{pattern!r}{near_miss(pattern, names)}" for pattern in patterns)
     more = f", … ({len(names)} in all)" if len(names) > _LISTED else ""

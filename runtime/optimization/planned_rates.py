@@ -1,4 +1,4 @@
-"""The learning rates of a whole run, found without training."""
+"""The learning rates of a whole run, simulated without training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class PlannedRates:
     """The rate of each update.
 
     Args:
-        total: steps of the run; more than there are rates if it is very long.
-        rates: by parameter group, then by step; groups of equal rates are told once.
-        groups: how many parameter groups each of them stands for.
-        marks: steps at which something begins, by what.
+        total: steps of the run; more than the number of rates if it is very long.
+        rates: by parameter group, then by step; groups with equal rates are listed once.
+        groups: for each entry of ``rates``, the number of parameter groups with these rates.
+        marks: step to the label of what begins there.
     """
 
     total: int
@@ -28,15 +28,15 @@ class PlannedRates:
 
 
 def simulate(schedule: Schedule, *, steps: int, steps_per_epoch: int | None) -> PlannedRates:
-    """Drive a schedule through a run in which every update is applied; its optimizer is not used afterwards.
+    """Step a schedule through a run in which every update is applied; its optimizer must not be used afterwards.
 
     Args:
         steps: of the whole run.
-        steps_per_epoch: None where nobody knows; epochs then do not count.
+        steps_per_epoch: None if unknown; epochs are then not counted.
     """
     rows: list[list[float]] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch misses the optimizer's steps
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the optimizer was not stepped
         for step in range(1, min(steps, _MOST_STEPS) + 1):
             rows.append(schedule.learning_rates)
             schedule.after_update()

@@ -1,4 +1,4 @@
-"""Schedules and optimizers tried on stand-ins of one element a group, so that what raises at its first call is told before."""
+"""Tries schedules and optimizers on stand-ins with one element per group, to report errors of their first call early."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from runtime.config.component import ComponentError, described
 from runtime.optimization.trial_steps import trial_step
 
-_OF_REAL_TENSORS = ("foreach", "fused", "capturable", "differentiable")
+_IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
 class StandIn(Optimizer):
-    """An optimizer with the options of another one's groups, and next to no parameters.
+    """An optimizer with the options of another one's groups, and one element per group.
 
     Args:
-        rates: of each group before any schedule. Default: those that the groups have.
+        rates: of each group before any schedule. Default: the groups' current rates.
     """
 
     def __init__(self, optimizer: Optimizer, rates: Sequence[float] | None = None) -> None:
@@ -32,28 +32,28 @@ class StandIn(Optimizer):
         super().__init__(groups, deepcopy(getattr(optimizer, "defaults", {})))
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Change nothing."""
+        """Do nothing."""
 
 
 def try_optimizer(optimizer: Optimizer, name: str) -> None:
-    """Let one of torch's own optimizers make an update of stand-ins: it may take arguments that it dies of later.
+    """Make an update of stand-ins with one of torch's optimizers: it may accept arguments that raise in the first step.
 
-    A class of the user's own may need more than that; what it raises is told at its first update.
+    A user's class may need more than stand-ins; its errors are reported at the first real update.
 
     Raises:
-        ComponentError: it raised.
+        ComponentError: the update raised.
     """
-    made = type(optimizer)
-    if not made.__module__.startswith("torch.optim"):
+    optimizer_class = type(optimizer)
+    if not optimizer_class.__module__.startswith("torch.optim"):
         return
     groups = []
     for group in optimizer.param_groups:
         parameter = nn.Parameter(torch.ones(2, 2))
         parameter.grad = torch.ones(2, 2)
-        plain = {key: None if key in ("foreach", "fused") else False for key in _OF_REAL_TENSORS if key in group}
+        plain = {key: None if key in ("foreach", "fused") else False for key in _IMPLEMENTATION_OPTIONS if key in group}
         groups.append({**_options(group), **plain, "params": [parameter]})
     try:
-        trial_step(made(groups))  # type: ignore[call-arg]  # each of torch's has the rest by default
+        trial_step(optimizer_class(groups))  # type: ignore[call-arg]  # torch's have defaults for the rest
     except Exception as error:
         raise ComponentError(f"{name} raised {described(error)} at its first update", ("args",)) from error
 
@@ -62,11 +62,11 @@ def try_scheduler(scheduler: Any, name: str) -> None:
     """Step a scheduler that was built on a stand-in.
 
     Raises:
-        ComponentError: it raised.
+        ComponentError: a step raised.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch misses the optimizer's steps
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that the optimizer was not stepped
             for _ in range(2):
                 scheduler.step(1.0) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
     except Exception as error:
@@ -74,11 +74,11 @@ def try_scheduler(scheduler: Any, name: str) -> None:
 
 
 def raised_within(error: BaseException, *parts: Any) -> bool:
-    """Tell whether an error was raised in a method of one of the parts, or in what it called."""
+    """Return whether an error was raised in a method of one of the objects, or in a function that it called."""
     trace = error.__traceback__
     while trace is not None:
-        own = trace.tb_frame.f_locals.get("self")
-        if own is not None and any(own is part for part in parts):
+        instance = trace.tb_frame.f_locals.get("self")
+        if instance is not None and any(instance is part for part in parts):
             return True
         trace = trace.tb_next
     return False

@@ -1,7 +1,7 @@
-"""The learning rate of each update: a torch scheduler behind a linear warm-up.
+"""The learning rate of each update: a torch scheduler after a linear warm-up.
 
-It is built on the bare optimizer and never prepared by Accelerate, which would step it once per process. It advances with
-applied updates (or with epochs) only.
+It is built on the bare optimizer and never prepared by Accelerate, which would step it once per process. It advances only
+with applied updates (or with epochs).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from runtime.config.types import Interval
 from runtime.errors import DivergenceError, EvaluationError
 
 Counted = Literal["step", "epoch"]
-_WITHIN = "_schedulers"  # of torch's schedulers that are made of schedulers
+_INNER = "_schedulers"  # state key of torch's composite schedulers
 _NESTED = "state of a scheduler"
 
 
 class Successor(NamedTuple):
-    """A scheduler that takes the place of the first one late in a run.
+    """A scheduler that replaces the first one late in a run.
 
     Args:
         scheduler: built on the same optimizer, after the first one.
-        start: how much of the run lies before it; steps are applied updates.
-        interval: what it counts.
+        start: the point at which it takes over; steps are applied updates.
+        interval: the unit that it counts.
     """
 
     scheduler: Any
@@ -38,18 +38,18 @@ class Successor(NamedTuple):
 
 
 class Schedule:
-    """A torch scheduler behind a linear warm-up.
+    """A torch scheduler after a linear warm-up.
 
-    Warm-up multiplies whatever rate the scheduler gives, which begins once it is over. The scheduler itself never sees
-    the factor: torch's schedulers compute the next rate from the last.
+    The warm-up multiplies the scheduler's initial rate; the scheduler starts once the warm-up is over. The scheduler never
+    sees the factor: torch's schedulers compute the next rate from the last one.
 
     Args:
         optimizer: the bare optimizer.
         scheduler: built on it, or None for a constant rate after the warm-up.
-        interval: what the scheduler counts.
+        interval: the unit that the scheduler counts.
         warmup_steps: applied updates over which the factor rises from ``1 / warmup_steps`` to 1.
-        monitor: which evaluation result a plateau scheduler watches.
-        successor: what decides the rate from some point on.
+        monitor: the evaluation result that a plateau scheduler monitors.
+        successor: replaces the scheduler from some point on.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Schedule:
         self._lowered = 1.0
         self._built = {name: copy.deepcopy(_state_of(part)) for name, part in self._schedulers().items()}
         self._rates: list[Any] = []
-        self._show_scheduled()
+        self._apply_factor()
         self._first_rates = [float(rate) for rate in self._rates]
 
     @property
@@ -81,7 +81,7 @@ class Schedule:
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def rates_before(self, optimizer: Optimizer) -> list[float]:
-        """Return the rates that the optimizer was built with, before its scheduler and the warm-up."""
+        """Return the rates that the optimizer was constructed with, before its scheduler and the warm-up."""
         groups = zip(optimizer.param_groups, self._first_rates, strict=True)
         return [float(group.get("initial_lr", first)) for group, first in groups]
 
@@ -91,51 +91,53 @@ class Schedule:
         if scheduler is None and self._updates >= self._warmup_steps:
             self._updates += 1
             return
-        self._hide_factor()
+        self._remove_factor()
         if interval == "step" and self._updates >= self._warmup_steps:
             _advance(scheduler)
         self._updates += 1
-        self._show_scheduled()
+        self._apply_factor()
 
     def after_epoch(self) -> None:
-        """Count one epoch; it belongs to whoever gave the rate of its last update."""
+        """Count one epoch, with the scheduler that set the rate of the epoch's last update."""
         scheduler, interval = self._in_charge(self._updates - 1)
         if interval == "epoch" and self._updates >= self._warmup_steps:
-            self._hide_factor()
+            self._remove_factor()
             _advance(scheduler)
-            self._show_scheduled()
+            self._apply_factor()
         self._epochs += 1
 
     def after_evaluation(self, results: Mapping[str, Any]) -> None:
-        """Show a plateau scheduler the monitored result, which is equal on all ranks.
+        """Pass the monitored result, which is equal on all ranks, to a plateau scheduler.
 
         Raises:
-            EvaluationError: the result is no number.
+            EvaluationError: the result is missing or not a single number.
         """
         scheduler, _ = self._in_charge(self._updates)
         if self._monitor is None or scheduler is not self._scheduler or self._updates < self._warmup_steps:
             return
         result = results.get(self._monitor)
         if not isinstance(result, float | int):
-            what = (
-                "is no result of the evaluation" if result is None else "is no single number, so it cannot be watched"
+            problem = (
+                "is not a result of the evaluation"
+                if result is None
+                else "is not a single number, so it cannot be monitored"
             )
-            raise EvaluationError(f"schedule.monitor: {self._monitor!r} {what}")
-        self._hide_factor()
+            raise EvaluationError(f"schedule.monitor: {self._monitor!r} {problem}")
+        self._remove_factor()
         scheduler.step(result)
-        self._show_scheduled()
+        self._apply_factor()
 
     def lower(self, factor: float) -> None:
-        """Multiply all rates by a factor from now on; a rollback does."""
-        self._hide_factor()
+        """Multiply all rates by a factor from now on; called by a rollback."""
+        self._remove_factor()
         self._lowered *= factor
-        self._show_scheduled()
+        self._apply_factor()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; load it after the optimizer's.
 
-        Of torch's schedulers it has what changed since they were built: the rest are arguments, which the configuration
-        may be allowed to change.
+        Of torch's schedulers it holds only what changed since they were built: the rest are arguments, which a resumed run's
+        configuration may change.
         """
         return {
             "schedulers": {
@@ -151,42 +153,42 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Rates of an optimizer that starts with others than the state's are changed in proportion.
+        """Restore a state. If the optimizer's initial rates differ from the state's, the rates are scaled in proportion.
 
-        Other arguments of a scheduler count from here on. Another scheduler, or one that counts something else, gives the rates
-        that it would have given had it been there from the start.
+        Changed arguments of a scheduler apply from here on. Another scheduler, or one that counts another unit, gives the
+        rates that it would have given from the start of the run.
         """
         kinds = state.get("kinds", self._kinds())
-        watches_another = state.get("monitor", self._monitor) != self._monitor
+        monitor_changed = state.get("monitor", self._monitor) != self._monitor
         for name, scheduler in self._schedulers().items():
-            known = (
-                {} if watches_another or kinds.get(name) != self._kinds()[name] else state["schedulers"].get(name, {})
+            stored = (
+                {} if monitor_changed or kinds.get(name) != self._kinds()[name] else state["schedulers"].get(name, {})
             )
-            _load(scheduler, _merged(self._built[name], known))
+            _load(scheduler, _merged(self._built[name], stored))
         self._updates, self._epochs, self._lowered = state["updates"], state["epochs"], state["lowered"]
         if kinds.get("first") != self._kinds().get("first"):
-            self._begin_anew()
+            self._replay()
             return
         groups = zip(self._optimizer.param_groups, state["rates"], self._first_rates, state["first_rates"], strict=True)
         for group, rate, first, first_then in groups:
             group["lr"] = rate if first == first_then or not first_then else rate * (first / first_then)
-        self._show_scheduled()
+        self._apply_factor()
 
-    def _begin_anew(self) -> None:
-        """Let the first scheduler give the rate of the next update as if it had given all before it."""
+    def _replay(self) -> None:
+        """Advance the first scheduler as if it had been in use from the start of the run."""
         for group, rate in zip(self._optimizer.param_groups, self._first_rates, strict=True):
             group["lr"] = rate
         count = max(0, self._updates - self._warmup_steps)
-        if self._interval == "epoch":  # of equal length: those that ended within the warm-up do not count
+        if self._interval == "epoch":  # assuming equal lengths: epochs that ended within the warm-up do not count
             count = self._epochs - self._warmup_steps * self._epochs // max(1, self._updates)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no update came between
+            warnings.simplefilter("ignore")  # torch warns that the optimizer was not stepped
             for _ in range(count):
                 _advance(self._scheduler)
-        self._show_scheduled()
+        self._apply_factor()
 
     def _kinds(self) -> dict[str, list[str]]:
-        """Return what each scheduler is and counts; plain data."""
+        """Return the class name and the unit of each scheduler, as plain data."""
         successor = self._successor
         counted = {"first": self._interval, "successor": None if successor is None else successor.interval}
         return {name: [type(part).__qualname__, str(counted[name])] for name, part in self._schedulers().items()}
@@ -197,20 +199,20 @@ class Schedule:
         return {name: scheduler for name, scheduler in named.items() if scheduler is not None}
 
     def _in_charge(self, updates: int) -> tuple[Any, Counted]:
-        """Return the scheduler of the update that has so many before it, and what it counts."""
-        late = self._successor
-        if late is not None and late.start.reached(steps=updates, epochs=self._epochs):
-            return late.scheduler, late.interval
+        """Return the scheduler in use after this many updates, and the unit that it counts."""
+        successor = self._successor
+        if successor is not None and successor.start.reached(steps=updates, epochs=self._epochs):
+            return successor.scheduler, successor.interval
         return self._scheduler, self._interval
 
-    def _hide_factor(self) -> None:
+    def _remove_factor(self) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
 
-    def _show_scheduled(self) -> None:
+    def _apply_factor(self) -> None:
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         if not all(math.isfinite(rate) for rate in self._rates):
-            raise DivergenceError(f"the learning rate is {self._rates}: look at optimizer.args.lr and the schedule")
+            raise DivergenceError(f"the learning rate is {self._rates}: check optimizer.args.lr and the schedule")
         factor = self._lowered
         if self._updates < self._warmup_steps:
             factor *= (self._updates + 1) / self._warmup_steps
@@ -225,37 +227,37 @@ def _advance(scheduler: Any) -> None:
 
 
 def _changed(state: Mapping[str, Any], built: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a scheduler's state has in other values than when it was built, also of schedulers within it."""
+    """Return the entries of a scheduler's state that changed since it was built, including its inner schedulers'."""
     changed = {key: value for key, value in state.items() if not _same(value, built.get(key))}
-    if _WITHIN in changed and len(state[_WITHIN]) == len(built.get(_WITHIN, [])):
-        changed[_WITHIN] = [_changed(now, then) for now, then in zip(state[_WITHIN], built[_WITHIN], strict=True)]
+    if _INNER in changed and len(state[_INNER]) == len(built.get(_INNER, [])):
+        changed[_INNER] = [_changed(now, then) for now, then in zip(state[_INNER], built[_INNER], strict=True)]
     return changed
 
 
 def _merged(built: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a whole state from what was built and what has changed."""
+    """Return the whole state from the initial state and its changed entries."""
     merged = {**copy.deepcopy(dict(built)), **changed}
-    if _WITHIN in changed:
-        merged[_WITHIN] = [_merged(then, now) for then, now in zip(built[_WITHIN], changed[_WITHIN], strict=True)]
+    if _INNER in changed:
+        merged[_INNER] = [_merged(then, now) for then, now in zip(built[_INNER], changed[_INNER], strict=True)]
     return merged
 
 
 def _state_of(scheduler: Any) -> dict[str, Any]:
-    """Return a scheduler's state, in which those that it keeps as attributes are their own states."""
+    """Return a scheduler's state, with each scheduler in its attributes replaced by that scheduler's state."""
     state: dict[str, Any] = scheduler.state_dict()
     return {key: {_NESTED: _state_of(v)} if isinstance(v, LRScheduler) else v for key, v in state.items()}
 
 
 def _load(scheduler: Any, state: Mapping[str, Any]) -> None:
-    kept = {}
+    loaded = {}
     for key, value in state.items():
         if isinstance(value, Mapping) and _NESTED in value:
             inner = getattr(scheduler, key)
             _load(inner, value[_NESTED])
-            kept[key] = inner
+            loaded[key] = inner
         else:
-            kept[key] = value
-    scheduler.load_state_dict(kept)
+            loaded[key] = value
+    scheduler.load_state_dict(loaded)
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Torch's schedulers by name, schedulers made of schedulers, and Lockstep's own."""
+"""Torch's schedulers by name, composite schedulers, and Lockstep's own."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ NAMESPACES = ("torch.optim.lr_scheduler", "runtime.optimization.schedulers")
 LENGTHS = ("T_max", "total_steps", "total_iters")
 _FUNCTIONS = ("lr_lambda", "scale_fn")
 _INNER = "schedulers"
-_Within = tuple[tuple[str, ...], str, Mapping[str, Any]]  # path, target and arguments of a scheduler in another
+_InnerScheduler = tuple[tuple[str, ...], str, Mapping[str, Any]]  # path, target and arguments
 
 
 class WarmupStableDecay(LRScheduler):
     """A constant rate that decays at the end; the warm-up before it is the configuration's ``warmup_steps``.
 
-    Its state is the count alone: a run that was told to be longer, while it was stable, stays stable for longer. Source: Hu
-    et al., "MiniCPM" (2024), section 4; the square root from Hägele et al. (2024), section 4.
+    Its state is only the count: if a run is extended in its stable phase, the stable phase becomes longer. Source: Hu et al.,
+    "MiniCPM" (2024), section 4; the square root from Hägele et al. (2024), section 4.
 
     Args:
-        optimizer: whose rates change.
-        total_iters: length of stable phase and decay, in what the schedule counts.
-        decay: how much of it is decay: a whole number counts; a fraction is a share of ``total_iters``, rounded up.
+        optimizer: the optimizer.
+        total_iters: length of stable phase plus decay, in the schedule's unit.
+        decay: length of the decay: an integer in the schedule's unit, or a fraction of ``total_iters``, rounded up.
         shape: with x from 0 to 1 over the decay: ``linear`` 1 - x, ``cosine`` (1 + cos(pi x)) / 2, ``sqrt`` 1 - sqrt(x).
         final: share of the rate that is left at the end.
 
@@ -51,7 +51,7 @@ class WarmupStableDecay(LRScheduler):
         self.decay_iters = decay if isinstance(decay, int) else math.ceil(decay * total_iters)
         if not 1 <= self.decay_iters <= total_iters:
             raise ValueError(
-                f"decay is {decay}: give a whole number from 1 to total_iters ({total_iters}), or a share above 0, at most 1.0"
+                f"decay is {decay}: give an integer from 1 to total_iters ({total_iters}), or a share above 0, at most 1.0"
             )
         if shape not in _SHAPES:
             raise ValueError(f"shape is {shape!r}: give one of {', '.join(_SHAPES)}")
@@ -61,7 +61,7 @@ class WarmupStableDecay(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """Return the rates of the present count."""
+        """Return the rates for the current count."""
         into_decay = self.last_epoch - (self.total_iters - self.decay_iters)
         left = _SHAPES[self.shape](min(1.0, max(0, into_decay) / self.decay_iters))
         return [rate * (self.final + (1.0 - self.final) * left) for rate in self.base_lrs]
@@ -79,13 +79,13 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def is_known(target: str, code: Path | None) -> bool:
-    """Tell whether a scheduler is one of torch's or Lockstep's, which look at nothing of an optimizer but its groups."""
-    found = component.locate(target, namespaces=NAMESPACES, code=code)
-    return getattr(found, "__module__", "").startswith(("torch.optim", "runtime."))
+    """Return whether a scheduler is torch's or Lockstep's, which use only the optimizer's groups."""
+    scheduler = component.locate(target, namespaces=NAMESPACES, code=code)
+    return getattr(scheduler, "__module__", "").startswith(("torch.optim", "runtime."))
 
 
 def length_argument(scheduler: Any, args: Mapping[str, Any]) -> str | None:
-    """Return the required argument that stands for the run's length and was left out, if there is one."""
+    """Return the required argument for the run's length if there is one and it was left out."""
     for name, parameter in inspect.signature(scheduler).parameters.items():
         if name in LENGTHS and name not in args and parameter.default is parameter.empty:
             return name
@@ -97,23 +97,23 @@ def length_argument(scheduler: Any, args: Mapping[str, Any]) -> str | None:
 def check(
     target: str, args: Mapping[str, Any], *, code: Path | None = None, filled_in: Sequence[str] = ()
 ) -> list[ComponentError]:
-    """Look up a scheduler, and those that it is made of, and check all arguments; nothing is called.
+    """Look up a scheduler and its inner schedulers, and check all arguments; nothing is called.
 
     Args:
-        filled_in: arguments that the runtime adds by name if they are left out.
+        filled_in: arguments that the runtime adds if they are left out.
     """
     try:
-        found = component.locate(target, namespaces=NAMESPACES, code=code)
+        scheduler = component.locate(target, namespaces=NAMESPACES, code=code)
     except ComponentError as mistake:
         return [mistake]
     mistakes = [
         ComponentError(
-            f"{key!r} is text, and no text is evaluated; name a function: {{target: 'mine:f'}}", ("args", key)
+            f"{key!r} is text, and text is not evaluated; name a function: {{target: 'mine:f'}}", ("args", key)
         )
         for key in _FUNCTIONS
         if isinstance(args.get(key), str)
     ]
-    if not _is_made_of_schedulers(found):
+    if not _is_composite(scheduler):
         options: dict[str, Any] = {"code": code, "positional": 1, "filled_in": filled_in}
         nested = _nested_schedulers(args, code)
         for path, inner in nested:
@@ -122,26 +122,26 @@ def check(
             ]
         others = _replaced(args, {path: None for path, _ in nested})
         return mistakes + component.check(target, others, namespaces=NAMESPACES, **options)
-    mistakes += component.check_arguments(found, args, positional=0 if _takes_optimizer_by_name(found) else 1)
+    mistakes += component.check_arguments(scheduler, args, positional=0 if _takes_optimizer_by_name(scheduler) else 1)
     for path, inner_target, inner_args in _inner(args, mistakes):
-        if found is SequentialLR and _is(ChainedScheduler, inner_target, code):
-            what = (
-                "cannot be a ChainedScheduler: torch's SequentialLR begins it at another count. Chain sequences instead: "
-                "ChainedScheduler of one SequentialLR each"
+        if scheduler is SequentialLR and _is(ChainedScheduler, inner_target, code):
+            message = (
+                "cannot be a ChainedScheduler: torch's SequentialLR starts it at a wrong count. Instead, use a "
+                "ChainedScheduler of SequentialLRs"
             )
-            mistakes.append(ComponentError(what, (*path, "target")))
+            mistakes.append(ComponentError(message, (*path, "target")))
         mistakes += [ComponentError(m.what, path + m.path) for m in check(inner_target, inner_args, code=code)]
     return mistakes
 
 
 def build(target: str, args: Mapping[str, Any], optimizer: Optimizer, *, code: Path | None = None) -> Any:
-    """Build a scheduler, and those that it is made of, on the bare optimizer.
+    """Build a scheduler and its inner schedulers on the bare optimizer.
 
     Raises:
-        ComponentError: it cannot be located, or raised.
+        ComponentError: a scheduler cannot be located, or its constructor raised.
     """
-    found = component.locate(target, namespaces=NAMESPACES, code=code)
-    if not _is_made_of_schedulers(found):
+    scheduler = component.locate(target, namespaces=NAMESPACES, code=code)
+    if not _is_composite(scheduler):
         built: dict[tuple[str, ...], Any] = {}
         for path, inner in _nested_schedulers(args, code):
             try:
@@ -149,38 +149,38 @@ def build(target: str, args: Mapping[str, Any], optimizer: Optimizer, *, code: P
             except ComponentError as mistake:
                 raise ComponentError(mistake.what, path + mistake.path) from mistake.__cause__
         return component.build(target, _replaced(args, built), optimizer, namespaces=NAMESPACES, code=code)
-    if found is SequentialLR:
-        listed, milestones = _in_sequence(args, code)
+    if scheduler is SequentialLR:
+        listed, milestones = _flattened_sequence(args, code)
         args = {**args, "milestones": milestones}
     else:
         listed = _inner(args, [])
-    made = []
+    inner_schedulers = []
     for path, inner_target, inner_args in listed:
         try:
-            made.append(build(inner_target, inner_args, optimizer, code=code))
+            inner_schedulers.append(build(inner_target, inner_args, optimizer, code=code))
         except ComponentError as mistake:
             raise ComponentError(mistake.what, path + mistake.path) from mistake.__cause__
-    arguments = {**args, _INNER: made}
-    if _takes_optimizer_by_name(found):
+    arguments = {**args, _INNER: inner_schedulers}
+    if _takes_optimizer_by_name(scheduler):
         return component.build(target, {**arguments, "optimizer": optimizer}, namespaces=NAMESPACES, code=code)
     return component.build(target, arguments, optimizer, namespaces=NAMESPACES, code=code)
 
 
 def _nested_schedulers(args: Mapping[str, Any], code: Path | None) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Return the schedulers within the arguments of one, which are built on the optimizer as well."""
-    found = []
+    """Return path and component of each scheduler in a scheduler's arguments, which are built on the optimizer too."""
+    schedulers = []
     for path, inner in component.nested_components(args, ("args",)):
         try:
             located = component.locate(inner["target"], code=code) if "args" in inner else None
         except ComponentError:
-            continue  # told with the other arguments
+            continue  # reported with the other arguments
         if inspect.isclass(located) and issubclass(located, LRScheduler):
-            found.append((path, inner))
-    return found
+            schedulers.append((path, inner))
+    return schedulers
 
 
 def _replaced(args: Mapping[str, Any], values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Copy arguments with other values in some places; a path begins with ``args``."""
+    """Copy arguments, with the values at some paths replaced; a path begins with ``args``."""
 
     def copy(value: Any, path: tuple[str, ...]) -> Any:
         if path in values:
@@ -192,25 +192,26 @@ def _replaced(args: Mapping[str, Any], values: Mapping[tuple[str, ...], Any]) ->
     return {key: copy(value, ("args", key)) for key, value in args.items()}
 
 
-def _in_sequence(args: Mapping[str, Any], code: Path | None) -> tuple[list[_Within], Any]:
-    """Return the schedulers of a SequentialLR and its milestones, with those of sequences within it in their place.
+def _flattened_sequence(args: Mapping[str, Any], code: Path | None) -> tuple[list[_InnerScheduler], Any]:
+    """Return the schedulers and milestones of a SequentialLR, with nested sequences flattened.
 
-    Torch's own counts a sequence within a sequence wrongly if it comes first, and raises if it comes later (2.11 to 2.13).
+    Torch counts a nested sequence wrongly if it comes first, and raises if it comes later (2.11 to 2.13).
     """
     inner, ends = _inner(args, []), args.get("milestones")
     if not isinstance(ends, list) or not all(type(end) is int for end in ends) or len(ends) != len(inner) - 1:
-        return inner, ends  # torch says what is wrong
-    listed: list[_Within] = []
+        return inner, ends  # torch reports what is wrong
+    listed: list[_InnerScheduler] = []
     milestones: list[int] = []
-    for (path, target, its_args), start, end in zip(inner, [0, *ends], [*ends, math.inf], strict=True):
+    for (path, target, target_args), start, end in zip(inner, [0, *ends], [*ends, math.inf], strict=True):
         milestones += [start] if start else []
         if not _is(SequentialLR, target, code):
-            listed.append((path, target, its_args))
+            listed.append((path, target, target_args))
             continue
-        within, its_milestones = _in_sequence(its_args, code)
-        before_end = [start + milestone for milestone in its_milestones if start + milestone < end]
+        nested, nested_milestones = _flattened_sequence(target_args, code)
+        before_end = [start + milestone for milestone in nested_milestones if start + milestone < end]
         milestones += before_end
-        listed += [(path + inner_path, its, given) for inner_path, its, given in within[: len(before_end) + 1]]
+        for inner_path, inner_target, inner_args in nested[: len(before_end) + 1]:
+            listed.append((path + inner_path, inner_target, inner_args))
     return listed, milestones
 
 
@@ -221,7 +222,7 @@ def _is(scheduler: type, target: str, code: Path | None) -> bool:
         return False
 
 
-def _is_made_of_schedulers(scheduler: Any) -> bool:
+def _is_composite(scheduler: Any) -> bool:
     return callable(scheduler) and _INNER in inspect.signature(scheduler).parameters
 
 
@@ -229,13 +230,13 @@ def _takes_optimizer_by_name(scheduler: Any) -> bool:
     return next(iter(inspect.signature(scheduler).parameters)) != "optimizer"
 
 
-def _inner(args: Mapping[str, Any], mistakes: list[ComponentError]) -> list[_Within]:
-    """Return path, target and arguments of the schedulers within; add to the mistakes what is none."""
+def _inner(args: Mapping[str, Any], mistakes: list[ComponentError]) -> list[_InnerScheduler]:
+    """Return path, target and arguments of the inner schedulers; append a mistake for each invalid one."""
     listed = args.get(_INNER, [])
     if not isinstance(listed, list):
-        mistakes.append(ComponentError("is a list of schedulers, each {target: …, args: {…}}", ("args", _INNER)))
+        mistakes.append(ComponentError("must be a list of schedulers, each {target: …, args: {…}}", ("args", _INNER)))
         return []
-    found: list[_Within] = []
+    schedulers: list[_InnerScheduler] = []
     for number, value in enumerate(listed):
         path = ("args", _INNER, str(number))
         if (
@@ -244,7 +245,7 @@ def _inner(args: Mapping[str, Any], mistakes: list[ComponentError]) -> list[_Wit
             and isinstance(value.get("target"), str)
             and isinstance(value.get("args") or {}, Mapping)
         ):
-            found.append((path, value["target"], value.get("args") or {}))
+            schedulers.append((path, value["target"], value.get("args") or {}))
         else:
-            mistakes.append(ComponentError("is a scheduler: {target: …, args: {…}}", path))
-    return found
+            mistakes.append(ComponentError("must be a scheduler: {target: …, args: {…}}", path))
+    return schedulers

@@ -1,4 +1,4 @@
-"""Steps of optimizers that are only tried out: hooks that users registered for all optimizers do not see them."""
+"""Trial steps of optimizers, which do not trigger the hooks that users registered for all optimizers."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch.optim import optimizer as torch_optimizer
 
 
 def trial_copy(optimizer: Optimizer, group: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Return an optimizer like another, of the same class and attributes, for other parameters and without a state."""
+    """Return a copy of an optimizer with the same class and attributes, other parameters and no state."""
     copy: Any = object.__new__(type(optimizer))
     copy.__dict__.update(optimizer.__dict__)
     copy._optimizer_step_pre_hooks, copy._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     copy.state = defaultdict(dict)
     copy.param_groups = [{**group, "params": list(parameters)}]
-    made: Optimizer = copy
-    return made
+    optimizer_copy: Optimizer = copy
+    return optimizer_copy
 
 
 def trial_step(optimizer: Optimizer) -> None:
-    """Step an optimizer that is only tried out: hooks of the user's for all optimizers have no part in it."""
+    """Step an optimizer without the user's global hooks."""
     hooks: tuple[dict[int, Any], ...] = (
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     )
-    kept = [dict(each) for each in hooks]
+    saved = [dict(each) for each in hooks]
     try:
         for each in hooks:
-            each.clear()  # in place: the handles that remove them know the dictionary
-        # The instance may bear one that a schedule has put there, bound to the original.
+            each.clear()  # in place: the handles that remove hooks refer to the dictionary
+        # The instance may have a step attribute set by a scheduler, bound to the original optimizer.
         type(optimizer).step(optimizer)
     finally:
-        for each, before in zip(hooks, kept, strict=True):
+        for each, before in zip(hooks, saved, strict=True):
             each.update(before)

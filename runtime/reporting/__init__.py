@@ -1,1 +1,1 @@
-"""What a run tells about itself: figures, the console, trackers."""
+"""Reporting of a run: figures, the console, trackers."""

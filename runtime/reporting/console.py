@@ -1,4 +1,4 @@
-"""What a person sees: a summary, a progress bar on a terminal or plain lines elsewhere, and a final table."""
+"""Console output: a summary, a progress bar on a terminal or plain lines elsewhere, and a final table."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from runtime.messages import print_run_messages_by
 from runtime.reporting.tracker import Tracker
 
 _RATES = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
-_UNSHOWN = {*_RATES, "peak_memory_bytes", "data_share", "slowest_rank", "slowest_rank_excess"}  # metrics.jsonl has them
-_PLACE = {"event", "split", "step", "epoch", "time"}  # of a record, beside its figures
-_CLASSES = 40  # of a table per class
-_ROWS = 12  # of the final table; the whole history is in metrics.jsonl
+_HIDDEN = {*_RATES, "peak_memory_bytes", "data_share", "slowest_rank", "slowest_rank_excess"}  # metrics.jsonl has them
+_RECORD_KEYS = {"event", "split", "step", "epoch", "time"}  # of a record, in addition to its figures
+_CLASSES = 40  # most rows of a table per class
+_ROWS = 12  # most rows of the final table; the whole history is in metrics.jsonl
 
 
 class ConsoleTracker(Tracker):
     """Shows a run on the terminal.
 
     Args:
-        progress: whether to draw a bar, if the output is a terminal.
-        classes: finds the results per class.
+        progress: whether to draw a progress bar, if the output is a terminal.
+        classes: extracts the results per class.
         earlier: records of the run's earlier starts, for the table.
     """
 
@@ -48,10 +48,10 @@ class ConsoleTracker(Tracker):
         self._rows: list[tuple[str, int, int, str, Mapping[str, Result]]] = []
         self._train_loss: tuple[int, float] | None = None  # after which step
         for record in earlier:
-            self._recall(record)
+            self._add_earlier(record)
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
-        """Print what the run is, and begin the bar."""
+        """Print a summary of the run, and start the progress bar."""
         self._console.print(f"[bold]{values['name']}[/]  {values['where']}")
         for label in ("data", "batch", "model", "update", "memory", "folder", "resumed"):
             if values.get(label):
@@ -74,7 +74,7 @@ class ConsoleTracker(Tracker):
             print_run_messages_by(self._print_above_bar)
 
     def log(self, values: Mapping[str, Result], *, step: int, epoch: int, split: str) -> None:
-        """Show a report of training; print the results of an evaluation, and keep them for the table."""
+        """Show a training report; or print the results of an evaluation, and keep them for the table."""
         if split == "train":
             self._show_training(values, step, epoch)
             return
@@ -83,10 +83,10 @@ class ConsoleTracker(Tracker):
         self._console.print(f"epoch {epoch}  step {step}  [bold]{split}[/]  {figures}", soft_wrap=True)
 
     def _show_training(self, values: Mapping[str, Result], step: int, epoch: int) -> None:
-        """Move the bar, or print a line."""
+        """Update the progress bar, or print a line."""
         loss = values.get("loss")
         self._train_loss = (step, loss) if isinstance(loss, float) else None
-        shown = [name for name in values if name not in _UNSHOWN and not name.startswith("learning_rate/")]
+        shown = [name for name in values if name not in _HIDDEN and not name.startswith("learning_rate/")]
         figures = _figures(values, shown)
         rate = next((f"{values[key]:,.0f} {unit}" for key, unit in reversed(_RATES.items()) if key in values), "")
         if self._bar is not None and self._task is not None:
@@ -97,29 +97,29 @@ class ConsoleTracker(Tracker):
                 figures=f"loss {loss:.4g}  {rate}" if isinstance(loss, float) else rate,
             )
         else:
-            # Not through rich, which takes a millisecond a line: this may be asked for at every step.
+            # Not through rich, which takes a millisecond per line: reports may be as frequent as every step.
             print(f"epoch {epoch}  step {step}  {figures}  {rate}", flush=True)
 
     def _add_row(self, split: str, step: int, epoch: int, results: Mapping[str, Result]) -> None:
-        self._rows = [row for row in self._rows if row[:2] != (split, step)]  # one that is repeated
+        self._rows = [row for row in self._rows if row[:2] != (split, step)]  # a resumed run repeats an evaluation
         self._rows.append((split, step, epoch, self._training_loss(step), results))
 
     def _training_loss(self, step: int) -> str:
-        """Return the training loss that was reported last, with its step if that is another."""
+        """Return the last reported training loss, with its step if that is another one."""
         if self._train_loss is None:
             return ""
-        reported, loss = self._train_loss
-        return f"{loss:.4f}" if reported == step else f"{loss:.4f} (step {reported})"
+        loss_step, loss = self._train_loss
+        return f"{loss:.4f}" if loss_step == step else f"{loss:.4f} (step {loss_step})"
 
-    def _recall(self, record: Mapping[str, Any]) -> None:
-        values = {name: value for name, value in record.items() if name not in _PLACE}
+    def _add_earlier(self, record: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in record.items() if name not in _RECORD_KEYS}
         if record["event"] == "evaluation":
             self._add_row(record["split"], record["step"], record["epoch"], values)
         else:
             self._train_loss = (record["step"], values["loss"]) if "loss" in values else None
 
     def rewind(self, step: int) -> None:
-        """Forget the results of later steps; the bar goes back by itself."""
+        """Drop the results of later steps; the next report moves the progress bar back."""
         self._rows = [row for row in self._rows if row[1] <= step]
         if self._train_loss is not None and self._train_loss[0] > step:
             self._train_loss = None
@@ -128,26 +128,28 @@ class ConsoleTracker(Tracker):
         self._console.print(text, soft_wrap=True, markup=False)
 
     def finish(self, outcome: str) -> None:
-        """Take the bar away and print the table."""
+        """Remove the progress bar and print the table."""
         if self._bar is not None:
             print_run_messages_by(None)
             self._bar.stop()
             self._bar = None
         if self._rows and outcome != "failed":
             self._console.print(self._table())
-            for split, results in {split: results for split, *_, results in self._rows}.items():  # the last of each
+            for split, results in {
+                split: results for split, *_, results in self._rows
+            }.items():  # the last of each split
                 table = self._class_table(split, results)
                 if table is not None:
                     self._console.print(table)
         self._rows = []
 
     def _class_table(self, split: str, results: Mapping[str, Result]) -> Table | None:
-        found = self._classes.table(results)
-        if found is None:
+        class_table = self._classes.table(results)
+        if class_table is None:
             return None
-        headings, rows = found
+        headings, rows = class_table
         left_out = max(0, len(rows) - _CLASSES)
-        caption = f"and {left_out} more; all of them are in the run folder's figures" if left_out else None
+        caption = f"and {left_out} more; the run folder's figures have all of them" if left_out else None
         table = Table(title=f"{split}, per class", title_justify="left", caption=caption, caption_justify="left")
         for heading in headings:
             table.add_column(heading, justify="left" if heading == "class" else "right")

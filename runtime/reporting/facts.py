@@ -1,4 +1,4 @@
-"""What a start of a run is, for its first record and for ``lockstep show``: sizes, versions, what gives up exactness."""
+"""Facts of one start of a run, for its first record and ``lockstep show``: sizes, versions, settings that are not exact."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def start_facts(
     step: int,
     memory: StateBytes,
 ) -> dict[str, Any]:
-    """Return the facts of one start: texts for people, numbers for the record.
+    """Return the facts of one start: text for the console, numbers for the record.
 
     Args:
-        parameters: how many elements are trained, and how many are frozen.
-        memory: what each process holds, by the formula.
-        step: steps that the run has behind it.
+        parameters: numbers of trainable and of frozen elements.
+        memory: predicted bytes of each process's state.
+        step: steps completed before this start.
     """
     steps_per_epoch = data.steps_per_epoch
     global_size, limit = loaded.values.batch.global_size, loaded.values.limit
@@ -71,42 +71,46 @@ def start_facts(
 
 
 def inexact_choices(values: RunConfiguration, objective: Objective) -> list[str]:
-    """Name what in a configuration makes the result depend on K, on the world size, or on the kind of device."""
-    found = []
+    """Return the settings that make the result depend on K, on the world size, or on the kind of device."""
+    choices = []
     if values.strategy.ddp.communication_hook:
-        found.append(f"strategy.ddp.communication_hook: gradients are sent in {values.strategy.ddp.communication_hook}")
+        choices.append(
+            f"strategy.ddp.communication_hook: gradients are sent in {values.strategy.ddp.communication_hook}"
+        )
     mixed = values.strategy.fsdp.mixed_precision
     if mixed is not None:
-        what = f"parameters travel in {mixed.parameters}, gradients in {mixed.gradients}"
-        found.append(f"strategy.fsdp.mixed_precision: {what}")
+        dtypes = f"parameters are gathered in {mixed.parameters}, gradients reduced in {mixed.gradients}"
+        choices.append(f"strategy.fsdp.mixed_precision: {dtypes}")
     if values.batch_norm == "sync":
-        found.append("batch_norm: sync normalises over the slots that run at one time, which depends on the world size")
+        choices.append(
+            "batch_norm: sync normalises over the slots that run at the same time, so it depends on the world size"
+        )
     if objective.couples_samples:
         parts = objective.parts if isinstance(objective, WeightedSum) else {}
         which = ", ".join(name for name, part in parts.items() if part.couples_samples) or values.objective.target
-        found.append(f"objective: {which} couples the samples of a slot, so the result depends on K (batch.slots)")
+        choices.append(f"objective: {which} couples the samples of a slot, so the result depends on K (batch.slots)")
     targets = [values.optimizer.target, *(group.target for group in values.optimizer.groups)]
     if any(class_name(target) == "Muon" for target in targets):
-        found.append(
-            "optimizer: Muon computes in bfloat16, which makes much of rounding: other world sizes agree to 1e-2"
+        choices.append(
+            "optimizer: Muon computes in bfloat16, which amplifies rounding: other world sizes agree to 1e-2"
         )
     if values.precision != "fp32":
-        found.append(f"precision: {values.precision} rounds differently on each kind of device")
+        choices.append(f"precision: {values.precision} rounds differently on each kind of device")
     if values.matmul != "highest":
-        found.append(f"matmul: {values.matmul} rounds differently on each kind of device")
+        choices.append(f"matmul: {values.matmul} rounds differently on each kind of device")
     if values.determinism == "fast":
-        found.append("determinism: fast, so a resumed run is equal to rounding, not bit for bit")
-    return found
+        choices.append("determinism: fast, so a resumed run is equal up to rounding, not bit for bit")
+    return choices
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions of Lockstep, torch and Python, and the commit of the working folder if it is in git."""
+    """Return the versions of Lockstep, torch and Python, and the git commit of the working directory, if any."""
     own = installed_version("lockstep-train")
     return {"lockstep": own, "torch": torch.__version__, "python": platform.python_version(), "commit": _git_commit()}
 
 
 def installed_version(package: str) -> str:
-    """Return the version of an installed package, or that there is none."""
+    """Return the version of an installed package, or ``not installed``."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -116,7 +120,7 @@ def installed_version(package: str) -> str:
 @functools.cache
 def _git_commit() -> str | None:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None

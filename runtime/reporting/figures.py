@@ -1,6 +1,6 @@
 """Tables per class, confusion matrices and curves of evaluations, as files in the run folder: ``figures/step-…/``. Rank 0.
 
-They are kept for the newest evaluation and for those whose checkpoint is kept, the best ones among them.
+They are kept for the newest evaluation and for those whose checkpoint is kept, including the best ones.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _STEP = re.compile(r"step-(\d{8})")
-_MOST_NUMBERED = 20  # classes whose counts are written into the matrix
-_MOST_NAMED = 60  # classes whose names fit beside it
+_MOST_NUMBERED = 20  # classes up to which counts are written into the matrix
+_MOST_NAMED = 60  # classes up to which names fit next to it
 _MOST_LABELS = 36  # labels with a matrix each
-_MOST_COLOURED = 10  # classes with a curve of their own colour; the others are drawn in grey
+_MOST_COLOURED = 10  # curves with a distinct colour; the others are grey
 _TITLES = {"roc": "ROC", "precision_recall": "Precision and recall"}
 _AXES = {"roc": ("false positive rate", "true positive rate"), "precision_recall": ("recall", "precision")}
 
 
 class FiguresTracker(Tracker):
-    """Writes tables and pictures at each evaluation. What cannot be written or drawn is warned of once and ends nothing.
+    """Writes tables and pictures at each evaluation. A failure to write or draw is warned of once and ends no run.
 
     Args:
         folder: the run folder.
-        classes: what is in the results.
-        pictures: whether to draw; tables are written always.
-        resumed_step: steps that the run has behind it; what is there of later ones is removed.
-        warn: called with what could not be done.
-        others: gets each picture and table once it is written.
+        classes: extracts tables, matrices and curves from the results.
+        pictures: whether to draw; tables are always written.
+        resumed_step: steps completed before this start; figures of later steps are removed.
+        warn: called with a warning.
+        others: receives each picture and table once it is written.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FiguresTracker(Tracker):
         self.rewind(resumed_step)
 
     def log(self, values: Mapping[str, Result], *, step: int, epoch: int, split: str) -> None:
-        """Write what the results of an evaluation hold, and remove what is not kept any more."""
+        """Write the figures of an evaluation, and remove those that are no longer kept."""
         if split == "train":
             return
         try:
@@ -84,20 +84,20 @@ class FiguresTracker(Tracker):
             self._warn(f"figures could not be written to {self._folder}: {error.strerror or error}")
 
     def rewind(self, step: int) -> None:
-        """Remove what is there of later steps."""
-        for found, path in self._there():
-            if found > step:
+        """Remove the figures of later steps."""
+        for figures_step, path in self._folders():
+            if figures_step > step:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _of_step(self, step: int) -> Path:
+    def _folder_of(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
 
-    def _there(self) -> list[tuple[int, Path]]:
+    def _folders(self) -> list[tuple[int, Path]]:
         paths = self._folder.glob("step-*")
         return [(int(match[1]), path) for path in paths if (match := _STEP.fullmatch(path.name)) is not None]
 
     def _drop_old(self, newest: int) -> None:
-        for step, path in self._there():
+        for step, path in self._folders():
             if step < newest and not any(self._checkpoints.glob(f"step-{step:08d}*")):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -108,32 +108,32 @@ class FiguresTracker(Tracker):
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([table[0], *table[1]])
-        path = self._of_step(step) / f"{split}-classes.csv"
+        path = self._folder_of(step) / f"{split}-classes.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.getvalue())
         self._others.log_artifact(f"{split}/classes", path, step=step)
 
     def _write_picture(self, name: str, draw: Callable[[], Figure], *, step: int, split: str) -> None:
-        path = self._of_step(step) / f"{split}-{name}.png"
+        path = self._folder_of(step) / f"{split}-{name}.png"
         _save(draw(), path)
         self._others.log_figure(name, path, step=step, split=split)
 
     def _drawings(self, results: Mapping[str, Result], title: str) -> list[tuple[str, Callable[[], Figure]]]:
         names = self._classes.class_names
-        found: list[tuple[str, Callable[[], Figure]]] = []
+        drawings: list[tuple[str, Callable[[], Figure]]] = []
         for name, matrix in self._classes.confusions(results):
             labels = names(len(matrix))
-            found.append((name, partial(confusion_figure, matrix, labels, title)))
+            drawings.append((name, partial(confusion_figure, matrix, labels, title)))
         for name, matrices in self._classes.label_confusions(results):
             labels = names(len(matrices))
-            found.append((name, partial(label_confusions_figure, matrices, labels, title)))
+            drawings.append((name, partial(label_confusions_figure, matrices, labels, title)))
         for name, kind, lines in self._classes.curves(results):
-            found.append((name, partial(curves_figure, kind, lines, title)))
-        return found
+            drawings.append((name, partial(curves_figure, kind, lines, title)))
+        return drawings
 
 
 def confusion_figure(matrix: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Figure:
-    """Draw a confusion matrix: colour is the share of the true class, so that rare classes are as visible as others.
+    """Draw a confusion matrix: colour is the share of the true class, so rare classes are as visible as frequent ones.
 
     Args:
         matrix: rows are true classes, columns predicted ones; counts, or shares.
@@ -158,10 +158,10 @@ def confusion_figure(matrix: Sequence[Sequence[float]], names: Sequence[str], ti
 
 
 def label_confusions_figure(matrices: Sequence[Sequence[Sequence[float]]], names: Sequence[str], title: str) -> Figure:
-    """Draw the confusion matrix of each label, absent against present; of many labels the first.
+    """Draw the 2×2 confusion matrix of each label (absent, present), for the first labels if there are many.
 
     Args:
-        matrices: (labels, 2, 2); rows are what is true, columns what was predicted; counts, or shares.
+        matrices: (labels, 2, 2); rows are true values, columns predicted ones; counts, or shares.
         names: of the labels.
         title: below the heading.
     """
@@ -175,12 +175,12 @@ def label_confusions_figure(matrices: Sequence[Sequence[Sequence[float]]], names
     figure.suptitle(f"Confusion matrices{left_out}\n{title}", fontsize=11)
     figure.supxlabel("predicted", fontsize=10)
     figure.supylabel("true", fontsize=10)
-    for place, (matrix, name) in enumerate(zip(matrices[:shown], names, strict=False)):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    for index, (matrix, name) in enumerate(zip(matrices[:shown], names, strict=False)):
+        axes = figure.add_subplot(rows, columns, index + 1)
         _draw_cells(axes, matrix)
         axes.set_title(name, fontsize=9)
         axes.set_xticks((0, 1), ("no", "yes"), fontsize=8)
-        axes.set_yticks((0, 1), ("no", "yes") if place % columns == 0 else ("", ""), fontsize=8)
+        axes.set_yticks((0, 1), ("no", "yes") if index % columns == 0 else ("", ""), fontsize=8)
     return figure
 
 

@@ -1,7 +1,7 @@
-"""What a run measures about itself between two reports; the device is waited for only when they are read.
+"""Loss, throughput and time measurements between two reports; synchronises with the device only when they are read.
 
-Who holds the others up cannot be seen from the time of a step: in the gradients' all-reduce all wait for the slowest. It is
-seen from the time that each rank spends by itself, reading data and running forward (on a GPU: launching it).
+A straggler does not show in step times: in the gradients' all-reduce every rank waits for the slowest. It shows in the time
+that each rank spends alone, reading data and running forward (on a GPU: launching it).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from runtime.evaluation.metrics import MetricSet, Result
 from runtime.objective import Loss, Objective, Weight, add_weights, starting_gradient
 
 _HELD = 64
-_ALONE = ("data", "forward")  # phases in which no rank waits for another
+_INDEPENDENT_PHASES = ("data", "forward")  # in which no rank waits for another
 
 
 class PhaseTimes:
-    """Adds up how long this rank's main thread is in each phase, and passes on where it is."""
+    """Sums the time of this rank's main thread in each phase, and updates its :class:`CurrentPhase`."""
 
     def __init__(self, position: CurrentPhase) -> None:
         self._position = position
@@ -46,18 +46,18 @@ class PhaseTimes:
 class TrainingMeter:
     """The training loss and its parts since the last report, the throughput, and norm and learning rates of the last update.
 
-    Losses of steps whose update was not applied are left out. What was summed since the last report is part of the run's
-    state, so that the report after a resumption covers the steps before it as well. Times are those of this start.
+    Losses of steps whose update was not applied are left out. The sums since the last report are part of the run's state, so
+    the report after a resumption also covers the steps before it. Times are those of this start.
 
     Args:
-        device: where losses are.
-        objective: tells what the weight counts, and the metrics' input.
-        metrics: computed on training batches too; empty if not asked for.
-        times: where this rank's time goes.
+        device: of the losses.
+        objective: defines what the weight counts, and the metrics' input.
+        metrics: also computed on training batches; empty unless configured.
+        times: this rank's time per phase.
         groups: names of the optimizer's parameter groups.
 
     Attributes:
-        seconds: what lay between the last two reports.
+        seconds: between the last two reports.
     """
 
     seconds = 0.0
@@ -76,9 +76,9 @@ class TrainingMeter:
         self._times = times
         self._groups = groups
         self._weight: Weight
-        self._held: dict[str, list[Tensor]]  # steps not yet in the sums: an addition each would cost 5 µs
-        self._sums: dict[str, Tensor]  # in float64
-        self._carried: dict[str, float]  # sums of earlier starts with other numbers of ranks; equal on all
+        self._held: dict[str, list[Tensor]]  # steps not yet in the sums: one addition per step would cost 5 µs
+        self._sums: dict[str, Tensor]  # float64
+        self._carried: dict[str, float]  # sums of earlier starts with another world size; equal on all ranks
         self._step: dict[str, Tensor] = {}
         self._paused_at: float | None = None
         self._grad_norm: Tensor | None = None
@@ -86,12 +86,12 @@ class TrainingMeter:
         self._reset()
 
     def start(self) -> None:
-        """Begin to measure time: training begins here."""
+        """Start the clock: training begins here."""
         self._start_clock()
         self._paused_at = None
 
     def add(self, loss: Loss, batch: Any) -> None:
-        """Take in one real slot of the current step."""
+        """Add one non-filler slot of the current step."""
         self._add("loss", loss.sum)
         for name, part in loss.parts.items():
             self._add(name, part)
@@ -103,7 +103,7 @@ class TrainingMeter:
         self._step[name] = self._step[name] + value if name in self._step else value
 
     def step_loss(self, weight: Weight) -> float:
-        """Return the part of the current step's mean loss that this rank's slots make up. Waits for the device.
+        """Return this rank's share of the current step's mean loss. Synchronises with the device.
 
         Args:
             weight: of the whole step.
@@ -114,7 +114,7 @@ class TrainingMeter:
         return float((loss_sum * starting_gradient(loss_sum, weight)).sum())
 
     def note_learning_rates(self, rates: Sequence[float]) -> None:
-        """Take in the rates of all groups for the update that is about to be made, if it will be reported."""
+        """Record all groups' rates for the next update, if it will be reported."""
         self._learning_rates = {"learning_rate": rates[0]}
         if len(rates) > 1:
             self._learning_rates |= {
@@ -122,12 +122,12 @@ class TrainingMeter:
             }
 
     def end_step(self) -> dict[str, Tensor]:
-        """Return the step's sums, and begin another step."""
+        """Return the step's sums, and start the next step."""
         sums, self._step = self._step, {}
         return sums
 
     def settle(self, window: Window, sums: Mapping[str, Tensor], *, applied: bool, grad_norm: Tensor | None) -> None:
-        """Take in a step, its losses and its gradient's norm only if its update was applied."""
+        """Record a finished step; its losses and gradient norm only if its update was applied."""
         self._samples += window.samples
         self._grad_norm = grad_norm if applied else None
         if not applied:
@@ -141,28 +141,28 @@ class TrainingMeter:
         self._weight = add_weights(self._weight, window.weight)
 
     def pause(self) -> None:
-        """Stop the clock: what follows is not training."""
+        """Pause the clock: what follows is not training."""
         self._paused_at = time.monotonic()
 
     def resume(self) -> None:
-        """Let the clock go on."""
+        """Resume the clock."""
         if self._paused_at is not None:
             self._since += time.monotonic() - self._paused_at
             self._paused_at = None
 
     def read(self, *, forget: bool = True) -> dict[str, Result]:
-        """Return what was measured, equal on every rank but for times. Collective: every rank must call this.
+        """Return the measurements, equal on every rank except for times. Collective: every rank must call this.
 
         Args:
             forget: whether the next report begins here.
         """
-        # Waits for the device, once per report.
-        # Of an objective with several sums, each is a part of its own as well.
+        # Synchronises with the device once per report.
+        # Of an objective with several sums, each is also a part by itself.
         sums = {name: float(total) for name in self._held if (total := self._sum(name)).ndim == 0}
-        alone = {phase: self._times.seconds.get(phase, 0.0) for phase in _ALONE}
-        payload = json.dumps([sums, alone, peak_memory_bytes(self._device)]).encode()
-        told = [json.loads(reply) for reply in gather_bytes(payload, self._device)]
-        summed = sum_in_order([self._carried, *(sums for sums, _, _ in told)])
+        busy = {phase: self._times.seconds.get(phase, 0.0) for phase in _INDEPENDENT_PHASES}
+        payload = json.dumps([sums, busy, peak_memory_bytes(self._device)]).encode()
+        ranks = [json.loads(reply) for reply in gather_bytes(payload, self._device)]
+        summed = sum_in_order([self._carried, *(sums for sums, _, _ in ranks)])
         self.seconds = seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
         report |= self._objective.means(summed, self._weight)
@@ -172,15 +172,15 @@ class TrainingMeter:
         report["samples_per_second"] = self._samples / seconds
         if self._objective.unit == "tokens" and isinstance(self._weight, float):
             report["tokens_per_second"] = (self._weight - self._weight_before) / seconds
-        report |= _shares([alone for _, alone, _ in told], seconds)
-        report["peak_memory_bytes"] = max(peak for _, _, peak in told)
+        report |= _shares([busy for _, busy, _ in ranks], seconds)
+        report["peak_memory_bytes"] = max(peak for _, _, peak in ranks)
         report |= self._metrics.compute()
         if forget:
             self._reset()
         return report
 
     def state(self) -> dict[str, Any]:
-        """Return what was summed since the last report. Waits for the device. Collective: every rank must call this."""
+        """Return the sums since the last report. Synchronises with the device. Collective: every rank must call this."""
         own = {
             name: {
                 "sum": self._sums[name].item() if name in self._sums else None,
@@ -192,26 +192,26 @@ class TrainingMeter:
         ranks = [json.loads(reply) for reply in gather_bytes(json.dumps(own).encode(), self._device)]
         return {"ranks": ranks, "carried": self._carried, "weight": self._weight, "metrics": self._metrics.state()}
 
-    def go_on_from(self, state: Mapping[str, Any], *, rank: int, world_size: int) -> None:
-        """Go on from a state, of any number of ranks; with as many ranks the next report is the same bit for bit."""
+    def load_state(self, state: Mapping[str, Any], *, rank: int, world_size: int) -> None:
+        """Restore a state from any world size; from the same world size the next report is equal bit for bit."""
         self.forget()
         ranks: list[Mapping[str, Any]] = state["ranks"]
         self._carried = dict(state["carried"])
         if len(ranks) == world_size:
             self._sums, self._held = {}, {}
-            for name, told in ranks[rank].items():
-                if told["sum"] is not None:
-                    self._sums[name] = self._on_device(told["sum"])
-                self._held[name] = [self._on_device(value) for value in told["held"]]
+            for name, stored in ranks[rank].items():
+                if stored["sum"] is not None:
+                    self._sums[name] = self._on_device(stored["sum"])
+                self._held[name] = [self._on_device(value) for value in stored["held"]]
         else:
-            totals = [{name: (told["sum"] or 0.0) + sum(told["held"]) for name, told in own.items()} for own in ranks]
+            totals = [{name: (part["sum"] or 0.0) + sum(part["held"]) for name, part in own.items()} for own in ranks]
             self._carried = sum_in_order([self._carried, *totals])
         weight = state["weight"]
         self._weight = tuple(weight) if isinstance(weight, list | tuple) else float(weight)
-        self._metrics.go_on_from(state["metrics"])
+        self._metrics.load_state(state["metrics"])
 
     def forget(self) -> None:
-        """Begin the next report here."""
+        """Drop all measurements: the next report begins here."""
         self._step = {}
         self._reset()
 
@@ -236,27 +236,31 @@ class TrainingMeter:
 
     def _start_clock(self) -> None:
         self._samples = 0
-        self._weight_before = self._weight if isinstance(self._weight, float) else 0.0  # consumed by earlier starts
+        self._weight_before = self._weight if isinstance(self._weight, float) else 0.0  # of earlier starts
         self._times.seconds.clear()
         self._since = time.monotonic()
 
 
 def peak_memory_bytes(device: torch.device) -> float:
-    """Return the most that torch has held on a GPU; on a CPU the most that the process has held, Python included."""
+    """Return torch's peak allocation on a GPU; on a CPU the peak resident memory of the whole process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def _shares(alone: list[dict[str, float]], seconds: float) -> dict[str, Result]:
-    """Return the largest share of the time that a rank waited for data and, with several ranks, who holds the others up.
+def _shares(ranks: list[dict[str, float]], seconds: float) -> dict[str, Result]:
+    """Return the largest share of the time that a rank waited for data and, with several ranks, the slowest rank.
 
-    ``slowest_rank_excess`` is how much more of the time that rank was busy by itself than the middle one of the ranks.
+    ``slowest_rank_excess`` is the share of the time that this rank was busy beyond the median rank.
+
+    Args:
+        ranks: seconds per independent phase of each rank.
+        seconds: the whole time.
     """
-    shares: dict[str, Result] = {"data_share": max(times["data"] for times in alone) / seconds}
-    if len(alone) > 1:
-        busy = [sum(times.values()) for times in alone]
+    shares: dict[str, Result] = {"data_share": max(times["data"] for times in ranks) / seconds}
+    if len(ranks) > 1:
+        busy = [sum(times.values()) for times in ranks]
         slowest = max(range(len(busy)), key=busy.__getitem__)
         excess = (busy[slowest] - statistics.median_low(busy)) / seconds
         shares |= {"slowest_rank": float(slowest), "slowest_rank_excess": excess}

@@ -1,4 +1,4 @@
-"""Passes what a run reports on to its trackers, and its messages to the logger as well. Rank 0 alone has trackers."""
+"""Forwards a run's reports to its trackers, and its messages to the logger too. Only rank 0 has trackers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _LOGGER = logging.getLogger("lockstep.run")
 
 
 class Reporter(Tracker):
-    """Several trackers as one. One that raises is warned of, and left out from then on: the run goes on.
+    """Several trackers as one. A tracker that raises is warned of and no longer called; the run continues.
 
-    Messages that come before the summary follow once it was logged; on ranks other than 0 they are dropped.
+    Messages from before the summary are sent once it is logged; on ranks other than 0 they are dropped.
     """
 
     def __init__(self) -> None:
         self._trackers: list[Tracker] = []
         self._early: list[tuple[int, str]] = []
-        self._begun = False
+        self._summary_logged = False
 
     def open(self, trackers: Sequence[Tracker], run: TrackedRun) -> None:
-        """Start trackers, and pass on to them from now on."""
+        """Start trackers, and forward to them from now on."""
         self._trackers = list(trackers)
         self.start(run)
 
@@ -38,10 +38,10 @@ class Reporter(Tracker):
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """See :class:`Tracker`."""
         self._each(lambda tracker: tracker.log_summary(values))
-        self._begun = True
+        self._summary_logged = True
         early, self._early = self._early, []
         for level, text in early:
-            self._tell(level, text)
+            self._emit(level, text)
 
     def log(self, values: Mapping[str, Result], *, step: int, epoch: int, split: str) -> None:
         """See :class:`Tracker`."""
@@ -69,29 +69,29 @@ class Reporter(Tracker):
         self._trackers = []
 
     def message(self, text: str) -> None:
-        """Tell people one line: through the logger, and to the trackers."""
-        self._tell(logging.INFO, text)
+        """Send one line to the logger and the trackers."""
+        self._emit(logging.INFO, text)
 
     def warn(self, text: str) -> None:
-        """Warn people in one line, likewise."""
-        self._tell(logging.WARNING, text)
+        """Send a one-line warning to the logger and the trackers."""
+        self._emit(logging.WARNING, text)
 
-    def _tell(self, level: int, text: str) -> None:
-        if not self._begun:
+    def _emit(self, level: int, text: str) -> None:
+        if not self._summary_logged:
             self._early.append((level, text))
             return
         _LOGGER.log(level, text)
         self.log_message(f"warning: {text}" if level == logging.WARNING else text)
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in tuple(self._trackers):
             try:
-                act(tracker)
+                call(tracker)
             except Exception as error:
                 self._trackers = [kept for kept in self._trackers if kept is not tracker]
-                self.warn(f"{type(tracker).__qualname__} stopped working ({reason(error)}); going on without it")
+                self.warn(f"{type(tracker).__qualname__} stopped working ({reason(error)}); continuing without it")
 
 
 def reason(error: Exception) -> str:
-    """Return an error in one line."""
+    """Return an error's type and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""Who holds the others up, told once until another does."""
+"""Warns of a straggler, once until the slowest rank changes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 from runtime.evaluation.metrics import Result
 
-_EXCESS = 0.2  # of the time between two reports; less is noise, and so is what shorter times tell
+_EXCESS = 0.2  # share of the time between two reports; less is noise, as is any excess over shorter times
 _LEAST_SECONDS = 1.0
 
 
 class Stragglers:
-    """Judges the figures of each report."""
+    """Detects stragglers in the figures of each report."""
 
     def __init__(self) -> None:
-        self._named: Result | None = None
+        self._reported: Result | None = None
 
     def message(self, figures: Mapping[str, Result], seconds: float) -> str | None:
-        """Return what to tell of the slowest rank, or None if there is nothing new.
+        """Return a warning about the slowest rank, or None if there is nothing new.
 
         Args:
             figures: of a report; see :mod:`runtime.reporting.meters`.
@@ -26,10 +26,10 @@ class Stragglers:
         excess = figures.get("slowest_rank_excess", 0.0)
         if not isinstance(excess, float) or excess <= _EXCESS or seconds <= _LEAST_SECONDS:
             return None
-        if figures["slowest_rank"] == self._named:
+        if figures["slowest_rank"] == self._reported:
             return None
-        self._named = figures["slowest_rank"]
+        self._reported = figures["slowest_rank"]
         return (
-            f"rank {self._named:g} holds the others up: of the last steps' time it was busy with its own data and "
-            f"forward passes {excess:.0%} more than the middle rank"
+            f"rank {self._reported:g} is the slowest: it spent {excess:.0%} more of the last steps' time than the median "
+            "rank on data loading and forward passes"
         )

@@ -1,4 +1,4 @@
-"""What a tracker is: somewhere that a run's figures go, such as a file, a terminal or a server. Imports no torch."""
+"""The tracker interface: a destination of a run's figures, such as a file, a terminal or a server. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """The run that a tracker is to follow.
+    """The run that a tracker follows.
 
     Args:
         name: as configured.
-        id: the same at every start of the run, and unlike that of any other.
-        folder: the run folder, which is there.
+        id: unique to the run, and the same at every start of it.
+        folder: the run folder, which exists.
         configuration: the resolved configuration, without secrets.
-        step: steps that the run has behind it; 0 unless it is resumed.
+        step: steps completed before this start; 0 unless the run is resumed.
     """
 
     name: str
@@ -31,45 +31,45 @@ class TrackedRun:
 
 
 class Tracker:
-    """Takes what a run reports. Every method does nothing by default: a tracker overrides those that it needs.
+    """Base class of trackers. Every method does nothing by default: a tracker overrides those that it needs.
 
-    Rank 0 alone makes trackers and calls them, while the other ranks wait. A tracker that raises ends no run: the run warns of
-    it once and calls it no more. The methods are called in this order: ``start``, ``log_summary``, any of the others,
+    Only rank 0 constructs and calls trackers, while the other ranks wait. A tracker that raises does not end the run: the run
+    warns once and stops calling it. The methods are called in this order: ``start``, ``log_summary``, any of the others,
     ``finish``.
     """
 
     def start(self, run: TrackedRun) -> None:
-        """Open what is written to. A resumed run starts again, with the same ``run.id`` and ``run.folder``."""
+        """Open the destination. A resumed run calls this again, with the same ``run.id`` and ``run.folder``."""
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
-        """Take what this start of the run is: texts for people, numbers, versions; all of it can be written as JSON."""
+        """Log the facts of this start of the run: text, numbers, versions; all of it serialisable as JSON."""
 
     def log(self, values: Mapping[str, Result], *, step: int, epoch: int, split: str) -> None:
-        """Take a report of training or the results of an evaluation.
+        """Log a training report or the results of an evaluation.
 
         Args:
             values: by name: numbers, and lists of numbers (values per class, matrices, curves); see :func:`scalars`.
             step: global batches consumed, from 1.
-            epoch: that the step belongs to, from 1.
+            epoch: of the step, from 1.
             split: ``train``, ``validation`` or ``test``.
         """
 
     def log_figure(self, name: str, path: Path, *, step: int, split: str) -> None:
-        """Take a picture of an evaluation: a PNG file, which later evaluations may remove."""
+        """Log a picture of an evaluation: a PNG file, which later evaluations may remove."""
 
     def log_artifact(self, name: str, path: Path, *, step: int) -> None:
-        """Take a file of the run folder that is complete, such as ``config.yaml``, made after ``step`` steps."""
+        """Log a complete file of the run folder, such as ``config.yaml``, made after ``step`` steps."""
 
     def log_message(self, text: str) -> None:
-        """Take one line for people; a warning begins with ``warning:``. Printing it is not a tracker's affair."""
+        """Log one line of text; a warning begins with ``warning:``. It is also printed, not by trackers."""
 
     def rewind(self, step: int) -> None:
-        """Forget what came after this step: the run goes back to it, and takes later steps again."""
+        """Drop everything after this step: the run was rolled back to it, and repeats the later steps."""
 
     def finish(self, outcome: str) -> None:
         """Close; ``outcome`` is ``finished``, ``stopped`` (the run can be resumed) or ``failed``. Called once."""
 
 
 def scalars(values: Mapping[str, Result]) -> dict[str, float]:
-    """Return those of the values that are single numbers."""
+    """Return the values that are single numbers."""
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

@@ -1,7 +1,7 @@
-"""The trackers that Lockstep brings, one row each: name to what makes it of a run, or None where it is not wanted.
+"""Table of the built-in trackers: name to a function that constructs the tracker, or returns None where it is not configured.
 
-A further one is a class in a file of its own and a row here, with a key in ``runtime/config/reporting.py`` if it has settings.
-A user's own needs neither: ``reporting.trackers`` in the YAML names it.
+To add one, write a class in a separate file and a row here, and a key in ``runtime/config/reporting.py`` if it has settings.
+A user's tracker needs neither: it is listed in ``reporting.trackers`` in the YAML.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from runtime.reporting.tracker import TrackedRun, Tracker
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerInputs:
-    """What a tracker can be made of.
+    """Inputs for constructing a tracker.
 
     Args:
         run: the run.
         section: ``reporting`` in the YAML.
-        pictures: whether evaluations are to be drawn.
-        classes: finds the results per class.
-        records: ``metrics.jsonl``, which was opened before all others since without it there is no run.
-        reporter: takes warnings, and passes on to every tracker what one of them makes.
+        pictures: whether to draw figures of evaluations.
+        classes: extracts the results per class.
+        records: ``metrics.jsonl``, opened before all others because a run requires it.
+        reporter: receives warnings, and forwards files made by one tracker to all.
     """
 
     run: TrackedRun
@@ -39,34 +39,34 @@ class TrackerInputs:
     reporter: Reporter
 
 
-def _console(given: TrackerInputs) -> Tracker:
-    return ConsoleTracker(progress=given.section.progress, classes=given.classes, earlier=given.records.earlier)
+def _console(inputs: TrackerInputs) -> Tracker:
+    return ConsoleTracker(progress=inputs.section.progress, classes=inputs.classes, earlier=inputs.records.earlier)
 
 
-def _figures(given: TrackerInputs) -> Tracker:
-    run, reporter = given.run, given.reporter
+def _figures(inputs: TrackerInputs) -> Tracker:
+    run, reporter = inputs.run, inputs.reporter
     return FiguresTracker(
-        run.folder, given.classes, pictures=given.pictures, resumed_step=run.step, warn=reporter.warn, others=reporter
+        run.folder, inputs.classes, pictures=inputs.pictures, resumed_step=run.step, warn=reporter.warn, others=reporter
     )
 
 
-def _wandb(given: TrackerInputs) -> Tracker | None:
-    if given.section.wandb is None:
+def _wandb(inputs: TrackerInputs) -> Tracker | None:
+    if inputs.section.wandb is None:
         return None
     from runtime.reporting.wandb_tracker import WandbTracker
 
-    return WandbTracker(given.section.wandb, warn=given.reporter.warn, classes=given.classes)
+    return WandbTracker(inputs.section.wandb, warn=inputs.reporter.warn, classes=inputs.classes)
 
 
 TRACKERS: dict[str, Callable[[TrackerInputs], Tracker | None]] = {
     "console": _console,
-    "metrics.jsonl": lambda given: given.records,
+    "metrics.jsonl": lambda inputs: inputs.records,
     "figures": _figures,
     "wandb": _wandb,
 }
-"""They are called in this order."""
+"""In the order in which they are called."""
 
 
-def make_trackers(given: TrackerInputs) -> list[Tracker]:
-    """Make those trackers of the table that are wanted."""
-    return [tracker for make in TRACKERS.values() if (tracker := make(given)) is not None]
+def make_trackers(inputs: TrackerInputs) -> list[Tracker]:
+    """Construct the configured trackers of the table."""
+    return [tracker for make in TRACKERS.values() if (tracker := make(inputs)) is not None]

@@ -1,4 +1,4 @@
-"""Weights & Biases through its SDK, on rank 0, with one run id for the whole life of a run."""
+"""Weights & Biases through its SDK, on rank 0, with one run id for all starts of a run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from runtime.evaluation.metrics import Result
 from runtime.reporting.reporter import reason
 from runtime.reporting.tracker import TrackedRun, Tracker, scalars
 
-_INIT_SECONDS = 6.0  # W&B's own 90 s would keep all ranks waiting, for a server that does not answer
-_FINISH_SECONDS = 60.0  # to upload what is left at the end; W&B's own is without end
+_INIT_SECONDS = 6.0  # with W&B's default of 90 s all ranks would wait for a server that does not answer
+_FINISH_SECONDS = 60.0  # to upload the rest at the end; W&B has no timeout by default
 
 
 class WandbTracker(Tracker):
-    """Sends figures to W&B, whose failure never ends a run: it is warned of once, and ``metrics.jsonl`` has everything.
+    """Sends figures to W&B. A failure of W&B never ends a run: it is warned of once, and ``metrics.jsonl`` has everything.
 
     Args:
-        section: the configuration's section.
-        warn: takes a line about what W&B could not do.
-        classes: finds the results per class.
+        section: ``reporting.wandb`` in the YAML.
+        warn: called with a one-line warning.
+        classes: extracts the results per class.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class WandbTracker(Tracker):
         self._mode = section.mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
 
     def start(self, run: TrackedRun) -> None:
-        """Begin or resume W&B's run; offline, if its server cannot be used."""
+        """Start or resume the W&B run; offline if the server cannot be used."""
         try:
             self._begin(run)
         except Exception as error:
             if self._mode != "online":
-                self._warn(f"W&B could not be started ({reason(error)}); going on without it")
+                self._warn(f"W&B could not be started ({reason(error)}); continuing without it")
                 return
             self._run, self._mode = None, "offline"
             try:
@@ -62,12 +62,12 @@ class WandbTracker(Tracker):
                     self._wandb.teardown()  # its service would still hold the run's id (wandb 0.31)
                 self._begin(run)
             except Exception as second:
-                self._warn(f"W&B could not be started ({reason(second)}); going on without it")
+                self._warn(f"W&B could not be started ({reason(second)}); continuing without it")
                 return
             self._warn(f"W&B's server cannot be used ({reason(error)}); the run is recorded offline")
 
     def _begin(self, run: TrackedRun) -> None:
-        more = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _INIT_SECONDS}
+        timeout = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _INIT_SECONDS}
         self._run = self._wandb.init(
             project=self._section.project,
             entity=self._section.entity,
@@ -79,16 +79,16 @@ class WandbTracker(Tracker):
             config=dict(run.configuration),
             mode=self._mode,
             settings=self._wandb.Settings(
-                silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True, **more
+                silent=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True, **timeout
             ),
         )
-        # W&B's own step must only grow and drops the rest; a run that was killed or rolled back takes steps again.
+        # W&B's built-in step must increase and drops other rows; a run that was killed or rolled back repeats steps.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._sync_folder = str(self._run.settings.sync_dir)
 
     def log(self, values: Mapping[str, Result], *, step: int, epoch: int, split: str) -> None:
-        """Log the numbers, and the table per class of an evaluation."""
+        """Log the numbers and, for an evaluation, the table per class."""
         numbers = {f"{split}/{name}": value for name, value in scalars(values).items()}
         self._log(step, lambda: {"epoch": epoch, **numbers})
         table = self._classes.table(values) if split != "train" else None
@@ -101,20 +101,20 @@ class WandbTracker(Tracker):
         self._log(step, lambda: {f"{split}/{name}": self._wandb.Image(str(path))})
 
     def finish(self, outcome: str) -> None:
-        """Finish the run; a run that was stopped can be resumed under the same id."""
+        """Finish the W&B run; a stopped run can be resumed under the same id."""
         if self._run is None:
             return
         try:
             self._run.finish(exit_code=0 if outcome != "failed" else 1)
         except TimeoutError:
             self._warn(
-                f"W&B's server has not taken all within {_FINISH_SECONDS:g} s; upload the rest with: {self._sync}"
+                f"uploading to W&B did not finish within {_FINISH_SECONDS:g} s; upload the rest with: {self._sync}"
             )
         except Exception as error:
-            self._warn(f"W&B could not be finished ({reason(error)}); upload what it has with: {self._sync}")
+            self._warn(f"W&B could not be finished ({reason(error)}); upload its local records with: {self._sync}")
         else:
             if self._mode == "offline":
-                self._warn(f"W&B has this run offline only; upload it with: {self._sync}")
+                self._warn(f"W&B recorded this run offline; upload it with: {self._sync}")
         self._run = None
 
     @property
@@ -129,7 +129,7 @@ class WandbTracker(Tracker):
         except Exception as error:  # a dying wandb-core raises ConnectionResetError and others
             self._run = None
             self._warn(
-                f"W&B stopped working ({reason(error)}); going on without it. Upload what it has with: {self._sync}"
+                f"W&B stopped working ({reason(error)}); continuing without it. Upload its local records with: {self._sync}"
             )
 
 

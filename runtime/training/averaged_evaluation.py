@@ -67,7 +67,7 @@ class AveragedEvaluation:
             statistics = self._computed(average, progress, stop_requested)
             if statistics is None:
                 return None
-            average.take_statistics(statistics, lasting=always and not extra)
+            average.set_statistics(statistics, lasting=always and not extra)
         if evaluator is None:
             return {}
         if not self._wanted:

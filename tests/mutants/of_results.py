@@ -170,7 +170,7 @@ MUTANTS = (
     Mutant(
         "metrics: merged states stay in the metric",
         _METRICS,
-        "            for part, state in zip(parts, own, strict=True):\n                state.put_into(part)\n",
+        "            for part, state in zip(parts, before, strict=True):\n                state.put_into(part)\n",
         "            pass\n",
         ("tests/test_metrics.py::test_a_look_at_the_figures_changes_nothing_and_an_evaluation_begins_anew",),
     ),

@@ -261,7 +261,7 @@ MUTANTS = (
     Mutant(
         "averaging: raw weights do not come back after an evaluation",
         _AVERAGING,
-        "                    place.copy_(value)\n",
+        "                    tensor.copy_(value)\n",
         "                    pass\n",
         ("tests/test_averaging.py::test_an_average_warms_up_begins_and_waits_as_its_formula_says",),
     ),
