@@ -1,4 +1,4 @@
-"""The one place where the configuration's ``strategy.kind`` becomes a strategy."""
+"""Builds the strategy of ``strategy.kind``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from runtime.strategies import Strategy
 
 
 def build_strategy(loaded: LoadedConfiguration) -> Strategy:
-    """Bring the processes together and return how they share the work. Collective.
+    """Join the process group and return the strategy. Collective: every rank must call this.
 
     Raises:
-        torch.distributed.DistError: they did not come together within ``limit.stall_seconds``.
-        ConfigurationError: this machine, or the process group, cannot do what is asked for.
+        torch.distributed.DistError: the rendezvous timed out after ``limit.stall_seconds``.
+        ConfigurationError: the options do not fit this machine or the process group.
     """
     values = loaded.values
     if values.strategy.kind == "zero":

@@ -49,7 +49,7 @@ class Locations:
         return self.folder / Path(path).expanduser()
 
     @contextmanager
-    def blamed(self, *key: str) -> Iterator[None]:
+    def errors_at(self, *key: str) -> Iterator[None]:
         """Raise mistakes of a component as errors of the key that it stands under."""
         try:
             yield
