@@ -1,4 +1,4 @@
-"""Lockstep from Python: the names that programs and users' own modules may rely on.
+"""The public Python API of Lockstep, for programs and users' own modules.
 
     import lockstep
 
@@ -6,8 +6,7 @@
     lockstep.evaluate(result.folder, checkpoint="best:accuracy").results
     lockstep.predict(result.folder, split="validation", output="digits.csv")
 
-Whatever is not listed here may change its name or place. Names are imported when they are first used: importing this package
-imports no torch.
+Anything not exported here may be renamed or moved. Exports are imported lazily: importing this package does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The errors that :func:`lockstep.train` and its like raise: one tree, of which :class:`LockstepError` is the root."""
+"""Exceptions of the public API; :class:`LockstepError` is the base class of all."""
 
 from runtime.errors import (
     CheckpointError,

@@ -1,4 +1,4 @@
-"""How much of torch's speed is given up so that the same step gives the same bits."""
+"""Torch's determinism and matmul precision settings for a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def determinism(mode: Literal["strict", "fast"], matmul: Literal["highest", "high", "medium"]) -> Iterator[None]:
-    """Set torch's switches for the length of a run and put them back.
+    """Set torch's determinism settings for the duration of a run and restore them afterwards.
 
     ``strict``: deterministic algorithms or an error naming the operation, no cuDNN benchmarking, a fixed cuBLAS workspace,
     one NCCL algorithm, and eager's random numbers in compiled code. Enter before the first use of a GPU.
@@ -28,7 +28,7 @@ def determinism(mode: Literal["strict", "fast"], matmul: Literal["highest", "hig
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True)
-        # Filling every new tensor would cost a pass over it; nothing here reads memory it has not written.
+        # Filling costs a pass over every new tensor; nothing here reads uninitialized memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     try:
@@ -41,5 +41,5 @@ def determinism(mode: Literal["strict", "fast"], matmul: Literal["highest", "hig
 
 
 def default_determinism() -> Literal["strict", "fast"]:
-    """Strict costs next to nothing on a CPU, and much on a GPU."""
+    """Return the default mode: strict is nearly free on a CPU, and slow on a GPU."""
     return "fast" if torch.cuda.is_available() else "strict"

@@ -1,26 +1,26 @@
-"""Everything that can go wrong for a user, as one tree.
+"""The exception hierarchy for errors reported to users.
 
-LockstepError                     one clear message, never a traceback; ``exit_code`` says how a process ends
+LockstepError                     one clear message, never a traceback; ``exit_code`` is the process's exit status
  ├── ConfigurationError           mistakes in the YAML or on the command line, all at once (exit code 2)
- ├── MissingDependencyError       an optional package is asked for and not installed (exit code 2)
- ├── WorldSizeError               the processes that run are not the ones that were asked for (exit code 2)
+ ├── MissingDependencyError       an optional package is needed and not installed (exit code 2)
+ ├── WorldSizeError               the world size is not the requested one (exit code 2)
  ├── RunFolderError               the run folder belongs to another run, or cannot be written
  ├── CheckpointError              a checkpoint is damaged, of another format or of another run
  ├── DataError                    a data set is empty, inconsistent, or raised while it was read
- ├── ObjectiveError               the loss or its weight is not what the contract says
+ ├── ObjectiveError               the loss or its weight violates the loss contract
  │    └── ForwardError            the user's model or objective raised when it was called
- ├── GradientError                gradients were not summed over the ranks, so no update can be made of them
+ ├── GradientError                gradients were not summed over the ranks, so they cannot be used for an update
  ├── DivergenceError              a step's gradient is not finite or its loss jumped, or the learning rate is not finite
- ├── OutOfMemoryError             a rank's device has no memory left; says what would fit
- ├── OpenFilesError               a process has as many files open as it may
- ├── RendezvousError                 the machines of one launch do not come together, or were started differently
+ ├── OutOfMemoryError             a rank's device is out of memory; the message names settings that would fit
+ ├── OpenFilesError               a process has reached its limit of open files
+ ├── RendezvousError              the rendezvous of the nodes failed, or they were started differently
  ├── RanksDifferError             the ranks were started with different configuration, code, data or versions
  ├── EvaluationError              evaluation did not see every sample once
  │    └── MetricError             a metric refused its input
  ├── SchedulerError               a cluster's scheduler is missing, refuses a job, or does not answer
  ├── ObserverError                an observer raised (train(observers=…), reporting.observers)
- ├── PredictionError              predictions cannot be written where, or into what, they are to go
- └── PeerError                    another rank left; its own message tells why
+ ├── PredictionError              predictions cannot be written to the requested file or format
+ └── PeerError                    another rank exited; see that rank's message
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 
 class LockstepError(Exception):
-    """Base of every error that is told to a user as one message."""
+    """Base class of errors reported to the user as one message."""
 
     exit_code = 1
 
@@ -69,7 +69,7 @@ class MissingDependencyError(LockstepError):
     Args:
         package: the package's name on PyPI.
         needed_for: what asked for it, as a noun phrase.
-        extra: the extra of ``lockstep-train`` that brings it.
+        extra: the extra of ``lockstep-train`` that installs it.
     """
 
     exit_code = 2
@@ -82,7 +82,7 @@ class MissingDependencyError(LockstepError):
 
 
 class WorldSizeError(LockstepError):
-    """The world size is not the one that was asked for."""
+    """The world size is not the requested one."""
 
     exit_code = 2
 
@@ -100,7 +100,7 @@ class DataError(LockstepError):
 
 
 class ObjectiveError(LockstepError):
-    """An objective broke the loss contract."""
+    """An objective violated the loss contract."""
 
 
 class GradientError(LockstepError):
@@ -112,23 +112,23 @@ class ForwardError(ObjectiveError):
 
 
 class DivergenceError(LockstepError):
-    """Training went astray; parameters are as they were before the step that showed it."""
+    """Training diverged; parameters are unchanged since before the failing step."""
 
 
 class OutOfMemoryError(LockstepError):
-    """A rank's device has no memory left."""
+    """A rank's device is out of memory."""
 
 
 class OpenFilesError(LockstepError):
-    """A process has as many files open as it may (``ulimit -n``)."""
+    """A process has reached its limit of open files (``ulimit -n``)."""
 
 
 class RanksDifferError(LockstepError):
-    """The ranks were not started alike."""
+    """The ranks were started with different inputs."""
 
 
 class RendezvousError(LockstepError):
-    """The machines of one launch did not come together."""
+    """The rendezvous of a launch's nodes failed."""
 
 
 class EvaluationError(LockstepError):
@@ -140,7 +140,7 @@ class MetricError(EvaluationError):
 
     Args:
         metric: its name in the configuration.
-        message: what it was given, and why it refused.
+        message: the input, and why it was refused.
     """
 
     def __init__(self, metric: str, message: str) -> None:
@@ -149,15 +149,15 @@ class MetricError(EvaluationError):
 
 
 class ObserverError(LockstepError):
-    """An observer of the user's raised. On one rank, as a rule: each calls its own."""
+    """A user's observer raised, usually on one rank: each rank calls its own."""
 
 
 class PredictionError(LockstepError):
-    """Predictions cannot be written where, or into what, they are to go."""
+    """Predictions cannot be written to the requested file or format."""
 
 
 class SchedulerError(LockstepError):
-    """A cluster's scheduler cannot be used, or does not do what it was asked."""
+    """A cluster's scheduler cannot be used, or did not carry out a request."""
 
 
 class PeerError(LockstepError):
@@ -173,11 +173,11 @@ EQUAL_ON_ALL_RANKS = (
     RanksDifferError,
     PredictionError,
 )
-"""What every rank raises at the same place, so that rank 0 tells it for all."""
+"""Errors that every rank raises at the same place, so that rank 0 alone reports them."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that it came of, which other code may have caught and raised anew."""
+    """Yield an error and its chain of causes and contexts."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

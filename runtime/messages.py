@@ -1,14 +1,14 @@
-"""Messages for people: what is sent to the logger ``lockstep``, and the handler that prints it.
+"""User-facing messages: the logger ``lockstep`` and the handler that prints it.
 
-The command line and the processes that it launches always print messages. A program that calls ``lockstep.train`` sees the same
-unless it has configured logging: where the logger ``lockstep`` or one above it has a handler, messages go to that and are not
-printed. They are of the levels INFO and WARNING. Imports the standard library alone.
+The command line and the processes that it launches always print messages. So does a program that calls ``lockstep.train``,
+unless it has configured logging: if the logger ``lockstep`` or one above it has a handler, messages go to that and are not
+printed. Levels are INFO and WARNING. Imports only the standard library.
 
-    lockstep.run       what a run tells while it trains: printed to standard output
-    lockstep.*         everything else: printed to standard error, behind ``lockstep:``
+    lockstep.run       messages of a run while it trains: printed to standard output
+    lockstep.*         everything else: printed to standard error, prefixed with ``lockstep:``
 
-Not sent through logging: figures, progress bars, tables and whatever else is a command's result; errors, which are raised; and
-the last words of a process that must end at once, when a thread that hangs may hold a lock of logging's.
+Not sent through logging: training figures, progress bars, tables and other results of a command; errors, which are raised; and
+the last message of a process that must exit at once, since a hanging thread may hold a lock of logging's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PREFIXES = {_RUN: ""}
 
 
 class MessageHandler(logging.Handler):
-    """Prints messages: those of a run to standard output, others to standard error.
+    """Prints messages of a run to standard output, others to standard error.
 
     Attributes:
-        print_run_message: prints a line of a run's while a progress bar is shown. Default: to ``sys.stdout``.
+        print_run_message: prints a run's message while a progress bar is shown. Default: to ``sys.stdout``.
     """
 
     def __init__(self) -> None:
@@ -51,17 +51,17 @@ class MessageHandler(logging.Handler):
 
 
 def show_messages() -> None:
-    """Print messages from now on: for processes of our own."""
+    """Print messages from now on; for processes that Lockstep starts."""
     if not any(isinstance(handler, MessageHandler) for handler in _LOGGER.handlers):
         _install(MessageHandler())
 
 
 @contextmanager
 def shown_messages(*, always: bool = False) -> Iterator[None]:
-    """Print messages while this lasts.
+    """Print messages within this context.
 
     Args:
-        always: also where the caller has configured logging, as for a command.
+        always: even if the caller has configured logging, as for a command.
     """
     present = any(isinstance(handler, MessageHandler) for handler in _LOGGER.handlers)
     if present or (_LOGGER.hasHandlers() and not always):
@@ -78,7 +78,7 @@ def shown_messages(*, always: bool = False) -> Iterator[None]:
 
 
 def print_run_messages_by(print_line: Callable[[str], None] | None) -> None:
-    """Print a run's messages by a function, where they are printed at all: a progress bar must be drawn anew below them."""
+    """Print a run's messages, if they are printed at all, through a function that redraws the progress bar below them."""
     for handler in _LOGGER.handlers:
         if isinstance(handler, MessageHandler):
             handler.print_run_message = print_line
@@ -86,6 +86,6 @@ def print_run_messages_by(print_line: Callable[[str], None] | None) -> None:
 
 def _install(handler: MessageHandler) -> None:
     _LOGGER.addHandler(handler)
-    _LOGGER.propagate = False  # what a user's module does to the root logger must not print them twice
+    _LOGGER.propagate = False  # a user's module may add handlers to the root logger; they must not print again
     if _LOGGER.level == logging.NOTSET:
         _LOGGER.setLevel(logging.INFO)

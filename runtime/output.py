@@ -1,8 +1,8 @@
 """Standard output and error that never fail: a closed pipe or terminal, or a full disk, must not end a run.
 
-All that is printed passes through ``sys.stdout`` and ``sys.stderr``, by whomever: print, rich, warnings, logging, the
-user's own code. So these two are replaced, in every process of ours, and nothing else needs to know of it. What cannot be
-written is lost; the run folder has the record. Imports the standard library alone.
+Everything printed (print, rich, warnings, logging, user code) goes through ``sys.stdout`` and ``sys.stderr``, so these two are
+replaced in every process. Text that cannot be written is dropped; the run folder has the record. Imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from contextlib import contextmanager, suppress
 from errno import EBADF, EIO, EPIPE
 from typing import Any
 
-_GONE = (EPIPE, EIO, EBADF)  # a pipe without a reader, a terminal that was closed, a stream that was
+_GONE = (EPIPE, EIO, EBADF)  # a pipe without a reader, a closed terminal, a closed stream
 
 
 class UnfailingStream:
-    """A text stream that passes on what it can, and is otherwise silent.
+    """A text stream that silently drops what cannot be written.
 
     Args:
-        stream: where text goes; None where Python has found none.
+        stream: the wrapped stream; None if Python has none.
     """
 
     def __init__(self, stream: Any) -> None:
         self.inner = stream
 
     def write(self, text: str) -> int:
-        """Write, or lose the text."""
+        """Write the text, or drop it."""
         try:
             self._write(text)
         except (OSError, ValueError, AttributeError) as error:  # closed streams raise ValueError
-            self._lose(error)
+            self._drop(error)
         return len(text)
 
     def _write(self, text: str) -> None:
@@ -42,58 +42,58 @@ class UnfailingStream:
             self.inner.write(text.encode(error.encoding, "replace").decode(error.encoding))
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write one after the other."""
+        """Write each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or lose what was waiting."""
+        """Flush, or drop what is buffered."""
         try:
             self.inner.flush()
         except (OSError, ValueError, AttributeError) as error:
-            self._lose(error)
+            self._drop(error)
 
     def isatty(self) -> bool:
-        """Tell whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         try:
             return bool(self.inner.isatty())
         except (OSError, ValueError, AttributeError):
             return False
 
     def settle(self) -> None:
-        """Leave nothing waiting: Python flushes when it ends, and makes an exit code of 120 of a failure."""
+        """Leave nothing buffered: if Python's flush at exit fails, the exit code becomes 120."""
         try:
             self.inner.flush()
         except (OSError, ValueError, AttributeError):
-            self._point_at_nothing()
+            self._redirect_to_null()
 
-    def _lose(self, error: Exception) -> None:
-        """Where nobody will ever read again, let what is still waiting, and all that follows, go nowhere."""
+    def _drop(self, error: Exception) -> None:
+        """Discard buffered and later output if the reader is gone for good."""
         if isinstance(error, OSError) and error.errno in _GONE:
-            self._point_at_nothing()
+            self._redirect_to_null()
 
-    def _point_at_nothing(self) -> None:
+    def _redirect_to_null(self) -> None:
         with suppress(OSError, ValueError, AttributeError):
             descriptor = self.inner.fileno()
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, descriptor)
-            os.close(nothing)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
 
 def protect_output() -> None:
-    """Replace both streams of this process for good: for entry points and workers.
+    """Replace both streams of this process permanently; for entry points and workers.
 
-    Descriptors 0 to 2 that are closed are pointed at nothing first: the next file to be opened would get their number, and
-    what is written to standard error without Python would end up in it.
+    Closed descriptors among 0 to 2 are opened on the null device first: otherwise the next opened file would get their number,
+    and native code's writes to standard error would end up in it.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, UnfailingStream):
@@ -101,7 +101,7 @@ def protect_output() -> None:
 
 
 def settle_output() -> None:
-    """Let the process end without an error about output that nobody reads."""
+    """Flush both streams, so that the process exits without an error about unread output."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, UnfailingStream):
             stream.settle()
@@ -109,7 +109,7 @@ def settle_output() -> None:
 
 @contextmanager
 def protected_output() -> Iterator[None]:
-    """Replace both streams for a while: in a process that is the user's own."""
+    """Replace both streams temporarily, in the user's own process."""
     before = sys.stdout, sys.stderr
     replaced = [stream if isinstance(stream, UnfailingStream) else UnfailingStream(stream) for stream in before]
     sys.stdout, sys.stderr = replaced
@@ -118,5 +118,5 @@ def protected_output() -> Iterator[None]:
     finally:
         settle_output()
         for name, ours, theirs in zip(("stdout", "stderr"), replaced, before, strict=True):
-            if getattr(sys, name) is ours:  # the user may have put another one there meanwhile
+            if getattr(sys, name) is ours:  # the user may have replaced it meanwhile
                 setattr(sys, name, theirs)

@@ -1,6 +1,6 @@
-"""Keys: every random number follows from (seed, purpose, where in the run), never from a rank's past.
+"""Random seeds (keys): each depends only on (seed, purpose, position in the run), never on a rank's history.
 
-A key is hashed rather than shifted and added, because torch's CPU generator keeps only the low 32 bits of its seed.
+Keys are hashed rather than shifted and added, because torch's CPU generator keeps only the low 32 bits of its seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 
 class Purpose(IntEnum):
-    """What a key is for; two purposes never share random numbers."""
+    """The purpose of a key; different purposes never share random numbers."""
 
     INITIALIZATION = 1
     ORDER = 2
@@ -45,12 +45,11 @@ def derive(seed: int, purpose: Purpose, epoch_or_step: int = 0, index: int = 0) 
 
 
 def seed_everything(key: int, device: torch.device) -> None:
-    """Seed python, NumPy, torch's CPU generator and the generator of ``device``.
+    """Seed Python, NumPy, torch's CPU generator and the generator of ``device``.
 
-    Seeds the generators directly: ``torch.manual_seed`` costs a hundred times as much, because it visits every
-    device type.
+    Seeds the generators directly: ``torch.manual_seed`` is a hundred times slower, because it visits every device type.
     """
-    _C_RANDOM.seed(_PYTHON, key)  # what random.seed does with an integer, without a layer of Python
+    _C_RANDOM.seed(_PYTHON, key)  # same as random.seed of an integer, without a layer of Python
     _PYTHON.gauss_next = None
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
@@ -61,7 +60,7 @@ def seed_everything(key: int, device: torch.device) -> None:
 
 @contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Put every generator that :func:`seed_everything` touches back as it was."""
+    """Restore the state of every generator that :func:`seed_everything` seeds."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.default_generator.get_state()
     device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -78,7 +77,7 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
 def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Hash 64-bit values in place, and return them.
 
-    It is the finaliser of splitmix64: Steele, Lea and Flood 2014, "Fast splittable generators", in Vigna's form.
+    The finaliser of splitmix64: Steele, Lea and Flood 2014, "Fast splittable generators", in Vigna's form.
     """
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)

@@ -154,7 +154,7 @@ BASE: dict[str, Any] = {"model": "tiny_tasks:TwoTasks", "data": {"train": "tiny_
 PART = {"target": "MSELoss"}
 WRONG: list[Any] = [
     ({"objective": {}}, "objective.target", "needs a target, or several losses"),
-    ({"objective": {"target": "MSELoss", "losses": {"a": PART}}}, "objective.losses", "takes the place of"),
+    ({"objective": {"target": "MSELoss", "losses": {"a": PART}}}, "objective.losses", "replaces 'target'"),
     ({"objective": {"losses": {"loss": PART}}}, "objective.losses.loss", "is not a name"),
     ({"objective": {"losses": {"a/b": PART}}}, "objective.losses.a/b", "is not a name"),
     ({"objective": {"losses": {"a": {"target": "MSELos"}}}}, "objective.losses.a.target", "did you mean 'MSELoss'"),

@@ -325,7 +325,7 @@ def test_text_where_an_annotation_allows_numbers_alone_is_refused() -> None:
 
 
 def test_an_argument_that_is_not_called_by_text_is_refused() -> None:
-    assert told(takes_any, {"first": 1, 2: 3}) == [("args.2", "arguments of takes_any are called by text, not by 2")]
+    assert told(takes_any, {"first": 1, 2: 3}) == [("args.2", "argument names of takes_any must be text, not 2")]
 
 
 # Our own parameters' names, and Python's

@@ -194,7 +194,7 @@ def test_a_metric_takes_its_task_and_number_of_classes_from_objective_and_model(
         ("MSELoss", {}, "accuracy: {target: Accuracy, args: {task: multiclass, num_classes: N}}"),
         ("CrossEntropyLoss", {"top_k": 2}, "args: {task: multiclass, num_classes: N, top_k: 2}}"),
         ("CrossEntropyLoss", {"task": "multilabel"}, "args: {task: multilabel, num_labels: N}}"),
-        ("BCEWithLogitsLoss", {}, "or {task: binary} for a model of one output"),
+        ("BCEWithLogitsLoss", {}, "or {task: binary} for a model with one output"),
     ],
 )
 def test_a_metric_whose_task_nothing_tells_is_one_message_with_the_line_to_write(

@@ -156,7 +156,7 @@ def test_crafted_records_end_nothing(pool: ProcessPool, trained: Path, tmp_path:
         ("model: " + "{a: " * 5000 + "}" * 5000, "nested deeper than 100 levels"),
         (
             "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
-            "aliases stand for",
+            "aliases expand to",
         ),
         (
             "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 3000)),

@@ -135,11 +135,11 @@ def test_looking_at_samples_changes_nothing(tmp_path: Path) -> None:
         ({"sampler": "tiny_untrusted:FromSystem"}, ["data.sampler", "FromSystem", "drawn again"]),
         (
             {"weights": {"values": "tiny_untrusted:weights_of_rank"}},
-            ["the values that the order follows from", "rank 1"],
+            ["the list of values that determine the order", "rank 1"],
         ),
         (
             {"group_by_length": {"lengths": "tiny_untrusted:weights_of_rank"}},
-            ["the values that the order follows from", "rank 1"],
+            ["the list of values that determine the order", "rank 1"],
         ),
         ({"balance": {"classes": "tiny_untrusted:weights_of_rank"}}, []),  # other names for the same classes
         ({"sampler": "tiny_untrusted:LaterByRank"}, ["have drawn different samples"]),
@@ -226,7 +226,7 @@ def test_a_sampler_that_draws_otherwise_after_a_restart_does_not_resume(tmp_path
     observe_stopping(config, 1)
     (tmp_path / "order").write_text("2")
     message = failure(config)
-    assert "data.sampler: what is drawn for the first epoch is not what it was" in message
+    assert "data.sampler: the sequence drawn for the first epoch is not what it was" in message
     assert observe({**config, "resume": {"allow_changes": ["data.sampler"]}})["step"] == 2
 
 
@@ -237,7 +237,7 @@ def test_sampling_weights_that_changed_do_not_resume(tmp_path: Path, monkeypatch
     config = run(tmp_path / "run", weights={"values": {"target": "tiny_untrusted:weights_of_file"}})
     observe_stopping(config, 1)
     (tmp_path / "weights").write_text("2")
-    assert "the values that the order follows from" in failure(config)
+    assert "the list of values that determine the order" in failure(config)
 
 
 @single

@@ -154,7 +154,7 @@ def test_an_interrupted_run_ends_at_the_same_step_bit_for_bit(
         ({"data": {"train": "tiny:points"}}, "limit.early_stopping: early stopping needs data.validation"),
         (
             {"limit": {"steps": 1, "early_stopping": {"metric": "acuracy", "mode": "max"}}},
-            "limit.early_stopping.metric: no result is called 'acuracy'",
+            "limit.early_stopping.metric: there is no result 'acuracy'",
         ),
         ({"limit": {"steps": 1, "early_stopping": {"metric": "loss"}}}, "limit.early_stopping.mode"),
         (

@@ -336,7 +336,7 @@ def test_each_rank_holds_what_the_formula_says(pool: ProcessPool, tmp_path: Path
         ),
         ({"strategy": {"kind": "fsdp", "fsdp": {"replicas": 2}}}, "strategy.fsdp.replicas", "2 replicas"),
         ({"optimizer": {"target": "Adafactor", "args": {}}}, "optimizer.target", "rows and columns"),
-        ({"compile": {"backend": "aot_eager"}}, "compile.blocks", "name their classes"),
+        ({"compile": {"backend": "aot_eager"}}, "compile.blocks", "give their classes"),
         (
             {"model": {"target": "tiny_sharded:Gpt", "checkpoint_activations": ["Nothing"]}},
             "model.checkpoint_activations",

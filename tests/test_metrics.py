@@ -317,8 +317,8 @@ def test_a_batch_without_any_counted_target_is_left_out() -> None:
         ({"m": "RetrievalMRR"}, {"data.fields.group": None}, "evaluation.metrics.m: RetrievalMRR .* data.fields.group"),
         ({"m": "KLDivergence"}, {}, r"evaluation.metrics.m.target: KLDivergence.update\(p, q\) is not"),
         ({"m": metric("RunningMean")}, {}, "RunningMean works on single updates"),
-        ({"m": metric("Accuracy", **MANY)}, {"evaluation.class_names": ["a", "b"]}, "2 names, but the metrics tell 5"),
-        ({"m": "MeanSquaredError"}, {"evaluation.class_names": ["a", "b"]}, "2 names, but the metrics tell no classes"),
+        ({"m": metric("Accuracy", **MANY)}, {"evaluation.class_names": ["a", "b"]}, "2 names, but the metrics have 5"),
+        ({"m": "MeanSquaredError"}, {"evaluation.class_names": ["a", "b"]}, "2 names, but the metrics have no classes"),
     ],
 )
 def test_what_cannot_be_fed_is_said_before_the_run(metrics: Any, changes: dict[str, Any], words: str) -> None:

@@ -108,7 +108,7 @@ def test_auto_in_a_file_is_filled_in_from_the_yaml(tmp_path: Path) -> None:
     assert made["gradient_clipping"] == 1.0
     assert made["bf16"]["enabled"] is True
     assert made["zero_optimization"]["overlap_comm"] is True
-    assert "optimizer" not in made  # the YAML's is handed over as an object
+    assert "optimizer" not in made  # the YAML's is passed as an object
 
 
 def test_a_file_that_says_the_same_is_taken(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "key", "said"),
     [
-        ("strategy.zero.stage=0", "strategy.zero.stage", "strategy.kind: ddp does the same work"),
+        ("strategy.zero.stage=0", "strategy.zero.stage", "use strategy.kind: ddp"),
         ("strategy.zero.stage=4", "strategy.zero.stage", "take 1, 2 or 3"),
         ("strategy.zero.offload_optimizer=nvme", "strategy.zero.offload_optimizer.path", "needs the folder"),
         ("strategy.zero.offload_optimizer={device: cpu, path: /x}", "strategy.zero.offload_optimizer.path", "nvme"),
@@ -204,7 +204,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         ("optimizer.target=Adagrad", "optimizer.target", "anew"),
         ("batch.micro_size=auto", "batch.micro_size", "give a number"),
         ("compile={blocks: [Block]}", "compile", "stage 3"),
-        ("batch_norm=sync", "batch_norm", "goes with strategy.kind: ddp"),
+        ("batch_norm=sync", "batch_norm", "needs strategy.kind: ddp"),
     ],
 )
 def test_what_cannot_go_together_is_refused(tmp_path: Path, override: str, key: str, said: str) -> None:
@@ -225,7 +225,7 @@ def test_clipping_by_value_and_gradual_unfreezing_are_refused(tmp_path: Path) ->
     assert message.startswith("run.yaml:9 optimizer.max_grad_value: DeepSpeed clips by norm only")
     frozen = LINES.replace('"zoo:Net"}', '"zoo:Net", freeze: ["a.*"], unfreeze: [{epoch: 2, match: ["a.*"]}]}')
     (message,) = told(tmp_path, lines=frozen)
-    assert message.startswith("run.yaml:1 model.unfreeze: with strategy.kind: zero what is trained is fixed")
+    assert message.startswith("run.yaml:1 model.unfreeze: with strategy.kind: zero the trained parameters are fixed")
 
 
 def test_options_of_zero_beside_another_strategy_are_not_ignored(tmp_path: Path) -> None:

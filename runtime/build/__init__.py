@@ -1,1 +1,1 @@
-"""From the configuration to objects."""
+"""Builds a run's objects from its configuration."""

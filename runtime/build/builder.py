@@ -1,4 +1,4 @@
-"""The parts of a run, built from its configuration: here sections and bound components are handed to what builds from them."""
+"""Builds the parts of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 
 
 class Builder:
-    """Builds the parts of one run. Models, optimizers, metrics are new with each call; data sets are built once.
+    """Builds the parts of one run. Models, optimizers and metrics are built anew by each call; data sets are built once.
 
     Args:
         loaded: the checked configuration.
-        stored: what a checkpoint says about preparing data, in place of the training data.
+        stored: a checkpoint's :attr:`DataSources.preparation`, in place of the training data.
 
     Attributes:
         values: the sections.
         where: where each key was written.
         code: the folder of the user's own modules.
-        components: what names classes and functions, by key.
+        components: the components, by key.
         sources: the data sets.
         schedule: builds the schedule.
     """
@@ -62,8 +62,8 @@ class Builder:
         self.components = Components(values, code=loaded.code, where=loaded.where)
         self._reader = ValueReader(self.components.of, self.where)
         first = next(iter(values.objective.losses.values()), None)
-        own = first.fields.target if first is not None else None
-        self._target = values.data.fields.target if own is None else own
+        loss_target = first.fields.target if first is not None else None
+        self._target = values.data.fields.target if loss_target is None else loss_target
         readers = {name: self.components.find(*split_key(name)) for name in SPLITS}
         self.sources = DataSources(
             values.data,
@@ -78,15 +78,15 @@ class Builder:
         )
 
     def model(self) -> nn.Module:
-        """Build the model, on the CPU and under the run's seed, so that every rank builds the same."""
+        """Build the model on the CPU under the run's seed, so that it is the same on every rank."""
         return build_model(self.components.of("model"), seed=self.values.seed)
 
     def pretrained(self, model: nn.Module) -> WeightsReport | None:
-        """Load the weights that a run starts from, if there are any, and return what became of them."""
+        """Load the pretrained weights, if any, and return a report of what was loaded."""
         return load_pretrained(model, self.values.model.weights, self.where)
 
     def rebuild_blocks(self, model: nn.Module) -> None:
-        """Let blocks of a model be recomputed in the backward pass, and it or its blocks be compiled, as configured."""
+        """Apply activation checkpointing and torch.compile to a model or its blocks, as configured."""
         values = self.values
         rebuild_blocks(
             model,
@@ -97,22 +97,22 @@ class Builder:
         )
 
     def objective(self) -> Objective:
-        """Build the objective, under the run's seed."""
-        one, several = self.components.find("objective"), self.components.below("objective", "losses")
+        """Build the objective under the run's seed."""
+        single, losses = self.components.find("objective"), self.components.below("objective", "losses")
         fields = Fields(**self.values.data.fields.model_dump(), output=self.values.model.output)
-        return build_objective(one, several, fields=fields, seed=self.values.seed)
+        return build_objective(single, losses, fields=fields, seed=self.values.seed)
 
     def optimizer(self, module: nn.Module) -> Optimizer:
-        """Build the optimizer over a module's trainable parameters, fused where torch can."""
+        """Build the optimizer over a module's trainable parameters, fused where torch supports it."""
         averages = self.values.averaging is not None
         return build_optimizer(self.components.of("optimizer"), module, averages=averages)
 
     def freezing(self, module: TrainingModule) -> Freezing:
-        """Build what freezes and unfreezes parameters; nothing is frozen by it yet."""
+        """Build the freezing of parameters, without applying it."""
         return build_freezing(self.values.model, module, self.where)
 
     def averaging(self, strategy: Strategy) -> WeightAverage | None:
-        """Build the running average of a prepared module's weights, or None if the configuration wants none."""
+        """Build the running average of a prepared module's weights, or None if none is configured."""
         section = self.values.averaging
         return WeightAverage(strategy.unwrapped, section, strategy.state_io.weights()) if section is not None else None
 
@@ -133,7 +133,7 @@ class Builder:
         )
 
     def evaluation_micro_size(self, slots: int) -> int:
-        """Return how many samples one forward pass takes in evaluation and prediction.
+        """Return the number of samples of one forward pass in evaluation and prediction.
 
         Args:
             slots: K.
@@ -141,11 +141,10 @@ class Builder:
         return self.values.evaluation.micro_size or -(-self.values.batch.global_size // slots)
 
     def samples(self, name: str, *, batch_size: int, training: bool = False) -> Samples | StreamSamples | None:
-        """Build one split's data set, or None where the configuration has none.
+        """Build one split's samples, or None if it is not configured.
 
         Args:
-            batch_size: items that are cut up together, where it is a stream; where it yields batches and is not trained on,
-                each is by itself.
+            batch_size: of a stream: items that are batched together; ignored for one that yields batches and is not trained on.
             training: whether it is trained on.
         """
         source = self.sources.get(name)
@@ -155,7 +154,7 @@ class Builder:
         section = split_section(name, data, values.prediction)
         key = split_key(name) if section is not None else ("data", "split")
         if section is not None and section.sharded_by == "dataset" and name != "train":
-            what = "must be runtime here: every sample counts once, on any number of ranks"
+            what = "must be runtime here: each sample is evaluated once, on any number of ranks"
             raise self.where.error((*key, "sharded_by"), what)
         samples = building.build_samples(
             source,
@@ -174,11 +173,11 @@ class Builder:
 
     @property
     def sampler(self) -> Component | None:
-        """The sampler of single samples or of batches, if there is one."""
+        """The sampler of single samples or of batches, or None."""
         return self.components.find("data", "sampler") or self.components.find("data", "batch_sampler")
 
     def order(self, source: Any) -> Order:
-        """Build the order in which a data set is trained on."""
+        """Build the order of the training samples."""
         return build_order(
             self.values.data,
             source,
@@ -189,14 +188,14 @@ class Builder:
         )
 
     def training_data(self) -> TrainingData:
-        """Build what is trained on, in its order."""
+        """Build the training data in its order."""
         samples = self.samples("train", batch_size=self.values.batch.global_size, training=True)
         assert samples is not None
         if isinstance(samples, Samples):
             return MappedData(samples, self.order(samples.source))
         name = building.order_of_stream(self.values.data)
         if name is not None:
-            what = "a stream has its own order; shuffle in the data set and leave this out"
+            what = "does not apply to a stream, which sets its own order; shuffle in the data set and leave this out"
             raise self.where.error(("data", name), what)
         return StreamedData(samples)
 
@@ -208,12 +207,12 @@ class Builder:
         workers: int | None = None,
         few: bool = False,
     ) -> MakeLoader:
-        """Return the maker of loaders; memory is pinned by default where there is a GPU.
+        """Return a factory of loaders; memory is pinned by default if there is a GPU.
 
         Args:
-            closing: where the same data is read again and again: workers then live until this is closed.
+            closing: keeps workers alive until it is closed, for data that is read repeatedly.
             workers: how many to start. Default: as configured.
-            few: that little is read: one worker does, where there are any.
+            few: only a few samples are read: start at most one worker.
         """
         section = self.values.data.loader
         return building.build_loader(

@@ -1,7 +1,6 @@
-"""A key of the configuration that names a class or a function, bound to where it stands: checked, built, and blamed.
+"""A component (a key that names a class or a function) bound to its key: checks it, builds it, and raises errors at that key.
 
-What a kind of component needs beyond that (a loss, an optimizer, a metric) stands with its builder; ``components.py`` has the
-table of all keys.
+Checks of one kind of component (loss, optimizer, metric) are in its builder; ``components.py`` has the table of all keys.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from runtime.errors import ConfigurationError, Problem
 
 
 def call_mistakes(bound: Component, *, positional: int = 0) -> list[ComponentError]:
-    """Compare the arguments of what is called once, when the run is built, with its signature.
+    """Check the arguments of a component that is called once, when the run is built, against its signature.
 
     Args:
-        positional: how many arguments the runtime gives before them.
+        positional: number of positional arguments that the runtime passes.
     """
     return component.check(
         bound.target, bound.args, namespaces=bound.namespaces, code=bound.code, positional=positional
@@ -31,25 +30,25 @@ def call_mistakes(bound: Component, *, positional: int = 0) -> list[ComponentErr
 
 
 def function_mistakes(bound: Component) -> list[ComponentError]:
-    """Check what the runtime calls later. A function without arguments is used as it is: its signature says nothing."""
+    """Check a component that the runtime calls later. A function without arguments is not called now, so is not checked."""
     try:
-        found = bound.locate()
+        located = bound.locate()
     except ComponentError as mistake:
         return [mistake]
-    return call_mistakes(bound) if bound.args or inspect.isclass(found) else []
+    return call_mistakes(bound) if bound.args or inspect.isclass(located) else []
 
 
 @dataclass(frozen=True)
 class Component:
-    """A target with its arguments, and the key it stands under.
+    """A target with its arguments and its key.
 
     Args:
         key: of the section in the YAML.
-        section: as it was written, with the keys beside ``target`` and ``args`` that some have.
+        section: as written; may have keys in addition to ``target`` and ``args``.
         namespaces: modules in which a short name is looked up, in order.
         code: the folder of the user's own modules.
         where: where each key was written.
-        mistakes: returns what is wrong with it, by its kind; calls nothing of the user's.
+        mistakes: the check of this kind of component; calls no user code.
     """
 
     key: tuple[str, ...]
@@ -61,55 +60,55 @@ class Component:
 
     @property
     def target(self) -> str:
-        """What names the class or function."""
+        """The name of the class or function."""
         target: str = self.section.target
         return target
 
     @property
     def args(self) -> Mapping[str, Any]:
-        """Keyword arguments, as they were written."""
+        """The keyword arguments, as written."""
         args: Mapping[str, Any] = self.section.args
         return args
 
     def check(self) -> list[Problem]:
-        """Look it up and compare all arguments with signatures; nothing is called."""
+        """Look up the target and check all arguments against signatures; nothing is called."""
         return [self.where.problem((*self.key, *m.path), m.what) for m in self.mistakes(self)]
 
     def locate(self) -> Any:
         """Return the class or function.
 
         Raises:
-            ComponentError: there is none.
+            ComponentError: it cannot be found.
         """
         return component.locate(self.target, namespaces=self.namespaces, code=self.code)
 
-    def build(self, *given: Any) -> Any:
-        """Call it with what the runtime gives and the configured arguments.
+    def build(self, *positional: Any) -> Any:
+        """Call the target with positional arguments from the runtime and the configured keyword arguments.
 
         Raises:
             ConfigurationError: it cannot be found, or it raised.
         """
-        with self.blamed():
-            return component.build(self.target, self.args, *given, namespaces=self.namespaces, code=self.code)
+        with self.errors_at_key():
+            return component.build(self.target, self.args, *positional, namespaces=self.namespaces, code=self.code)
 
     def function(self) -> Callable[..., Any]:
-        """Return a function: a class is instantiated, a function with arguments makes one, another is used as it is.
+        """Return a callable: an instance of a class, the result of a function with arguments, or the function itself.
 
         Raises:
-            ConfigurationError: it cannot be found, it raised, or what it made cannot be called.
+            ConfigurationError: it cannot be found, it raised, or the result is not callable.
         """
-        with self.blamed():
-            found = self.locate()
-        made = self.build() if inspect.isclass(found) or self.args else found
-        if not callable(made):
-            raise self.error(f"is a {type(made).__name__}, which cannot be called", "target")
-        called: Callable[..., Any] = made
-        return called
+        with self.errors_at_key():
+            located = self.locate()
+        built = self.build() if inspect.isclass(located) or self.args else located
+        if not callable(built):
+            raise self.error(f"is a {type(built).__name__}, which cannot be called", "target")
+        function: Callable[..., Any] = built
+        return function
 
     def error(self, what: str, *inner: str) -> ConfigurationError:
-        """Make an error of this component, or of a key within it."""
+        """Return an error at this component's key, or at a key within it."""
         return self.where.error((*self.key, *inner), what)
 
-    def blamed(self) -> AbstractContextManager[None]:
-        """Return a context in which a :class:`ComponentError` is raised as an error of this key."""
-        return self.where.blamed(*self.key)
+    def errors_at_key(self) -> AbstractContextManager[None]:
+        """Return a context that reraises a :class:`ComponentError` as a ConfigurationError at this key."""
+        return self.where.errors_at(*self.key)

@@ -1,4 +1,4 @@
-"""The table of all keys that name a class or a function: the check of a configuration and all builders read it."""
+"""The table of all keys that name a class or a function, used by the configuration check and by all builders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from runtime.build.component import Component, call_mistakes, function_mistakes
 from runtime.build.metrics import metric_mistakes
 from runtime.build.objective import loss_mistakes
-from runtime.build.optimizer import optimizer_mistakes, told_with_the_optimizer
+from runtime.build.optimizer import checked_with_optimizer, optimizer_mistakes
 from runtime.build.orders import sampler_mistakes
 from runtime.build.own_trackers import tracker_mistakes
 from runtime.build.readers import with_shared_arguments
@@ -30,7 +30,7 @@ SAMPLERS = ("torch.utils.data",)
 TRANSFORMS = ("runtime.data.transforms",)
 COLLATES = ("runtime.data.collating",)
 OBJECTIVES = ("runtime.losses.by_name", "runtime.losses.focal", "runtime.losses.pairwise", "torch.nn")
-METRICS = (  # torchmetrics itself comes last: some of its own names are deprecated doubles of these
+METRICS = (  # torchmetrics itself comes last: some of its names are deprecated duplicates of these
     "torchmetrics.classification",
     "torchmetrics.regression",
     "torchmetrics.retrieval",
@@ -46,12 +46,12 @@ METRICS = (  # torchmetrics itself comes last: some of its own names are depreca
 
 @dataclass(frozen=True)
 class Row:
-    """One key, or all of a mapping or a list.
+    """One key, or all entries of a mapping or a list.
 
     Args:
-        key: dotted; ``*`` stands for each name or number.
+        key: dotted; ``*`` stands for each name or index.
         namespaces: modules in which a short name is looked up, in order.
-        mistakes: returns what is wrong with what stands there.
+        mistakes: the check of this kind of component.
     """
 
     key: str
@@ -83,13 +83,13 @@ TABLE = (
     Row("objective", OBJECTIVES, loss_mistakes),
     Row("objective.losses.*", OBJECTIVES, loss_mistakes),
     Row("optimizer", optimizer.NAMESPACES, optimizer_mistakes),
-    Row("optimizer.groups.*", optimizer.NAMESPACES, told_with_the_optimizer),
+    Row("optimizer.groups.*", optimizer.NAMESPACES, checked_with_optimizer),
     Row("schedule", schedulers.NAMESPACES, schedule_mistakes),
     Row("evaluation.metrics.*", METRICS, metric_mistakes),
     Row("reporting.trackers.*", (), tracker_mistakes),
     Row("reporting.observers.*", (), function_mistakes),
 )
-"""In the order in which mistakes are told."""
+"""In the order in which mistakes are reported."""
 
 
 class Components:
@@ -108,18 +108,18 @@ class Components:
             for key, section in _sections(values, tuple(row.key.split(".")))
         }
         predicted = self.find("prediction", "data")
-        if predicted is not None:  # whose reader may take arguments of the training data's
+        if predicted is not None:  # its reader may share arguments with that of the training data
             training = self.of("data", "train")
             self._bound[predicted.key] = replace(
                 predicted, mistakes=lambda bound: call_mistakes(with_shared_arguments(bound, training))
             )
 
     def find(self, *key: str) -> Component | None:
-        """Return the component of a key, or None where the configuration has none."""
+        """Return the component of a key, or None if it is not configured."""
         return self._bound.get(key)
 
     def of(self, *key: str) -> Component:
-        """Return the component of a key that must be there."""
+        """Return the component of a required key."""
         return self._bound[key]
 
     def below(self, *key: str) -> dict[str, Component]:
@@ -127,7 +127,7 @@ class Components:
         return {name: bound for (*above, name), bound in self._bound.items() if tuple(above) == key}
 
     def check(self) -> None:
-        """Look up every target and compare all arguments with signatures; nothing is called, no device is touched.
+        """Look up every target and check all arguments against signatures; nothing is called, no device is used.
 
         Raises:
             ConfigurationError: all mistakes together.
@@ -138,11 +138,11 @@ class Components:
 
 
 def check_components(loaded: LoadedConfiguration) -> None:
-    """Check all components of a configuration, and that the packages it needs are there.
+    """Check all components of a configuration, and that the packages it needs are installed.
 
     Raises:
         ConfigurationError: all mistakes together.
-        MissingDependencyError: figures are to go where the package for it is not installed.
+        MissingDependencyError: reporting.wandb is configured, but wandb is not installed.
     """
     if loaded.values.reporting.wandb is not None and find_spec("wandb") is None:
         raise MissingDependencyError("wandb", "reporting.wandb", "wandb")
@@ -150,7 +150,7 @@ def check_components(loaded: LoadedConfiguration) -> None:
 
 
 def _sections(section: Any, parts: tuple[str, ...], key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the components at a pattern of keys, each with its key."""
+    """Yield the key and section of each component that matches a pattern of keys."""
     if not parts:
         if getattr(section, "target", None) is not None:
             yield key, section
@@ -158,7 +158,7 @@ def _sections(section: Any, parts: tuple[str, ...], key: tuple[str, ...] = ()) -
     name, *rest = parts
     if name == "*":
         inner = section.items() if isinstance(section, Mapping) else enumerate(section)
-        for one, found in inner:
-            yield from _sections(found, tuple(rest), (*key, str(one)))
+        for index, entry in inner:
+            yield from _sections(entry, tuple(rest), (*key, str(index)))
     elif hasattr(section, name):
         yield from _sections(getattr(section, name), tuple(rest), (*key, name))

@@ -1,6 +1,6 @@
-"""What a run's data holds, as far as a few samples and the values that orders follow from tell: agreed on by all ranks.
+"""Digests of a run's data, of a few samples and of the values that determine orders, checked to be equal on all ranks.
 
-It belongs to what a checkpoint is compared with, so that data of the same length and other contents does not go unnoticed.
+They are compared with those of a checkpoint, to detect data of the same length but different contents.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from runtime.strategies import Strategy
 
 _BEGINNING, _DRAWN = "beginning", "drawn"
 
-Known = Mapping[str, Mapping[str, str]]
-"""By part of the data: what was looked at (a sample's number, ``beginning``, ``order``, ``held out``), and a digest of it."""
+Digests = Mapping[str, Mapping[str, str]]
+"""Digests by part of the data and item (a sample's index, ``beginning``, ``order``, ``held out``)."""
 
 
 class UnrepeatableRead(NamedTuple):
-    """What gives something else when a sample is read again.
+    """The cause of a sample that differs when it is read again.
 
     Args:
-        name: what the user calls it.
-        stage: which it is.
-        stream: whether it is part of a stream.
+        name: of the data set, transform or collate, as the user wrote it.
+        stage: which of them it is.
+        stream: whether the data is a stream.
     """
 
     name: str
@@ -42,16 +42,16 @@ class UnrepeatableRead(NamedTuple):
 
 @dataclass(frozen=True)
 class DataContents:
-    """What was found.
+    """Result of reading a few samples of all data.
 
     Args:
-        known: digests that are equal on all ranks, of what gives the same when it is read again.
-        differing: by part of the data, what gives something else when a sample is read again.
+        known: digests that are equal on all ranks, of data that is the same when it is read again.
+        differing: by part of the data, the cause of samples that differ when they are read again.
         memory: by part of the data, the data set or transform that overwrites samples, and how.
-        state_fault: why a training stream cannot go on from the data set's own state; empty if it can, or has none.
+        state_fault: why a training stream cannot resume from the data set's own state; empty if it can, or has none.
     """
 
-    known: Known = field(default_factory=dict)
+    known: Digests = field(default_factory=dict)
     differing: Mapping[str, UnrepeatableRead] = field(default_factory=dict)
     memory: Mapping[str, str] = field(default_factory=dict)
     state_fault: str = ""
@@ -63,21 +63,21 @@ def contents_of(
     loader: Callable[..., MakeLoader],
     *,
     order: Order | None = None,
-    stored: Known | None = None,
+    stored: Digests | None = None,
 ) -> DataContents:
-    """Look at the data. Collective: every rank must call this.
+    """Read a few samples of all data. Collective: every rank must call this.
 
     Args:
-        parts: by name, as in ``data``.
-        loader: returns a maker of loaders for a device, with as many ``workers`` as are asked for.
+        parts: samples by name, as in ``data``.
+        loader: ``Builder.loader``.
         order: of the training samples.
-        stored: what a checkpoint knows; the same samples are read, once.
+        stored: digests in the checkpoint; the same samples are read, once.
 
     Raises:
-        RanksDifferError: the ranks have different data; on every rank alike.
+        RanksDifferError: the ranks have different data; raised on every rank.
     """
     make_loader = loader(strategy.device, few=True)
-    # What is read of a stream in this process may be gone, so that a process of its own reads it.
+    # Items of a stream read in this process might be lost to training, so a worker process reads them.
     read_apart = loader(strategy.device, workers=1)
     known: dict[str, dict[str, str]] = {}
     differing: dict[str, UnrepeatableRead] = {}
@@ -89,23 +89,23 @@ def contents_of(
         before = (stored or {}).get(name, {})
         if isinstance(samples, Samples):
             ids = [int(key) for key in before if key.isdigit() and int(key) < len(samples)] if before else None
-            found = probe(
+            probes = probe(
                 samples,
                 probe_ids(len(samples)) if ids is None else ids,
                 times=1 if before else 2,
                 make_loader=make_loader,
             )
-            known[name] = {str(number): one.content for number, one in found.items() if one.content is not None}
-            if hasattr(samples.source, "ids"):  # a part that was held out, or what was left
+            known[name] = {str(index): result.content for index, result in probes.items() if result.content is not None}
+            if hasattr(samples.source, "ids"):  # a part that was held out, or the rest
                 known[name]["held out"] = digest(samples.source.ids)
-            fault = next((one.memory for one in found.values() if one.memory), "")
+            fault = next((result.memory for result in probes.values() if result.memory), "")
             if fault:
-                at_fault = "the transform" if "what the data set holds" in fault else "the data set"
+                at_fault = "the data set" if "one buffer" in fault else "the transform"
                 memory[name] = f"{samples.name_of(at_fault)} ({at_fault}) {fault}"
-            stage = next((one.differs for one in found.values() if one.differs is not None), None)
+            stage = next((result.differs for result in probes.values() if result.differs is not None), None)
         else:
             first = probe_stream(samples, times=1 if stored is not None else 2, make_loader=read_apart)
-            if first.content is not None and samples.sharded_by == "runtime":  # otherwise each rank has another one
+            if first.content is not None and samples.sharded_by == "runtime":  # otherwise it differs between ranks
                 known[name] = {_BEGINNING: first.content}
             stage = first.differs
             state_fault = first.state_fault if name == "train" else state_fault
@@ -115,7 +115,7 @@ def contents_of(
         known["sampler" if order.draws_samples else "batch_sampler"] = {_DRAWN: str(order.drawn_until(0))}
     if order is not None and order.basis() and "train" in known:
         known["train"]["order"] = order.basis()
-    # Ranks that read different streams, or draw different samples, are found by other checks, with another cure.
+    # Different streams or drawn samples on the ranks are detected by other checks, which suggest another fix.
     common = agreed(
         known, may_differ=(_BEGINNING, _DRAWN), host=socket.gethostname(), device=strategy.device, where=_where
     )
@@ -127,39 +127,38 @@ def does_not_repeat(part: str, differing: UnrepeatableRead) -> str:
     of_stream = differing.stream and differing.stage == "the data set"
     again = "the stream is read again from its beginning" if of_stream else "a sample is read again"
     seeds = "for each batch" if of_stream else "for each sample"
-    more = "; do not count the epochs yourself, set_epoch(epoch) is called with each" if of_stream else ""
+    hint = "; do not count epochs in the data set, set_epoch(epoch) is called for each" if of_stream else ""
     return (
-        f"{'.'.join(split_key(part))}: {differing.name} ({differing.stage}) gives something else when {again} under its seed; "
-        "the result is neither repeatable nor resumable, and depends on processes and workers: a generator of its own "
-        "(NumPy's "
-        f"default_rng, a torch.Generator, Albumentations 2) gets no seed. Draw from {GLOBAL_RNGS}, seeded {seeds}, or "
-        "seed its own from there: generator = np.random.default_rng(np.random.randint(2**31)), or Compose's set_random_seed, "
-        f"{seeds}{more}"
+        f"{'.'.join(split_key(part))}: {differing.name} ({differing.stage}) gives different data when {again} under its seed; "
+        "the result is neither repeatable nor resumable, and depends on processes and workers: a private generator (NumPy's "
+        f"default_rng, a torch.Generator, Albumentations 2) is not seeded. Draw from {GLOBAL_RNGS}, seeded {seeds}, or "
+        "seed the private generator from them: generator = np.random.default_rng(np.random.randint(2**31)), or Compose's "
+        f"set_random_seed, {seeds}{hint}"
     )
 
 
-def changed(stored: Known, now: Known) -> dict[str, str]:
-    """Return, by part of the data, what is another than it was, in words."""
-    found: dict[str, str] = {}
+def changed(stored: Digests, now: Digests) -> dict[str, str]:
+    """Describe, by part of the data, what has changed."""
+    differences: dict[str, str] = {}
     for part, before in stored.items():
         after = now.get(part, {})
         keys = [key for key in before if key in after and before[key] != after[key]]
         if keys:
-            found[part] = " and ".join(_in_words(key) for key in keys)
-    return found
+            differences[part] = " and ".join(_description(key) for key in keys)
+    return differences
 
 
-_WORDS = {
-    "order": "the values that the order follows from",
-    "held out": "which samples are held out",
+_DESCRIPTIONS = {
+    "order": "the list of values that determine the order",
+    "held out": "the set of held-out samples",
     _BEGINNING: "the beginning of the stream",
-    _DRAWN: "what is drawn for the first epoch",
+    _DRAWN: "the sequence drawn for the first epoch",
 }
 
 
-def _in_words(key: str) -> str:
-    return _WORDS.get(key, f"sample {key}")
+def _description(key: str) -> str:
+    return _DESCRIPTIONS.get(key, f"sample {key}")
 
 
 def _where(part: str, key: str) -> str:
-    return f"{_in_words(key)} of {'.'.join(split_key(part))}"
+    return f"{_description(key)} of {'.'.join(split_key(part))}"

@@ -1,4 +1,4 @@
-"""What evaluates the splits of a run, and what decides which weights are evaluated."""
+"""Builds the evaluators of a run's splits, and the choice between raw and averaged weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_evaluator(
     """Build the evaluator of one split, or None if there is no such data.
 
     Args:
-        closing: where it is evaluated again and again: loader workers then live until this is closed.
+        closing: keeps loader workers alive until it is closed, for repeated evaluation.
     """
     samples = builder.samples(name, batch_size=builder.evaluation_micro_size(slots))
     if samples is None:
@@ -46,7 +46,7 @@ def evaluator_of(
     slots: int,
     closing: ExitStack | None = None,
 ) -> Evaluator:
-    """Build the evaluator of samples that have been built; see :func:`build_evaluator`."""
+    """Build the evaluator of given samples; see :func:`build_evaluator`."""
     return Evaluator(
         name,
         samples,
@@ -65,17 +65,17 @@ def build_averaged_evaluation(
     *,
     closing: ExitStack,
     enter: Callable[[], None],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> AveragedEvaluation:
-    """Build what decides which weights are evaluated.
+    """Build the choice between raw and averaged weights for evaluation.
 
     Args:
-        closing: loader workers of such passes live until it is closed.
-        enter: told each global batch of a pass for BatchNorm statistics.
-        tell: told where the averaged weights begin to be evaluated.
+        closing: keeps loader workers of passes for BatchNorm statistics alive until it is closed.
+        enter: called at each global batch of such a pass.
+        log: called with a message when evaluation switches to the averaged weights.
 
     Raises:
-        ConfigurationError: the average would need BatchNorm statistics that cannot be computed.
+        ConfigurationError: the average needs BatchNorm statistics that cannot be computed.
     """
     values, average, data, statistics = builder.values, prepared.state.averaging, prepared.data, None
     if isinstance(data, MappedData):
@@ -93,4 +93,4 @@ def build_averaged_evaluation(
         raise builder.where.error(("averaging", "kind"), what)
     wanted = values.averaging is not None and values.averaging.evaluate
     may_end = values.limit.early_stopping is not None
-    return AveragedEvaluation(average, wanted=wanted, may_end=may_end, statistics=statistics, tell=tell)
+    return AveragedEvaluation(average, wanted=wanted, may_end=may_end, statistics=statistics, tell=log)

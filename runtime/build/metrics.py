@@ -1,4 +1,4 @@
-"""From ``evaluation.metrics`` to torchmetrics."""
+"""Builds the torchmetrics of ``evaluation.metrics``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def metric_mistakes(metric: Component) -> list[ComponentError]:
-    """Return what is wrong with a metric: that its task is not known, or its arguments."""
+    """Check a metric's task and arguments."""
     what = incomplete(metric.key[-1], metric.section)
     return [ComponentError(what, ())] if what is not None else call_mistakes(metric)
 
@@ -28,11 +28,11 @@ def build_metrics(
 
     Args:
         components: by the name in the results.
-        class_names: as configured; those of the data are used where they fit.
-        has_groups: whether a part of a batch names the query that a sample belongs to.
+        class_names: as configured.
+        has_groups: whether ``data.fields.group`` is set.
 
     Raises:
-        ConfigurationError: one cannot be built or fed.
+        ConfigurationError: a metric cannot be built, or its inputs are not available.
     """
     if not components:
         return {}  # importing torchmetrics takes seconds
@@ -47,16 +47,16 @@ def build_metrics(
         if not isinstance(metric, Metric):
             raise bound.error("is not a torchmetrics.Metric", "target")
         try:
-            feed = signature_of(metric)
+            inputs = signature_of(metric)
         except EvaluationError as error:
             raise bound.error(str(error), "target") from error
-        if feed.needs_group and not has_groups:
+        if inputs.needs_group and not has_groups:
             raise bound.error(
-                f"{bound.target} looks at each query by itself: say in data.fields.group which part of a batch names it"
+                f"{bound.target} is computed per query: set data.fields.group to the part of a batch that names the query"
             )
     sizes = {size for metric in metrics.values() if (size := num_classes_of(metric)) is not None}
     if class_names is not None and sizes != {len(class_names)}:
-        found = " or ".join(map(str, sorted(sizes))) or "no"
-        what = f"{len(class_names)} names, but the metrics tell {found} classes apart"
+        expected = " or ".join(map(str, sorted(sizes))) or "no"
+        what = f"{len(class_names)} names, but the metrics have {expected} classes"
         raise where.error(("evaluation", "class_names"), what)
     return metrics

@@ -1,4 +1,4 @@
-"""From the section ``model`` to a module with the weights that it starts from, its blocks recomputed or compiled as asked."""
+"""Builds the model: pretrained weights, activation checkpointing and compilation included."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CPU = torch.device("cpu")
 
 
 def build_model(model: Component, *, seed: int) -> nn.Module:
-    """Build the model, on the CPU and under the run's seed, so that every rank builds the same."""
+    """Build the model on the CPU under the run's seed, so that it is the same on every rank."""
     with preserved_random_state(_CPU):
         seed_everything(derive(seed, Purpose.INITIALIZATION), _CPU)
         built = model.build()
@@ -38,7 +38,7 @@ def build_model(model: Component, *, seed: int) -> nn.Module:
 
 
 def refuse_sparse(model: Component, built: nn.Module) -> None:
-    """Refuse embeddings whose gradients are sparse, which are neither judged, clipped nor reduced over processes."""
+    """Refuse embeddings with sparse gradients, which are not checked for divergence, clipped or reduced over processes."""
     sparse = [
         name or "the model itself"
         for name, part in built.named_modules()
@@ -58,31 +58,31 @@ def _refuse_lazy(model: Component, built: nn.Module) -> None:
     ]
     if lazy:
         raise model.error(
-            f"{', '.join(lazy)}: lazy modules know their size after a first forward pass only, and weights are counted, shared "
-            "out and loaded before; give the number of inputs (nn.Linear(in_features, …))"
+            f"{', '.join(lazy)}: lazy modules have no shapes before a first forward pass, but weights are counted, sharded "
+            "and loaded earlier; give the number of inputs (nn.Linear(in_features, …))"
         )
 
 
 def rebuild_blocks(
     model: nn.Module, *, recomputed: list[str], wrapped: list[str], compiled: CompileSection | None, where: Locations
 ) -> None:
-    """Let blocks of a model be recomputed in the backward pass, and it or its blocks be compiled.
+    """Apply activation checkpointing and torch.compile to a model or its blocks.
 
     Args:
-        recomputed: classes of the blocks that are (``model.checkpoint_activations``).
-        wrapped: classes of blocks that must be there (``strategy.fsdp.wrap``).
+        recomputed: classes of blocks (``model.checkpoint_activations``).
+        wrapped: classes of blocks that must exist (``strategy.fsdp.wrap``).
 
     Raises:
-        ConfigurationError: the model has no such blocks.
+        ConfigurationError: the model has no such blocks, or the compiler's options are invalid.
     """
-    with where.blamed("strategy", "fsdp", "wrap"):
+    with where.errors_at("strategy", "fsdp", "wrap"):
         _blocks(model, wrapped)
-    with where.blamed("model", "checkpoint_activations"):
+    with where.errors_at("model", "checkpoint_activations"):
         blocks = _blocks(model, recomputed)
     checkpoint_activations(blocks)
     if compiled is None:
         return
-    from torch._dynamo.backends.registry import lookup_backend  # takes a second, which compiling takes anyway
+    from torch._dynamo.backends.registry import lookup_backend  # the import takes a second, as compiling does anyway
 
     options: dict[str, Any] = {
         "backend": compiled.backend,
@@ -92,13 +92,13 @@ def rebuild_blocks(
     }
     try:
         lookup_backend(compiled.backend)
-        torch.compile(nn.Identity(), **options)  # compiles nothing before it is called
+        torch.compile(nn.Identity(), **options)  # compiles nothing until it is called
     except Exception as error:
         known = ", ".join(torch.compiler.list_backends())
         what = f"{described(error).splitlines()[0]}; backends here: {known}"
         raise where.error(("compile",), what) from error
     if compiled.blocks:
-        with where.blamed("compile", "blocks"):
+        with where.errors_at("compile", "blocks"):
             blocks = _blocks(model, compiled.blocks)
         compile_blocks(blocks, partial(torch.compile, **options))
     else:
@@ -109,19 +109,19 @@ def _blocks(model: nn.Module, classes: list[str]) -> list[nn.Module]:
     try:
         return blocks_of_classes(model, classes)
     except ComponentError as mistake:
-        raise ComponentError(mistake.what, ()) from mistake  # the key of the list is the one that is wrong
+        raise ComponentError(mistake.what, ()) from mistake  # report the list's key, not one within it
 
 
 def load_pretrained(model: nn.Module, section: WeightsSection | None, where: Locations) -> WeightsReport | None:
-    """Load the weights that a run starts from, if there are any, and return what became of them."""
+    """Load the pretrained weights, if any, and return a report of what was loaded."""
     if section is None:
         return None
-    with where.blamed("model", "weights"):
+    with where.errors_at("model", "weights"):
         return load_weights(model, section, _pretrained_file(section, where))
 
 
 def pretrained_digest(section: WeightsSection | None, where: Locations) -> str | None:
-    """Return the digest of the weights that a run starts from; None if there are none, or they are gone."""
+    """Return the digest of the pretrained weights; None if there are none, or their file is missing."""
     if section is None:
         return None
     try:
@@ -140,7 +140,7 @@ def _pretrained_file(section: WeightsSection, where: Locations) -> Path:
 
 
 def refuse_extra_state(module: TrainingModule, where: Locations) -> None:
-    """Refuse extra state that cannot be saved, before anything was trained."""
+    """Refuse extra state that cannot be saved, before training starts."""
     for prefix, part in (("model", module.model), ("objective", module.objective)):
         for name, value in part.state_dict().items():
             if isinstance(value, torch.Tensor):
@@ -150,7 +150,7 @@ def refuse_extra_state(module: TrainingModule, where: Locations) -> None:
             except CheckpointError as error:
                 owner = part.get_submodule(name.rpartition(".")[0])
                 what = (
-                    f"{type(owner).__name__} ({name.rpartition('.')[0] or 'the whole'}) has extra state (get_extra_state) that "
-                    f"cannot be saved: {error}"
+                    f"{type(owner).__name__} ({name.rpartition('.')[0] or 'the whole'}) has extra state (get_extra_state) "
+                    f"that cannot be saved: {error}"
                 )
                 raise where.error((prefix,), what) from error

@@ -1,4 +1,4 @@
-"""From the configuration's objective to the built one: a class of Lockstep's or the user's, a loss of torch, or several."""
+"""Builds the objective: an Objective of Lockstep's or the user's, a loss of torch, or a weighted sum of several."""
 
 from __future__ import annotations
 
@@ -25,30 +25,32 @@ _CPU = torch.device("cpu")
 
 
 def loss_mistakes(loss: Component) -> list[ComponentError]:
-    """Return what is wrong with a loss: its arguments, or that a loss of torch cannot be an objective."""
+    """Check a loss's arguments, and whether a loss of torch can be an objective."""
     mistakes = call_mistakes(loss)
     try:
-        found = loss.locate()
+        located = loss.locate()
     except ComponentError:
         return mistakes
-    what = refusal(found, loss.args) if _is_foreign_loss(found) else None
+    what = refusal(located, loss.args) if _is_foreign_loss(located) else None
     return mistakes if what is None else [*mistakes, ComponentError(what)]
 
 
-def build_objective(one: Component | None, several: Mapping[str, Component], *, fields: Fields, seed: int) -> Objective:
-    """Build the objective from an Objective class or one of torch's losses, under the run's seed.
+def build_objective(
+    single: Component | None, losses: Mapping[str, Component], *, fields: Fields, seed: int
+) -> Objective:
+    """Build the objective under the run's seed.
 
     Args:
-        one: the loss, where there is one alone.
-        several: losses by name, otherwise.
-        fields: which part of a batch is what; a loss of several may have its own.
+        single: ``objective`` itself, if it has a target.
+        losses: otherwise, its losses by name.
+        fields: which part of a batch is what; each of several losses may override it.
     """
     with preserved_random_state(_CPU):
         seed_everything(derive(seed, Purpose.INITIALIZATION, 2), _CPU)
-        if one is not None:
-            return _with_fields(one, fields)
-        built = {name: _with_fields(loss, fields) for name, loss in several.items()}
-    total = WeightedSum(built, {name: loss.section.weight for name, loss in several.items()})
+        if single is not None:
+            return _with_fields(single, fields)
+        built = {name: _with_fields(loss, fields) for name, loss in losses.items()}
+    total = WeightedSum(built, {name: loss.section.weight for name, loss in losses.items()})
     total.fields = fields
     return total
 
@@ -65,20 +67,20 @@ def _with_fields(bound: Component, fields: Fields) -> Objective:
         raise bound.where.error(
             weight_key,
             f"{bound.target} does not read it; multiply by self.fields.weight_of(batch) in its forward and weight, and "
-            "say reads_sample_weights = True",
+            "set reads_sample_weights = True",
         )
     return loss
 
 
 def _loss(bound: Component) -> Objective:
     try:
-        with bound.blamed():
-            found = bound.locate()
-            if not _is_foreign_loss(found):
+        with bound.errors_at_key():
+            located = bound.locate()
+            if not _is_foreign_loss(located):
                 built: Any = bound.build()
             else:
                 arguments = component.resolved(bound.args, code=bound.code)
-                built = component.call(torch_loss, bound.target, found, arguments)
+                built = component.call(torch_loss, bound.target, located, arguments)
     except ObjectiveError as error:
         raise bound.error(str(error)) from error
     if not isinstance(built, Objective):
@@ -86,5 +88,5 @@ def _loss(bound: Component) -> Objective:
     return built
 
 
-def _is_foreign_loss(found: Any) -> bool:
-    return inspect.isclass(found) and issubclass(found, nn.Module) and not issubclass(found, Objective)
+def _is_foreign_loss(located: Any) -> bool:
+    return inspect.isclass(located) and issubclass(located, nn.Module) and not issubclass(located, Objective)

@@ -1,4 +1,4 @@
-"""The order of the training samples: a permutation, a sampler, or what follows from one value of each sample."""
+"""Builds the order of the training samples: a permutation, a sampler, or one computed from a value of each sample."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from runtime.errors import DataError
 
 
 def sampler_mistakes(sampler: Component) -> list[ComponentError]:
-    """Return what is wrong with a sampler, which is called with the data set unless its arguments name that parameter."""
+    """Check a sampler, which gets the data set as its first argument unless the configuration sets that argument."""
     try:
-        given = 0 if _names_first_parameter(sampler) else 1
+        positional = 0 if _names_first_parameter(sampler) else 1
     except ComponentError as mistake:
         return [mistake]
-    return call_mistakes(sampler, positional=given)
+    return call_mistakes(sampler, positional=positional)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ValueReader:
     """Reads or computes one value for each sample.
 
     Args:
-        component: returns what computes values, by the parts of its key.
+        component: returns the component of a key, given as its parts.
         where: where each key was written.
     """
 
@@ -40,14 +40,14 @@ class ValueReader:
     where: Locations
 
     def read(self, key: tuple[str, ...], values: SampleValues, source: Any, *, numbers: bool = True) -> Values:
-        """Return the values that a key asks for.
+        """Return the values for a key, one per sample.
 
         Raises:
-            ConfigurationError: they cannot be read or computed, or are not one for each sample.
+            ConfigurationError: they cannot be read or computed, or there is not one for each sample.
         """
-        found = self.component(*key).function() if isinstance(values, ComponentSection) else values
+        origin = self.component(*key).function() if isinstance(values, ComponentSection) else values
         try:
-            return values_of(source, found, ".".join(key), numbers=numbers)
+            return values_of(source, origin, ".".join(key), numbers=numbers)
         except DataError as error:
             raise self.where.error(key, str(error).removeprefix(".".join(key) + ": ")) from error
 
@@ -60,22 +60,22 @@ def build_order(
     Args:
         source: the data set.
         batch_size: samples of a global batch.
-        sampler: of single samples or of batches, if there is one.
+        sampler: of single samples or of batches, or None.
 
     Raises:
-        ConfigurationError: the sampler cannot be built, or the values it follows from cannot be computed.
-        DataError: there is not one fitting value for each sample, or a sample is above the budget.
+        ConfigurationError: the sampler cannot be built, or the values of the samples cannot be computed.
+        DataError: there is not one valid value for each sample, or a sample is above the budget.
     """
-    drawn = _order_by_values(data, source, batch_size=batch_size, seed=seed, reader=reader)
-    if drawn is not None:
-        return drawn
+    order = _order_by_values(data, source, batch_size=batch_size, seed=seed, reader=reader)
+    if order is not None:
+        return order
     if sampler is None:
         return IndexOrder(
             len(source), batch_size=batch_size, seed=seed, shuffle=data.shuffle is not False, drop_last=data.drop_last
         )
-    given = () if _names_first_parameter(sampler) else (source,)
+    positional = () if _names_first_parameter(sampler) else (source,)
     return SamplerOrder(
-        sampler.build(*given),
+        sampler.build(*positional),
         num_samples=len(source),
         batch_size=batch_size if data.sampler else None,
         seed=seed,
@@ -84,7 +84,7 @@ def build_order(
 
 
 def _names_first_parameter(sampler: Component) -> bool:
-    """Tell whether a sampler's arguments name its first parameter, which is otherwise the data set."""
+    """Return whether the configuration sets a sampler's first parameter, which is otherwise the data set."""
     first = next(iter(inspect.signature(sampler.locate()).parameters), None)
     return first in sampler.args
 
@@ -92,7 +92,7 @@ def _names_first_parameter(sampler: Component) -> bool:
 def _order_by_values(
     data: DataSection, source: Any, *, batch_size: int, seed: int, reader: ValueReader
 ) -> Order | None:
-    """Build the order that follows from a length, class or weight of each training sample, or None if none is asked for."""
+    """Build the order by a length, class or weight of each training sample, or None if none is configured."""
 
     def of(section: str, key: str, values: SampleValues, *, numbers: bool = True) -> Values:
         return reader.read(("data", section, key), values, source, numbers=numbers)

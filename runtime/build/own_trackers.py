@@ -1,4 +1,4 @@
-"""The user's own trackers, ``reporting.trackers``: checked before the start, made on rank 0."""
+"""The user's own trackers (``reporting.trackers``): checked before the start, built on rank 0."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from runtime.reporting.tracker import Tracker
 
 
 def tracker_mistakes(bound: Component) -> list[ComponentError]:
-    """Return what is wrong with an entry of ``reporting.trackers``, as far as it can be told without making the tracker."""
-    found = call_mistakes(bound)
-    if not found:
+    """Check an entry of ``reporting.trackers`` without building the tracker."""
+    mistakes = call_mistakes(bound)
+    if not mistakes:
         located = bound.locate()
         if inspect.isclass(located) and not issubclass(located, Tracker):
-            found.append(ComponentError(f"{bound.target} does not extend lockstep.Tracker"))
-    return found
+            mistakes.append(ComponentError(f"{bound.target} does not extend lockstep.Tracker"))
+    return mistakes
 
 
 def make_own_trackers(trackers: Iterable[Component], *, warn: Callable[[str], None]) -> Iterator[Tracker]:
-    """Yield the user's own trackers; one that cannot be made is warned of, as one that stops working is."""
+    """Yield the user's own trackers; warn about each that cannot be built, and leave it out."""
     for bound in trackers:
         try:
-            made = bound.build()
+            tracker = bound.build()
         except LockstepError as error:
-            warn(f"{error}; going on without it")
+            warn(f"{error}; continuing without it")
             continue
-        if isinstance(made, Tracker):
-            yield made
+        if isinstance(tracker, Tracker):
+            yield tracker
         else:
-            what = f"returned a {type(made).__name__}, which does not extend lockstep.Tracker"
-            warn(f"reporting.trackers: {bound.target} {what}; going on without it")
+            what = f"returned a {type(tracker).__name__}, which does not extend lockstep.Tracker"
+            warn(f"reporting.trackers: {bound.target} {what}; continuing without it")

@@ -1,4 +1,4 @@
-"""From a checked configuration to the parts of a run, built in order of dependence and alike on every rank."""
+"""Builds the parts of a run from a checked configuration, in order of dependence and equally on every rank."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ from runtime.training.early_stopping import EarlyStopping
 from runtime.training.fitting import fitting_micro_size
 from runtime.training.progress import Progress
 
-_OF_ONE_RANK = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
+_PER_RANK_KEYS = ("code", "data.loader.", "output", "reporting.progress", "reporting.wandb")  # may differ between ranks
 
 
 @dataclass(frozen=True)
 class RunComponents:
-    """What a run consists of before its first step.
+    """The parts of a run before its first step.
 
     Args:
-        contents: what a few samples of all data hold.
+        contents: digests of a few samples of all data.
         groups: names of the optimizer's parameter groups.
-        parameters: how many elements of them are trained, and how many are frozen.
+        parameters: numbers of trained and of frozen elements.
     """
 
     data: TrainingData
@@ -75,32 +75,32 @@ def prepare(
     stored: Mapping[str, Any] | None,
     *,
     warn: Callable[[str], None],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> RunComponents:
-    """Build a run's parts, module and optimizer as the strategy prepares them. Collective: every rank must call this.
+    """Build a run's parts, with module and optimizer prepared by the strategy. Collective: every rank must call this.
 
     Args:
-        stored: training state of the checkpoint that the run goes on from; its identity is what must fit, and its progress
-            says what is trainable.
-        warn: told what gives up exactness.
-        tell: told what became of the weights that the run starts from.
+        stored: training state of the checkpoint to resume from; its identity must match, and its progress determines which
+            parameters are trainable.
+        warn: called with a warning about each loss of exactness.
+        log: called with a report of the pretrained weights.
 
     Raises:
-        LockstepError: what is wrong with configuration, data, or the ranks' agreement.
+        LockstepError: the configuration or data is wrong, or the ranks differ.
     """
     values = loaded.values
     weights = pretrained_digest(values.model.weights, loaded.where)
-    module = build_module(builder, strategy, tell=tell if stored is None else None)
+    module = build_module(builder, strategy, log=log if stored is None else None)
     refuse_extra_state(module, loaded.where)
     buffers = BufferState(module)
     freezing = builder.freezing(module)
-    freezing.unfreeze_all()  # for the optimizer, which holds all that is ever trained, and for what memory must hold
+    freezing.unfreeze_all()  # the optimizer and the memory estimate cover all parameters that are ever trained
     data = builder.training_data()
-    told = data.fingerprint((strategy.world_size, values.data.loader.num_workers))
+    data_fingerprint = data.fingerprint((strategy.world_size, values.data.loader.num_workers))
     seen = {"a run folder shared with rank 0": _sees_run_folder(loaded.output)} if strategy.world_size > 1 else {}
     resolved = loaded.resolved()
-    more = {"the weights of model.weights": weights, **seen}
-    compare_ranks(strategy, module, told, more, configuration=resolved, code=loaded.code)
+    extra = {"the weights of model.weights": weights, **seen}
+    compare_ranks(strategy, module, data_fingerprint, extra, configuration=resolved, code=loaded.code)
     if data.steps_per_epoch == 0:
         sampler = values.data.sampler or values.data.batch_sampler
         if sampler is not None and not values.data.drop_last:
@@ -124,7 +124,7 @@ def prepare(
         progress.load_state_dict(stored["progress"])
     freezing.apply(progress.cursor.epoch)
     memory = builder.state_bytes(module, optimizer, strategy.world_size)
-    parameters = _trained_and_frozen(module)  # of which a strategy may leave this rank a part
+    parameters = _trained_and_frozen(module)  # before the strategy shards them
     strategy.prepare(module, optimizer)
     averaging = builder.averaging(strategy)
     divergence = Divergence(
@@ -140,11 +140,11 @@ def prepare(
     return RunComponents(data, contents, fingerprint, assignment, state, freezing, groups, parameters, memory)
 
 
-def tell_of_component(components: Components, error: Exception, state: RunState) -> None:
-    """Raise an error of the schedule, or of the optimizer's first update, as one of its section; leave any other alone.
+def raise_component_error(components: Components, error: Exception, state: RunState) -> None:
+    """Reraise an error of the schedule, or of the optimizer's first update, at its section's key; ignore any other error.
 
     Raises:
-        ConfigurationError: it was one of these.
+        ConfigurationError: the error came from one of these.
     """
     scheduler, progress = components.find("schedule"), state.progress
     if scheduler is not None and raised_within(error, state.schedule):
@@ -162,11 +162,11 @@ def _trained_and_frozen(module: TrainingModule) -> tuple[int, int]:
 
 
 def refuse_fillers(assignment: SlotAssignment, where: Locations, *, smallest_batch: int) -> None:
-    """Refuse synchronised BatchNorm where a rank would run a filler, whose samples would enter the others' statistics."""
+    """Refuse synchronised BatchNorm if a rank would run a filler, whose samples would enter the others' statistics."""
     if assignment.slots % assignment.world_size or smallest_batch < assignment.slots:
         raise where.error(
             ("batch_norm",),
-            "sync needs a real slot on every rank in every forward pass: let the world size divide batch.slots "
+            "sync needs a real slot on every rank in every forward pass: use a world size that divides batch.slots "
             f"(now {assignment.slots}), and set data.drop_last if an epoch's last batch (now {smallest_batch} samples) is "
             "smaller",
         )
@@ -174,10 +174,10 @@ def refuse_fillers(assignment: SlotAssignment, where: Locations, *, smallest_bat
 
 @dataclass(frozen=True)
 class _FirstStart:
-    """What K is found with at a first start, and what identifies the data and the weights.
+    """Inputs for choosing the number of slots at a first start, and for the fingerprint of data and weights.
 
     Args:
-        schedule_length: where it follows from the limit.
+        schedule_length: if it is derived from the limit, otherwise None.
     """
 
     module: TrainingModule
@@ -192,21 +192,21 @@ def build_module(
     strategy: Strategy,
     *,
     training: bool = True,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> TrainingModule:
-    """Build model and objective, where the strategy wants them.
+    """Build model and objective, placed by the strategy.
 
     Args:
-        training: synchronised BatchNorm and its GPUs are for training alone.
-        tell: at a first start, told what became of the weights that the model starts from.
+        training: otherwise BatchNorm is not synchronised, and needs no GPUs.
+        log: at a first start, called with a report of the pretrained weights.
     """
     values = builder.values
     model, objective = builder.model(), builder.objective()
     if training:
         refuse_sparse(builder.components.of("model"), model)
-    report = builder.pretrained(model) if tell is not None else None
-    if tell is not None and report is not None:
-        tell(str(report))
+    report = builder.pretrained(model) if log is not None else None
+    if log is not None and report is not None:
+        log(str(report))
     if values.batch_norm == "sync" and training:
         if strategy.device.type != "cuda":
             raise builder.where.error(("batch_norm",), "sync needs GPUs; use local")
@@ -223,7 +223,7 @@ def compare_ranks(
     strategy: Strategy,
     module: TrainingModule,
     data: Mapping[str, Any],
-    more: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
     *,
     configuration: Mapping[str, Any],
     code: Path,
@@ -231,31 +231,31 @@ def compare_ranks(
     """Refuse ranks that were started differently. Collective: every rank must call this.
 
     Args:
-        data: what identifies the data.
-        more: what else must be equal.
+        data: fingerprint of the data.
+        extra: other facts that must be equal.
         configuration: all keys with their values.
         code: the folder of the user's own modules.
 
     Raises:
         RanksDifferError: naming the rank and the difference.
     """
-    # Free keys as well: evaluating or reporting at another interval, a rank would enter a collective alone.
+    # Free keys too: a rank that evaluates or reports at another interval would enter a collective alone.
     facts = {
-        **{f"configuration {k}": v for k, v in flatten(configuration).items() if not k.startswith(_OF_ONE_RANK)},
+        **{f"configuration {k}": v for k, v in flatten(configuration).items() if not k.startswith(_PER_RANK_KEYS)},
         **versions(),
         "code": code_digest(code),
         "data": dict(data),
         "parameter shapes": shapes(module),
-        **(more or {}),
+        **(extra or {}),
     }
-    # A rank may have imported modules that others have not (yet): rank 0 alone draws pictures, say.
+    # A rank may have imported modules that others have not (yet): for example, only rank 0 draws figures.
     files = loaded_code(code, configuration)["files"]
     imported = {f"the code of {name}": digest for name, digest in files.items()}
     compare(facts, if_known=imported, host=socket.gethostname(), device=strategy.device)
 
 
 def _sees_run_folder(folder: Path) -> bool:
-    """Tell whether this rank sees the lock that rank 0 has put into the run folder; a file server may take its time."""
+    """Return whether this rank sees rank 0's lock in the run folder; waits, since a file server may be slow."""
     for _ in range(100):
         if RunFiles(folder).locks():
             return True
@@ -291,16 +291,17 @@ def _identity(
     check_identity(fingerprint, now, contents=differing, allowed=allowed, folder=folder)
     slots = slots_on_resumption(fingerprint.slots, batch, allowed=allowed, folder=folder)
     if weights is not None and weights != fingerprint.weights:
-        warn("model.weights: the file's other content changes nothing: a run that goes on has its checkpoint's weights")
+        warn("model.weights: the file has changed, without effect: a resumed run uses its checkpoint's weights")
     threads, before = torch.get_num_threads(), stored["made_by"].get("threads")
     if strategy.device.type == "cpu" and threads != before:
         warn(
-            f"{threads} threads a process, {before} before: equal to rounding from here on, not bit for bit (OMP_NUM_THREADS)"
+            f"{threads} threads per process, {before} before: from here on results are equal up to rounding, not bit for bit "
+            "(OMP_NUM_THREADS)"
         )
     if slots != fingerprint.slots:
         warn(
-            f"K changes from {fingerprint.slots} to {slots}: from here on only models without randomness or batch statistics "
-            "in the forward pass keep the answer"
+            f"K changes from {fingerprint.slots} to {slots}: from here on the result stays the same only for models without "
+            "randomness or batch statistics in the forward pass"
         )
     known = {**fingerprint.contents, **fresh.contents.known}
     return RunFingerprint(resolved, slots, data, length, fingerprint.tracker_id, weights or fingerprint.weights, known)
@@ -309,7 +310,7 @@ def _identity(
 def _contents(
     builder: Builder, strategy: Strategy, data: TrainingData, stored: Mapping[str, Any] | None
 ) -> DataContents:
-    """Look at all data that the run reads, unless ``checks: off``. Collective."""
+    """Read a few samples of all data, unless ``checks: off``. Collective."""
     evaluated = {name: builder.samples(name, batch_size=1) for name in ("validation", "test")}
     if builder.values.checks == "off":
         return DataContents()

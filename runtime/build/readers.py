@@ -1,4 +1,4 @@
-"""What a class that reads data says of itself, so that one part of the data is read as another was."""
+"""Data readers: their names, and the arguments that readers of several parts of the data share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from runtime.config.component import ComponentError
 
 
 def name_of(reader: Any) -> str:
-    """Return module and name of a reader's class; of a function, its own."""
+    """Return ``module:name`` of a reader's class, or of a function."""
     kind = reader if inspect.isclass(reader) else type(reader)
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def lacking_arguments(reader: Component, training: Component) -> list[str]:
-    """Return the training data's arguments that a reader of the same class leaves out though it prepares samples by them."""
+    """Return the ``shared_arguments`` that the training data sets and another reader of the same class leaves out."""
     if reader.target != training.target:
         return []
     shared = getattr(reader.locate(), "shared_arguments", ())
@@ -28,24 +28,24 @@ def lacking_arguments(reader: Component, training: Component) -> list[str]:
 def with_shared_arguments(
     predicted: Component, training: Component, preparation: Mapping[str, Any] | None = None
 ) -> Component:
-    """Return what is predicted, with the arguments that its reader shares with the training data.
+    """Return the reader of the data to predict, completed with the arguments that it shares with the training data.
 
-    A reader names these in ``shared_arguments``. Those that follow from what was fitted are what ``arguments_of(fitted)``
-    returns. Arguments that are given come first.
+    A reader names these in ``shared_arguments``; ``arguments_of(fitted)`` returns those derived from fitted state. Arguments
+    in the configuration take precedence.
 
     Args:
-        preparation: what a checkpoint says about preparing data.
+        preparation: a checkpoint's :attr:`DataSources.preparation`.
     """
     if predicted.target != training.target:
         return predicted
     try:
-        found = predicted.locate()
+        reader = predicted.locate()
     except ComponentError:
-        return predicted  # told where it is checked
-    shared = {name: training.args[name] for name in getattr(found, "shared_arguments", ()) if name in training.args}
-    known = preparation or {}
-    fitted = known.get("fitted") if known.get("reader") == name_of(found) else None
-    if fitted is not None and hasattr(found, "arguments_of"):
-        shared |= found.arguments_of(fitted)
+        return predicted  # its check reports this
+    shared = {name: training.args[name] for name in getattr(reader, "shared_arguments", ()) if name in training.args}
+    stored = preparation or {}
+    fitted = stored.get("fitted") if stored.get("reader") == name_of(reader) else None
+    if fitted is not None and hasattr(reader, "arguments_of"):
+        shared |= reader.arguments_of(fitted)
     section = predicted.section.model_copy(update={"args": {**shared, **predicted.args}})
     return replace(predicted, section=section)

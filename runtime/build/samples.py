@@ -1,4 +1,4 @@
-"""From a built data set to samples, and from the section ``data.loader`` to what loads them."""
+"""Builds samples from a data set, and the loader factory from ``data.loader``."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def build_samples(
     """Build the samples of one data set.
 
     Args:
-        section: its own; data that is held out has none.
-        batch_size: items that are cut up together, where it is a stream.
-        drop_last: whether its last, smaller batch is left out, where it is a stream.
-        one_batch_each: whether each batch that a stream yields is by itself.
+        section: of the split; None for held-out data.
+        batch_size: of a stream: items that are batched together.
+        drop_last: of a stream: whether its last, smaller batch is left out.
+        one_batch_each: of a stream that yields batches: whether each is read on its own.
     """
     functions: dict[str, Any] = {
         "transform": transform.function() if transform is not None else None,
@@ -43,7 +43,7 @@ def build_samples(
         return Samples(source, seed=seed, **functions)
     batches = section.yields == "batches"
     if batches:
-        functions["collate"] = None  # which is for the splits that yield samples
+        functions["collate"] = None  # only for splits that yield samples
         functions |= {"batches": True, "fields": fields}
     return StreamSamples(
         source,
@@ -56,7 +56,7 @@ def build_samples(
 
 
 def order_of_stream(data: DataSection) -> str | None:
-    """Return the key that asks for an order, which a stream has itself; None where there is none."""
+    """Return the first key that sets an order, which a stream cannot have; None if there is none."""
     orders = ("shuffle", "sampler", "batch_sampler", "group_by_length", "budget", "balance", "weights")
     return next((name for name in orders if getattr(data, name)), None)
 
@@ -69,11 +69,11 @@ def build_loader(
     *,
     workers: int | None = None,
 ) -> MakeLoader:
-    """Return the maker of loaders; memory is pinned by default where there is a GPU.
+    """Return a factory of loaders; memory is pinned by default if there is a GPU.
 
     Args:
-        closing: where the same data is read again and again: workers then live until this is closed.
-        workers: how many to start, where little is read. Default: as configured.
+        closing: keeps workers alive until it is closed, for data that is read repeatedly.
+        workers: how many to start. Default: as configured.
     """
     return loader_factory(
         num_workers=section.num_workers if workers is None else workers,

@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, from its section and the run's length."""
+"""Builds the learning rate schedule from its section and the run's length."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from runtime.optimization.schedule import Schedule, Successor
 
 
 def schedule_mistakes(scheduler: Component) -> list[ComponentError]:
-    """Return what is wrong with a scheduler and those that it is made of."""
+    """Check a scheduler and those nested in it."""
     filled_in = length_arguments(scheduler)
     return schedulers.check(scheduler.target, scheduler.args, code=scheduler.code, filled_in=filled_in)
 
 
 def length_arguments(scheduler: Component | None) -> list[str]:
-    """Return the scheduler's argument for its length, if it has one that was left out."""
+    """Return the scheduler's argument for its length, if it has one that is not configured."""
     if scheduler is None:
         return []
     try:
-        found = scheduler.locate()
+        located = scheduler.locate()
     except ComponentError:
-        return []  # told where the scheduler is checked
-    name = schedulers.length_argument(found, scheduler.args) if callable(found) else None
+        return []  # its check reports this
+    name = schedulers.length_argument(located, scheduler.args) if callable(located) else None
     return [name] if name else []
 
 
 @dataclass(frozen=True)
 class ScheduleBuilder:
-    """Builds the schedule of a run, as often as it is asked to.
+    """Builds the schedule of a run.
 
     Args:
-        section: ``schedule``, if there is one.
-        scheduler: the same, where it has a target.
-        averaging: the rate may change where late weights are averaged.
-        limit: from which the length of a schedule may follow.
+        section: ``schedule``, or None.
+        scheduler: its component, if it has a target.
+        averaging: may set the learning rate while late weights are averaged.
+        limit: may determine the length of the schedule.
     """
 
     section: ScheduleSection | None
@@ -58,20 +58,20 @@ class ScheduleBuilder:
 
     @property
     def follows_limit(self) -> bool:
-        """Whether the schedule's length was left to follow from the run's limit, which then cannot be changed."""
+        """Whether the schedule's length is derived from the run's limit, which then cannot be changed."""
         return bool(length_arguments(self.scheduler))
 
     def length(self, data: TrainingData) -> int | None:
-        """Return how many epochs, or steps after the warm-up, the scheduler counts in the whole run; None where nobody knows.
+        """Return the number of epochs, or of steps after the warm-up, in the whole run; None if unknown.
 
         Raises:
-            ConfigurationError: nobody knows, and the scheduler was to be told.
+            ConfigurationError: it is unknown, and the scheduler needs it.
         """
         limit, section, steps_per_epoch = self.limit, self.section, data.steps_per_epoch
         by_epoch = section is not None and section.interval == "epoch"
         if steps_per_epoch is None and (limit.epochs is None if by_epoch else limit.steps is None):
             for name in length_arguments(self.scheduler):
-                what = f"needs {name}: it cannot follow from the limit, as a stream's length is unknown"
+                what = f"needs {name}: it cannot be derived from the limit, since a stream's length is unknown"
                 raise self.where.error(("schedule", "args"), what)
             return None
         if by_epoch:
@@ -92,7 +92,7 @@ class ScheduleBuilder:
             raise self.where.error((key,), str(error)) from error
 
     def rehearse(self, optimizer: Optimizer, schedule: Schedule, length: int | None) -> Schedule:
-        """Build a run's schedule once more, on a stand-in for its optimizer, to be driven through the run without a trace."""
+        """Build a copy of a run's schedule on a stand-in for its optimizer, to simulate the run without side effects."""
         return self.build(StandIn(optimizer, schedule.rates_before(optimizer)), length)
 
     def _schedule(self, optimizer: Optimizer, length: int | None) -> Schedule:
@@ -111,7 +111,7 @@ class ScheduleBuilder:
 
 
 def _successor(averaging: AveragingSection | None, optimizer: Optimizer) -> Successor | None:
-    """Build what the rate follows while late weights are averaged; torch wants it built after the first scheduler."""
+    """Build the schedule of the rate while late weights are averaged; torch requires building it after the first scheduler."""
     if averaging is None or averaging.start is None or averaging.learning_rate is None:
         return None
     anneal = averaging.anneal or AnnealSection(epochs=10)
@@ -123,18 +123,18 @@ def _successor(averaging: AveragingSection | None, optimizer: Optimizer) -> Succ
 
 def _scheduler(bound: Component, optimizer: Optimizer, length: int | None) -> Any:
     section, arguments = bound.section, {**bound.args, **dict.fromkeys(length_arguments(bound), length)}
-    with bound.blamed():
+    with bound.errors_at_key():
         if schedulers.is_known(bound.target, bound.code):
             stand_in = StandIn(optimizer)
             try_scheduler(schedulers.build(bound.target, arguments, stand_in, code=bound.code), bound.target)
         scheduler = schedulers.build(bound.target, arguments, optimizer, code=bound.code)
     if isinstance(scheduler, ReduceLROnPlateau) != section.watches:
         raise bound.error(
-            f"makes a {type(scheduler).__name__}; a class that follows evaluations is known by a name that ends in "
-            "ReduceLROnPlateau",
+            f"builds a {type(scheduler).__name__}; a class that follows evaluations must have a name that ends in "
+            "ReduceLROnPlateau, and no other class may",
             "target",
         )
     if isinstance(scheduler, OneCycleLR) and length is not None and scheduler.total_steps < length:
-        what = f"OneCycleLR ends after {scheduler.total_steps} {section.interval}s, and the run has {length} for it"
+        what = f"OneCycleLR ends after {scheduler.total_steps} {section.interval}s, but the run has {length}"
         raise bound.error(what, "args")
     return scheduler

@@ -1,4 +1,4 @@
-"""The data sets of a run: each is built once, and prepared by the training samples alone."""
+"""Builds the data sets of a run: each once, with preprocessing fitted on the training samples only."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 def split_section(name: str, data: DataSection, prediction: PredictionSection) -> SplitSection | None:
-    """Return a split's section, or None where the configuration has none; data that is held out has none."""
+    """Return a split's section, or None if it has none, like held-out data."""
     split: SplitSection | None = prediction.data if name == "predict" else getattr(data, name)
     return split
 
 
 def available_splits(data: DataSection, prediction: PredictionSection) -> list[str]:
-    """Return the splits that there are, of their own or held out."""
+    """Return the configured splits, with a section or held out."""
     return [
         name
         for name in SPLITS
@@ -50,10 +50,10 @@ class DataSources:
 
     Args:
         data: section.
-        readers: what makes the data sets that have a section, by split.
-        values: reads values that a split follows from.
-        target: the part of a batch that metrics and predictions are about.
-        stored: what :attr:`preparation` was when a checkpoint was made, in place of the training data.
+        readers: components of the data sets that have a section, by split.
+        values: reads the values for ``data.split``.
+        target: the part of a batch that is the target of metrics and predictions.
+        stored: a checkpoint's :attr:`preparation`, in place of the training data.
     """
 
     def __init__(
@@ -72,15 +72,14 @@ class DataSources:
         self._built: dict[str, Any] = {}
 
     def get(self, name: str) -> Any:
-        """Return the data set of one of ``SPLITS``, or None where the configuration has none.
+        """Return the data set of one of ``SPLITS``, or None if it is not configured.
 
-        What prepares itself by the training samples (``fit(ids)``) is given them; what another part was fitted with
-        (``fitted``) is handed to a data set of the same type (``adopt(fitted)``). So no part is prepared by what it holds
-        out.
+        A data set with ``fit(ids)`` is fitted on the training samples; data sets of the same type in other splits get its
+        state by ``adopt(fitted)``. So no preprocessing is fitted on held-out samples.
 
         Raises:
             ConfigurationError: the data set cannot be built.
-            DataError: it is empty or no data set, or there is no such split.
+            DataError: it is empty or not a data set, or the split is not possible.
         """
         if name not in self._built:
             self._built |= self._build(name)
@@ -88,11 +87,11 @@ class DataSources:
 
     @property
     def preparation(self) -> Mapping[str, Any]:
-        """What the training data says about preparing data and naming classes, as JSON can hold it; each may be None.
+        """Preprocessing state and class names of the training data, JSON-serializable; each entry may be None.
 
-        It is in every checkpoint, so that what is evaluated or predicted later needs no training data: ``fitted``, what a
-        reader took from the training rows; ``reader``, which one that was; ``classes``, the names; ``target_scale``, mean and
-        deviation of each target that is standardised.
+        Saved in every checkpoint, so that later evaluation and prediction need no training data. ``fitted``: state fitted on
+        the training rows; ``reader``: its reader's name; ``classes``: class names; ``target_scale``: mean and standard
+        deviation of each standardised target.
         """
         if self._stored:
             return self._stored
@@ -123,55 +122,56 @@ class DataSources:
         return {name: source}
 
     def _check_classes(self, name: str, source: Any) -> None:
-        """Refuse evaluation data whose classes have other numbers than in training: each metric would be wrong."""
-        own = class_names(source, self._target)
-        trained = self.preparation["classes"] if own is not None else None
-        if own is None or trained is None or own == trained:
+        """Refuse evaluation data whose class indices differ from those in training: each metric would be wrong."""
+        evaluated = class_names(source, self._target)
+        trained = self.preparation["classes"] if evaluated is not None else None
+        if evaluated is None or trained is None or evaluated == trained:
             return
-        place = next((n for n, pair in enumerate(zip(own, trained, strict=False)) if pair[0] != pair[1]), None)
-        if place is None and len(own) < len(trained):
-            return  # the first of them, with their numbers
+        index = next((n for n, pair in enumerate(zip(evaluated, trained, strict=False)) if pair[0] != pair[1]), None)
+        if index is None and len(evaluated) < len(trained):
+            return  # the first classes of training, with the same indices
         key = ".".join(split_key(name))
-        if place is None:
+        if index is None:
             raise DataError(
-                f"{key} has {len(own)} classes and data.train {len(trained)}: {own[len(trained)]!r} is none of training's"
+                f"{key} has {len(evaluated)} classes and data.train {len(trained)}: data.train lacks "
+                f"{evaluated[len(trained)]!r}"
             )
         raise DataError(
-            f"{key}: class {place} is {own[place]!r}, and {trained[place]!r} in data.train; metrics compare the numbers, so "
-            "give both the same classes in the same order"
+            f"{key}: class {index} is {evaluated[index]!r}, but {trained[index]!r} in data.train; metrics compare class "
+            "indices, so give both the same classes in the same order"
         )
 
     def _build_training(self) -> dict[str, Any]:
-        """Build the training data, and what is held out of it."""
+        """Build the training data, and the parts held out of it."""
         data, split = self._data, self._data.split
         source = self._checked(REST, self._readers[REST])
         if data.train.sharded_by is not None:
             if split is not None:
-                what = "a stream cannot be split: nobody knows its length; give data.validation and data.test"
+                what = "a stream cannot be split: its length is unknown; give data.validation and data.test"
                 raise self._values.where.error(("data", "split"), what)
             return {REST: source}
         parts = {REST: np.arange(len(source), dtype=np.int64)} if hasattr(source, "fit") else {}
         if split is not None:
-            of = {
+            values_by_key = {
                 key: self._values.read(("data", "split", key), values, source, numbers=False)
                 for key in ("stratify", "group")
                 if (values := getattr(split, key)) is not None
             }
             held_out = {name: share for name in ("validation", "test") if (share := getattr(split, name)) is not None}
             try:
-                parts = split_ids(len(source), held_out, seed=split.seed, **of)
+                parts = split_ids(len(source), held_out, seed=split.seed, **values_by_key)
             except DataError as error:
                 raise DataError(f"data.split: {error}") from error
-        known = self._stored
-        if known.get("fitted") is not None and known["reader"] == name_of(source):
-            source.adopt(known["fitted"])
+        stored = self._stored
+        if stored.get("fitted") is not None and stored["reader"] == name_of(source):
+            source.adopt(stored["fitted"])
         elif hasattr(source, "fit"):
             source.fit(parts[REST])
         return {name: subset(source, ids) for name, ids in parts.items()} if split is not None else {REST: source}
 
     def _checked(self, name: str, reader: Component) -> Any:
         with preserved_random_state(_CPU):
-            # Ranks build their own copies; whatever these draw (a random split, say) must be equal.
+            # Each rank builds its own copy; what its constructor draws (such as a random split) must be equal.
             seed_everything(derive(self._seed, Purpose.INITIALIZATION, 1), _CPU)
             source = reader.build()
         source = adapted(source, ".".join(split_key(name)))

@@ -9,11 +9,11 @@ from runtime.strategies import Strategy
 
 
 def build_strategy(loaded: LoadedConfiguration) -> Strategy:
-    """Join the process group and return the strategy. Collective.
+    """Join the process group and return the strategy. Collective: every rank must call this.
 
     Raises:
-        torch.distributed.DistError: the processes did not come together within ``limit.stall_seconds``.
-        ConfigurationError: this machine, or the process group, cannot do what is asked for.
+        torch.distributed.DistError: the rendezvous timed out after ``limit.stall_seconds``.
+        ConfigurationError: the options do not fit this machine or the process group.
     """
     return _STRATEGIES[loaded.values.strategy.kind](loaded)
 

@@ -1,4 +1,4 @@
-"""What a run's figures are gathered in, and where they go, from the YAML's sections."""
+"""Builds the meter of a run's training figures, and the trackers that they are reported to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from runtime.training.progress import Progress
 
 
 def build_meter(builder: Builder, state: RunState, *, times: PhaseTimes, groups: Sequence[str]) -> TrainingMeter:
-    """Build what sums up the figures of training between two reports.
+    """Build the meter that accumulates training figures between two reports.
 
     Args:
         groups: names of the optimizer's parameter groups.
@@ -40,7 +40,7 @@ def build_meter(builder: Builder, state: RunState, *, times: PhaseTimes, groups:
 def restore_meter(
     meter: TrainingMeter, training: Mapping[str, Any], configuration: Mapping[str, Any], strategy: Strategy
 ) -> None:
-    """Go on with what was summed since the last report when a checkpoint was made.
+    """Restore what was accumulated between the last report and a checkpoint.
 
     Args:
         training: the checkpoint's training state.
@@ -51,17 +51,17 @@ def restore_meter(
         return
     stored = in_memory(training["meter"])
     if training["identity"]["configuration"]["evaluation"] != configuration["evaluation"]:
-        stored["metrics"] = []  # of other metrics
+        stored["metrics"] = []  # the metrics may have changed
     meter.load_state(stored, rank=strategy.rank, world_size=strategy.world_size)
 
 
 def open_trackers(
     reporter: Reporter, loaded: LoadedConfiguration, builder: Builder, progress: Progress, *, run_id: str
 ) -> None:
-    """Let a reporter pass on to the configuration's trackers, and to them the files that there are already. For rank 0.
+    """Open the configured trackers for a reporter, and log the files that exist already. For rank 0.
 
     Args:
-        run_id: the same at every start of the run.
+        run_id: constant over all starts of the run.
 
     Raises:
         RunFolderError: the run folder cannot be written.
@@ -70,7 +70,7 @@ def open_trackers(
     folder, resolved = files.folder, loaded.resolved()
     preparation = builder.sources.preparation
     try:
-        # The code's folder as it is: the one of this file is the run folder.
+        # An absolute code folder: the default, the YAML file's folder, would be the run folder here.
         replace_file(files.config, yaml_file.dump({**resolved, "code": str(loaded.code)}))
         records = JsonLines(files.metrics, resumed_step=progress.step, evaluation_due=progress.evaluation_due)
         if preparation["fitted"] is not None:
@@ -78,7 +78,7 @@ def open_trackers(
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be written: {error.strerror}") from error
     section = loaded.values.evaluation
-    given = TrackerInputs(
+    inputs = TrackerInputs(
         run=TrackedRun(name=loaded.name, id=run_id, folder=folder, configuration=resolved, step=progress.step),
         section=loaded.values.reporting,
         pictures=section.pictures,
@@ -87,7 +87,7 @@ def open_trackers(
         reporter=reporter,
     )
     own = make_own_trackers(builder.components.below("reporting", "trackers").values(), warn=reporter.warn)
-    reporter.open([*make_trackers(given), *own], given.run)
+    reporter.open([*make_trackers(inputs), *own], inputs.run)
     reporter.log_artifact("config", files.config, step=progress.step)
     if preparation["fitted"] is not None:
         reporter.log_artifact("preprocessing", files.preprocessing, step=progress.step)

@@ -1,1 +1,1 @@
-"""The configuration: its sections with every default, files with lines, components by target."""
+"""The configuration: sections and their defaults, YAML files with line numbers, components by target."""

@@ -1,8 +1,8 @@
 """Targets: ``"package.module:Name"`` plus arguments, looked up, checked against the signature, then called.
 
 No string is ever evaluated. A short name (``AdamW``) is looked up in the modules that the caller names; a full target in
-installed packages and then in the run's code folder, which is appended to ``sys.path`` so that it can shadow nothing.
-Within arguments ``{target: …, args: {…}}`` is a component of its own; a function without ``args`` is handed on as it is.
+installed packages and then in the run's code folder, which is appended to ``sys.path`` so that it cannot shadow anything.
+Within arguments ``{target: …, args: {…}}`` is a nested component; a function without ``args`` is passed uncalled.
 This module does not import torch.
 """
 
@@ -32,16 +32,16 @@ _EXTRAS = {
     "transformers": "transformers",
     "wandb": "wandb",
 }
-"""Modules that an extra of lockstep-train brings."""
+"""The extra of lockstep-train that installs each module."""
 INSTALLED = tuple({path for path in sysconfig.get_paths().values() if path != sysconfig.get_path("data")})
 
 
 _PYTHON_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*|\.[^\W\d]\w*)(\.[^\W\d]\w*)*")
-_TAKEN_FOR_A_COMPONENT = " (within arguments, a mapping of 'target' and 'args' is a component to be built)"
+_NESTED_COMPONENT_HINT = " (within arguments, a mapping of 'target' and 'args' is a component to be built)"
 
 
 class ComponentError(Exception):
-    """One mistake in a component; ``path`` leads from the component to the key that is wrong."""
+    """One mistake in a component; ``path`` is the wrong key, relative to the component."""
 
     def __init__(self, what: str, path: tuple[str, ...] = ("target",)) -> None:
         super().__init__(what)
@@ -64,7 +64,7 @@ def locate(target: str, *, namespaces: Sequence[str] = (), code: Path | None = N
         code: the run's code folder, if any.
 
     Raises:
-        ComponentError: nothing is there, it does not import, or two places have it.
+        ComponentError: it does not exist, cannot be imported, or is ambiguous.
     """
     if ":" not in target and "." not in target:
         return _locate_short(target, namespaces)
@@ -80,7 +80,7 @@ def locate(target: str, *, namespaces: Sequence[str] = (), code: Path | None = N
         except AttributeError:
             hint = did_you_mean(name, (n for n in dir(found) if not n.startswith("_")))
             raise ComponentError(f"module {module_name!r} has no {qualified_name!r}{hint}") from None
-        except Exception as error:  # a package may import what it names only when it is asked for
+        except Exception as error:  # a package may import its members lazily
             raise ComponentError(f"looking up {target!r} raised {described(error)}") from error
     return found
 
@@ -88,9 +88,9 @@ def locate(target: str, *, namespaces: Sequence[str] = (), code: Path | None = N
 def check_arguments(
     component: Callable[..., Any], args: Mapping[str, Any], *, positional: int = 0, name: str = ""
 ) -> list[ComponentError]:
-    """Compare arguments with a signature, without calling anything; see :func:`argument_mistakes`."""
-    found = argument_mistakes(component, args, positional=positional, name=name)
-    return [ComponentError(what, path) for path, what in found]
+    """Check arguments against a signature, without calling anything; see :func:`argument_mistakes`."""
+    mistakes = argument_mistakes(component, args, positional=positional, name=name)
+    return [ComponentError(what, path) for path, what in mistakes]
 
 
 def check(
@@ -105,7 +105,7 @@ def check(
     """Locate a component and everything nested in its arguments, and check all signatures. Calls nothing.
 
     Args:
-        filled_in: arguments that the runtime adds by name if they are left out.
+        filled_in: arguments that the runtime adds by name if they are omitted.
     """
     try:
         component = locate(target, namespaces=namespaces, code=code)
@@ -117,50 +117,50 @@ def check(
     mistakes = check_arguments(component, with_filled, positional=positional)
     for path, nested in nested_components(args, ("args",)):
         if "args" in nested:
-            found = check(nested["target"], nested["args"] or {}, code=code)
-            mistakes += [ComponentError(inner.what, path + inner.path) for inner in found]
+            inner_mistakes = check(nested["target"], nested["args"] or {}, code=code)
+            mistakes += [ComponentError(inner.what, path + inner.path) for inner in inner_mistakes]
             continue
         try:
-            found_alone = locate(nested["target"], code=code)
+            located = locate(nested["target"], code=code)
         except ComponentError as mistake:
-            taken = _TAKEN_FOR_A_COMPONENT if mistake.what.startswith("cannot import") else ""
-            mistakes.append(ComponentError(f"{mistake.what}{taken}", path + mistake.path))
+            hint = _NESTED_COMPONENT_HINT if mistake.what.startswith("cannot import") else ""
+            mistakes.append(ComponentError(f"{mistake.what}{hint}", path + mistake.path))
             continue
-        if inspect.isclass(found_alone):
-            mistakes += [ComponentError(m.what, path + m.path) for m in check_arguments(found_alone, {})]
+        if inspect.isclass(located):
+            mistakes += [ComponentError(m.what, path + m.path) for m in check_arguments(located, {})]
     return mistakes
 
 
 def build(
     target: str,
     args: Mapping[str, Any],
-    *given: Any,
+    *positional: Any,
     namespaces: Sequence[str] = (),
     code: Path | None = None,
 ) -> Any:
-    """Locate a component and call it with what the runtime gives and the configured arguments.
+    """Locate a component and call it with positional arguments from the runtime and the configured keyword arguments.
 
     Raises:
         ComponentError: it cannot be located, or it raised; the message names the line that raised.
     """
     component = locate(target, namespaces=namespaces, code=code)
-    return call(component, target, *given, **resolved(args, code=code))
+    return call(component, target, *positional, **resolved(args, code=code))
 
 
 def resolved(args: Mapping[str, Any], *, code: Path | None = None) -> dict[str, Any]:
-    """Return arguments with the components within them built."""
+    """Return arguments with nested components built."""
     return {key: _resolve(value, code, ("args", key)) for key, value in args.items()}
 
 
-def call(component: Callable[..., Any], name: str, /, *given: Any, **arguments: Any) -> Any:
-    """Call a component; what it raises comes back as one :class:`ComponentError`, Lockstep's own errors as they are.
+def call(component: Callable[..., Any], name: str, /, *positional: Any, **arguments: Any) -> Any:
+    """Call a component; reraise its exceptions as :class:`ComponentError`, except a LockstepError.
 
-    Our own parameters are positional only, since the user's arguments may have any name: ``name`` and ``component``, too.
+    This function's own parameters are positional-only, since the user's arguments may have any name.
     """
     from runtime.errors import LockstepError
 
     try:
-        return component(*given, **arguments)
+        return component(*positional, **arguments)
     except LockstepError:
         raise
     except Exception as error:
@@ -168,7 +168,7 @@ def call(component: Callable[..., Any], name: str, /, *given: Any, **arguments: 
 
 
 def described(error: BaseException) -> str:
-    """Describe an error with the innermost line that is the user's own, or if there is none with the innermost of all."""
+    """Describe an error with the innermost line of the user's code, or else the innermost line."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} (at {error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
@@ -183,8 +183,8 @@ def _resolve(value: Any, code: Path | None, path: tuple[str, ...]) -> Any:
         try:
             if "args" in value:
                 return build(value["target"], value["args"] or {}, code=code)
-            found = locate(value["target"], code=code)
-            return call(found, value["target"]) if inspect.isclass(found) else found
+            located = locate(value["target"], code=code)
+            return call(located, value["target"]) if inspect.isclass(located) else located
         except ComponentError as mistake:
             raise ComponentError(mistake.what, path + mistake.path) from mistake.__cause__
     if isinstance(value, Mapping):
@@ -195,10 +195,10 @@ def _resolve(value: Any, code: Path | None, path: tuple[str, ...]) -> Any:
 
 
 def is_component(value: Mapping[Any, Any]) -> bool:
-    """Tell whether a mapping within arguments is a component of its own, rather than data that has a key ``target``.
+    """Return whether a mapping within arguments is a nested component, rather than data that has a key ``target``.
 
-    With ``args`` beside it a target is one that has a colon or a dot; alone it must also be what Python can name, and a
-    dotted one begin with a module that exists: ``{target: price.usd}`` may be a column of the user's.
+    With ``args``, a target needs a colon or a dot; without, it must also be a valid Python name, and a dotted one must begin
+    with a module that exists: ``{target: price.usd}`` may be a column of the user's data.
     """
     target, args = value.get("target"), value.get("args")
     if set(value) not in ({"target"}, {"target", "args"}) or not isinstance(target, str):
@@ -209,7 +209,7 @@ def is_component(value: Mapping[Any, Any]) -> bool:
 
 
 def nested_components(value: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Yield the components within arguments, each with its path; not those within components."""
+    """Yield the components directly within arguments, each with its path."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
@@ -230,7 +230,7 @@ def _is_module(name: str) -> bool:
 
 
 def _with_colon(target: str, code: Path | None) -> str:
-    """Put the colon of a dotted path behind the longest part of it that is a module, at least one name before its end."""
+    """Put the colon of a dotted path after its longest prefix that is a module, at least one name before its end."""
     parts = target.split(".")
     if not all(part.isidentifier() for part in parts):
         raise ComponentError(f"{target!r} is not of the form 'package.module:Name'")
@@ -240,9 +240,9 @@ def _with_colon(target: str, code: Path | None) -> str:
         try:
             if importlib.util.find_spec(".".join(parts[:length])) is not None:
                 return f"{'.'.join(parts[:length])}:{'.'.join(parts[length:])}"
-        except ModuleNotFoundError:  # what is before it is no package
+        except ModuleNotFoundError:  # the parent is not a package
             continue
-        except (Exception, SystemExit):  # a package that does not import: the import below tells why
+        except (Exception, SystemExit):  # a package that cannot be imported: the caller's import reports the reason
             return f"{'.'.join(parts[: length - 1])}:{'.'.join(parts[length - 1 :])}"
     return f"{parts[0]}:{'.'.join(parts[1:])}"
 
@@ -266,22 +266,22 @@ def _import(module_name: str, target: str) -> Any:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise ComponentError(
                 f"cannot import {module_name!r}: no module {error.name!r} among the installed packages or in the code "
-                f"folder (key 'code', by default the folder of the YAML file){_cure(error.name)}"
+                f"folder (key 'code', by default the folder of the YAML file){_install_hint(error.name)}"
             ) from error
-        cure = _cure(error.name)
-        raise ComponentError(f"{target!r} needs the package {error.name!r}, which is not installed{cure}") from error
-    except (Exception, SystemExit) as error:  # a script that was meant to be run ends the process
+        hint = _install_hint(error.name)
+        raise ComponentError(f"{target!r} needs the package {error.name!r}, which is not installed{hint}") from error
+    except (Exception, SystemExit) as error:  # importing a script may exit the process
         raise ComponentError(f"importing {module_name!r} raised {described(error)}") from error
 
 
-def _cure(module: str | None) -> str:
+def _install_hint(module: str | None) -> str:
     extra = _EXTRAS.get((module or "").partition(".")[0])
     return f": pip install 'lockstep-train[{extra}]'" if extra else ""
 
 
 def _refuse_ambiguous(package: str, code: Path) -> None:
-    own = importlib.machinery.PathFinder.find_spec(package, [str(code)])
-    if own is None:
+    in_code = importlib.machinery.PathFinder.find_spec(package, [str(code)])
+    if in_code is None:
         return
     paths = sys.path
     sys.path = [p for p in paths if p and Path(p).resolve() != code.resolve()]
@@ -291,14 +291,14 @@ def _refuse_ambiguous(package: str, code: Path) -> None:
         installed = None
     finally:
         sys.path = paths
-    if installed is not None and _place(installed) != _place(own):
+    if installed is not None and _location(installed) != _location(in_code):
         raise ComponentError(
-            f"{package!r} is both an installed package ({_place(installed)}) and in the code folder ({_place(own)}); "
-            "rename yours"
+            f"{package!r} is both an installed package ({_location(installed)}) and in the code folder "
+            f"({_location(in_code)}); rename yours"
         )
 
 
-def _place(spec: importlib.machinery.ModuleSpec) -> str:
+def _location(spec: importlib.machinery.ModuleSpec) -> str:
     if spec.origin and spec.origin not in ("built-in", "frozen"):
         return str(Path(spec.origin).resolve())
     locations = list(spec.submodule_search_locations or [])

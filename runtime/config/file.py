@@ -1,6 +1,6 @@
-"""From a YAML file and overrides to a checked configuration, with every mistake told by file, line and key.
+"""Loads a checked configuration from a YAML file and overrides; every mistake is reported with file, line and key.
 
-The order is defaults, YAML, then ``key.path=value``. Nothing here imports torch, so that a login node can check a file.
+Precedence, lowest first: defaults, YAML, ``key.path=value``. Imports no torch, so that a login node can check a file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECRET_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 @dataclass(frozen=True)
 class LoadedConfiguration:
-    """A checked configuration, and where each of its keys was written."""
+    """A checked configuration, with the location of each key."""
 
     values: RunConfiguration
     source: Path | None
@@ -40,7 +40,7 @@ class LoadedConfiguration:
 
     @property
     def name(self) -> str:
-        """The run's name: as written, else the file's."""
+        """The run's name. Default: the file's name without its suffix."""
         return self.values.name or (self.source.stem if self.source else "run")
 
     @property
@@ -60,7 +60,7 @@ class LoadedConfiguration:
         return Locations(self.lines, self.source.resolve().parent if self.source else Path.cwd())
 
     def resolved(self) -> dict[str, Any]:
-        """All keys with their values, defaults included, secrets left out; what is written to the run folder."""
+        """Return all keys with their values as written to the run folder: with defaults, secrets hidden."""
         values: dict[str, Any] = without_secrets(self.values.model_dump())
         return {**values, "name": self.name}
 
@@ -104,25 +104,25 @@ def load(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 
 def load_run(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfiguration:
-    """Like :func:`load`; and takes a run folder, with the configuration that the run was last started with.
+    """Like :func:`load`; also accepts a run folder, with the configuration that the run was last started with.
 
     Raises:
-        ConfigurationError: every mistake found; or the folder is no run's, or its configuration is not complete.
+        ConfigurationError: every mistake found; or the folder is not a run folder, or its configuration hides a secret.
     """
     if isinstance(source, Mapping) or not Path(source).is_dir():
         return load(source, overrides)
     path = RunFiles(Path(source)).config
     if not path.is_file():
-        problem = f"is a folder without a {path.name}: name a run folder, or a YAML file"
+        problem = f"is a folder without a {path.name}: give a run folder or a YAML file"
         raise ConfigurationError([Problem(str(source), "", problem)])
     if any(override.partition("=")[0] == "output" for override in overrides):
         raise ConfigurationError(
-            [Problem("command line", "output", f"is {source}; leave it out, or name the YAML file")]
+            [Problem("command line", "output", f"is {source}; leave it out, or give the YAML file")]
         )
     loaded = load(path, overrides)
     hidden = [key for key, value in flatten(loaded.values.model_dump()).items() if value == HIDDEN]
     if hidden:
-        what = f"is a secret, which run folders do not hold: give {hidden[0]}=…, or name the run's own YAML file"
+        what = f"is a secret, which run folders do not store: give {hidden[0]}=…, or the run's original YAML file"
         raise ConfigurationError([loaded.where.problem(key.split("."), what) for key in hidden])
     return replace(loaded, values=loaded.values.model_copy(update={"output": escaped(str(source))}))
 
@@ -134,15 +134,15 @@ def _wrong_output(written: str, fill: Callable[[], Path]) -> Iterator[str]:
         yield str(error)
         return
     if not written.strip() or not folder.strip():
-        yield "is empty; name a folder of its own for each run, such as runs/{name}"
+        yield "is empty; give each run a separate folder, such as runs/{name}"
     elif "\0" in folder:
         yield "has a character that no path can have (NUL)"
     elif Path(folder).resolve() == Path(folder).resolve().parent:
-        yield f"is {folder}, the root of all files; name a folder of its own for each run, such as runs/{{name}}"
+        yield f"is {folder}, the root directory; give each run a separate folder, such as runs/{{name}}"
 
 
 def _wrong_changes(changes: Sequence[str], where: Locations) -> Iterator[Problem]:
-    """Yield what in ``resume.allow_changes`` is no key that a change could be found under."""
+    """Yield a problem for each entry of ``resume.allow_changes`` that is not a key."""
     for number, change in enumerate(changes):
         what = _unknown_change(tuple(change.split(".")))
         if what is not None:
@@ -157,15 +157,15 @@ def _unknown_change(path: tuple[str, ...]) -> str | None:
             return f"there is no key {'.'.join(path)!r}{_suggest(path[: depth + 1])}"
         rest, inner = path[depth + 1 :], _section_in(field.annotation)
         if not rest or _is_mapping(field.annotation):
-            return None  # what is below are the user's own names: of arguments, losses, metrics
-        if inner is None or _holds_many(field.annotation):
+            return None  # keys below are the user's: arguments, losses, metrics
+        if inner is None or _is_container(field.annotation):
             return f"{'.'.join(path)!r} is within a value that is compared as a whole; give {'.'.join(path[: depth + 1])!r}"
         section = inner
     return None
 
 
 def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten resolved values to the keys on which the run's result depends."""
+    """Flatten resolved values to the keys that determine the run's result."""
     free_keys = set(_free_paths(RunConfiguration))
     if (values.get("schedule") or {}).get("monitor"):
         free_keys -= {"evaluation.every"}  # a plateau scheduler counts evaluations
@@ -175,7 +175,7 @@ def exact_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys; lists and empty mappings are values."""
+    """Flatten nested mappings to dotted keys; lists and empty mappings stay values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -186,7 +186,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_secrets(value: Any) -> Any:
-    """Copy nested values, hiding those whose key ends like a secret's."""
+    """Copy nested values, hiding those whose key ends in one of ``SECRET_ENDINGS``."""
     if isinstance(value, Mapping):
         return {
             key: HIDDEN
@@ -198,13 +198,13 @@ def without_secrets(value: Any) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the YAML, for editors."""
+    """Return the JSON Schema of the YAML, for editors."""
     schema = RunConfiguration.model_json_schema(schema_generator=_AsWritten)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 class _AsWritten(GenerateJsonSchema):
-    """A schema whose defaults are as a YAML holds them: ``1 epoch``, not what it is read as."""
+    """Generates a schema with defaults as written in YAML, such as ``1 epoch``."""
 
     def encode_default(self, dft: Any) -> Any:
         """Return a default as plain data."""
@@ -219,14 +219,14 @@ def _apply_overrides(raw: Any, overrides: Sequence[str], lines: dict[tuple[str, 
         if not equals or not all(path):
             problems.append(Problem("command line", "", f"{override!r} is not of the form key.path=value"))
             continue
-        for known in [known for known in lines if known[: len(path)] == path]:
-            del lines[known]
+        for replaced in [at for at in lines if at[: len(path)] == path]:
+            del lines[replaced]
         try:
-            value, found = read_value(text, lines, path)
+            value, value_problems = read_value(text, lines, path)
         except ConfigurationError as error:
             problems += error.problems
             continue
-        problems += found
+        problems += value_problems
         if not _set(raw, path, value, lines):
             problems.append(Problem("command line", key, "leads into a value that has no such key"))
     return problems
@@ -253,7 +253,7 @@ def _set(raw: Any, path: tuple[str, ...], value: Any, lines: dict[tuple[str, ...
 
 
 def _refuse_objects(value: Any, path: tuple[str, ...], lines: Mapping[tuple[str, ...], str]) -> Iterator[Problem]:
-    """A mapping from Python may hold what no YAML can; the run folder could not say what the run was."""
+    """Refuse Python objects that YAML cannot represent: the run folder could not record them."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _refuse_objects(inner, (*path, str(key)), lines)
@@ -267,7 +267,7 @@ def _refuse_objects(value: Any, path: tuple[str, ...], lines: Mapping[tuple[str,
 
 def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Iterator[Problem]:
     path = tuple(str(part) for part in detail["loc"])
-    kind, given = detail["type"], detail.get("input")
+    kind, value = detail["type"], detail.get("input")
     if kind == "combinations":
         for key, what in detail["ctx"]["found"]:
             full = (*path, *key.split(".")) if key else path
@@ -278,18 +278,18 @@ def _explain(detail: Any, lines: Mapping[tuple[str, ...], str]) -> Iterator[Prob
     elif kind == "missing":
         what = "is required"
     elif kind == "bool_type":
-        what = f"must be true or false, not {_shown(given)}"
-        if isinstance(given, str) and given.lower() in _YES_AND_NO:
-            what += f" (YAML 1.2: {given} is text)"
+        what = f"must be true or false, not {_shown(value)}"
+        if isinstance(value, str) and value.lower() in _YES_AND_NO:
+            what += f" (YAML 1.2: {value} is text)"
     elif kind == "interval":
-        what = f"{detail['msg']}, not {_shown(given)}"
+        what = f"{detail['msg']}, not {_shown(value)}"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
-        what = f"must be a section with keys of its own, not {_shown(given)}"
-        if isinstance(given, str) and given.lower() in _YES_AND_NO:
-            what += f" (true or false also stand for a section; YAML 1.2: {given} is text)"
+        what = f"must be a section (a mapping of keys), not {_shown(value)}"
+        if isinstance(value, str) and value.lower() in _YES_AND_NO:
+            what += f" (true or false may replace a section; YAML 1.2: {value} is text)"
     else:
         message = detail["msg"].replace("Input should be", "must be").replace("Value error, ", "")
-        what = f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
+        what = f"{message[0].lower()}{message[1:]}, not {_shown(value)}"
     yield Problem(location(lines, path), ".".join(path), what)
 
 
@@ -304,8 +304,8 @@ def _suggest(path: tuple[str, ...]) -> str:
     while parts and section is not None:
         field = section.model_fields.get(parts.pop(0))
         section = _section_in(field.annotation) if field else None
-        if field is not None and _holds_many(field.annotation) and parts:
-            parts.pop(0)  # the index or the name of one of them
+        if field is not None and _is_container(field.annotation) and parts:
+            parts.pop(0)  # the index or name of an entry
     siblings = list(section.model_fields) if section else []
     near = did_you_mean(path[-1], siblings)
     if near:
@@ -316,7 +316,7 @@ def _suggest(path: tuple[str, ...]) -> str:
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 
-def _holds_many(annotation: Any) -> bool:
+def _is_container(annotation: Any) -> bool:
     return get_origin(annotation) in (list, dict)
 
 
@@ -328,9 +328,9 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _section_in(argument)
-        if found is not None:
-            return found
+        section = _section_in(argument)
+        if section is not None:
+            return section
     return None
 
 
@@ -358,12 +358,11 @@ def _under(key: str, prefix: str) -> bool:
 
 
 def _validated(raw: Any, texts: Mapping[tuple[str, ...], str]) -> RunConfiguration:
-    """Validate; where a key takes text alone, give it back what looked like a number."""
+    """Validate; where a key takes only text, restore text that was parsed as a number."""
     try:
         return RunConfiguration.model_validate(raw)
     except ValidationError as error:
         refused = [tuple(map(str, detail["loc"])) for detail in error.errors()]
-    wanted = [path for path in texts if any(place[: len(path)] == path for place in refused)]
-    for path in wanted:
+    for path in [path for path in texts if any(key[: len(path)] == path for key in refused)]:
         put(raw, path, texts[path])
     return RunConfiguration.model_validate(raw)

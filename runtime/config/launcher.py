@@ -1,7 +1,7 @@
-"""What the launcher and the environment say beside the YAML (``launcher_table.py``): adopted, or refused.
+"""Settings from the launcher and the environment (``launcher_table.py``): adopted into the configuration, or refused.
 
-A setting on which the YAML is silent is adopted, and the run says so. One that differs from the YAML is refused, and so is one
-that Lockstep has no key for. Imports no torch.
+A setting that the YAML leaves out is adopted and logged. One that contradicts the YAML is refused, and so is one that Lockstep
+has no key for. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _TRAINING_ONLY = ("optimizer.max_grad_norm", ACCUMULATION)
 
 @dataclass(frozen=True)
 class LauncherValue:
-    """A value of a key that was given outside the YAML.
+    """A value for a key, set outside the YAML.
 
     Args:
-        where: it was given, as the subject of a sentence.
+        where: it was set, as the subject of a sentence.
     """
 
     key: str
@@ -45,61 +45,61 @@ _NAMES = {setting.variable for setting in SETTINGS} | {name for name, *_ in (*RE
 def load_with_settings(
     read: Callable[[list[str]], LoadedConfiguration], variables: Variables, *, world_size: int, trains: bool = True
 ) -> tuple[LoadedConfiguration, list[LauncherValue], list[str]]:
-    """Return the configuration with the settings of the environment in it, those that were adopted, and a line about each.
+    """Return the configuration with the environment's settings, the adopted settings, and a log line about each.
 
     Args:
-        read: reads the configuration with more overrides.
+        read: reads the configuration with additional overrides.
         world_size: processes of the launch.
-        trains: whether settings of training alone matter.
+        trains: whether training-only settings apply.
 
     Raises:
-        ConfigurationError: of the configuration, and of settings that cannot be adopted.
+        ConfigurationError: the configuration is wrong, or a setting cannot be adopted.
     """
     loaded = read([])
     adopted = adopt(loaded, variables, world_size=world_size, trains=trains)
     if adopted:
         loaded = read(overrides(adopted))
-    return loaded, adopted, [*map(_in_words, adopted), *_without_effect(variables)]
+    return loaded, adopted, [*map(_description, adopted), *_without_effect(variables)]
 
 
 def adopt(
     loaded: LoadedConfiguration, variables: Variables, *, world_size: int, trains: bool = True
 ) -> list[LauncherValue]:
-    """Return the settings on which the YAML is silent, to be added to it.
+    """Return the settings that the YAML leaves out, to be added to it.
 
     Args:
         variables: of the environment.
         world_size: processes of the launch.
-        trains: whether settings of training alone matter.
+        trains: whether training-only settings apply.
 
     Raises:
-        ConfigurationError: settings that differ from the YAML, or that no key stands for; all at once.
+        ConfigurationError: settings contradict the YAML or have no key; all mistakes together.
     """
-    found, problems = _given(variables)
+    settings, problems = _read_settings(variables)
     adopted: dict[str, LauncherValue] = {}
-    for given in found:
-        if given.key in _TRAINING_ONLY and not trains:
+    for setting in settings:
+        if setting.key in _TRAINING_ONLY and not trains:
             continue
-        silent = not _written(loaded.values, given.key)
-        if given.key == ACCUMULATION:
-            silent = loaded.values.batch.slots is None and loaded.values.batch.micro_size is None
-            problem, given = _accumulation(loaded.values.batch, given, world_size, loaded.where)
+        unset = not _is_set(loaded.values, setting.key)
+        if setting.key == ACCUMULATION:
+            unset = loaded.values.batch.slots is None and loaded.values.batch.micro_size is None
+            problem, setting = _accumulation(loaded.values.batch, setting, world_size, loaded.where)
         else:
-            problem = _difference(loaded.values, given, loaded.where)
-        before = adopted.get(given.key)
-        if problem is None and before is not None and before.value != given.value:
-            problem = Problem(given.where, "", f"says {given.value!r}, and {before.where} says {before.value!r}")
+            problem = _contradiction(loaded.values, setting, loaded.where)
+        before = adopted.get(setting.key)
+        if problem is None and before is not None and before.value != setting.value:
+            problem = Problem(setting.where, "", f"is {setting.value!r}, but {before.where} is {before.value!r}")
         if problem is not None:
             problems.append(problem)
-        elif silent:
-            adopted[given.key] = given
+        elif unset:
+            adopted[setting.key] = setting
     if problems:
         raise ConfigurationError(problems)
     return list(adopted.values())
 
 
 def _without_effect(variables: Variables) -> list[str]:
-    """Return a line for each setting that changes nothing here."""
+    """Return a line for each setting that has no effect."""
     return [
         f"{variable}={value} has no effect: {instead}"
         for variable, value, counts, instead in WITHOUT_EFFECT
@@ -109,7 +109,7 @@ def _without_effect(variables: Variables) -> list[str]:
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Take the settings out of this process's environment for a while: Accelerate would read them beside the YAML."""
+    """Remove the settings from this process's environment temporarily: Accelerate would apply them in addition to the YAML."""
     names = [name for name in os.environ if name in _NAMES]
     before = {name: os.environ.pop(name) for name in names}
     try:
@@ -119,20 +119,20 @@ def hidden() -> Iterator[None]:
 
 
 def overrides(adopted: list[LauncherValue]) -> list[str]:
-    """Return adopted settings as overrides, for processes that the launcher's own flags would hide them from."""
-    return [f"{given.key}={json.dumps(given.value)}" for given in adopted]
+    """Return adopted settings as overrides, for processes in whose environment the launcher replaces them by its own."""
+    return [f"{setting.key}={json.dumps(setting.value)}" for setting in adopted]
 
 
-def _in_words(given: LauncherValue) -> str:
-    """Return the line that tells a user of it."""
-    return f"{given.key}: {given.value} is adopted from {given.where}; the YAML does not say"
+def _description(setting: LauncherValue) -> str:
+    """Return the log line about an adopted setting."""
+    return f"{setting.key}: {setting.value} is adopted from {setting.where}; the YAML does not set it"
 
 
-def _given(variables: Variables) -> tuple[list[LauncherValue], list[Problem]]:
-    found, problems = [], []
-    for variable, option, counts, cure in REFUSED:
+def _read_settings(variables: Variables) -> tuple[list[LauncherValue], list[Problem]]:
+    settings, problems = [], []
+    for variable, option, counts, hint in REFUSED:
         if variables.get(variable, "").lower() not in _OFF and counts(variables):
-            problems.append(Problem("environment", variable, f"is set (accelerate launch {option}): {cure}"))
+            problems.append(Problem("environment", variable, f"is set (accelerate launch {option}): {hint}"))
     for setting in SETTINGS:
         text = variables.get(setting.variable, "")
         if not text or not setting.counts(variables):
@@ -144,14 +144,15 @@ def _given(variables: Variables) -> tuple[list[LauncherValue], list[Problem]]:
             problems.append(Problem("environment", setting.variable, what))
             continue
         if value is not None:
-            found.append(LauncherValue(setting.key, value, f"{setting.variable} (accelerate launch {setting.option})"))
+            where = f"{setting.variable} (accelerate launch {setting.option})"
+            settings.append(LauncherValue(setting.key, value, where))
             if setting.key == "strategy.zero.file":
-                found += _given_in_file(Path(value))
-    return found, problems
+                settings += _settings_of_file(Path(value))
+    return settings, problems
 
 
-def _given_in_file(path: Path) -> Iterator[LauncherValue]:
-    """Yield what a JSON file of DeepSpeed's says that keys of the YAML stand for; a file that is wrong is told later."""
+def _settings_of_file(path: Path) -> Iterator[LauncherValue]:
+    """Yield the settings of a DeepSpeed JSON file that have a key in the YAML; an invalid file is reported later."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -159,8 +160,8 @@ def _given_in_file(path: Path) -> Iterator[LauncherValue]:
     content = content if isinstance(content, dict) else {}
 
     def inner(section: str, name: str) -> Any:
-        found = content.get(section)
-        return found.get(name) if isinstance(found, dict) else None
+        values = content.get(section)
+        return values.get(name) if isinstance(values, dict) else None
 
     zero = content.get("zero_optimization")
     for precision in ("bf16", "fp16"):
@@ -183,40 +184,40 @@ def _given_in_file(path: Path) -> Iterator[LauncherValue]:
         yield LauncherValue(ACCUMULATION, steps, f"{path} gradient_accumulation_steps")
 
 
-def _difference(values: BaseModel, given: LauncherValue, where: Locations) -> Problem | None:
-    """Return what is wrong where the YAML says something else."""
-    written = given.key.split(".")
-    if given.key == "optimizer.max_grad_norm" and _value(values, "optimizer.max_grad_value") is not None:
-        written = ["optimizer", "max_grad_value"]
+def _contradiction(values: BaseModel, setting: LauncherValue, where: Locations) -> Problem | None:
+    """Return a problem if the YAML sets another value."""
+    key = setting.key.split(".")
+    if setting.key == "optimizer.max_grad_norm" and _value(values, "optimizer.max_grad_value") is not None:
+        key = ["optimizer", "max_grad_value"]
         same = False
-    elif not _written(values, given.key):
+    elif not _is_set(values, setting.key):
         return None
     else:
-        same = _same(_value(values, given.key), given, where)
+        same = _same(_value(values, setting.key), setting, where)
     if same:
         return None
-    said, value = _value(values, ".".join(written)), given.value
-    said = said.model_dump() if isinstance(said, BaseModel) else said
-    what = f"is {said!r}, and {given.where} says {value!r}: let both say the same, or leave one of them out"
-    return where.problem(written, what)
+    in_yaml = _value(values, ".".join(key))
+    in_yaml = in_yaml.model_dump() if isinstance(in_yaml, BaseModel) else in_yaml
+    what = f"is {in_yaml!r}, but {setting.where} is {setting.value!r}: set both to the same value, or leave one of them out"
+    return where.problem(key, what)
 
 
-def _same(said: Any, given: LauncherValue, where: Locations) -> bool:
-    if given.key == "strategy.zero.file":
-        return said is not None and where.beside(said).resolve() == Path(given.value).resolve()
-    if given.key.startswith("strategy.zero.offload_"):
-        device = given.value["device"] if isinstance(given.value, dict) else given.value
-        return said is not None and said.device == device
-    return bool(said == given.value)
+def _same(in_yaml: Any, setting: LauncherValue, where: Locations) -> bool:
+    if setting.key == "strategy.zero.file":
+        return in_yaml is not None and where.beside(in_yaml).resolve() == Path(setting.value).resolve()
+    if setting.key.startswith("strategy.zero.offload_"):
+        device = setting.value["device"] if isinstance(setting.value, dict) else setting.value
+        return in_yaml is not None and in_yaml.device == device
+    return bool(in_yaml == setting.value)
 
 
 def _accumulation(
-    batch: BatchSection, given: LauncherValue, world_size: int, where: Locations
+    batch: BatchSection, setting: LauncherValue, world_size: int, where: Locations
 ) -> tuple[Problem | None, LauncherValue]:
-    """Return what is wrong with an accumulation of so many microbatches on each rank, or the microbatch that makes it."""
-    steps = given.value
+    """Convert gradient accumulation steps per rank to a microbatch size; return a problem if the YAML contradicts it."""
+    steps = setting.value
     micro_size = -(-batch.global_size // (steps * world_size))
-    adopted = LauncherValue(ACCUMULATION, micro_size, f"{steps} microbatches on each rank, by {given.where}")
+    adopted = LauncherValue(ACCUMULATION, micro_size, f"{steps} microbatches on each rank, by {setting.where}")
     key = next((name for name in ("slots", "micro_size") if getattr(batch, name) is not None), None)
     if key is None or batch.micro_size == micro_size:
         return None, adopted
@@ -224,8 +225,8 @@ def _accumulation(
     if -(-slots // world_size) == steps:
         return None, adopted
     what = (
-        f"is {getattr(batch, key)!r}, and {given.where} says {steps} microbatches on each of {world_size} ranks: leave that "
-        "out; the YAML's batch says how an update is shared out"
+        f"is {getattr(batch, key)!r}, but {setting.where} sets {steps} microbatches on each of {world_size} ranks: leave that "
+        "out; the YAML's batch determines how an update is split"
     )
     return where.problem(("batch", key), what), adopted
 
@@ -236,8 +237,8 @@ def _value(section: Any, key: str) -> Any:
     return section
 
 
-def _written(section: Any, key: str) -> bool:
-    """Tell whether the user wrote a key, or one above it as a whole: ``compile: true`` says all of it."""
+def _is_set(section: Any, key: str) -> bool:
+    """Return whether the YAML sets a key, or a section above it as a whole: ``compile: true`` sets all its keys."""
     for name in key.split("."):
         if not isinstance(section, BaseModel) or not section.model_fields_set:
             return True

@@ -1,7 +1,7 @@
-"""The table of what ``accelerate launch`` and the environment can say beside the YAML: setting, our key, how it is read.
+"""Table of the settings of ``accelerate launch`` and the environment: variable, option, Lockstep's key, parser.
 
-The launcher sets most variables whether or not the user asked for anything: a value that is the launcher's own default is no
-setting. What becomes of the settings is ``launcher.py``. Imports no torch.
+The launcher sets most variables whether or not the user chose a value, so a value that equals the launcher's default is
+ignored. ``launcher.py`` applies the settings. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 Variables = Mapping[str, str]
 
 ACCUMULATION = "batch.micro_size"
-"""The key that an accumulation of gradients becomes: microbatches of a size that makes so many of them."""
+"""The key for gradient accumulation: the microbatch size that results in the given number of microbatches."""
 
 
 class NoKeyError(ValueError):
@@ -23,14 +23,14 @@ class NoKeyError(ValueError):
 
 @dataclass(frozen=True)
 class LauncherSetting:
-    """A setting of the launcher's and the key of the YAML that it stands for.
+    """A setting of the launcher and the corresponding key of the YAML.
 
     Args:
-        variable: in which the processes get it.
-        option: of ``accelerate launch``, or the key of the file in which the user gave it.
+        variable: the environment variable.
+        option: of ``accelerate launch``.
         key: dotted path in the YAML.
-        read: from the variable's text to the key's value; None where the launcher was told nothing.
-        counts: whether it means anything, beside the others.
+        read: parses the variable's text to the key's value; None if it is the launcher's default.
+        counts: whether it applies, given the other variables.
     """
 
     variable: str
@@ -40,11 +40,11 @@ class LauncherSetting:
     counts: Callable[[Variables], bool] = lambda variables: True
 
 
-def _choice(known: Mapping[str, Any], otherwise: str) -> Callable[[str], Any]:
+def _choice(choices: Mapping[str, Any], message: str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        if text.lower() not in known:
-            raise NoKeyError(otherwise)
-        return known[text.lower()]
+        if text.lower() not in choices:
+            raise NoKeyError(message)
+        return choices[text.lower()]
 
     return read
 
@@ -71,7 +71,7 @@ def _unless(*defaults: str) -> Callable[[str], Any]:
 
 
 def is_true(text: str) -> bool:
-    """Tell whether a variable's text means yes, as Accelerate reads it."""
+    """Return whether a variable's text is true, as Accelerate parses it."""
     return text.lower() in ("1", "true", "yes", "y", "on", "t")
 
 
@@ -86,7 +86,7 @@ def _classes(text: str) -> Any:
 def _reshards(text: str) -> Any:
     names = {"false": False, "shard_grad_op": False, "2": False, "true": None, "full_shard": None, "1": None}
     return _choice(
-        names, "is a sharding that strategy.fsdp does not have; say strategy.fsdp.replicas for a hybrid one"
+        names, "is a sharding that strategy.fsdp does not have; for hybrid sharding set strategy.fsdp.replicas"
     )(text)
 
 
@@ -119,7 +119,7 @@ SETTINGS = (
         "ACCELERATE_MIXED_PRECISION",
         "--mixed_precision",
         "precision",
-        _choice(_PRECISIONS, "is a precision that Lockstep does not have; take bf16 or fp16"),
+        _choice(_PRECISIONS, "is a precision that Lockstep does not have; use bf16 or fp16"),
     ),
     LauncherSetting(
         f"{_DYNAMO}BACKEND", "--dynamo_backend", "compile.backend", lambda t: (_unless("no")(t) or "").lower() or None
@@ -169,14 +169,14 @@ SETTINGS = (
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
         "--offload_optimizer_device",
         "strategy.zero.offload_optimizer",
-        _choice(_OFFLOADS, "is a device that nothing is offloaded to; take cpu or nvme"),
+        _choice(_OFFLOADS, "is not an offload device; use cpu or nvme"),
         _with_zero,
     ),
     LauncherSetting(
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
         "--offload_param_device",
         "strategy.zero.offload_parameters",
-        _choice(_OFFLOADS, "is a device that nothing is offloaded to; take cpu or nvme"),
+        _choice(_OFFLOADS, "is not an offload device; use cpu or nvme"),
         _with_zero,
     ),
     LauncherSetting(
@@ -190,42 +190,43 @@ SETTINGS = (
     ),
 )
 
-# What a run would otherwise be trained without, and no key stands for: variable, option, when it counts, what to do.
+# Settings without a key, refused rather than ignored: variable, option, when it applies, what to do.
 REFUSED: tuple[tuple[str, str, Callable[[Variables], bool], str], ...] = (
     (
         "ACCELERATE_USE_MEGATRON_LM",
         "--use_megatron_lm",
         _always,
-        "Lockstep does not run Megatron-LM; take strategy.kind: fsdp or zero",
+        "Lockstep does not run Megatron-LM; use strategy.kind: fsdp or zero",
     ),
     (
         "ACCELERATE_USE_PARALLELISM_CONFIG",
         "--use_parallelism_config",
         _always,
-        "Lockstep shards by strategy.kind: fsdp, in groups by strategy.fsdp.replicas, and splits no tensors or sequences",
+        "Lockstep has no tensor or sequence parallelism; it shards with strategy.kind: fsdp, in groups with "
+        "strategy.fsdp.replicas",
     ),
     (
         f"{_DYNAMO}USE_REGIONAL_COMPILATION",
         "--dynamo_use_regional_compilation",
         _compiles,
-        "leave it out, and name the classes of the blocks that are compiled one by one: compile.blocks",
+        "leave it out, and set compile.blocks to the classes of the blocks to compile separately",
     ),
     (
         "FSDP_ACTIVATION_CHECKPOINTING",
         "--fsdp_activation_checkpointing",
         _with_fsdp,
-        "leave it out, and name the classes of the blocks that are recomputed: model.checkpoint_activations",
+        "leave it out, and set model.checkpoint_activations to the classes of the blocks to recompute",
     ),
     ("FSDP_IGNORED_MODULES", "--fsdp_ignored_modules", _with_fsdp, "strategy.fsdp shards all modules"),
     (
         "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES",
         "--deepspeed_moe_layer_cls_names",
         _with_zero,
-        "strategy.zero shards no mixtures of experts",
+        "strategy.zero does not support mixture-of-experts layers",
     ),
     ("ACCELERATE_DOWNCAST_BF16", "--downcast_bf16", _always, "it is for TPUs, which Lockstep does not run on"),
 )
-# What changes no result here: variable, value, when it counts, what holds instead.
+# Settings without effect on the result: variable, value, when it applies, what Lockstep does instead.
 WITHOUT_EFFECT: tuple[tuple[str, str, Callable[[Variables], bool], str], ...] = (
     ("FSDP_VERSION", "1", _with_fsdp, "Lockstep runs FSDP2"),
     ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", _with_fsdp, "`lockstep export` writes whole weights"),

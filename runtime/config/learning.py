@@ -1,4 +1,4 @@
-"""The configuration's sections on what is trained and how: model, objective, optimizer, schedule, averages. No torch."""
+"""The configuration's sections on model, objective, optimizer, schedule and weight averaging. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from runtime.config.types import (
 
 
 class WeightsSection(Section):
-    """Weights that the run starts from; a resumed run takes its checkpoint's."""
+    """Pretrained weights; a resumed run uses its checkpoint's."""
 
     file: str = Field(min_length=1, json_schema_extra={"resume": "free"})
     """A safetensors or torch file, or a folder with ``model.safetensors`` (a checkpoint); relative to the YAML file, or
-    ``package:NAME/inside/it`` in an installed package. Weights in several files are named by their
-    ``….safetensors.index.json``, or by the folder that has it. They may move between two starts of a run, but not change."""
+    ``package:NAME/inside/it`` in an installed package. For weights in several files: their ``….safetensors.index.json``, or the
+    folder that has it. The file may move between two starts of a run, but not change."""
     provided_by: str | None = Field(None, json_schema_extra={"resume": "free"})
-    """The command that brings the file, for the message when it is missing."""
+    """The command that creates the file, for the message when it is missing."""
     entry: str | None = None
-    """Where a torch file holds the state dict, such as ``state_dict`` or ``model.weights``. Default: it is one itself."""
+    """Key of the state dict in a torch file, such as ``state_dict`` or ``model.weights``. Default: the file is the state
+    dict."""
     strip: str | None = Field(None, min_length=1)
-    """What is taken off the front of the file's names, such as ``module.``."""
+    """Prefix removed from the file's names, such as ``module.``."""
     prefix: str | None = Field(None, min_length=1)
-    """What is then put in front of them, such as ``backbone.``."""
+    """Prefix then added to them, such as ``backbone.``."""
     ignore: list[str] = []
-    """Patterns of the model's names that stay as they were built, such as those of a new head."""
+    """Patterns of the model's names that keep their initial values, such as those of a new head."""
 
 
 class UnfreezingSection(Section):
-    """What is trained from the start of an epoch on."""
+    """Parameters to unfreeze at the start of an epoch."""
 
     epoch: int = Field(ge=2)
     """The epoch, counted from 1."""
@@ -50,20 +51,20 @@ _FILE_ALONE = Shorthand(lambda value: {"file": value} if isinstance(value, str) 
 
 
 class ModelSection(ComponentSection):
-    """A torch module: built, then given weights, then frozen in parts."""
+    """A torch module, with optional pretrained weights and frozen parameters."""
 
     output: str | int | None = None
-    """Which part of what the model returns is its output: a key, attribute (``logits``) or position. Default: all of it."""
+    """The part of the model's return value used as output: a key, attribute (``logits``) or position. Default: all of it."""
     weights: Annotated[WeightsSection, _FILE_ALONE] | None = None
-    """Pretrained weights; a path alone stands for ``file``. Default: as the model was built."""
+    """Pretrained weights; a path alone stands for ``file``. Default: the model's own initialization."""
     freeze: list[str] = []
-    """Patterns of parameters that are not trained: ``backbone.*``; a later ``!backbone.norm.*`` takes names back."""
+    """Patterns of parameters that are not trained: ``backbone.*``; a later ``!backbone.norm.*`` excludes names again."""
     unfreeze: list[UnfreezingSection] = []
     """Frozen parameters that are trained from later epochs on."""
     frozen_mode: Literal["eval", "train"] = "eval"
-    """Mode of modules all of whose parameters are frozen; ``eval``: BatchNorm statistics stand still, dropout is off."""
+    """Mode of modules all of whose parameters are frozen; ``eval``: BatchNorm statistics are fixed, dropout is off."""
     checkpoint_activations: list[str] = free([])
-    """Classes of the blocks that keep only their inputs for the backward pass, and run forward again in it."""
+    """Activation checkpointing: classes of the blocks that keep only their inputs and recompute in the backward pass."""
 
     @model_validator(mode="after")
     def _freezes(self) -> Self:
@@ -76,10 +77,10 @@ class ModelSection(ComponentSection):
 
 
 class LossFieldsSection(Section):
-    """Parts of the batch that one of several losses reads in place of those of ``data.fields``."""
+    """Parts of the batch for one of several losses, in place of those of ``data.fields``."""
 
     target: str | int | list[str | int] | None = None
-    """What its output is compared with."""
+    """The target of the loss."""
     weight: str | int | None = None
     """Weight of each sample, or of each element of the target."""
 
@@ -88,23 +89,23 @@ class LossPartSection(ComponentSection):
     """One of several losses."""
 
     weight: float = Field(1.0, ge=0)
-    """What its mean is multiplied by."""
+    """Factor of its mean in the sum."""
     output: str | int | None = None
-    """Which part of what the model returns it is given. Default: that of ``model.output``."""
+    """The part of the model's return value that is passed to this loss. Default: that of ``model.output``."""
     fields: LossFieldsSection = LossFieldsSection()
-    """Which part of a batch is what, for this loss. Default: as ``data.fields`` says."""
+    """Which part of a batch is what, for this loss. Default: ``data.fields``."""
 
 
 class ObjectiveSection(Section):
-    """What is minimised: one loss, or a weighted sum of the means of several."""
+    """The objective: one loss, or a weighted sum of the means of several."""
 
     target: str | None = Field(None, min_length=1)
     """A loss of torch or of Lockstep by name, or ``package.module:Name`` of an ``Objective``."""
     args: dict[str, Any] = {}
-    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
+    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a nested component."""
     losses: dict[str, LossPartSection] = {}
     """In place of a target: several losses by the names that they are reported under. The model is called once; each
-    loss is divided by what it counts itself. Metrics see the output and the target of the first."""
+    loss has its own divisor. Metrics use the output and the target of the first."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
@@ -112,7 +113,7 @@ class ObjectiveSection(Section):
         return refuse(
             self,
             (self.target is None and not self.losses, "target", "needs a target, or several losses"),
-            (self.losses and (self.target or self.args), "losses", "takes the place of 'target' and 'args'"),
+            (self.losses and (self.target or self.args), "losses", "replaces 'target' and 'args'; leave these out"),
             *((True, f"losses.{name}", "is not a name that a loss can be reported under") for name in reserved),
         )
 
@@ -123,20 +124,20 @@ class GroupSection(Section):
     match: list[str] = Field(min_length=1)
     """Patterns of parameter names, as in a shell: ``*.bias``. The first group that matches a name takes it."""
     args: dict[str, Any] = {}
-    """What differs from the optimizer's own arguments, such as ``weight_decay: 0``."""
+    """Arguments that differ from the optimizer's, such as ``weight_decay: 0``."""
     target: str | None = Field(None, min_length=1)
-    """Another optimizer for these parameters, as AdamW beside Muon; ``args`` are then all of its arguments."""
+    """Another optimizer for these parameters, such as AdamW next to Muon; ``args`` are then all of its arguments."""
 
 
 class NoDecaySection(Section):
-    """Parameters without weight decay, whichever group they are in; a group's own ``weight_decay`` stands."""
+    """Parameters without weight decay, in any group; a group's own ``weight_decay`` takes precedence."""
 
     biases_and_norms: bool = True
     """Parameters of at most one dimension, and all of normalisation layers."""
     embeddings: bool = False
-    """Those of embedding layers."""
+    """Parameters of embedding layers."""
     match: list[str] = []
-    """Patterns of others."""
+    """Patterns of other parameters."""
 
 
 _PATTERNS_ALONE = Shorthand(
@@ -149,10 +150,10 @@ class LayerDecaySection(Section):
     """Smaller learning rates towards the input: each layer multiplies the rate of the one above by ``factor``."""
 
     factor: float = Field(gt=0, lt=1)
-    """What the rate is multiplied by at each layer."""
+    """Factor of the rate per layer."""
     layers: list[str] = Field(min_length=1)
-    """Patterns from the input to the output; ``encoder.layer.{i}.*`` stands for as many layers as there are numbers. Other
-    parameters, a new head, keep the whole rate, as does the last layer where there are no others."""
+    """Patterns from the input to the output; ``encoder.layer.{i}.*`` stands for one layer per number. Other parameters, such as
+    a new head, keep the whole rate; if there are none, the last layer does."""
 
     @model_validator(mode="after")
     def _one_number(self) -> Self:
@@ -164,15 +165,15 @@ class OptimizerSection(ComponentSection):
     """A torch optimizer by name, or the user's own by target."""
 
     max_grad_norm: float | None = Field(None, gt=0)
-    """Scale the gradient down to this 2-norm where it is longer. Default: no clipping."""
+    """Clip the gradient to this 2-norm. Default: no clipping."""
     max_grad_value: float | None = Field(None, gt=0)
     """Clamp each element of the global batch's gradient to plus or minus this. Default: no clipping."""
     groups: list[GroupSection] = []
-    """Parameters with other arguments; what no group matches gets ``args``."""
+    """Parameter groups with other arguments; unmatched parameters get ``args``."""
     no_decay: Annotated[Annotated[NoDecaySection | None, ON_OR_OFF], _PATTERNS_ALONE] = None
-    """Parameters without weight decay; ``true``: biases and norms; a list: the patterns alone. Default: all decay."""
+    """Parameters without weight decay; ``true``: biases and norms; a list: only these patterns. Default: all decay."""
     layer_decay: LayerDecaySection | None = None
-    """Layer-wise learning rates. Default: one rate."""
+    """Layer-wise learning rate decay. Default: none."""
 
     @model_validator(mode="after")
     def _clips_once(self) -> Self:
@@ -181,10 +182,10 @@ class OptimizerSection(ComponentSection):
 
 
 class ScheduleSection(Section):
-    """How the learning rate changes: a linear warm-up, then a torch scheduler by name.
+    """The learning rate schedule: a linear warm-up, then a torch scheduler by name.
 
-    ``T_max``, ``total_steps`` and ``total_iters``, where required and left out, become the length of the run; then the limit
-    can no longer change.
+    ``T_max``, ``total_steps`` and ``total_iters``, if required and omitted, are set to the length of the run; the limit then
+    cannot change.
     """
 
     target: str | None = Field(None, min_length=1)
@@ -194,11 +195,11 @@ class ScheduleSection(Section):
     """Keyword arguments of the scheduler. Functions are given by target; the ``schedulers`` of SequentialLR and
     ChainedScheduler are a list of ``{target, args}``."""
     interval: Literal["step", "epoch"] = "step"
-    """What the scheduler counts: applied updates, or epochs. (ReduceLROnPlateau counts evaluations.)"""
+    """When the scheduler is stepped: after each applied update, or each epoch. (ReduceLROnPlateau: after each evaluation.)"""
     warmup_steps: int = Field(0, ge=0)
-    """Applied updates over which the rate rises linearly to the schedule's start; the schedule begins after them."""
+    """Applied updates over which the rate rises linearly to the schedule's initial rate; the schedule starts after them."""
     monitor: str | None = None
-    """ReduceLROnPlateau only: the validation result it watches, such as ``loss``; stepped after each evaluation."""
+    """ReduceLROnPlateau only: the monitored validation result, such as ``loss``."""
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
@@ -215,19 +216,19 @@ class ScheduleSection(Section):
 
     @property
     def watches(self) -> bool:
-        """Tell whether the scheduler follows evaluations."""
+        """Whether the scheduler monitors evaluations."""
         return (self.target or "").endswith("ReduceLROnPlateau")
 
 
 class AnnealSection(Section):
-    """How the learning rate goes to that of stochastic weight averaging (torch's SWALR)."""
+    """Annealing of the learning rate to that of stochastic weight averaging (torch's SWALR)."""
 
     epochs: int | None = Field(None, ge=1)
-    """Epochs that it takes."""
+    """Length in epochs."""
     steps: int | None = Field(None, ge=1)
-    """Applied updates that it takes, in place of ``epochs``."""
+    """Length in applied updates, in place of ``epochs``."""
     strategy: Literal["cos", "linear"] = "cos"
-    """Along a cosine, or a straight line."""
+    """Cosine or linear annealing."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -235,34 +236,34 @@ class AnnealSection(Section):
 
 
 class AveragingSection(Section):
-    """A running average of the weights, kept beside them."""
+    """A running average of the weights, in addition to the raw ones."""
 
     kind: Literal["ema", "swa"] = "ema"
     """``ema``: exponential moving average; ``swa``: the mean of the weights at the end of each of the last epochs."""
     decay: float | None = Field(None, gt=0, lt=1)
-    """``ema``: how much of the average is kept each time. Default: 0.999."""
+    """``ema``: decay of the average per averaging step. Default: 0.999."""
     warmup: bool = False
-    """``ema``: keep less at first, the smaller of ``decay`` and (1 + n) / (10 + n) after n times."""
+    """``ema``: smaller decay at first, the minimum of ``decay`` and (1 + n) / (10 + n) after n averaging steps."""
     start: Every | None = None
-    """How much of the run comes before; steps are applied updates. ``swa`` needs it. Default: nothing."""
+    """When averaging starts; steps are applied updates. Required with ``swa``. Default: at once."""
     every: Every | None = None
-    """How often weights are taken in; steps are applied updates. Default: 1 step with ``ema``, 1 epoch with ``swa``."""
+    """Averaging interval; steps are applied updates. Default: 1 step with ``ema``, 1 epoch with ``swa``."""
     learning_rate: float | None = Field(None, gt=0)
-    """``swa``: what the rates of all parameter groups go to from ``start`` on, in place of the schedule's. Default: the
-    schedule goes on."""
+    """``swa``: learning rate of all parameter groups from ``start`` on, in place of the schedule's. Default: the schedule
+    continues."""
     anneal: AnnealSection | None = None
-    """``swa``: how they go to ``learning_rate``. Default: over 10 epochs, along a cosine."""
+    """``swa``: annealing to ``learning_rate``. Default: over 10 epochs, along a cosine."""
     evaluate: bool = True
     """Evaluate the averaged weights, as soon as there are any, rather than the raw ones."""
 
     @property
     def ema_decay(self) -> float:
-        """How much of an exponential average is kept."""
+        """The decay of an exponential average."""
         return 0.999 if self.decay is None else self.decay
 
     @property
     def interval(self) -> Interval:
-        """How often weights are taken in."""
+        """The averaging interval."""
         return self.every or Interval(1, "epoch" if self.kind == "swa" else "step")
 
     @model_validator(mode="after")
@@ -278,7 +279,11 @@ class AveragingSection(Section):
                 (not swa and value, key, f"'{key}' belongs to kind: swa")
                 for key, value in (("learning_rate", self.learning_rate), ("anneal", self.anneal))
             ),
-            (swa and self.start is None, "start", "swa averages late weights: say from when on, such as '10 epochs'"),
+            (
+                swa and self.start is None,
+                "start",
+                "swa averages late weights: set when averaging starts, such as '10 epochs'",
+            ),
             (
                 swa and self.anneal and self.learning_rate is None,
                 "anneal",

@@ -1,4 +1,4 @@
-"""Where the keys of a configuration were written: what turns "this key is wrong" into a message with file and line."""
+"""Locations of the keys of a configuration, for error messages with file and line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNKNOWN = "configuration"
 
 
 def location(lines: Mapping[tuple[str, ...], str], key: tuple[str, ...]) -> str:
-    """Return where a key was written, or else the nearest one above it."""
+    """Return the location of a key, or else of the nearest key above it."""
     while key and key not in lines:
         key = key[:-1]
     return lines.get(key, UNKNOWN)
@@ -22,35 +22,35 @@ def location(lines: Mapping[tuple[str, ...], str], key: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Locations:
-    """The place of each key, and the folder that relative paths in the configuration are relative to.
+    """The location of each key, and the base folder of relative paths in the configuration.
 
     Args:
-        lines: by key, file and line, ``command line`` or ``configuration``.
-        folder: of the YAML file, or the working folder where there is none.
+        lines: ``file:line``, ``command line`` or ``configuration``, by key.
+        folder: of the YAML file, or the working folder if there is none.
     """
 
     lines: Mapping[tuple[str, ...], str]
     folder: Path
 
     def of(self, key: Sequence[str]) -> str:
-        """Return where a key was written."""
+        """Return the location of a key."""
         return location(self.lines, tuple(key))
 
     def problem(self, key: Sequence[str], what: str) -> Problem:
-        """Make a problem out of a key that is wrong, with the line it was written in."""
+        """Return a problem at a key's location."""
         return Problem(self.of(key), ".".join(key), what)
 
     def error(self, key: Sequence[str], what: str) -> ConfigurationError:
-        """Make an error of one key that is wrong."""
+        """Return an error with one problem at a key's location."""
         return ConfigurationError([self.problem(key, what)])
 
     def beside(self, path: str) -> Path:
-        """Return a path that was written in the configuration: relative ones are relative to the YAML file."""
+        """Resolve a path of the configuration relative to the YAML file."""
         return self.folder / Path(path).expanduser()
 
     @contextmanager
-    def blamed(self, *key: str) -> Iterator[None]:
-        """Raise mistakes of a component as errors of the key that it stands under."""
+    def errors_at(self, *key: str) -> Iterator[None]:
+        """Reraise a :class:`ComponentError` as a ConfigurationError at a key."""
         try:
             yield
         except ComponentError as mistake:
@@ -58,7 +58,7 @@ class Locations:
 
     @contextmanager
     def completed(self) -> Iterator[None]:
-        """Add file and line to errors of parts that know the key alone, such as strategies."""
+        """Add file and line to errors raised with only a key, such as by strategies."""
         try:
             yield
         except ConfigurationError as error:

@@ -1,4 +1,4 @@
-"""The run folder's name, in which ``{key}`` stands for the value of a key of the configuration. No torch."""
+"""Fills in the run folder's name: ``{key}`` stands for the value of a key of the configuration. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 class TemplateError(Exception):
-    """A name cannot be filled in; the message says why."""
+    """A name cannot be filled in; the message is the reason."""
 
 
 def filled(template: str, values: Mapping[str, Any]) -> str:
     """Fill in ``{key.path}``; ``{{`` and ``}}`` stand for braces.
 
     Args:
-        values: all of the configuration's, nested. ``name`` may be any text that is no path; other values are made safe.
+        values: the whole configuration, nested. ``name`` is inserted as it is; other values are made safe for a path.
 
     Raises:
-        TemplateError: there is no such key, or its value is no name.
+        TemplateError: there is no such key, or its value cannot be part of a name.
     """
 
     def replacement(match: re.Match[str]) -> str:
@@ -39,36 +39,36 @@ def filled(template: str, values: Mapping[str, Any]) -> str:
 
 
 def escaped(path: str) -> str:
-    """Return the template that is filled in as a path itself."""
+    """Return the template that yields a given path."""
     return path.replace("{", "{{").replace("}", "}}")
 
 
 def _value(key: str, values: Mapping[str, Any]) -> Any:
-    found: Any = values
+    value: Any = values
     for depth, part in enumerate(key.split(".")):
-        if isinstance(found, list) and part.isdigit() and int(part) < len(found):
-            found = found[int(part)]
-        elif isinstance(found, Mapping) and part in found:
-            found = found[part]
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, Mapping) and part in value:
+            value = value[part]
         else:
-            known = [str(name) for name in found] if isinstance(found, Mapping) else []
+            known = [str(name) for name in value] if isinstance(value, Mapping) else []
             above = ".".join(key.split(".")[:depth])
-            there = f"; known in {above or 'the configuration'}: {', '.join(known)}" if known else ""
-            raise TemplateError(f"has {{{key}}}, and there is no such key{did_you_mean(part, known) or there}")
+            choices = f"; known in {above or 'the configuration'}: {', '.join(known)}" if known else ""
+            raise TemplateError(f"has {{{key}}}, but there is no such key{did_you_mean(part, known) or choices}")
     if key == "output":
         raise TemplateError("has {output}, which is this key itself")
-    if isinstance(found, Mapping) or (isinstance(found, list) and any(isinstance(v, list | Mapping) for v in found)):
+    if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(v, list | Mapping) for v in value)):
         raise TemplateError(f"has {{{key}}}, which is a section; name one of its keys")
     if key.rpartition(".")[2].upper().endswith(_SECRETS):
         raise TemplateError(f"has {{{key}}}, which is a secret")
-    return found
+    return value
 
 
 def _safe(key: str, value: Any) -> str:
     text = "-".join(map(_text, value)) if isinstance(value, list) else _text(value)
     safe = _UNSAFE.sub("-", text).strip("-.")[:_LONGEST]
     if not safe:
-        raise TemplateError(f"has {{{key}}}, whose value {value!r} leaves nothing that a folder could be called by")
+        raise TemplateError(f"has {{{key}}}, whose value {value!r} has no characters that are allowed in a folder name")
     return safe if not text.startswith("-") or not isinstance(value, int | float) else f"-{safe}"
 
 

@@ -1,7 +1,7 @@
-"""From a mapping in Python to the plain values that a YAML file would hold, so that both are read alike. No torch.
+"""Converts a mapping from Python to the plain values of a YAML file, so that both are read the same way. Imports no torch.
 
-``yaml.safe_load`` follows YAML 1.1, where ``3e-4`` is text and ``2026-01-31`` a date; NumPy's numbers, paths, tuples and enums
-come from programs. What no YAML can hold stays as it is, for the loader to refuse.
+``yaml.safe_load`` follows YAML 1.1, where ``3e-4`` is text and ``2026-01-31`` a date; programs pass NumPy numbers, paths,
+tuples and enums. Values that YAML cannot represent are left unchanged, for the loader to refuse.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Path = tuple[str, ...]
 
 
 class ContainsItselfError(Exception):
-    """A mapping or list within itself; ``path`` leads to it."""
+    """A mapping or list contains itself, at ``path``."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(".".join(path))
@@ -33,7 +33,7 @@ def plain(value: Any, texts: dict[Path, str], path: Path = (), above: tuple[int,
     """Copy nested values as plain ones.
 
     Args:
-        texts: noted by path: text that was read as a number. It was meant as text where a key takes nothing else.
+        texts: filled with text that was read as a number, by path; it is restored for keys that take only text.
 
     Raises:
         ContainsItselfError: a mapping or list contains itself.
@@ -54,15 +54,15 @@ def plain(value: Any, texts: dict[Path, str], path: Path = (), above: tuple[int,
 
 
 def put(values: Any, path: Path, value: Any) -> None:
-    """Replace one of nested plain values."""
+    """Replace the value at a path."""
     for key in path[:-1]:
         values = values[int(key)] if isinstance(values, list) else values[key]
     values[int(path[-1]) if isinstance(values, list) else path[-1]] = value
 
 
 def _scalar(value: Any) -> Any:
-    """Return the plain value of what stands for one; subclasses of numbers and text cannot be written to a YAML file."""
-    numpy = sys.modules.get("numpy")  # who has one of its numbers has imported it
+    """Convert a scalar to its plain type; subclasses of numbers and text cannot be written to a YAML file."""
+    numpy = sys.modules.get("numpy")  # imported if the value is one of its numbers
     if isinstance(value, Enum):
         return _scalar(value.value)
     if numpy is not None and isinstance(value, numpy.generic):

@@ -1,7 +1,7 @@
-"""Every key of the YAML as one Markdown page, made from the JSON Schema: ``docs/reference/configuration.md``. No torch.
+"""Generates ``docs/reference/configuration.md``, every key of the YAML, from the JSON Schema. Imports no torch.
 
-It lives beside the sections rather than in ``docs/`` so that ``lockstep schema --markdown`` prints the reference of the version
-that is installed. ``tests/test_reference.py`` compares the committed page with it.
+It is here rather than in ``docs/`` so that ``lockstep schema --markdown`` prints the reference of the installed version.
+``tests/test_reference.py`` compares the committed page with it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _INTRODUCTION = """\
 
 <!-- Generated: lockstep schema --markdown > docs/reference/configuration.md -->
 
-The sections of a run's YAML, in order. `lockstep schema --markdown` prints this page for the version that is installed, and
+The sections of a run's YAML, in order. `lockstep schema --markdown` prints this page for the installed version, and
 `lockstep schema` the JSON Schema behind it.
 
-Behind each key stand its type, its default, and whether it may change when an interrupted run is resumed:
+Each key is followed by its type, its default, and whether it may change when an interrupted run is resumed:
 
-- *required*: the key must be given. Where no default is given the key is not set, and the description says what happens then.
+- *required*: the key must be given. A key without a default is not set unless given; its description states the effect.
 - *exact*: a change would change the result of the run, so resuming refuses it, with the old and the new value, unless
-  `resume.allow_changes` names the key. *free*: it may change. The keys of a section answer for themselves.
-- Two answers depend on other keys: with `ReduceLROnPlateau`, which counts evaluations, `evaluation.every` may not change; where
-  the length of the schedule follows from `limit.epochs` or `limit.steps`, these may not.
+  `resume.allow_changes` names the key. *free*: it may change. For a section, see its keys.
+- Two cases depend on other keys: with `ReduceLROnPlateau`, which counts evaluations, `evaluation.every` may not change; if the
+  length of the schedule is derived from `limit.epochs` or `limit.steps`, these may not.
 - `NAME` in a heading stands for a name of your choice, `[]` for each element of a list.
 - Keys that end in `_seconds` are in seconds, `_bytes` in bytes, `_mb` in MiB; ratios lie between 0 and 1.
 - Every key can also be given on the command line: `optimizer.args.lr=1e-3`. Scalars are those of YAML 1.2.
@@ -38,12 +38,12 @@ _COMPONENTS = "Components"
 
 @dataclass
 class _Section:
-    """One section: where it occurs in the YAML, and its keys.
+    """One section: its paths in the YAML, and its keys.
 
     Args:
         schema: of the section.
-        paths: where it may stand, the first with its keys.
-        free: those of its paths that are below a key that may change as a whole.
+        paths: where it may occur; its keys are listed at the first.
+        free: those of its paths that are below a free key.
     """
 
     schema: Schema
@@ -70,29 +70,29 @@ def anchor(heading: str) -> str:
 
 
 def _sections(schema: Schema) -> dict[str, _Section]:
-    """Return the sections by their name in the schema, in the order in which the YAML comes to them."""
-    found: dict[str, _Section] = {}
+    """Return the sections by their name in the schema, in the order of the YAML."""
+    sections: dict[str, _Section] = {}
 
     def visit(of: Schema, path: str, free: bool) -> None:
         for key, value in of["properties"].items():
             freed = free or value.get("resume") == "free"
             for name, suffix in _references(value):
                 inner = f"{path}{key}{suffix}"
-                section = found.setdefault(name, _Section(schema["$defs"][name]))
+                section = sections.setdefault(name, _Section(schema["$defs"][name]))
                 section.paths.append(inner)
                 section.free += [inner] * freed
                 if len(section.paths) == 1:
                     visit(section.schema, f"{inner}.", freed)
 
     visit(schema, "", False)
-    if _COMPONENT in found:
-        found[_COMPONENT] = found.pop(_COMPONENT)  # it occurs everywhere, so it comes last
-        found[_COMPONENT].paths = [_COMPONENTS]
-    return found
+    if _COMPONENT in sections:
+        sections[_COMPONENT] = sections.pop(_COMPONENT)  # it occurs everywhere, so it comes last
+        sections[_COMPONENT].paths = [_COMPONENTS]
+    return sections
 
 
 def _references(schema: Any, suffix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the sections that a key may hold, and what follows the key in their path."""
+    """Yield the sections that a key may hold, and the suffix of the key in their path."""
     if isinstance(schema, Mapping):
         if "$ref" in schema:
             yield schema["$ref"].rpartition("/")[2], suffix
@@ -107,12 +107,12 @@ def _heading(section: _Section) -> str:
 
 
 def _text(section: _Section) -> str:
-    """Return what stands between a section's heading and its keys."""
+    """Return the text between a section's heading and its keys."""
     first, *others = section.paths
     if first == _COMPONENTS:
         return (
-            "Wherever a type says *component*: a class or function of torch, torchmetrics, Lockstep or your own, and the "
-            "arguments it is called with. The target alone may stand for it: `collate: Padded`."
+            "The type *component*: a class or function of torch, torchmetrics, Lockstep or your own, and the arguments it is "
+            "called with. The target may be written alone: `collate: Padded`."
         )
     text = _plain(section.schema.get("description", ""), joined=False)
     if others:
@@ -125,18 +125,18 @@ def _text(section: _Section) -> str:
 
 @dataclass
 class _Keys:
-    """Lists of keys.
+    """Formats lists of keys.
 
     Args:
         anchors: of the sections, by their name in the schema.
-        definitions: the sections by name.
+        definitions: schemas of the sections, by name.
     """
 
     anchors: Mapping[str, str]
     definitions: Mapping[str, Schema]
 
     def listed(self, section: _Section) -> str:
-        """Return one section's keys, an entry each."""
+        """Return the list of a section's keys."""
         required = section.schema.get("required", [])
         properties = section.schema["properties"]
         return "\n".join(self._entry(section, key, value, key in required) for key, value in properties.items())
@@ -193,7 +193,7 @@ def _bounds(schema: Schema) -> str:
 
 
 def _plain(text: str, *, joined: bool = True) -> str:
-    """Return a docstring as Markdown; of a key it is one line."""
+    """Return a docstring as Markdown, on one line if ``joined``."""
     text = text.replace("``", "`")
     if joined:
         return " ".join(text.split())

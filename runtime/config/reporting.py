@@ -1,4 +1,4 @@
-"""The section of what a run reports while it goes on, and where to. Imports no torch."""
+"""The section on a run's reports and trackers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from runtime.config.types import ON_OR_OFF, Component, Every, Interval, Section,
 
 
 class WeightsAndBiasesSection(Section):
-    """Weights & Biases, written by rank 0 alone."""
+    """Weights & Biases, written by rank 0 only."""
 
     mode: Literal["online", "offline", "disabled"] | None = free(None)
-    """Default: online where an API key is found, otherwise offline."""
+    """Default: online if an API key is found, otherwise offline."""
     project: str = free("lockstep")
-    """Project the run belongs to."""
+    """Project of the run."""
     entity: str | None = free(None)
     """User or team. Default: that of the API key."""
     tags: list[str] = free([])
@@ -21,17 +21,17 @@ class WeightsAndBiasesSection(Section):
 
 
 class ReportingSection(Section):
-    """What is told while the run goes on."""
+    """Reports during the run."""
 
     every: Every = free(Interval(50, "step"))
     """How often the training loss is read from the device and reported."""
     progress: bool = free(True)
-    """A progress bar where the output is a terminal, plain lines elsewhere."""
+    """A progress bar if the output is a terminal, otherwise plain lines."""
     observers: list[Component] = free([])
-    """Functions, or classes whose instances can be called, that get a ``StepReport`` after each step, on every rank. They see
-    plain values alone and change nothing; what one raises ends the run. Default: none."""
+    """Functions, or classes with callable instances, that get a ``StepReport`` after each step, on every rank. They receive
+    only plain values and change nothing; an exception in one ends the run. Default: none."""
     wandb: Annotated[WeightsAndBiasesSection | None, ON_OR_OFF] = free(None)
-    """Weights & Biases; ``true`` takes the defaults. Default: off."""
+    """Weights & Biases; ``true`` uses the defaults. Default: off."""
     trackers: list[Component] = free([])
-    """Trackers of your own: classes that extend ``lockstep.Tracker``, made and called on rank 0 alone. One that raises is
-    warned of and left out; the run goes on."""
+    """Custom trackers: classes that extend ``lockstep.Tracker``, built and called on rank 0 only. One that raises is disabled
+    with a warning; the run continues."""

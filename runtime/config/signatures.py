@@ -1,4 +1,4 @@
-"""What a signature says about configured arguments: which are unknown, missing or of the wrong type. No torch."""
+"""Checks configured arguments against a signature: unknown, missing, or of the wrong type. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any
 from runtime.wording import did_you_mean
 
 _NUMERIC = {"int", "float", "complex", "bool", "None", "NoneType", "Optional", "Union", "typing", "torch", "Tensor"}
-"""All the names in the annotation of an argument that takes no text."""
+"""Names allowed in the annotation of an argument that takes no text."""
 
 
 def argument_mistakes(
     component: Callable[..., Any], args: Mapping[str, Any], *, positional: int = 0, name: str = ""
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Compare arguments with a signature; yield the key of each mistake and what is wrong.
+    """Check arguments against a signature; yield the key of each mistake and a message.
 
     Args:
-        component: what would be called with the arguments.
+        component: the callable.
         args: keyword arguments from the configuration.
-        positional: how many leading arguments the runtime itself gives.
-        name: how messages call the component.
+        positional: number of leading arguments that the runtime passes.
+        name: of the component in messages.
     """
-    found = signature(component)
-    if found is None:  # some builtins have none: their own error must do
+    callee = signature(component)
+    if callee is None:  # some builtins have none: calling them raises their own error
         return
-    parameters = list(found.parameters.values())
+    parameters = list(callee.parameters.values())
     name = name or getattr(component, "__name__", str(component))
-    given = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
+    passed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
     by_keyword = {
-        p.name: p for p in parameters if p not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        p.name: p for p in parameters if p not in passed and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key, value in args.items():
         if not isinstance(key, str):
-            yield ("args", str(key)), f"arguments of {name} are called by text, not by {key!r}"
-        elif key in (p.name for p in given):
+            yield ("args", str(key)), f"argument names of {name} must be text, not {key!r}"
+        elif key in (p.name for p in passed):
             yield ("args", key), f"{name} gets its {key!r} from the runtime; leave it out"
         elif key not in by_keyword and not takes_any:
             yield ("args", key), f"{name} has no argument {key!r}{did_you_mean(key, by_keyword)}{_listed(by_keyword)}"
@@ -52,7 +52,7 @@ def argument_mistakes(
 
 
 def signature(component: Any) -> inspect.Signature | None:
-    """Return a component's signature, or None where Python knows none."""
+    """Return a component's signature, or None if it has none."""
     try:
         return inspect.signature(component)
     except (ValueError, TypeError):
@@ -60,7 +60,7 @@ def signature(component: Any) -> inspect.Signature | None:
 
 
 def annotated(parameter: inspect.Parameter) -> str:
-    """Return a parameter's annotation as text, empty where it has none."""
+    """Return a parameter's annotation as text, empty if it has none."""
     if parameter.annotation is parameter.empty:
         return ""
     if isinstance(parameter.annotation, str):
@@ -69,18 +69,18 @@ def annotated(parameter: inspect.Parameter) -> str:
 
 
 def class_name(target: str | None) -> str:
-    """Return the last name of a target, which may have a colon, dots, or be that name alone."""
+    """Return the last name of a target, after its colon and dots, if any."""
     return re.split("[:.]", target or "")[-1]
 
 
 def takes_no_text(parameter: inspect.Parameter) -> bool:
-    """Tell whether an annotation allows numbers alone."""
+    """Return whether an annotation allows only numbers."""
     names = set(re.findall(r"\w+", annotated(parameter)))
     return bool(names & {"int", "float", "complex", "bool"}) and names <= _NUMERIC
 
 
 def _takes_fractions(parameter: inspect.Parameter) -> bool:
-    """Tell whether an annotation allows floats and tensors alone: true and false are no such thing, if numbers to Python."""
+    """Return whether an annotation allows only floats and tensors, so that a bool (a number in Python) is a mistake."""
     names = set(re.findall(r"\w+", annotated(parameter)))
     return "float" in names and names <= _NUMERIC - {"int", "bool"}
 

@@ -1,4 +1,4 @@
-"""The sections of the YAML that say how processes share the work, and how it is compiled. Imports no torch."""
+"""The configuration's sections on distribution strategies and torch.compile. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from runtime.config.zero import ZeroSection
 
 
 class CompileSection(Section):
-    """torch.compile of the model. Off unless this section is there; ``compile: true`` takes the defaults."""
+    """torch.compile of the model. Off unless this section is given; ``compile: true`` uses the defaults."""
 
     blocks: list[str] = []
-    """Classes of the blocks that are compiled one by one; equal ones share their code. Default: the model as a whole."""
+    """Classes of blocks that are compiled separately; equal blocks share their code. Default: the model as a whole."""
     backend: str = "inductor"
     """Compiler backend."""
     mode: str | None = None
     """Preset of the backend, such as ``max-autotune``."""
     dynamic: bool | None = None
-    """Compile for varying shapes. Default: torch decides."""
+    """Compile for dynamic shapes. Default: torch decides."""
     fullgraph: bool = False
-    """Refuse graph breaks."""
+    """Raise an error on graph breaks."""
 
 
 class DDPSection(Section):
@@ -33,10 +33,10 @@ class DDPSection(Section):
     static_graph: bool = free(False)
     """The graph is the same at every step; lets DDP reorder and allows re-entrant checkpointing."""
     find_unused_parameters: bool = free(False)
-    """Search each forward pass for parameters without a gradient, which are then left as they are. Needed on several processes
-    where some step does not use every parameter; the answer is that of one process."""
+    """Search each forward pass for parameters without a gradient, which are then not updated. Needed on several processes if
+    some step does not use every parameter; the result is that of one process."""
     gradient_as_bucket_view: bool = free(True)
-    """Gradients live inside the buckets: less memory, one copy fewer."""
+    """Gradients are views of the buckets: less memory, one copy fewer."""
     communication_hook: Literal["fp16", "bf16"] | None = None
     """Send gradients in half precision. Inexact: the sum is rounded."""
 
@@ -49,46 +49,47 @@ class DDPSection(Section):
 
 
 class ShardedPrecisionSection(Section):
-    """Types in which sharded parameters travel. The parameters themselves, and the optimizer's state, keep their own."""
+    """Types in which sharded parameters and gradients are communicated. Parameters and optimizer state keep their own type."""
 
     parameters: Literal["bf16", "fp16"]
-    """What parameters are gathered in; that of ``precision``. Sends half, and rounds what autocast would leave as it is."""
+    """Type of gathered parameters; must be that of ``precision``. Halves communication, and rounds values that autocast would
+    not."""
     gradients: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What gradients are summed over the ranks in."""
+    """Type in which gradients are summed over the ranks."""
 
 
 class FSDPSection(Section):
     """Options of FSDP2, torch's fully_shard."""
 
     wrap: list[str] = free([])
-    """Classes of the blocks that are gathered one at a time, a transformer's layers. Default: the model as one block."""
+    """Classes of blocks that are gathered one at a time, such as a transformer's layers. Default: the model as one block."""
     min_parameters: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
-    """Instead of ``wrap``: blocks are the smallest modules with parts and at least so many parameters."""
+    """Instead of ``wrap``: blocks are the smallest modules with submodules and at least this many parameters."""
     reshard_after_forward: bool = free(True)
-    """Let a block go after its forward pass, and gather it again for its backward pass: less memory, more sent."""
+    """Free a block after its forward pass, and gather it again for its backward pass: less memory, more communication."""
     mixed_precision: ShardedPrecisionSection | None = None
-    """Types in which parameters and gradients travel. Default: their own."""
+    """Types in which parameters and gradients are communicated. Default: their own."""
     cpu_offload: bool = free(False)
     """Keep parameters, gradients and optimizer state in host memory; the optimizer steps there."""
     no_sync: bool = free(False)
-    """Reduce gradients once a step rather than in every microbatch: sends less, and needs memory for a whole gradient."""
+    """Reduce gradients once per step rather than per microbatch: less communication, but memory for a whole gradient."""
     replicas: int = Field(1, ge=1, json_schema_extra={"resume": "free"})
-    """HSDP: so many groups of processes hold a sharded copy each, such as one on each host. Must divide the world size."""
+    """HSDP: number of process groups that each hold a sharded copy, such as one per host. Must divide the world size."""
 
     @model_validator(mode="after")
     def _one_kind_of_block(self) -> Self:
         both = self.wrap and self.min_parameters is not None
-        return refuse(self, (both, "min_parameters", "blocks are told by class or by size; leave one of the two out"))
+        return refuse(self, (both, "min_parameters", "give either 'wrap' or 'min_parameters', not both"))
 
 
 class StrategySection(Section):
-    """How the processes share the work."""
+    """The distribution strategy."""
 
     kind: Literal["ddp", "fsdp", "zero"] = free("ddp")
-    """``ddp``: every process holds the whole model (also with one process). ``fsdp`` and ``zero`` (DeepSpeed): the processes
-    hold it together."""
+    """``ddp``: every process holds the whole model (also with one process). ``fsdp`` and ``zero`` (DeepSpeed): the model is
+    sharded over the processes."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
-    """Processes that must be training; any other number is refused. Default: what the launcher asked for."""
+    """Required number of processes; any other is refused. Default: the number requested from the launcher."""
     ddp: DDPSection = DDPSection()
     """Options of DistributedDataParallel."""
     fsdp: FSDPSection = FSDPSection()

@@ -1,4 +1,4 @@
-"""What the configuration's sections are made of: strict frozen models, intervals, shorthands, rules between keys. No torch."""
+"""Building blocks of the configuration's sections: base model, intervals, shorthands, rules between keys. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from runtime.config.signatures import class_name
 
 
 def free(default: Any) -> Any:
-    """A default for a key that may change when a run is resumed."""
+    """Return a field with a default that may change when a run is resumed."""
     return Field(default, json_schema_extra={"resume": "free"})
 
 
 class Section(BaseModel):
-    """A section of the YAML: frozen, typed strictly, unknown keys refused."""
+    """A section of the YAML: frozen, strictly typed, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -37,7 +37,7 @@ _S = TypeVar("_S", bound=Section)
 
 
 def refuse(section: _S, *rules: tuple[Any, str, str]) -> _S:
-    """Return the section, or refuse it with all rules that are broken: (broken, key, what is wrong)."""
+    """Return the section, or raise an error with all broken rules: (broken, key, message)."""
     found = [(key, what) for broken, key, what in rules if broken]
     if found:
         raise PydanticCustomError("combinations", "{found}", {"found": found})
@@ -55,18 +55,18 @@ class Interval:
         return f"{self.count} {self.unit}{'s' * (self.count != 1)}"
 
     def due(self, *, step: int, epoch: int, epoch_ends: bool) -> bool:
-        """Tell whether it is due after ``step`` steps, the last of which belongs to ``epoch`` (both counts from 1)."""
+        """Return whether it is due after step ``step`` of epoch ``epoch`` (both counted from 1)."""
         if self.unit == "step":
             return step % self.count == 0
         return epoch_ends and epoch % self.count == 0
 
     def reached(self, *, steps: int, epochs: int) -> bool:
-        """Tell whether as much is over, when so many steps and epochs are."""
+        """Return whether the interval is over after the given numbers of steps and epochs."""
         return (steps if self.unit == "step" else epochs) >= self.count
 
     @classmethod
     def parse(cls, value: Any) -> Any:
-        """Read ``"200 steps"`` or ``"1 epoch"``."""
+        """Parse ``"200 steps"`` or ``"1 epoch"``."""
         if isinstance(value, cls):
             return value
         match = re.fullmatch(r"([1-9]\d*) (step|epoch)s?", value) if isinstance(value, str) else None
@@ -85,7 +85,7 @@ Every = Annotated[
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of time."""
+    """A duration in whole seconds."""
 
     seconds: int
 
@@ -96,7 +96,7 @@ class Duration:
 
     @classmethod
     def parse(cls, value: Any) -> Any:
-        """Read ``"3h55m"``, ``"90m"`` or ``"1d12h30m15s"``."""
+        """Parse ``"3h55m"``, ``"90m"`` or ``"1d12h30m15s"``."""
         if isinstance(value, cls):
             return value
         match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value) if isinstance(value, str) else None
@@ -106,7 +106,7 @@ class Duration:
             else 0
         )
         if seconds == 0:
-            raise PydanticCustomError("duration", "write a length of time, such as '3h55m', '90m' or '1d12h'")
+            raise PydanticCustomError("duration", "write a duration, such as '3h55m', '90m' or '1d12h'")
         return cls(seconds)
 
 
@@ -130,16 +130,16 @@ class Shorthand:
         return core_schema.no_info_before_validator_function(self.expand, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Allow both ways."""
+        """Allow both forms."""
         return {"anyOf": [handler(schema), self.schema]}
 
 
 TARGET_ALONE = Shorthand(lambda value: {"target": value} if isinstance(value, str) else value, {"type": "string"})
-ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
 """A component's target may be written alone."""
+ON_OR_OFF = Shorthand(lambda value: {} if value is True else None if value is False else value, {"type": "boolean"})
+"""A section may be true (its defaults) or false (none)."""
 
-
-_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_WORD_BOUNDARIES = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def _refused(what: str) -> PydanticCustomError:
@@ -147,7 +147,7 @@ def _refused(what: str) -> PydanticCustomError:
 
 
 def _named_by_class(value: Any) -> Any:
-    """Return a mapping of names to components for a list of components, each named by its class."""
+    """Convert a list of components to a mapping, each named after its class."""
     if not isinstance(value, list):
         return value
     named: dict[str, Any] = {}
@@ -156,11 +156,11 @@ def _named_by_class(value: Any) -> Any:
         if not isinstance(target, str) or not target:
             raise _refused("a list holds classes, each NAME or {target: NAME, args: {…}}")
         if target == class_name(target) and not target[0].isupper():
-            return value  # names of results, which are to be keys
-        name = _WORDS.sub("_", class_name(target)).lower()
+            return value  # names of results, not classes: validation then asks for a mapping
+        name = _WORD_BOUNDARIES.sub("_", class_name(target)).lower()
         if name in named:
             raise _refused(
-                f"{target} is in the list twice; give names of your own instead of a list: "
+                f"{target} is in the list twice; give a mapping with a name for each instead: "
                 f"{{first: {{target: {target}, args: {{…}}}}, second: {{target: {target}, args: {{…}}}}}}"
             )
         named[name] = entry
@@ -179,7 +179,7 @@ class ComponentSection(Section):
     target: str = Field(min_length=1)
     """``package.module:Name``, or a short name of torch, torchmetrics or Lockstep."""
     args: dict[str, Any] = {}
-    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a component of its own."""
+    """Keyword arguments, checked against the signature. ``{target, args}`` within them is a nested component."""
 
 
 Component = Annotated[ComponentSection, TARGET_ALONE]

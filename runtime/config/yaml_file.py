@@ -1,4 +1,4 @@
-"""YAML as configurations want it: the scalars of YAML 1.2, duplicate keys refused, and the line of every key.
+"""Reads YAML with the scalars of YAML 1.2, without duplicate keys, and with the line of every key.
 
 PyYAML follows YAML 1.1, where ``3e-4`` is text, ``no`` is False, ``010`` is eight and ``1:30`` is ninety. Nothing is evaluated.
 """
@@ -14,8 +14,8 @@ import yaml
 
 from runtime.errors import ConfigurationError, Problem
 
-_DEEPEST = 100  # levels
-_MOST = 100_000  # values, those that aliases repeat counted as often
+_MAX_DEPTH = 100
+_MAX_VALUES = 100_000  # with aliases expanded
 
 Lines = dict[tuple[str, ...], str]
 
@@ -30,7 +30,7 @@ _RESOLVERS = [  # the core schema, YAML 1.2.2 section 10.3.2; the first that mat
 
 
 class _Core:
-    """The resolvers of YAML 1.2, for reading and for writing alike."""
+    """The resolvers of YAML 1.2, for reading and writing."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
@@ -71,10 +71,10 @@ def read_file(path: Path, lines: Lines) -> tuple[dict[str, Any], list[Problem]]:
     """Read a file whose content is a mapping; note the line of every key in ``lines``.
 
     Returns:
-        the values, and mistakes beside which others can still be found.
+        the values, and mistakes that do not prevent reading the rest.
 
     Raises:
-        ConfigurationError: nothing can be read at all.
+        ConfigurationError: the file cannot be read at all.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -92,10 +92,10 @@ def read_file(path: Path, lines: Lines) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def read_value(text: str, lines: Lines, path: tuple[str, ...]) -> tuple[Any, list[Problem]]:
-    """Read the value of an override; every key within it is noted as ``command line``.
+    """Read the value of an override; the location of every key within it is ``command line``.
 
     Raises:
-        ConfigurationError: it is no YAML.
+        ConfigurationError: it is not YAML.
     """
     lines[path] = "command line"
     return _read(text, lines, path, lambda line: "command line", "command line")
@@ -127,12 +127,12 @@ def _read(
 
 
 def _refuse_bombs(text: str) -> None:
-    """Refuse what a few lines can make of a parser: endless nesting, and aliases of aliases that multiply.
+    """Refuse small files that exhaust a parser: too deep nesting, and aliases of aliases (billion laughs).
 
     Raises:
-        yaml.YAMLError: with the place.
+        yaml.YAMLError: with the position.
     """
-    anchors: dict[str, tuple[int, int]] = {}  # how many values it stands for, and how many levels
+    anchors: dict[str, tuple[int, int]] = {}  # number of values and depth of each
     open_ones: list[tuple[str | None, int, int]] = []
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -149,10 +149,10 @@ def _refuse_bombs(text: str) -> None:
         if open_ones:
             anchor, size, levels = open_ones[-1]
             open_ones[-1] = (anchor, size + found[0], max(levels, found[1]))
-        if len(open_ones) + found[1] > _DEEPEST:
-            raise _marked(event, f"nested deeper than {_DEEPEST} levels")
-        if any(size > _MOST for _, size, _ in open_ones[-1:]):
-            raise _marked(event, f"its aliases stand for more than {_MOST:,} values")
+        if len(open_ones) + found[1] > _MAX_DEPTH:
+            raise _marked(event, f"nested deeper than {_MAX_DEPTH} levels")
+        if any(size > _MAX_VALUES for _, size, _ in open_ones[-1:]):
+            raise _marked(event, f"its aliases expand to more than {_MAX_VALUES:,} values")
 
 
 def _marked(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:
@@ -194,7 +194,7 @@ def _index_mapping(
         lines[(*path, key)] = where(line)
         text = key_node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
         if isinstance(key_node, yaml.ScalarNode) and not text and "args" not in path:
-            yield Problem(where(line), ".".join((*path, key)), "keys are text; nothing here is called by a number")
+            yield Problem(where(line), ".".join((*path, key)), "keys must be text")
             continue
         kept.append((key_node, value_node))
         yield from _index(value_node, where, (*path, key), lines, above)
@@ -202,7 +202,7 @@ def _index_mapping(
 
 
 def _unshared(value: Any) -> Any:
-    """Copy what an anchor repeats, so that an override of one place leaves the others alone."""
+    """Copy values that aliases share, so that an override of one does not change the others."""
     if isinstance(value, dict):
         return {key: _unshared(inner) for key, inner in value.items()}
     return [_unshared(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The section of the zero strategy: DeepSpeed's sharding of optimizer state, gradients and parameters over the processes."""
+"""The section of the zero strategy: DeepSpeed's sharding of optimizer state, gradients and parameters over processes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from runtime.config.types import Section, Shorthand, free, refuse
 
 
 class OffloadSection(Section):
-    """Where a part of the training state lives while it is not needed; a device alone stands for the section."""
+    """Where a part of the training state is kept while not in use; the device may be written alone."""
 
     device: Literal["cpu", "nvme"]
-    """``cpu``: the host's memory; ``nvme``: a fast disk, through DeepSpeed's asynchronous reads and writes."""
+    """``cpu``: host memory; ``nvme``: a fast disk, through DeepSpeed's asynchronous reads and writes."""
     path: str | None = None
     """``nvme``: the folder on that disk."""
     pin_memory: bool = False
@@ -40,18 +40,19 @@ _DEVICE_ALONE = Shorthand(
 
 
 class ZeroSection(Section):
-    """What is sharded over the processes (Rajbhandari et al., "ZeRO", 2020), through the package deepspeed."""
+    """DeepSpeed's ZeRO (Rajbhandari et al., "ZeRO", 2020), through the package deepspeed."""
 
     stage: int = Field(2, json_schema_extra={"resume": "free", "enum": [1, 2, 3]})
-    """``1``: optimizer state; ``2``: and gradients; ``3``: and parameters, which each forward and backward pass gathers."""
+    """What is sharded. ``1``: optimizer state; ``2``: also gradients; ``3``: also parameters, which each forward and backward
+    pass gathers."""
     offload_optimizer: Annotated[OffloadSection | None, _DEVICE_ALONE] = free(None)
     """Keep optimizer state (and the float32 weights) off the GPU, and update there. Default: on the GPU."""
     offload_parameters: Annotated[OffloadSection | None, _DEVICE_ALONE] = free(None)
     """Stage 3: keep the parameters off the GPU. Default: on the GPU."""
     extra: dict[str, Any] = free({})
-    """More of DeepSpeed's JSON, as in ``{zero_optimization: {reduce_bucket_size: 50000000}}``."""
+    """Additional DeepSpeed JSON, as in ``{zero_optimization: {reduce_bucket_size: 50000000}}``."""
     file: str | None = free(None)
-    """A JSON file of DeepSpeed's, relative to the YAML. It is compared with the YAML; what says ``auto`` follows from it."""
+    """A DeepSpeed JSON file, relative to the YAML. It must not contradict the YAML, which sets the values of ``auto``."""
 
     @model_validator(mode="after")
     def _does_what_is_asked(self) -> Self:
@@ -61,10 +62,9 @@ class ZeroSection(Section):
             (
                 self.stage == 0,
                 "stage",
-                "0 shards nothing, applies gradients that are not finite and measures no norm: strategy.kind: ddp does the "
-                "same work, exactly",
+                "0 shards nothing, applies non-finite gradients and computes no norm: use strategy.kind: ddp, which is exact",
             ),
-            (self.stage not in (0, 1, 2, 3), "stage", f"there is no stage {self.stage}; take 1, 2 or 3"),
+            (self.stage not in (0, 1, 2, 3), "stage", f"there is no stage {self.stage}; use 1, 2 or 3"),
             (
                 parameters and self.stage != 3,
                 "offload_parameters",

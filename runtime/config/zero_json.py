@@ -1,8 +1,8 @@
-"""DeepSpeed's JSON, generated from the run's YAML: one source of truth, and every contradiction told with both places.
+"""Generates DeepSpeed's JSON from the run's YAML, and reports every contradiction with both locations.
 
-``strategy.zero.extra`` and the file of ``strategy.zero.file`` are merged in. What follows from other keys of the YAML may be
-repeated there with the same value, or as ``auto``; another value is refused. So is what would change the result behind the
-run's back, and what nobody would read: DeepSpeed itself ignores unknown keys. Imports no torch.
+``strategy.zero.extra`` and the file of ``strategy.zero.file`` are merged in. They may repeat a value that the YAML determines,
+or set it to ``auto``; another value is refused. So are settings that would silently change the result, and unknown keys, which
+DeepSpeed ignores. Imports no torch.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ _REFUSED: dict[KeyPath, str] = {
     ("scheduler",): "the learning rate follows the YAML's schedule; leave it out",
     ("prescale_gradients",): "the global batch's gradient is a sum, divided once by its weight; leave it out",
     ("gradient_predivide_factor",): "the global batch's gradient is a sum, divided once by its weight; leave it out",
-    ("amp",): "the YAML's precision says it: bf16 or fp16",
-    ("torch_autocast",): "the YAML's precision says it: bf16 or fp16",
-    ("managed_gradient_accumulation",): "the run says itself where a window ends; leave it out",
-    ("data_types",): "gradients are accumulated by rules of Lockstep's own; leave it out",
+    ("amp",): "is set by the YAML's precision: bf16 or fp16; leave it out",
+    ("torch_autocast",): "is set by the YAML's precision: bf16 or fp16; leave it out",
+    ("managed_gradient_accumulation",): "Lockstep determines where a window ends; leave it out",
+    ("data_types",): "Lockstep determines how gradients are accumulated; leave it out",
     ("checkpoint",): "checkpoints are Lockstep's, without pickle; leave it out",
-    ("elasticity",): "any number of processes gives the same answer already; leave it out",
-    ("tensorboard",): "the YAML's reporting says what is reported where",
-    ("wandb",): "the YAML's reporting says what is reported where",
-    ("csv_monitor",): "the YAML's reporting says what is reported where",
-    ("activation_checkpointing",): "it is read by models of DeepSpeed's own only",
-    ("zero_optimization", "zero_quantized_gradients"): "rounds gradients, so the answer would depend on the processes",
-    ("zero_optimization", "zero_quantized_weights"): "rounds weights, so the answer would depend on the processes",
-    ("zero_optimization", "compute_grad_norm"): "the norm tells whether a gradient is finite; leave it out",
+    ("elasticity",): "any number of processes gives the same result already; leave it out",
+    ("tensorboard",): "is replaced by the YAML's reporting; leave it out",
+    ("wandb",): "is replaced by the YAML's reporting; leave it out",
+    ("csv_monitor",): "is replaced by the YAML's reporting; leave it out",
+    ("activation_checkpointing",): "is read only by DeepSpeed's own models; use model.checkpoint_activations",
+    ("zero_optimization", "zero_quantized_gradients"): "rounds gradients, so the result would depend on the processes",
+    ("zero_optimization", "zero_quantized_weights"): "rounds weights, so the result would depend on the processes",
+    ("zero_optimization", "compute_grad_norm"): "the norm is needed to detect non-finite gradients; leave it out",
 }
 
 
-class FollowsKey(NamedTuple):
-    """A value of DeepSpeed's JSON that another key of the YAML says."""
+class DerivedValue(NamedTuple):
+    """A value of DeepSpeed's JSON that is determined by a key of the YAML."""
 
     value: Any
     key: str
 
 
 class WrittenValues(NamedTuple):
-    """Values for DeepSpeed's JSON that the user wrote, and where.
+    """Values for DeepSpeed's JSON written by the user, with their locations.
 
     Args:
-        key: of the YAML, to which the values belong.
+        key: of the YAML that contains the values; empty for a file.
         where: returns file and line of a path within the values.
     """
 
@@ -80,9 +80,9 @@ class WrittenValues(NamedTuple):
 
 
 def generate(values: RunConfiguration, beside: Callable[[str], Path]) -> dict[str, Any]:
-    """Return DeepSpeed's JSON for a run that was found to contradict nothing.
+    """Return DeepSpeed's JSON for a run whose configuration was checked for contradictions.
 
-    A microbatch and an accumulation of 1 leave all division to Lockstep.
+    With a micro-batch size and accumulation steps of 1, DeepSpeed divides nothing.
 
     Args:
         beside: returns a path relative to the YAML.
@@ -94,14 +94,14 @@ def generate(values: RunConfiguration, beside: Callable[[str], Path]) -> dict[st
     if problems:
         raise ConfigurationError(problems)
     generated = _merged(sources)
-    generated.pop("optimizer", None)  # the YAML's is handed over as an object
-    for path, (value, _) in _following(values).items():
+    generated.pop("optimizer", None)  # the YAML's is passed as an object
+    for path, (value, _) in _derived(values).items():
         _set(generated, path, value)
     return _without_auto(generated)
 
 
 def _merged(sources: list[WrittenValues]) -> dict[str, Any]:
-    """Merge what the user wrote; a later source has the last word."""
+    """Merge the user's values; later sources take precedence."""
     merged: dict[str, Any] = {}
     for source in sources:
         for path, value in _leaves(source.values):
@@ -112,7 +112,7 @@ def _merged(sources: list[WrittenValues]) -> dict[str, Any]:
 def read_sources(
     values: RunConfiguration, where: Callable[[KeyPath], str], beside: Callable[[str], Path]
 ) -> tuple[list[WrittenValues], list[Problem]]:
-    """Return the file's values and then those of ``extra``, and what is wrong with the file itself.
+    """Return the values of the file, then those of ``extra``, and problems with the file itself.
 
     Args:
         where: returns file and line of a key of the YAML.
@@ -124,7 +124,7 @@ def read_sources(
         return [extra], []
     path, lines = beside(zero.file), Lines()
     try:
-        json.loads(path.read_text(encoding="utf-8"))  # YAML would take more than JSON does
+        json.loads(path.read_text(encoding="utf-8"))  # read_file accepts YAML that is not JSON
         content, problems = read_file(path, lines)
     except OSError as error:
         return [extra], [Problem(where(_FILE), ".".join(_FILE), f"{path} cannot be read: {error.strerror}")]
@@ -138,16 +138,16 @@ def read_sources(
 def contradictions(
     values: RunConfiguration, sources: list[WrittenValues], where: Callable[[KeyPath], str]
 ) -> list[Problem]:
-    """Return all that the user's own JSON says against the YAML, against itself, or to nobody.
+    """Return a problem for each user value that contradicts the YAML or another one, is refused, or is not read.
 
     Args:
-        where: returns file and line of a key of the YAML, for the other place of a contradiction.
+        where: returns file and line of a key of the YAML, for the other side of a contradiction.
     """
     problems = []
     first: dict[KeyPath, tuple[Any, str]] = {}
     for source in sources:
         for path, value in _leaves(source.values):
-            what = _wrong(values, path, value, where) or _said_before(first.get(path), value)
+            what = _wrong(values, path, value, where) or _contradicts_earlier(first.get(path), value)
             if what is not None:
                 problems.append(Problem(source.where(path), ".".join(filter(None, [source.key, *path])), what))
             first.setdefault(path, (value, source.where(path)))
@@ -155,9 +155,9 @@ def contradictions(
 
 
 def _wrong(values: RunConfiguration, path: KeyPath, value: Any, where: Callable[[KeyPath], str]) -> str | None:
-    for refused, why in _REFUSED.items():
+    for refused, reason in _REFUSED.items():
         if path[: len(refused)] == refused:
-            return why
+            return reason
     if path[0] not in _PASSED_ON:
         return f"is not passed on to DeepSpeed{did_you_mean(path[0], _PASSED_ON)}"
     if path[0] == "zero_optimization" and len(path) > 1 and path[1] not in _OF_ZERO:
@@ -170,81 +170,80 @@ def _wrong(values: RunConfiguration, path: KeyPath, value: Any, where: Callable[
     if expected is None or _equal(expected.value, value):
         return None
     there = f"{where(tuple(expected.key.split('.')))} {expected.key}"
-    return f"{value!r} contradicts {there}, from which {expected.value!r} follows; leave it out, or write auto"
+    return f"{value!r} contradicts {there}, which requires {expected.value!r}; leave it out, or write auto"
 
 
 def _wrong_optimizer(
     values: RunConfiguration, path: KeyPath, value: Any, where: Callable[[KeyPath], str]
 ) -> str | None:
-    """The optimizer is the YAML's; a file made for other trainers may repeat it."""
-    ours, target = values.optimizer.args, values.optimizer.target
+    """Refuse another optimizer than the YAML's; a file made for other trainers may repeat it."""
+    args, target = values.optimizer.args, values.optimizer.target
     if path == ("optimizer", "type"):
         there = f"{where(('optimizer', 'target'))} optimizer.target"
         return None if value in (AUTO, target) else f"{value!r} contradicts {there}: {target!r}"
     if len(path) != 3 or path[1] != "params":
         return "is not read: the optimizer is the YAML's"
-    if value == AUTO or (path[2] in ours and _equal(ours[path[2]], value)):
+    if value == AUTO or (path[2] in args and _equal(args[path[2]], value)):
         return None
     there = f"{where(('optimizer', 'args', path[2]))} optimizer.args"
-    said = repr(ours[path[2]]) if path[2] in ours else "nothing"
-    return f"{value!r} contradicts {there}, which says {said}; write auto"
+    in_yaml = f"has {args[path[2]]!r}" if path[2] in args else "does not set it"
+    return f"{value!r} contradicts {there}, which {in_yaml}; write auto"
 
 
-def _said_before(before: tuple[Any, str] | None, value: Any) -> str | None:
+def _contradicts_earlier(before: tuple[Any, str] | None, value: Any) -> str | None:
     if before is None or AUTO in (before[0], value) or _equal(before[0], value):
         return None
-    return f"{value!r} contradicts {before[1]}, which says {before[0]!r}"
+    return f"{value!r} contradicts {before[1]}, which has {before[0]!r}"
 
 
-def _following(values: RunConfiguration) -> dict[KeyPath, FollowsKey]:
-    """Return what Lockstep tells DeepSpeed, whatever else is written."""
+def _derived(values: RunConfiguration) -> dict[KeyPath, DerivedValue]:
+    """Return the values that Lockstep always sets for DeepSpeed."""
     zero, precision = values.strategy.zero, values.precision
-    following = {
-        ("train_micro_batch_size_per_gpu",): FollowsKey(1, "batch.micro_size"),
-        ("gradient_accumulation_steps",): FollowsKey(1, "batch.slots"),
-        ("gradient_clipping",): FollowsKey(values.optimizer.max_grad_norm or 0.0, "optimizer.max_grad_norm"),
-        ("steps_per_print",): FollowsKey(2**31, "reporting.every"),
-        ("zero_allow_untested_optimizer",): FollowsKey(True, "optimizer.target"),
-        ("zero_force_ds_cpu_optimizer",): FollowsKey(
-            False, "optimizer.target"
-        ),  # torch's own, so that the answer is ddp's
-        ("bf16", "enabled"): FollowsKey(precision == "bf16", "precision"),
-        ("fp16", "enabled"): FollowsKey(precision == "fp16", "precision"),
-        ("zero_optimization", "stage"): FollowsKey(zero.stage, "strategy.zero.stage"),
+    derived = {
+        ("train_micro_batch_size_per_gpu",): DerivedValue(1, "batch.micro_size"),
+        ("gradient_accumulation_steps",): DerivedValue(1, "batch.slots"),
+        ("gradient_clipping",): DerivedValue(values.optimizer.max_grad_norm or 0.0, "optimizer.max_grad_norm"),
+        ("steps_per_print",): DerivedValue(2**31, "reporting.every"),
+        ("zero_allow_untested_optimizer",): DerivedValue(True, "optimizer.target"),
+        # torch's own optimizer, so that the result is ddp's
+        ("zero_force_ds_cpu_optimizer",): DerivedValue(False, "optimizer.target"),
+        ("bf16", "enabled"): DerivedValue(precision == "bf16", "precision"),
+        ("fp16", "enabled"): DerivedValue(precision == "fp16", "precision"),
+        ("zero_optimization", "stage"): DerivedValue(zero.stage, "strategy.zero.stage"),
     }
     if sums_gradients(values):
-        following["gradient_allreduce_op",] = FollowsKey("sum", "precision")
+        derived["gradient_allreduce_op",] = DerivedValue("sum", "precision")
     for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         offload: OffloadSection | None = getattr(zero, key)
         for part, value in _offloaded(offload).items():
-            following["zero_optimization", name, part] = FollowsKey(value, f"strategy.zero.{key}")
-    return following
+            derived["zero_optimization", name, part] = DerivedValue(value, f"strategy.zero.{key}")
+    return derived
 
 
 def sums_gradients(values: RunConfiguration) -> bool:
-    """Tell whether DeepSpeed sums gradients over the ranks; stage 3 can only average them (0.19).
+    """Return whether DeepSpeed sums gradients over the ranks; stage 3 can only average them (0.19).
 
-    Where it averages, the loss is multiplied by the number of processes, which in half precision is part of what is rounded.
+    If it averages, the loss is multiplied by the number of processes, which in half precision affects rounding.
     """
     return values.precision != "fp32" and values.strategy.zero.stage < 3
 
 
-def _accepted(values: RunConfiguration) -> dict[KeyPath, FollowsKey]:
-    """Return what a user may write where it follows from other keys: sizes mean the YAML's, not those told DeepSpeed."""
+def _accepted(values: RunConfiguration) -> dict[KeyPath, DerivedValue]:
+    """Return the values that a user may repeat: the YAML's sizes, rather than those that Lockstep sets for DeepSpeed."""
     batch = values.batch
     slots = batch.slots or -(-batch.global_size // batch.largest_slot)
     ranks = values.strategy.world_size
     accepted = {
-        **_following(values),
-        ("train_batch_size",): FollowsKey(batch.global_size, "batch.global_size"),
-        ("train_micro_batch_size_per_gpu",): FollowsKey(batch.largest_slot, "batch.micro_size"),
+        **_derived(values),
+        ("train_batch_size",): DerivedValue(batch.global_size, "batch.global_size"),
+        ("train_micro_batch_size_per_gpu",): DerivedValue(batch.largest_slot, "batch.micro_size"),
     }
     del accepted["gradient_accumulation_steps",]
     if ranks is not None:
-        accepted["gradient_accumulation_steps",] = FollowsKey(-(-slots // ranks), "batch")
+        accepted["gradient_accumulation_steps",] = DerivedValue(-(-slots // ranks), "batch")
     for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         if getattr(values.strategy.zero, key) is None:
-            accepted["zero_optimization", name, "device"] = FollowsKey("none", f"strategy.zero.{key}")
+            accepted["zero_optimization", name, "device"] = DerivedValue("none", f"strategy.zero.{key}")
     return accepted
 
 
@@ -272,7 +271,7 @@ def _set(tree: dict[str, Any], path: KeyPath, value: Any) -> None:
 
 
 def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what says ``auto`` and follows from no key of the YAML: DeepSpeed's own default then holds."""
+    """Remove values of ``auto`` that no key of the YAML determines: DeepSpeed then uses its default."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value for key, value in tree.items() if value != AUTO
     }

@@ -1,4 +1,4 @@
-"""What cannot go with ``strategy.kind: zero``, told before anything starts, with the reason and the way out. No torch."""
+"""Rules for ``strategy.kind: zero``, checked before anything starts; messages give reason and remedy. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNUSED_PARAMETERS = (
 def zero_problems(
     values: RunConfiguration, where: Callable[[Sequence[str]], str], beside: Callable[[str], Path]
 ) -> list[Problem]:
-    """Return all mistakes of a run that is to be sharded; none for other runs.
+    """Return the problems of a configuration with ``strategy.kind: zero``; none for others.
 
     Args:
         where: returns file and line of a key of the YAML.
@@ -41,38 +41,38 @@ def _rules(values: RunConfiguration) -> list[tuple[object, str, str]]:
         (
             optimizer.max_grad_value is not None,
             "optimizer.max_grad_value",
-            f"DeepSpeed clips by norm only; take max_grad_norm, {_DDP}",
+            f"DeepSpeed clips by norm only; use max_grad_norm, {_DDP}",
         ),
         (
             any(group.target is not None for group in optimizer.groups),
             "optimizer.groups",
-            f"groups with optimizers of their own cannot be sharded together; use one optimizer, {_DDP}",
+            f"groups with separate optimizers cannot be sharded together; use one optimizer, {_DDP}",
         ),
         (
             name in _NOT_ELEMENTWISE,
             "optimizer.target",
-            f"{name} looks at whole matrices, and DeepSpeed hands an optimizer flat parts of parameters; take AdamW, {_DDP}",
+            f"{name} needs whole matrices, but DeepSpeed gives an optimizer flat parts of parameters; use AdamW, {_DDP}",
         ),
         (
             name == "Adagrad",
             "optimizer.target",
-            "DeepSpeed builds Adagrad anew with its default arguments, so groups and schedule would have no effect; take "
+            "DeepSpeed rebuilds Adagrad with default arguments, so groups and schedule would have no effect; use "
             f"RMSprop or AdamW, {_DDP}",
         ),
         (
             values.batch.micro_size == "auto",
             "batch.micro_size",
-            f"auto tries the model whole, which sharding is there to avoid; give a number, {_DDP}",
+            f"auto tries sizes with the unsharded model, which sharding is meant to avoid; give a number, {_DDP}",
         ),
         (
             values.averaging and _on_disk(values),
             "averaging",
-            "the average is taken of the float32 weights, which offload_optimizer: nvme leaves on the disk; offload to cpu",
+            "the average is computed from the float32 weights, which offload_optimizer: nvme keeps on disk; offload to cpu",
         ),
         (
             values.compile and values.strategy.zero.stage == 3,
             "compile",
-            "the parameters of stage 3 come and go during a pass, which cannot be compiled; leave it out, or take stage 2",
+            "stage 3 gathers and frees parameters during a pass, which cannot be compiled; leave it out, or use stage 2",
         ),
     ]
 

@@ -45,7 +45,7 @@ class Evaluations:
         self._validation = build_evaluator(builder, strategy, "validation", slots=slots, closing=closing)
         self._test = build_evaluator(builder, strategy, "test", slots=slots)
         self._weights = build_averaged_evaluation(
-            builder, prepared, strategy, closing=closing, enter=self._statistics_go_on, tell=services.reporter.message
+            builder, prepared, strategy, closing=closing, enter=self._statistics_go_on, log=services.reporter.message
         )
         self.results: dict[str, Result] = {}
         self.judged = True

@@ -54,7 +54,7 @@ def build_parts(
         LockstepError: what is wrong with configuration, data, or the ranks' agreement.
     """
     values = loaded.values
-    prepared = prepare(loaded, builder, strategy, before, warn=services.reporter.warn, tell=services.reporter.message)
+    prepared = prepare(loaded, builder, strategy, before, warn=services.reporter.warn, log=services.reporter.message)
     triggers = Triggers(
         values.limit,
         (values.reporting.every, values.evaluation.every, values.checkpoint.every),

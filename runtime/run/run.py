@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.schedulers import own_job
 from runtime.build.builder import Builder
-from runtime.build.preparation import tell_of_component
+from runtime.build.preparation import raise_component_error
 from runtime.build.trackers import open_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
 from runtime.checkpoints.run_folder import ResumePoint, RunFolder
@@ -98,7 +98,7 @@ class Run:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise self._out_of_memory(error) from error
-                tell_of_component(self._builder.components, error, self._state)
+                raise_component_error(self._builder.components, error, self._state)
                 raise
 
     def leaving_seconds(self) -> float:
