@@ -17,7 +17,7 @@ from runtime.data.order import Order, SamplerOrder
 from runtime.data.probing import GLOBAL_RNGS, Stage, few_of, probe, probe_stream
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
-from runtime.distributed.rank_consistency import agreed
+from runtime.distributed.rank_consistency import common_digests
 from runtime.strategies import Strategy
 
 _BEGINNING, _DRAWN = "beginning", "drawn"
@@ -113,7 +113,7 @@ def contents_of(
     if order is not None and order.basis() and "train" in known:
         known["train"]["order"] = order.basis()
     # Ranks that read different streams, or draw different samples, are found by other checks, with another cure.
-    common = agreed(
+    common = common_digests(
         known, may_differ=(_BEGINNING, _DRAWN), host=socket.gethostname(), device=strategy.device, where=_where
     )
     return DataContents(common, differing, memory, state_lacks)
