@@ -53,7 +53,7 @@ def place_of(options: argparse.Namespace, processes: int) -> NodeInfo | None:
 
     Raises:
         ConfigurationError: options are missing or have no effect.
-        SchedulerError: the scheduler does not say where the first machine is.
+        SchedulerError: the address of the first machine is unknown.
     """
     nodes, rank, address = options.nodes or 1, options.node_rank, options.main_address
     if (scheduler := _scheduler_of(options)) is not None:

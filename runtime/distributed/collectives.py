@@ -113,9 +113,9 @@ class StopConsensus:
 def _check_drawn(largest: float, smallest: float) -> None:
     if largest != smallest:
         raise RanksDifferError(
-            "the ranks have drawn different samples: data.sampler (or data.batch_sampler) does not draw the same on all of them. "
-            "It must use only the global generators of Python, NumPy or torch, which are seeded equally on all ranks for each "
-            "epoch, and must not depend on the rank or on anything else that differs between processes"
+            "the ranks have drawn different samples: data.sampler (or data.batch_sampler) does not draw the same on all ranks. "
+            "It must use only the global generators of Python, NumPy or torch, which are seeded equally on all ranks for "
+            "each epoch, and must not depend on the rank or on anything else that differs between processes"
         )
 
 

@@ -106,7 +106,7 @@ class Watchdog:
         silence_seconds: timeout after which a rank or store that does not answer is lost.
         stall_seconds: timeout after which a run hangs if no rank's main thread enters a phase (compiling takes minutes).
         prefix: prefix of the store's keys; different for each launch and each restart under one launch agent.
-        tell: writes a message of one or more lines. Default: to stderr.
+        report: writes a message of one or more lines. Default: to stderr.
         leave: ends the process at once; an orderly exit could wait for the lost rank.
 
     Attributes:
@@ -123,7 +123,7 @@ class Watchdog:
         silence_seconds: float,
         stall_seconds: float,
         prefix: str,
-        tell: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None = None,
         leave: Callable[[int], NoReturn] = os._exit,
     ) -> None:
         self.position = CurrentPhase()
@@ -135,7 +135,7 @@ class Watchdog:
         # For other ranks to report first, and to distinguish an orderly end from a lost store; shorter than silence_seconds.
         self._grace_seconds = min(2.0, silence_seconds / 2)
         self._turn_seconds = min(1.0, silence_seconds / 10)
-        self._tell, self._leave = tell or _write_stderr, leave
+        self._report, self._leave = report or _write_stderr, leave
         self._threads: list[threading.Thread] = []
         self._wake, self._over, self._failing = threading.Event(), threading.Event(), threading.Lock()
         self._final_status, self._shutdown_timeout = _IN_ORDER, silence_seconds if rank == 0 else 0.0
@@ -289,11 +289,11 @@ class Watchdog:
         if not self._failing.acquire(timeout=self._grace_seconds):
             self._leave(1)
         own = self._own()
-        self._tell(f"lockstep: {text}; this is {own}\n")
+        self._report(f"lockstep: {text}; this is {own}\n")
         on_leave = threading.Thread(target=self.on_leave, args=(text,), name="lockstep-on-leave", daemon=True)
         on_leave.start()
         on_leave.join(self._grace_seconds)  # it could hang with a dead file server
-        self._tell(
+        self._report(
             f"lockstep: {own}:\n{_stacks(self._main_thread)}"
         )  # reads source files, and can hang with their disk
         if acknowledge:
