@@ -184,7 +184,7 @@ def test_the_image_for_gpus_tracks_runs_and_compiles_what_launches_kernels(gpu_i
     assert inside(gpu_image, runs, "python", "-c", "import wandb; print('tracked')") == "tracked"
     variables = inside(gpu_image, runs, "env").splitlines()
     assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= {*variables}
-    with pytest.raises(AssertionError, match="1 GPUs were asked for, and torch can use 0 on this machine"):
+    with pytest.raises(AssertionError, match="1 GPUs were requested, but torch can use 0 on this machine"):
         podman("run", "--rm", *RUN, gpu_image, *TRAIN, "--gpus")
 
 

@@ -1,1 +1,1 @@
-"""From a job's description to the command, script or manifest that starts it; text in, text out, and no torch."""
+"""Turn a job's description into the command, script or manifest that starts it. Imports no torch."""

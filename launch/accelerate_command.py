@@ -1,8 +1,8 @@
 """The ``accelerate launch`` line for one machine, which may be one of several.
 
-On CPUs the obvious lines are wrong, silently: ``--cpu --num_processes 2`` starts one process, and ``--multi_gpu`` starts two
-that know nothing of each other unless ``ACCELERATE_USE_CPU`` is set. So every value is said, none is left to defaults or to
-the user's ``accelerate config``.
+On CPUs the obvious lines are silently wrong: ``--cpu --num_processes 2`` starts one process, and ``--multi_gpu`` starts two
+that do not form a group unless ``ACCELERATE_USE_CPU`` is set. So every value is passed explicitly, none is left to defaults
+or to the user's ``accelerate config``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from pathlib import Path
 
 from launch.job import JobSpec
 
-_UNSHOWN = (
-    "LOCKSTEP_LAUNCH",
-    "LOCKSTEP_LAUNCHER",
-    "LOCKSTEP_OUTCOME",
-)  # of use to whoever waits for the command, not to who repeats it
+_HIDDEN = ("LOCKSTEP_LAUNCH", "LOCKSTEP_LAUNCHER", "LOCKSTEP_OUTCOME")  # belong to one launch: left out when printed
 
 
 def command(
@@ -36,11 +32,11 @@ def command(
 
     Args:
         python: the interpreter.
-        port: a free port on the first machine, where the processes meet.
-        num_threads: of each process.
-        address: of the first machine.
-        node_rank: which machine this is.
-        agent: script that runs the launcher (``launch/agent.py``). Default: Python does.
+        port: free port on the first machine, for the rendezvous.
+        num_threads: threads per process.
+        address: address of the first machine.
+        node_rank: rank of this machine.
+        agent: script that runs the launcher (``launch/agent.py``). Default: run it directly.
     """
     several = job.processes > 1
     return [
@@ -62,14 +58,14 @@ def environment(job: JobSpec, *, launch: str, num_threads: int, outcome: Path | 
     """Return the variables to add to the job's environment.
 
     Args:
-        launch: token of this launch, which comes back in the run's outcome.
-        num_threads: of each process.
-        outcome: file that the outcome comes back in, where that is not the run folder's.
+        launch: token of this launch, which the outcome repeats.
+        num_threads: threads per process.
+        outcome: file for the outcome. Default: the one in the run folder.
     """
     added = {
-        "LOCKSTEP_WORLD_SIZE": str(job.processes),  # the runtime refuses any other
+        "LOCKSTEP_WORLD_SIZE": str(job.processes),  # the runtime refuses any other world size
         "LOCKSTEP_LAUNCH": launch,
-        "LOCKSTEP_LAUNCHER": str(os.getpid()),  # the ranks leave when this process ends
+        "LOCKSTEP_LAUNCHER": str(os.getpid()),  # the ranks exit when this process ends
         "OMP_NUM_THREADS": str(num_threads),
     }
     if not job.use_gpus:
@@ -79,7 +75,7 @@ def environment(job: JobSpec, *, launch: str, num_threads: int, outcome: Path | 
     return added
 
 
-def shown(command: Sequence[str], environment: dict[str, str]) -> str:
-    """Return a command as one line for a shell."""
-    visible = {key: value for key, value in environment.items() if key not in _UNSHOWN}
+def shell_line(command: Sequence[str], environment: dict[str, str]) -> str:
+    """Return a command and its variables as one line for a shell."""
+    visible = {key: value for key, value in environment.items() if key not in _HIDDEN}
     return shlex.join([*(f"{key}={value}" for key, value in visible.items()), *command])

@@ -1,9 +1,9 @@
-"""Runs a launcher, such as ``accelerate launch``, whose store then listens only where its processes look for it.
+"""Run a launcher, such as ``accelerate launch``, with a store that does not listen on every interface.
 
     python launch/agent.py -m accelerate.commands.launch OPTIONS SCRIPT ARGUMENTS
 
-Torch's launch agent hosts a store on every interface of the machine, and anybody may write into it. Here it listens on loopback
-where all processes are on one machine, else at the address of the main host.
+Torch's launch agent hosts a store on every interface of the machine, which anyone can write to. Here it listens on loopback
+if all processes are on one machine, else at the address of the main host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) 
 
 
 def main() -> None:
-    """Run the module that this process's arguments name, with those that follow it."""
+    """Run the module named on the command line with the arguments that follow it."""
     from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
     static_tcp_rendezvous.TCPStore = _store  # type: ignore[assignment,attr-defined]  # torch 2.13 has no option
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _store(address: str, port: int, world_size: int, is_master: bool, timeout: timedelta, **more: Any) -> Any:
-    """Make the agent's store as torch's static rendezvous does, on a socket of our own. Its world is one of machines."""
+    """Create the agent's store as torch's static rendezvous does, on our own socket; ``world_size`` counts machines."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public all the same
 
     from runtime.distributed.network_interface import listening_socket

@@ -1,4 +1,4 @@
-"""What Lockstep asks of a cluster's scheduler. A further one is a folder beside ``slurm/`` and a row in ``schedulers.py``."""
+"""Interface to a cluster's scheduler. To add one: a folder next to ``slurm/``, and a row in ``schedulers.py``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runtime.errors import SchedulerError
 
 @dataclass(frozen=True)
 class JobIdentity:
-    """The job that a process is part of.
+    """The scheduler's job that this process belongs to.
 
     Args:
-        job: its id, the same after a restart.
-        restart: how often it was started again.
+        job: job id, the same after a restart.
+        restart: number of restarts so far.
     """
 
     job: str
@@ -28,12 +28,12 @@ class JobIdentity:
 
 @dataclass(frozen=True)
 class ClusterStep:
-    """Tasks that a scheduler has started together, of which this process is one.
+    """Tasks that a scheduler started together, this process among them.
 
     Args:
-        nodes: machines.
-        tasks: on all of them.
-        node_rank: of this task's machine, from 0.
+        nodes: number of machines.
+        tasks: tasks on all machines.
+        node_rank: rank of this task's machine, from 0.
     """
 
     nodes: int
@@ -43,17 +43,17 @@ class ClusterStep:
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job of one's own that Lockstep submitted, as its scheduler describes it.
+    """One of the user's jobs that Lockstep submitted, as the scheduler describes it.
 
     Args:
-        number: its id.
-        state: such as ``RUNNING``, in the scheduler's own word.
-        elapsed: time of the present start; ``limit``: the longest time of one. Both as the scheduler writes them.
-        nodes: how many machines.
+        number: job id.
+        state: the scheduler's name for the state, such as ``RUNNING``.
+        elapsed, limit: time since the present start, and time limit of one start, as the scheduler writes them.
+        nodes: number of machines.
         reason: why it waits.
         run: the run folder.
-        waiting: whether it has not begun, or has gone back to the queue.
-        active: whether it waits, runs or ends, rather than has ended.
+        waiting: whether it waits in the queue, requeued jobs included.
+        active: whether it has not ended.
     """
 
     number: str
@@ -67,21 +67,21 @@ class QueuedJob:
     active: bool
 
     def as_json(self) -> dict[str, Any]:
-        """Return what scripts are told of it."""
+        """Return the fields of ``lockstep jobs --json``."""
         shown = {name: value for name, value in asdict(self).items() if name not in ("waiting", "active")}
         return {**shown, "run": str(self.run)}
 
 
 class ClusterScheduler:
-    """One scheduler. It can at least submit; what it leaves out does not apply to it, and the commands do without.
+    """A scheduler. Only ``add_options`` and ``submit`` are required; the commands do without the other methods.
 
-    Importing its module must be quick: it is done on every rank, and on machines without torch.
+    Its module must be quick to import: it is imported on every rank, and on machines without torch.
 
     Attributes:
-        name: of ``lockstep submit NAME``.
-        title: as people write it.
-        description: of what it does with a run, for ``--help``.
-        queue_command: the program that lists its queue; where it is not installed, the queue is not asked. Empty: none.
+        name: the NAME of ``lockstep submit NAME``.
+        title: its name in messages.
+        description: text for ``--help``.
+        queue_command: program that lists the queue; the queue is read only where it is installed. Empty: none.
     """
 
     name: ClassVar[str]
@@ -90,60 +90,60 @@ class ClusterScheduler:
     queue_command: ClassVar[str] = ""
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add the options of ``lockstep submit NAME``, those that all schedulers have in common among them."""
+        """Add the options of ``lockstep submit NAME``, including those common to all schedulers."""
         raise NotImplementedError
 
     def submit(self, options: argparse.Namespace) -> int:
-        """Submit the run that the options describe, or print what would be submitted; return the exit code.
+        """Submit a run, or print what would be submitted; return the exit code.
 
         Raises:
             ConfigurationError: mistakes in the YAML or the options.
-            SchedulerError: the scheduler refuses it, or is not there.
+            SchedulerError: the scheduler refuses the run, or is not installed.
         """
         raise NotImplementedError
 
     @property
     def has_queue(self) -> bool:
-        """Whether its queue can be asked on this machine."""
+        """Whether its queue can be read on this machine."""
         return bool(self.queue_command) and shutil.which(self.queue_command) is not None
 
     def queued(self) -> list[QueuedJob]:
-        """Return one's own jobs that Lockstep submitted, also those ended ones that the scheduler still remembers.
+        """Return the user's jobs that Lockstep submitted, including ended ones that the scheduler still lists.
 
         Raises:
-            SchedulerError: it does not answer.
+            SchedulerError: the scheduler does not answer.
         """
         return []
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """Take jobs out of the queue for good."""
-        raise SchedulerError(f"jobs of {self.title} are not cancelled from here")
+        """Cancel jobs."""
+        raise SchedulerError(f"jobs of {self.title} cannot be cancelled with lockstep")
 
     def requeue(self, job: str) -> None:
-        """Put a job back into the queue; for the job itself, when it ends.
+        """Put a job back into the queue. Called by the job itself when it ends.
 
         Raises:
             SchedulerError: the scheduler refuses.
         """
-        raise SchedulerError(f"{self.title} starts jobs again by itself")
+        raise SchedulerError(f"{self.title} restarts jobs automatically")
 
     def own_job(self) -> JobIdentity | None:
-        """Return the job that this process is part of, or None if this scheduler has not started it."""
+        """Return the job that this process belongs to, or None if this scheduler did not start it."""
         return None
 
     def own_step(self) -> ClusterStep | None:
-        """Return the step that this process is a task of, or None."""
+        """Return the step that this process belongs to, or None."""
         return None
 
     def own_place(self, *, processes: int, port: int | None) -> NodeInfo | None:
-        """Return this machine's place among those of the step; None where it is on its own.
+        """Return this machine's place among those of the step; None if the step has only one machine.
 
         Args:
-            processes: on each machine.
-            port: on the first machine. Default: one that another job would not take.
+            processes: processes on each machine.
+            port: port on the first machine. Default: one derived from the job, to avoid conflicts.
 
         Raises:
-            ConfigurationError: the step makes no place for this task.
-            SchedulerError: the scheduler does not say where the first machine is.
+            ConfigurationError: the step has several tasks on a machine.
+            SchedulerError: the address of the first machine is unknown.
         """
         return None

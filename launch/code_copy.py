@@ -1,7 +1,7 @@
-"""A copy of what is submitted, beside the run: a job that waits in a queue for days runs the code of the day it was submitted.
+"""Copy the code of a submission into the run folder, so that a job that waits for days runs the code it was submitted with.
 
-git says which files belong to the code: those it tracks and those it would, but not what it ignores. Where there is no git,
-the Python files do. Data does not belong here, hence the limit.
+Copied are the files that git tracks or would add, without ignored ones; without git, the Python files. Data should not be
+copied, hence the size limit.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _NOT_CODE = ("runs", "wandb", "build", "dist", "node_modules", "__pycache__", "v
 
 @dataclass(frozen=True)
 class Revision:
-    """Which state of a git repository the code is.
+    """State of the code's git repository.
 
     Args:
-        commit: the one checked out; None without git.
-        changes: what is not committed, as git tells it, of at most 1 MiB.
-        cut: whether it was more.
+        commit: commit that is checked out; None without git.
+        changes: ``git diff`` of uncommitted changes, at most 1 MiB.
+        cut: whether ``changes`` was truncated.
     """
 
     commit: str | None
@@ -39,30 +39,30 @@ def snapshot(code: Path, folder: Path, where: Locations) -> None:
     """Copy a run's code folder.
 
     Args:
-        folder: where to; must not be there yet.
-        where: where each key of the configuration was written.
+        folder: target; must not exist yet.
+        where: positions of the configuration's keys, for errors.
 
     Raises:
-        ConfigurationError: it holds so much that it must be more than code.
+        ConfigurationError: the folder holds more than 100 MiB.
     """
     files = list(code_files(code))
     sizes = {path: (code / path).stat().st_size for path in files}
     if (total := sum(sizes.values())) > _MAX_BYTES:
         largest = max(sizes, key=lambda path: sizes[path])
         what = (
-            f"the folder of the run's code ({code}) holds {in_units(total)}, most in {largest}, and would be copied: put "
-            "data into .gitignore, or name a folder of code alone"
+            f"the code folder ({code}) would be copied, but holds {in_units(total)}; its largest file is {largest}: put data "
+            "into .gitignore, or name a folder that holds only code"
         )
         raise where.error(("code",), what)
     folder.mkdir(parents=True)
     for path in files:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(code / path, target)  # what a link points to: it could point elsewhere by then
+        shutil.copy2(code / path, target)  # follows links: their targets may change before the job starts
 
 
 def code_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder that are code, relative to it."""
+    """Yield the code files of a folder, as relative paths."""
     listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate", "--", ".")
     if listed is None:
         yield from _python_files(folder, Path())
@@ -71,12 +71,12 @@ def code_files(folder: Path) -> Iterator[Path]:
         path = Path(name.decode(errors="surrogateescape"))
         if (folder / path).is_dir():  # a submodule, or another repository
             yield from (path / inner for inner in code_files(folder / path))
-        elif (folder / path).is_file():  # and not deleted since
+        elif (folder / path).is_file():  # not deleted from the working tree
             yield path
 
 
 def revision(folder: Path) -> Revision:
-    """Return which commit a folder is at, and what in it is not committed."""
+    """Return the commit and the uncommitted changes of a folder."""
     commit = _git(folder, "rev-parse", "HEAD")
     changes = (_git(folder, "diff", "HEAD", "--", ".") or b"") if commit is not None else b""
     return Revision(
@@ -95,7 +95,7 @@ def _python_files(folder: Path, inside: Path) -> Iterator[Path]:
 
 
 def _git(folder: Path, *words: str) -> bytes | None:
-    """Return what git says of a folder; None if there is no git, or it does not want to."""
+    """Return git's output for a folder; None if git is missing or fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""What is to be started, wherever that is: on this machine, on several by hand, by Slurm, by Kubernetes.
+"""Specification of a job to start: on this machine, on several by hand, by Slurm, by Kubernetes.
 
-Nothing here belongs to one scheduler; what does (a partition, an image pull secret) is in that scheduler's own module.
+Options of one scheduler (a partition, an image pull secret) are in that scheduler's module.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class JobSpec:
         script: path of the entry point, such as ``runtime/train.py``.
         config: path of the YAML file, or of a run folder where the entry point takes one.
         overrides: ``key.path=value``, and the entry point's options.
-        nodes: machines.
-        processes_per_node: as many on each; one per GPU where there are any.
+        nodes: number of machines.
+        processes_per_node: processes on each machine; one per GPU if GPUs are used.
         use_gpus: whether each process gets a GPU.
-        name: of the run; any text of one line.
-        run_folder: where the run leaves what it makes; the same path on every node. Absolute where a scheduler starts it.
-        working_folder: the folder that relative paths in the configuration are relative to. Default: the starter's own.
-        environment: variables that the processes get; nothing secret, since they are written to scripts and manifests.
-        secrets: names of secret variables that the processes get; their values go another way.
-        time_limit_seconds: how long one start may take. Default: what the scheduler gives.
-        grace_seconds: from being asked to stop until the last save is done.
-        silence_seconds: how long the other ranks take to name one that is lost; do not end them before.
-        max_requeues: how often the scheduler may start the job again by itself.
-        image: of the container that it runs in. Default: none, or what the scheduler's own options say.
+        name: name of the run; one line of text.
+        run_folder: output folder of the run; the same path on every node. Absolute if a scheduler starts the job.
+        working_folder: base of relative paths in the configuration. Default: the current folder.
+        environment: variables for the processes; no secrets, since they are written to scripts and manifests.
+        secrets: names of secret variables for the processes; their values are passed separately.
+        time_limit_seconds: time limit of one start. Default: the scheduler's.
+        grace_seconds: time from the stop request until the last save must be done.
+        silence_seconds: time that the other ranks need to detect a lost rank; they must not be killed earlier.
+        max_requeues: how often the scheduler may restart the job automatically.
+        image: container image. Default: none, or that of the scheduler's options.
 
     Raises:
-        ConfigurationError: what no script or manifest could hold, all mistakes at once.
+        ConfigurationError: values that a script or manifest cannot hold, all mistakes at once.
     """
 
     script: Path
@@ -65,7 +65,7 @@ class JobSpec:
 
     @property
     def processes(self) -> int:
-        """Processes in all."""
+        """Number of processes on all machines."""
         return self.nodes * self.processes_per_node
 
     def _problems(self) -> Iterator[Problem]:
@@ -82,19 +82,21 @@ class JobSpec:
             yield from refuse_control_characters(key, text)
         for name in (*self.environment, *self.secrets):
             if not _VARIABLE.fullmatch(name):
-                what = "is no name of an environment variable (letters, digits and _, no digit first)"
+                what = "is not a valid environment variable name (letters, digits and _, not starting with a digit)"
                 yield Problem("command line", repr(name), what)
         for name in self.environment:
             if is_secret(name):
-                yield Problem("command line", name, "is a secret, which is never written to a script or manifest")
+                yield Problem(
+                    "command line", name, "is a secret, and secrets are never written to scripts or manifests"
+                )
 
 
 def is_secret(name: str) -> bool:
-    """Tell whether a variable or key is a secret, by how its name ends."""
+    """Return whether a variable or key is a secret, by the ending of its name."""
     return name.upper().endswith(SECRET_ENDINGS)
 
 
 def refuse_control_characters(key: str, text: str) -> Iterator[Problem]:
-    """A line break in a value could end the line it stands in, and begin one that a scheduler or shell obeys."""
+    """Refuse control characters: a line break could start a line that a scheduler or shell executes."""
     if any(ord(character) < 32 or character in "\x7f\x85\u2028\u2029" for character in text):
-        yield Problem("command line", key, f"holds a line break or another control character: {text!r}")
+        yield Problem("command line", key, f"contains a line break or another control character: {text!r}")

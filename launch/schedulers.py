@@ -1,4 +1,4 @@
-"""The schedulers there are, and which of them has started this process. Imports no torch."""
+"""The list of schedulers, and which of them started this process. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SCHEDULERS: tuple[ClusterScheduler, ...] = (Slurm(), Kubernetes())
 
 
 def own_job() -> JobIdentity | None:
-    """Return the job that this process is part of: a scheduler's, or else torchrun's."""
-    found = next((job for scheduler in SCHEDULERS if (job := scheduler.own_job()) is not None), None)
-    if found is None and (agent := environment.launch_agent()) is not None:
+    """Return the job that this process belongs to: a scheduler's, or else torchrun's."""
+    job = next((own for scheduler in SCHEDULERS if (own := scheduler.own_job()) is not None), None)
+    if job is None and (agent := environment.launch_agent()) is not None:
         return JobIdentity(*agent)
-    return found
+    return job
 
 
 def scheduler_of_step() -> ClusterScheduler | None:
-    """Return the scheduler of whose step this process is a task, or None."""
+    """Return the scheduler whose step this process belongs to, or None."""
     return next((scheduler for scheduler in SCHEDULERS if scheduler.own_step() is not None), None)

@@ -1,7 +1,7 @@
-"""What a submission leaves in the run folder, whichever scheduler it is for: ``jobs/TIME/``.
+"""The folder of a submission within the run folder, for every scheduler: ``jobs/TIME/``.
 
-In it are ``job.sh``, the YAML, ``code/`` (a copy), ``submission.json`` and ``changes.diff`` (what was not committed), and the
-secret variables in a file for its owner alone, which goes when the job is done.
+It holds ``job.sh``, the YAML, ``code/`` (a copy), ``submission.json``, ``changes.diff`` (uncommitted changes), and the secret
+variables in a file that only its owner can read, which is deleted when the job is done.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ SECRETS = "secrets"
 
 
 def new_folder(run: Path) -> Path:
-    """Return the folder of a submission that is made now; it is not there yet."""
+    """Return the path of a new submission's folder, which does not exist yet."""
     return RunFiles(run).jobs / time.strftime("%Y%m%d-%H%M%S")
 
 
-def settled(loaded: LoadedConfiguration, folder: Path) -> list[str]:
-    """Return overrides that say where things are which the YAML says relative to itself, since it is a copy that is read."""
-    found = [f"code={json.dumps(str(folder / 'code'))}"]  # JSON's text is YAML's, whatever is in it
+def absolute_paths(loaded: LoadedConfiguration, folder: Path) -> list[str]:
+    """Return overrides with absolute paths for keys relative to the YAML file, since the job reads a copy of it."""
+    overrides = [f"code={json.dumps(str(folder / 'code'))}"]  # a JSON string is a YAML string, whatever it holds
     if (weights := loaded.values.model.weights) is not None:
-        found.append(f"model.weights.file={json.dumps(str(loaded.where.beside(weights.file).absolute()))}")
-    return found
+        overrides.append(f"model.weights.file={json.dumps(str(loaded.where.beside(weights.file).absolute()))}")
+    return overrides
 
 
 def write(loaded: LoadedConfiguration, job: JobSpec, folder: Path, *, script: str, secrets: Mapping[str, str]) -> None:
-    """Put beside the run what the job needs; take it away again if that cannot be done whole.
+    """Write the submission's folder; remove it again if anything fails.
 
     Args:
-        folder: from :func:`new_folder`; ``job.config`` is to be in it.
-        script: the job script's text.
-        secrets: variables and their values.
+        folder: from :func:`new_folder`; ``job.config`` must be inside it.
+        script: text of the job script.
+        secrets: values of the secret variables.
 
     Raises:
-        SchedulerError: it cannot be written.
+        SchedulerError: the folder cannot be written.
     """
     assert loaded.source is not None
     try:
         folder.mkdir(parents=True)
-        RunFiles(folder.parent.parent).logs.mkdir(exist_ok=True)  # Slurm makes no folder for a log
+        RunFiles(folder.parent.parent).logs.mkdir(exist_ok=True)  # Slurm does not create the folder of a log
         snapshot(loaded.code, folder / "code", loaded.where)
         shutil.copyfile(loaded.source, job.config)
         state = revision(loaded.code)
@@ -72,10 +72,12 @@ def write(loaded: LoadedConfiguration, job: JobSpec, folder: Path, *, script: st
         }
         (folder / "submission.json").write_text(json.dumps(record, indent=2) + "\n")
     except FileExistsError as error:
-        raise SchedulerError(f"{folder} is there already: another submission of the same second; try again") from error
+        raise SchedulerError(
+            f"{folder} already exists: another submission was made in the same second; try again"
+        ) from error
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise SchedulerError(f"what is submitted cannot be written to {folder}: {error}") from error
+        raise SchedulerError(f"the submission cannot be written to {folder}: {error}") from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""The ``lockstep`` command. Nothing slow is imported before it is needed: ``--help`` and a YAML's mistakes come at once."""
+"""The ``lockstep`` command. Slow imports are deferred, so that ``--help`` and mistakes in a YAML appear at once."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from runtime.messages import shown_messages
 from runtime.output import protected_output
 
 _COMMANDS = (train, show, inference, checkpoints, export, describe, schema)
-_ON_A_CLUSTER = {
-    "submit": "hand a run to a cluster's scheduler",
-    "jobs": "list one's runs in the cluster's queue",
-    "stop": "let a run save and leave",
+_CLUSTER_COMMANDS = {
+    "submit": "submit a run to a cluster's scheduler",
+    "jobs": "list your runs in the cluster's queue",
+    "stop": "ask a run to save a checkpoint and exit",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0 done, 75 stopped and to be continued, 2 configuration, 1 failure."""
+    """Run one command; return the exit code: 0 done, 75 stopped and can be resumed, 2 configuration, 1 failure."""
     with protected_output(), shown_messages(always=True):
         return _main(arguments)
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = parsed(_parser(given[0] if given else ""), given)
+        options = parsed(_parser(arguments[0] if arguments else ""), arguments)
         code: int = options.run(options)
     except LockstepError as error:
         print(f"lockstep: {error}", file=sys.stderr)
@@ -41,21 +41,21 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """Return the parser of all commands; those of a cluster are only named unless one of them is given."""
+    """Return the parser of all commands; those for clusters get their options only if ``command`` is one of them."""
     parser = argparse.ArgumentParser(
         prog="lockstep", description="Train what one YAML file describes, on any number of processes."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for each in _COMMANDS:
         each.add(commands)
-    if command in _ON_A_CLUSTER:
+    if command in _CLUSTER_COMMANDS:
         from runtime.commands.jobs import add_jobs
         from runtime.commands.submit import add_submit
 
         add_submit(commands)
         add_jobs(commands)
     else:
-        for name, summary in _ON_A_CLUSTER.items():
+        for name, summary in _CLUSTER_COMMANDS.items():
             commands.add_parser(name, help=summary)
     return parser
 

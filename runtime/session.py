@@ -265,9 +265,9 @@ def _together(
             write_launch_outcome(outcome)
 
         def tell_of_others(reason: str) -> None:
-            from runtime.distributed.watchdog import raised
+            from runtime.distributed.watchdog import is_rank_error
 
-            repeats = raised(reason) and not _lost_contact(reason)
+            repeats = is_rank_error(reason) and not _lost_contact(reason)
             outcome = {"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats}
             tell(outcome, in_folder=processes.may_write_outcome())
 

@@ -397,7 +397,7 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("AdamW", ["an optimizer", "params", "Lockstep gives it", "betas", "(0.9, 0.999)", "Implements AdamW"]),
+        ("AdamW", ["an optimizer", "params", "passed by Lockstep", "betas", "(0.9, 0.999)", "Implements AdamW"]),
         ("CrossEntropyLoss", ["a loss", "torch.nn", "label_smoothing: float = 0.0"]),
         ("CosineAnnealingLR", ["a schedule", "T_max: int", "the run's length"]),
         ("MeanSquaredError", ["a metric", "num_outputs"]),
@@ -407,7 +407,7 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("RandomSampler", ["a sampler", "replacement"]),
         ("torch.nn.Linear", ["a module", "in_features: int", "bias: bool = True"]),
         ("described_parts:Net", ["a module", "width: int = 3", "depth", "Mine, and mine alone."]),
-        ("described_parts.load", ["name: str", "required", "**others: any others"]),
+        ("described_parts.load", ["name: str", "required", "**others: any other arguments"]),
         ("math:pi", ["cannot be called"]),
     ],
 )

@@ -154,7 +154,7 @@ def test_the_file_says_what_it_holds(run: tuple[Path, dict[str, Any]], tmp_path:
             "run": "moons",
             "results_of": "averaged",
         }
-    assert warnings == ["the results of step-00000005 are those of its averaged weights; these are the raw"]
+    assert warnings == ["the results of step-00000005 are those of its averaged weights; exported are the raw"]
 
 
 @SUFFIXES
@@ -292,7 +292,7 @@ def test_a_copy_under_another_name_is_a_checkpoint_too(tmp_path: Path) -> None:
 def test_a_file_that_is_there_is_written_over_only_when_told_to(tmp_path: Path, suffix: str) -> None:
     checkpoint, out = save(folder(tmp_path / "c"), 1), tmp_path / f"w{suffix}"
     out.write_text("mine")
-    with pytest.raises(CheckpointError, match=r"is there already; .* --force"):
+    with pytest.raises(CheckpointError, match=r"already exists; .* --force"):
         exported(checkpoint, out)
     assert out.read_text() == "mine"
     assert torch.equal(exported(checkpoint, out, force=True)["weight"], torch.ones(3))
@@ -301,7 +301,7 @@ def test_a_file_that_is_there_is_written_over_only_when_told_to(tmp_path: Path, 
 def test_a_file_that_comes_meanwhile_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, out = save(folder(tmp_path / "c"), 1), tmp_path / "w.pt"
     monkeypatch.setattr(module, "_difference", lambda *states: out.write_text("mine") and None)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         exported(checkpoint, out)
     assert out.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "w.pt"]
@@ -314,7 +314,7 @@ def test_impossible_targets_are_refused_before_anything_is_read(tmp_path: Path) 
         exported(checkpoint, tmp_path / "w.bin")
     with pytest.raises(CheckpointError, match=r"there is no folder .*missing"):
         exported(checkpoint, tmp_path / "missing" / "w.pt")
-    with pytest.raises(CheckpointError, match="lies within a checkpoint"):
+    with pytest.raises(CheckpointError, match="is inside a checkpoint"):
         exported(checkpoint, checkpoint / "model.safetensors", force=True)
     assert on_disk(tmp_path) == before
     (tmp_path / "folder.pt").mkdir()
@@ -378,7 +378,7 @@ def test_what_reads_back_otherwise_is_not_exported(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", damaging)
-    with pytest.raises(CheckpointError, match=r"is not written: w has other values|could not be written: .*crc"):
+    with pytest.raises(CheckpointError, match=r"was not written: w has other values|could not be written: .*crc"):
         exported(checkpoint, out)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
@@ -388,8 +388,8 @@ def test_what_reads_back_otherwise_is_not_exported(
     [
         ({}, r"the names differ \(a\)"),
         ({"a": torch.zeros(2), "b": torch.zeros(2)}, r"the names differ \(b\)"),
-        ({"a": torch.zeros(2, 1)}, "a has another shape or type"),
-        ({"a": torch.zeros(2, dtype=torch.int32)}, "a has another shape or type"),
+        ({"a": torch.zeros(2, 1)}, "a has another shape or dtype"),
+        ({"a": torch.zeros(2, dtype=torch.int32)}, "a has another shape or dtype"),
         ({"a": torch.tensor([0.0, -0.0])}, "a has other values"),
     ],
 )
@@ -406,7 +406,7 @@ def test_a_difference_of_any_kind_stops_an_export(
 def test_a_checkpoint_that_a_run_removes_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = save(folder(tmp_path / "c"), 1)
     monkeypatch.setattr(module, "damage_of", lambda path: path.rename(path.with_name("gone")) and None)
-    with pytest.raises(CheckpointError, match="step-00000001 was removed while it was read"):
+    with pytest.raises(CheckpointError, match="step-00000001 was removed by its run while it was read"):
         exported(checkpoint, tmp_path / "w.pt")
 
 
@@ -432,5 +432,5 @@ def test_the_command_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert told.out == f"exported raw weights of step-00000003: {names}, {size}, {out}\n"
     assert told.err == ""
     assert main(["export", str(tmp_path / "run"), str(out)]) == 1
-    assert capsys.readouterr().err.startswith(f"lockstep: {out} is there already")
+    assert capsys.readouterr().err.startswith(f"lockstep: {out} already exists")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "w.txt")]) == 2

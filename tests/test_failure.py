@@ -177,7 +177,7 @@ def test_a_second_interrupt_ends_a_run_whose_other_rank_is_stopped(nursery: Nurs
         run.wait_for_end(pids[0])  # who waits for the other rank would wait for 300 s
         os.kill(pids[1], signal.SIGKILL)
         run.wait_for_end()
-        assert "interrupted again; leaving without a save" in run.told()
+        assert "interrupted again; exiting without a save" in run.told()
 
 
 def test_a_rank_whose_peers_never_come_says_so_and_leaves(nursery: Nursery, tmp_path: Path) -> None:

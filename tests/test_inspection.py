@@ -166,11 +166,11 @@ def test_the_exit_code_tells_whether_the_newest_is_whole(
     change(tmp_path)
     assert main(["checkpoints", str(tmp_path)]) == exit_code
     printed = capsys.readouterr().out
-    found = re.search(r"A start goes on from step-(\d+)\.", printed)
+    found = re.search(r"The next start resumes from step-(\d+)\.", printed)
     assert (int(found[1]) if found else None) == goes_on_from
     if change is newer_format:
         assert "step-00000002 has format 99" in printed
-        assert "A start is refused." in printed
+        assert "The next start is refused." in printed
         with pytest.raises(CheckpointError, match="format 99"):
             folder(tmp_path).newest()
     else:
@@ -246,7 +246,7 @@ def test_the_table_fits_the_terminal_and_every_name_is_whole(mixed: Path, width:
     assert all(len(line) <= max(width, *map(len, names)) for line in table)
     for name in names:
         assert sum(name in line for line in table) == 1
-    assert any("accuracy" in line for line in lines)  # as a column, or as one that there is no room for
+    assert any("accuracy" in line for line in lines)  # as a column, or among those not shown
     text = "\n".join(lines)
     for expected in ("step-00000003", "does not match its checksum", "was moved aside", "is being written"):
         assert expected in text

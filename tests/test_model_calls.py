@@ -81,7 +81,7 @@ def test_show_prints_the_shapes_and_types_of_a_sample(tmp_path: Path, capsys: py
     show(load(configuration(tmp_path / "run")), 1)
     told = capsys.readouterr().out
     assert "(1, 8) float64, (1,) int64" in told
-    assert "worth a look" not in told
+    assert "warnings" not in told
 
 
 def test_show_says_that_the_model_does_not_take_a_sample_and_shows_it(

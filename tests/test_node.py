@@ -142,7 +142,7 @@ from launch import node
 
 signal.pthread_sigmask(signal.SIG_BLOCK, node._WATCHED)
 line = [sys.executable, "-S", "-c"]
-processes = [subprocess.Popen([*line, code], preexec_fn=node._let_signals_in) for code in sys.argv[2:]]
+processes = [subprocess.Popen([*line, code], preexec_fn=node._unblock_signals) for code in sys.argv[2:]]
 print(node._wait(processes, float(sys.argv[1])), flush=True)
 """
 FAILS = "raise SystemExit(3)"
@@ -234,8 +234,8 @@ def test_when_a_rank_is_killed_all_machines_end_with_a_failure_that_may_be_got_p
     ("arguments", "code", "what"),
     [
         (["limit.step=3"], 2, "limit.step: "),
-        (["--nodes", "2", "--node-rank", "2"], 2, "--node-rank is 2, of 2 machines counted from 0"),
-        (["--gpus", "--processes", "2"], 1, "2 GPUs were asked for, and torch can use 0 on this machine"),
+        (["--nodes", "2", "--node-rank", "2"], 2, "--node-rank is 2; with 2 machines it must be 0 to 1"),
+        (["--gpus", "--processes", "2"], 1, "2 GPUs were requested, but torch can use 0 on this machine"),
     ],
 )
 def test_what_can_be_told_at_once_is_told_before_a_process_is_started(

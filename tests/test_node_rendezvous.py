@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.node_rendezvous import NodeInfo, meet
+from launch.node_rendezvous import NodeInfo, rendezvous
 from launch.slurm.step import place_in_step
 from launch.slurm.variables import slurm_step
 from runtime.cli import main
@@ -19,12 +19,12 @@ from tests.chaos.processes import free_port
 from tests.test_launch import written
 
 
-def met(*places: NodeInfo, patience_seconds: float = 20.0) -> list[str]:
+def met(*places: NodeInfo, timeout_seconds: float = 20.0) -> list[str]:
     """Let machines meet, each in a thread; return their tokens, or what they say instead."""
 
     def one(place: NodeInfo) -> str:
         try:
-            return meet(place, patience_seconds=patience_seconds)[1]
+            return rendezvous(place, timeout_seconds=timeout_seconds)[1]
         except RendezvousError as error:
             return f"error: {error}"
 
@@ -45,9 +45,11 @@ def test_all_get_the_same_token_in_whatever_order_they_come() -> None:
 def test_a_machine_with_another_number_of_processes_is_named_on_all() -> None:
     port = free_port()
     places = [NodeInfo(3, rank, "127.0.0.1", port, processes) for rank, processes in enumerate((2, 4, 2))]
-    said = met(*places, patience_seconds=3)  # for the third, which may come when the first has left
+    said = met(*places, timeout_seconds=3)  # for the third, which may come when the first has left
     host = socket.gethostname()
-    expected = f"error: host {host} (node rank 1) was started otherwise than host {host}: --processes 4 there, 2 here"
+    expected = (
+        f"error: host {host} (node rank 1) was started with other options than host {host}: --processes 4 there, 2 here"
+    )
     assert said[:2] == [expected, expected]
 
 
@@ -60,23 +62,23 @@ def test_a_machine_that_was_told_another_number_of_machines_is_named() -> None:
 def test_two_machines_of_one_rank_are_named() -> None:
     port = free_port()
     said = met(*(NodeInfo(3, rank, "127.0.0.1", port, 1) for rank in (0, 1, 1)))
-    assert "both say that they are node rank 1" in said[0]
+    assert "were both started as node rank 1" in said[0]
 
 
 def test_a_machine_that_does_not_come_is_named_in_bounded_time() -> None:
     port = free_port()
-    said = met(NodeInfo(3, 0, "127.0.0.1", port, 1), NodeInfo(3, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
-    assert f"of 3 machines, node rank 2 did not come to 127.0.0.1:{port} within 1 s" in said[0]
+    said = met(NodeInfo(3, 0, "127.0.0.1", port, 1), NodeInfo(3, 1, "127.0.0.1", port, 1), timeout_seconds=1.0)
+    assert f"node rank 2 of 3 machines did not connect to 127.0.0.1:{port} within 1 s" in said[0]
     assert said[1] == said[0] or "cannot be reached" in said[1]
 
 
 def test_a_main_host_that_is_not_there_is_told_in_bounded_time() -> None:
     port = free_port()
-    (said,) = met(NodeInfo(2, 1, "127.0.0.1", port, 1), patience_seconds=1.0)
+    (said,) = met(NodeInfo(2, 1, "127.0.0.1", port, 1), timeout_seconds=1.0)
     assert f"the main host 127.0.0.1:{port} cannot be reached from host {socket.gethostname()}" in said
     assert "Connection refused" in said
     assert "--main-port" in said
-    (said,) = met(NodeInfo(2, 1, "no-such-host.invalid", port, 1), patience_seconds=1.0)
+    (said,) = met(NodeInfo(2, 1, "no-such-host.invalid", port, 1), timeout_seconds=1.0)
     assert "the main host no-such-host.invalid:" in said
 
 
@@ -98,11 +100,11 @@ def test_the_first_machine_must_be_the_main_host() -> None:
 def test_who_else_knocks_is_no_machine_of_ours() -> None:
     port = free_port()
     with ThreadPoolExecutor(3) as threads:
-        first = threads.submit(meet, NodeInfo(2, 0, "127.0.0.1", port, 1), patience_seconds=20.0)
+        first = threads.submit(rendezvous, NodeInfo(2, 0, "127.0.0.1", port, 1), timeout_seconds=20.0)
         for text in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"hello": "lockstep"}\n', b""):
             with connected(port) as knocking:
                 knocking.sendall(text)
-        second = threads.submit(meet, NodeInfo(2, 1, "127.0.0.1", port, 1), patience_seconds=20.0)
+        second = threads.submit(rendezvous, NodeInfo(2, 1, "127.0.0.1", port, 1), timeout_seconds=20.0)
         assert first.result()[1] == second.result()[1]
 
 
@@ -121,7 +123,7 @@ def connected(port: int) -> socket.socket:
         (["--nodes", "2"], "--main-address: is required"),
         (["--nodes", "2", "--node-rank", "2", "--main-address", "h"], "--node-rank: must be 0 to 1"),
         (["--node-rank", "1"], "--node-rank: needs --nodes 2"),
-        (["--nodes", "2", "strategy.world_size=3"], "is 3, which 2 machines cannot share evenly"),
+        (["--nodes", "2", "strategy.world_size=3"], "is 3, which is not divisible by 2 machines"),
     ],
 )
 def test_options_that_make_no_place_are_refused(
@@ -185,9 +187,14 @@ def test_slurm_says_which_machine_of_a_step_this_is_and_where_the_first_one_is(
 @pytest.mark.parametrize(
     ("tasks", "script", "code", "message"),
     [
-        (4, SCONTROL, 2, "srun: started 4 tasks on 2 machine(s), and each would start a machine's processes"),
-        (2, "echo no such node >&2; exit 1", 1, "does not say where this step began: no such node: give --nodes,"),
-        (2, None, 1, "scontrol cannot be asked where it began"),
+        (4, SCONTROL, 2, "srun: started 4 tasks on 2 machine(s), but one task must start all processes of a machine"),
+        (
+            2,
+            "echo no such node >&2; exit 1",
+            1,
+            "does not give the first node of this step: no such node: give --nodes,",
+        ),
+        (2, None, 1, "scontrol cannot be run to find its first node"),
     ],
 )
 def test_a_step_that_makes_no_place_is_refused(
@@ -240,8 +247,8 @@ def test_a_main_host_whose_own_name_means_loopback_is_met_at_the_address_that_ot
         lambda host, *more, **options: real("127.0.1.1" if host == "main" else host, *more, **options),
     )
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(meet, NodeInfo(2, 0, "main", port, 1), patience_seconds=20.0)
-        second = threads.submit(meet, NodeInfo(2, 1, outward, port, 1), patience_seconds=20.0)
+        first = threads.submit(rendezvous, NodeInfo(2, 0, "main", port, 1), timeout_seconds=20.0)
+        second = threads.submit(rendezvous, NodeInfo(2, 1, outward, port, 1), timeout_seconds=20.0)
         assert first.result() == (NodeInfo(2, 0, outward, port, 1), second.result()[1])
 
 

@@ -114,7 +114,7 @@ def test_where_no_scheduler_is_the_programs_of_all_are_named(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["jobs"]) == 1
-    assert "there is no squeue or qstat here" in capsys.readouterr().err
+    assert "squeue or qstat is not installed here" in capsys.readouterr().err
 
 
 def test_a_job_that_waits_is_cancelled_by_lockstep_stop(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ def test_a_job_that_waits_is_cancelled_by_lockstep_stop(cluster: Path, capsys: p
     with_queue(cluster, cluster / "run", state="Q")
     assert main(["stop", str(cluster / "run")]) == 0
     assert asked(cluster, "qdel") == ["qdel 71.head"]
-    assert "cancelled, as it was waiting: job 71.head" in capsys.readouterr().out
+    assert "cancelled while waiting in the queue: job 71.head" in capsys.readouterr().out
 
 
 def test_a_submission_leaves_its_folder_and_is_handed_to_qsub(
@@ -201,5 +201,5 @@ def test_what_does_not_apply_to_a_scheduler_is_left_out() -> None:
         None,
         False,
     )
-    with pytest.raises(SchedulerError, match="starts jobs again by itself"):
+    with pytest.raises(SchedulerError, match="restarts jobs automatically"):
         kubernetes.requeue("1")

@@ -188,7 +188,7 @@ def shown(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
                 "after 2 epochs: to 0.05 over 6 updates (cos)",
                 "last 0.05",
                 "mean of the weights after each epoch, from epoch 3 on",
-                "BatchNorm statistics take a forward pass over the training data, before each evaluation",
+                "BatchNorm statistics need a forward pass over the training data, before each evaluation",
             ],
         ),
         ({"averaging": {"decay": 0.9}}, ["exponential average (decay 0.9) after each update; it is evaluated"]),

@@ -186,8 +186,8 @@ def test_a_job_goes_on_from_its_last_checkpoint_after_a_rank_was_killed(
     os.kill(doomed, signal.SIGKILL)
     slurm.wait(lambda: slurm.job(job)["Restarts"] == "1", says=lambda: log(slurm, run, job))
     first = log(slurm, run, job)
-    assert "rank 1 ended first; its last lines" in first
-    assert "the job goes back to the queue: processes were lost (rank 1" in first
+    assert "rank 1 failed first; its last lines" in first
+    assert "the job is requeued: processes were lost (rank 1" in first
     slurm.wait(lambda: "resumed" in log(slurm, run, job), says=lambda: log(slurm, run, job))
     wait_for_step(slurm, run, job, 20 + max(int(s) for s in re.findall(r"after step (\d+)", log(slurm, run, job))))
     assert re.search(rf"\n{job} +RUNNING +2 .* \d+ +{re.escape(str(run))}\n", slurm.call("lockstep", "jobs"))
@@ -249,7 +249,7 @@ def test_a_time_limit_of_a_minute_is_only_an_interruption(
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # enough of it
     slurm.wait(lambda: len(resumed_at(log(slurm, run, job))) == 2, says=lambda: log(slurm, run, job))
     said = stopped(slurm, pool, run, job, config)
-    assert said.count("the job goes back to the queue: stopped: the time limit is near") == 2
+    assert said.count("the job is requeued: stopped: the time limit is near") == 2
     first, second = resumed_at(said)
     assert 0 < first < second
 
@@ -260,11 +260,11 @@ def test_a_preempted_job_saves_waits_and_goes_on(slurm: SlurmCluster, pool: Proc
     job = slurm.submit(written(tmp_path, config), "--nodes", "2")
     wait_for_step(slurm, run, job, 3)
     urgent = slurm.call("sbatch", "--parsable", "-N2", "-n2", "-p", "urgent", "--exclusive", "--wrap=sleep 3").strip()
-    slurm.wait(lambda: "goes back to the queue" in log(slurm, run, job), says=lambda: log(slurm, run, job))
+    slurm.wait(lambda: "is requeued" in log(slurm, run, job), says=lambda: log(slurm, run, job))
     slurm.wait_for_state(urgent, "COMPLETED")
     slurm.wait(lambda: len(resumed_at(log(slurm, run, job))) == 1, says=lambda: log(slurm, run, job))
     said = stopped(slurm, pool, run, job, config)
-    assert "goes back to the queue: stopped: SIGTERM" in said
+    assert "is requeued: stopped: SIGTERM" in said
     assert resumed_at(said)[0] >= 3  # it saves no state before it is asked to leave
 
 
@@ -281,4 +281,4 @@ def test_a_run_whose_node_is_lost_goes_on_when_there_is_one(
     slurm.wait(lambda: len(resumed_at(log(slurm, run, job))) == 1, seconds=200, says=lambda: log(slurm, run, job))
     said = stopped(slurm, pool, run, job, config)
     assert resumed_at(said)[0] >= 2
-    assert "goes back to the queue: Slurm itself put it back" in said or "processes were lost (rank 1" in said
+    assert "is requeued: Slurm requeued it" in said or "processes were lost (rank 1" in said

@@ -193,11 +193,11 @@ def test_no_secret_is_in_the_script() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"name": "a\n#SBATCH --wrap=x"}, "name: holds a line break"),
-        ({"overrides": ["name=a\rb"]}, "override 'name': holds a line break"),
-        ({"environment": {"A": "x\ny"}}, "variable 'A': holds a line break"),
-        ({"environment": {"A;B": "x"}}, "'A;B': is no name of an environment variable"),
-        ({"run_folder": Path("/a\nb")}, "output: holds a line break"),
+        ({"name": "a\n#SBATCH --wrap=x"}, "name: contains a line break"),
+        ({"overrides": ["name=a\rb"]}, "override 'name': contains a line break"),
+        ({"environment": {"A": "x\ny"}}, "variable 'A': contains a line break"),
+        ({"environment": {"A;B": "x"}}, "'A;B': is not a valid environment variable name"),
+        ({"run_folder": Path("/a\nb")}, "output: contains a line break"),
     ],
 )
 def test_what_could_begin_a_line_of_its_own_is_refused(change: dict[str, object], words: str) -> None:
@@ -208,20 +208,20 @@ def test_what_could_begin_a_line_of_its_own_is_refused(change: dict[str, object]
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"partition": "a\nb"}, "--partition: holds a line break"),
+        ({"partition": "a\nb"}, "--partition: contains a line break"),
         ({"partition": ""}, "--partition: is empty"),
-        ({"container": "registry.example/a/b:1"}, "wants a # after the registry, 'registry.example#a/b:1'"),
+        ({"container": "registry.example/a/b:1"}, "needs a # after the registry, as in 'registry.example#a/b:1'"),
         ({"container": "localhost:5000/a"}, "'localhost:5000#a'"),
         ({"mounts": ["/data"]}, "--container-mount: needs --container"),
-        ({"container": "a", "mounts": ["data:/data"]}, "'data:/data' is not of absolute paths"),
-        ({"container": "a", "mounts": ["/a,/b"]}, "'/a,/b' is not of absolute paths"),
-        ({"container": "a", "mounts": ["/$(id):/b"]}, "is not of absolute paths"),
-        ({"container": "a", "mounts": ["/a:/b:rw"]}, "'/a:/b:rw' ends in 'rw', which is not ro"),
-        ({"container": "a", "mounts": ["/a\nb"]}, "--container-mount: holds a line break"),
+        ({"container": "a", "mounts": ["data:/data"]}, "'data:/data' must have absolute paths"),
+        ({"container": "a", "mounts": ["/a,/b"]}, "'/a,/b' must have absolute paths"),
+        ({"container": "a", "mounts": ["/$(id):/b"]}, "must have absolute paths"),
+        ({"container": "a", "mounts": ["/a:/b:rw"]}, "'/a:/b:rw' ends in 'rw'; only ro is allowed"),
+        ({"container": "a", "mounts": ["/a\nb"]}, "--container-mount: contains a line break"),
         ({"extra": ["mem=3"]}, "'mem=3' is not of the form --option"),
-        ({"extra": ["--mem=3 --wrap=x\n"]}, "--sbatch: holds a line break"),
+        ({"extra": ["--mem=3 --wrap=x\n"]}, "--sbatch: contains a line break"),
         ({"extra": ["--signal=USR1@5"]}, "--signal is set by Lockstep"),
-        ({"extra": ["--container-image=a"]}, "--container-image would put the job script itself into a container"),
+        ({"extra": ["--container-image=a"]}, "--container-image would run the job script itself in a container"),
         ({"extra": ["--no-requeue"]}, "--no-requeue is set by Lockstep"),
     ],
 )
@@ -231,7 +231,7 @@ def test_options_that_would_break_the_script_are_refused(options: dict[str, obje
 
 
 def test_a_folder_in_which_slurm_would_not_number_its_logs_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="holds a backslash"):
+    with pytest.raises(ConfigurationError, match="contains a backslash"):
         script(replace(CPU, run_folder=Path("/a\\b")), SlurmOptions(), python="p", secrets_file=None)
 
 

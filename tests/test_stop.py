@@ -26,7 +26,7 @@ def _no_controller(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: 
     (tmp_path / "squeue").write_text(request.param)
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(queue, "_SECONDS", 0.3)
+    monkeypatch.setattr(queue, "_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.05)
 
 

@@ -170,9 +170,7 @@ def test_a_signal_is_known_while_the_main_thread_is_not_in_python(number: signal
 
 @pytest.mark.parametrize("main_thread", ["deaf", "busy"])
 def test_a_second_interrupt_ends_the_process_wherever_it_is(main_thread: str) -> None:
-    script = (
-        f"stopping._SAME_WISH_SECONDS = 0\nthreading.Thread(target=tell_the_wish, daemon=True).start()\n{main_thread}()"
-    )
+    script = f"stopping._SAME_REQUEST_SECONDS = 0\nthreading.Thread(target=tell_the_wish, daemon=True).start()\n{main_thread}()"
     with started(script) as process:
         process.send_signal(signal.SIGINT)
         assert said(process) == "SIGINT"
@@ -180,19 +178,19 @@ def test_a_second_interrupt_ends_the_process_wherever_it_is(main_thread: str) ->
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     first, *stacks = stderr.splitlines()
-    assert first == "lockstep: interrupted again; leaving without a save, the last checkpoint counts"
+    assert first == "lockstep: interrupted again; exiting without a save, the last checkpoint counts"
     assert any(f" in {main_thread}" in line for line in stacks)
 
 
 def test_one_ctrl_c_that_arrives_twice_is_one(
     wish: StopRequest, get_signal: Callable[[int], None], left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stopping, "_SAME_WISH_SECONDS", 1e6)
+    monkeypatch.setattr(stopping, "_SAME_REQUEST_SECONDS", 1e6)
     get_signal(signal.SIGINT)
     get_signal(signal.SIGINT)
     assert wish.reason == "SIGINT"
     assert left == []
-    monkeypatch.setattr(stopping, "_SAME_WISH_SECONDS", 0)
+    monkeypatch.setattr(stopping, "_SAME_REQUEST_SECONDS", 0)
     get_signal(signal.SIGINT)
     assert left == [1]
 
@@ -200,7 +198,7 @@ def test_one_ctrl_c_that_arrives_twice_is_one(
 def test_no_other_signal_forces_an_end_however_often_it_comes(
     wish: StopRequest, get_signal: Callable[[int], None], left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stopping, "_SAME_WISH_SECONDS", 0)
+    monkeypatch.setattr(stopping, "_SAME_REQUEST_SECONDS", 0)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         get_signal(number)
     assert wish.reason == "SIGTERM"
@@ -210,7 +208,7 @@ def test_no_other_signal_forces_an_end_however_often_it_comes(
 def test_an_interactive_python_is_interrupted_and_lives() -> None:
     script = """
 sys.ps1 = ">>> "  # as IPython and Jupyter set it
-stopping._SAME_WISH_SECONDS = 0
+stopping._SAME_REQUEST_SECONDS = 0
 threading.Thread(target=tell_the_wish, daemon=True).start()
 for reason in ("a second Ctrl-C", "the grace time"):
     try:
@@ -306,7 +304,7 @@ def test_signals_are_heard_while_the_file_server_is_silent(
         over.wait()
 
     monkeypatch.setattr(stopping, "_identity", hang)
-    monkeypatch.setattr(stopping, "_SAME_WISH_SECONDS", 0)
+    monkeypatch.setattr(stopping, "_SAME_REQUEST_SECONDS", 0)
     assert hanging.wait(10)
     get_signal(signal.SIGINT)
     get_signal(signal.SIGINT)
@@ -340,7 +338,7 @@ def test_who_has_not_left_by_the_end_of_the_grace_time_is_ended(on_leave: str | 
         stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     first, *stacks = stderr.splitlines()
-    why = r"lockstep: asked to stop \(SIGTERM\) \d+ s ago and still busy; leaving without a save, the last checkpoint counts"
+    why = r"lockstep: asked to stop \(SIGTERM\) \d+ s ago and still busy; exiting without a save, the last checkpoint counts"
     assert re.fullmatch(why, first)
     assert any(" in deaf" in line for line in stacks)
     assert stdout == ("outcome\n" if on_leave and "outcome" in on_leave else "")
@@ -355,7 +353,7 @@ def test_the_grace_time_begins_with_the_wish_and_again_with_each_move(
     get_signal(signal.SIGTERM)
     clock.look(5119)
     assert left == []
-    wish.moved()
+    wish.restart_grace_time()
     clock.look(5238)
     assert left == []
     clock.look(5239)

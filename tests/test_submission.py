@@ -14,13 +14,13 @@ import pytest
 import yaml
 
 from launch.code_copy import code_files, revision, snapshot
-from launch.ended_job import JobEnd, judge
+from launch.ended_job import JobEnd, decide
 from launch.options import seconds, variables
-from launch.slurm.requeue import first_ended
+from launch.slurm.requeue import first_failed
 from launch.slurm.requeue import main as judge_job
 from runtime.cli import main
 from runtime.config.file import load
-from runtime.distributed.watchdog import raised
+from runtime.distributed.watchdog import is_rank_error
 from runtime.errors import ConfigurationError
 from tests.observed import configuration
 
@@ -60,7 +60,7 @@ MISTAKE = {"outcome": "failed", "exit_code": 2, "message": "no such key", "repea
     ],
 )
 def test_a_job_goes_on_if_that_can_help_and_nobody_stopped_it(ended: JobEnd, requeue: bool, exit_code: int) -> None:
-    verdict = judge(ended)
+    verdict = decide(ended)
     assert verdict.requeue == requeue
     assert verdict.why
     if not requeue:
@@ -68,8 +68,8 @@ def test_a_job_goes_on_if_that_can_help_and_nobody_stopped_it(ended: JobEnd, req
 
 
 def test_the_loss_of_a_rank_is_told_from_an_error_that_a_rank_raised() -> None:
-    assert raised("rank 1 (host b), in data at step 3, failed: ValueError: x; this is rank 0")
-    assert not raised("rank 1 (host b), in backward at step 3, silent for 60 s: its process died")
+    assert is_rank_error("rank 1 (host b), in data at step 3, failed: ValueError: x; this is rank 0")
+    assert not is_rank_error("rank 1 (host b), in backward at step 3, silent for 60 s: its process died")
 
 
 def judged(folder: Path, restart: int, *, outcome: dict[str, Any] | None, code: int = 0, **fakes: str) -> int:
@@ -111,9 +111,9 @@ def test_a_run_that_keeps_losing_ranks_goes_on_only_as_long_as_it_gets_further(
     assert judged(folder, 2, outcome=LOST, code=1) == 1
     assert asked(folder) == ["requeue 7", "requeue 7"]
     said = capsys.readouterr().err
-    assert "rank 1 ended first; its last lines" in said
+    assert "rank 1 failed first; its last lines" in said
     assert said.index("the last line") < said.index("not requeued")
-    assert "no checkpoint since" in said
+    assert "no new checkpoint since" in said
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_a_job_that_slurm_has_put_back_itself_is_not_requeued_twice(folder: Path
 
 def test_the_rank_that_the_run_itself_names_ended_first_whatever_srun_says(tmp_path: Path) -> None:
     (tmp_path / "srun.log").write_text("srun: error: n1: task 0: Exited with exit code 1\n")
-    assert first_ended(tmp_path / "srun.log", "rank 3 (host n4), in data at step 9, silent for 60 s") == 3
-    assert first_ended(tmp_path / "srun.log", "no such key") == 0
+    assert first_failed(tmp_path / "srun.log", "rank 3 (host n4), in data at step 9, silent for 60 s") == 3
+    assert first_failed(tmp_path / "srun.log", "no such key") == 0
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_rank_that_ended_first_is_the_one_that_srun_tells_first(
     tmp_path: Path, text: str, rank: int | None
 ) -> None:
     (tmp_path / "srun.log").write_text(text)
-    assert first_ended(tmp_path / "srun.log") == rank
+    assert first_failed(tmp_path / "srun.log") == rank
 
 
 OF_THE_SHELF: dict[str, Any] = {
@@ -245,7 +245,7 @@ def test_a_code_folder_full_of_data_is_refused(project: Path, tmp_path: Path, mo
     monkeypatch.setattr("launch.code_copy._MAX_BYTES", 100)
     (project / "big.npy").write_bytes(b"\0" * 5000)
     loaded = load(project / "run.yaml")
-    with pytest.raises(ConfigurationError, match=r"run.yaml:\d+ code: .* most in big.npy"):
+    with pytest.raises(ConfigurationError, match=r"run.yaml:\d+ code: .* largest file is big.npy"):
         snapshot(loaded.code, tmp_path / "copy", loaded.where)
     assert not (tmp_path / "copy").exists()
 
@@ -331,7 +331,10 @@ def test_a_job_that_slurm_refuses_leaves_no_secret_behind(
     ("words", "message"),
     [
         (["optimizer.args.lrr=3"], "SGD has no argument 'lrr'"),
-        (["strategy.world_size=3", "--nodes", "2"], "strategy.world_size: is 3, but 2 nodes of 1 processes are 2"),
+        (
+            ["strategy.world_size=3", "--nodes", "2"],
+            "strategy.world_size: is 3, but 2 nodes with 1 processes each make 2",
+        ),
         (["--env", "NOT_SET_ANYWHERE"], "--env NOT_SET_ANYWHERE: is not set here"),
         (["--sbatch=--signal=9"], "--signal is set by Lockstep"),
         (["prediction.columns.api_key=hush9"], "prediction.columns.api_key: is a secret"),
@@ -363,7 +366,7 @@ def test_where_there_is_no_slurm_one_message_says_so(
     monkeypatch.chdir(project)
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["submit", "slurm", "run.yaml"]) == 1
-    assert "there is no sbatch here" in capsys.readouterr().err
+    assert "sbatch is not installed here" in capsys.readouterr().err
     assert not (project / "runs").exists()
 
 

@@ -53,7 +53,7 @@ def test_a_secret_that_is_set_here_gets_into_no_manifest(
     assert "hunter2" not in told.out + told.err
     assert (
         told.err
-        == "lockstep: WANDB_API_KEY is set here and will not be in the pods, but for --secret WANDB_API_KEY=SECRET\n"
+        == "lockstep: WANDB_API_KEY is set here but not in the pods; to pass it, add --secret WANDB_API_KEY=SECRET\n"
     )
     assert main([*COMMAND, *VOLUME, "--secret", "WANDB_API_KEY=wandb"]) == 0
     told = capsys.readouterr()
@@ -67,25 +67,25 @@ def test_a_secret_that_is_set_here_gets_into_no_manifest(
         (
             [],
             "output",
-            "is on no volume that can be written to, and would end with its pod: --volume CLAIM:/workspace/runs",
+            "is on no writable volume, and would be lost with its pod: add --volume CLAIM:/workspace/runs",
         ),
-        (["--volume", "data:/data"], "output", "is on no volume"),
-        (["--volume", "runs:/workspace/runs:ro"], "output", "is on no volume that can be written to"),
-        ([*VOLUME, "output=/elsewhere/run"], "output", "/elsewhere/run is on no volume"),
-        ([*VOLUME, "--volume", "more:/workspace/runs"], "--volume more:/workspace/runs", "is mounted where another"),
+        (["--volume", "data:/data"], "output", "is on no writable volume"),
+        (["--volume", "runs:/workspace/runs:ro"], "output", "is on no writable volume"),
+        ([*VOLUME, "output=/elsewhere/run"], "output", "/elsewhere/run is on no writable volume"),
+        ([*VOLUME, "--volume", "more:/workspace/runs"], "--volume more:/workspace/runs", "is mounted at the same path"),
         ([*VOLUME, "--volume", "data:../data"], "--volume data:../data", "absolute path"),
-        ([*VOLUME, "--volume", "A B:/data"], "--volume A B:/data", "neither a claim's name nor an absolute path"),
-        ([*VOLUME, "--env", "MY_TOKEN=x"], "MY_TOKEN", "is a secret: keep it in one of the cluster's"),
-        ([*VOLUME, "--env", "A=1\nB"], "variable 'A'", "holds a line break"),
-        ([*VOLUME, "--env", "A=\udcff"], "", "holds bytes that are no text in UTF-8"),
-        ([*VOLUME, "--env", "1A=1"], "'1A'", "is no name of an environment variable"),
-        ([*VOLUME, "--secret", "A=B/c"], "--secret A", "'B/c' is no name of a Secret and of a key in it"),
-        ([*VOLUME, "--env", "A=1", "--secret", "A=b"], "A", "is a variable and a secret"),
-        ([*VOLUME, "--namespace", "A_b"], "--namespace", "'A_b' is no name of a namespace"),
-        ([*VOLUME, "--memory", "64 GB"], "--memory", "'64 GB' is no quantity of memory, such as 64Gi"),
-        ([*VOLUME, "--user", "0:0"], "--user", "is root"),
+        ([*VOLUME, "--volume", "A B:/data"], "--volume A B:/data", "neither the name of a PersistentVolumeClaim nor"),
+        ([*VOLUME, "--env", "MY_TOKEN=x"], "MY_TOKEN", "is a secret: store it in a Secret of the cluster"),
+        ([*VOLUME, "--env", "A=1\nB"], "variable 'A'", "contains a line break"),
+        ([*VOLUME, "--env", "A=\udcff"], "", "contains bytes that are not valid UTF-8"),
+        ([*VOLUME, "--env", "1A=1"], "'1A'", "is not a valid environment variable name"),
+        ([*VOLUME, "--secret", "A=B/c"], "--secret A", "'B/c' is not a valid name of a Secret and of a key in it"),
+        ([*VOLUME, "--env", "A=1", "--secret", "A=b"], "A", "is given by both --env and --secret"),
+        ([*VOLUME, "--namespace", "A_b"], "--namespace", "'A_b' is not a valid namespace name"),
+        ([*VOLUME, "--memory", "64 GB"], "--memory", "'64 GB' is not a quantity of memory, such as 64Gi"),
+        ([*VOLUME, "--user", "0:0"], "--user", "must not be root"),
         ([*VOLUME, "--apply", "--dry-run"], "--apply", "and --dry-run contradict each other"),
-        ([*VOLUME, "strategy.world_size=3"], "strategy.world_size", "is 3, but 1 nodes of 1 processes are 1"),
+        ([*VOLUME, "strategy.world_size=3"], "strategy.world_size", "is 3, but 1 nodes with 1 processes each make 1"),
         ([*VOLUME, "model={target: 'torch.nn:Identity', args: {api_key: abc}}"], "model.args.api_key", "is a secret"),
         ([*VOLUME, "limit.epoch=3"], "limit.epoch", "did you mean 'epochs'?"),
     ],
@@ -107,7 +107,7 @@ def test_a_configuration_from_elsewhere_has_no_place_in_the_image(
     monkeypatch.chdir(here / "inner")
     line = ["submit", "kubernetes", "../configs/digits.yaml", "--image", "lockstep:1", *VOLUME]
     assert main(line) == 2
-    assert "CONFIG: is to be below the folder that this is called in" in capsys.readouterr().err
+    assert "CONFIG: must be below the current folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_what_kubectl_refuses_and_its_absence_are_told(
     with_kubectl(here, monkeypatch, "cat > /dev/null; echo 'field is immutable' >&2; exit 1")
     assert main([*COMMAND, *VOLUME, "--apply"]) == 1
     told = capfd.readouterr().err
-    assert told.startswith("field is immutable\nlockstep: kubectl did not take the manifests")
+    assert told.startswith("field is immutable\nlockstep: kubectl failed to apply the manifests")
     monkeypatch.setenv("PATH", str(here))
     assert main([*COMMAND, *VOLUME, "--apply"]) == 1
-    assert "--apply needs the command kubectl" in capfd.readouterr().err
+    assert "--apply needs kubectl" in capfd.readouterr().err

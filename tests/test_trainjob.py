@@ -104,7 +104,7 @@ def test_pods_of_an_installed_runtime_train_what_was_submitted_where_it_was_aske
     (replicated,) = made["replicatedJobs"]
     (container,) = pod(replicated)["containers"]
     assert replicated["template"]["spec"]["completions"] == 4
-    # Whatever the runtime runs: the image's own first process passes SIGTERM on; `env --chdir` becomes what follows.
+    # Whatever the runtime runs: the image's entrypoint forwards SIGTERM; `env --chdir` becomes what follows.
     assert container["command"] == ["tini", "--", "env", "--chdir=/workspace"]
     assert container["image"] == job().image
     args = [filled_in(argument, {"JOB_COMPLETION_INDEX": "3"}) for argument in container["args"]]
@@ -195,14 +195,14 @@ def test_no_secret_gets_into_a_trainjob(monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["--runtime", "x"], "--runtime: is what a TrainJob refers to: add --trainjob"),
-        (["--jobset", "--runtime", "x"], "--runtime: is what a TrainJob refers to: add --trainjob"),
-        (["--trainjob", "--runtime", "A b"], "--runtime: 'A b' is no name of a runtime"),
+        (["--runtime", "x"], "--runtime: needs --trainjob"),
+        (["--jobset", "--runtime", "x"], "--runtime: needs --trainjob"),
+        (["--trainjob", "--runtime", "A b"], "--runtime: 'A b' is not a valid name of a runtime"),
         (
             ["--trainjob", "--runtime", "x", "--max-requeues", "3"],
-            "--max-requeues: is for the installed runtime to say",
+            "--max-requeues: is decided by the installed runtime",
         ),
-        (["--trainjob", "--env", "MY_TOKEN=x"], "MY_TOKEN: is a secret: keep it in one of the cluster's"),
+        (["--trainjob", "--env", "MY_TOKEN=x"], "MY_TOKEN: is a secret: store it in a Secret of the cluster"),
     ],
 )
 def test_what_no_trainjob_can_be_is_told_by_key(

@@ -1,9 +1,9 @@
-"""Kubernetes: a headless Service and an Indexed Job, a JobSet or a TrainJob, from a job's description; data, then YAML.
+"""Generate Kubernetes manifests from a job's description: Service and Indexed Job, JobSet, or TrainJob.
 
-One pod is one machine. All run the same command; the index that the Job gives a pod is its rank among the machines, and pod 0
-is where they meet. A pod ends with the code of ``launch.node``, the run's outcome, and the pod failure policy makes
-of it what happens next: 0 finished, 75 go on (the pod is replaced, and nothing is counted), 2 configuration (it would fail
-again, so the Job has failed), anything else is counted as a failure.
+One pod is one machine. All pods run the same command; a pod's index in the Job is its node rank, and pod 0 is the main host. A
+pod exits with the code of ``launch.node``, the run's outcome, and the pod failure policy decides what follows: 0 finished, 75
+resume (the pod is replaced, which does not count as a failure), 2 would fail again (the Job fails), anything else counts as a
+failure.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from launch.kubernetes.workloads import indexed_job, jobset, metadata, service
 from launch.kubernetes.yaml_text import manifest_text
 from runtime.errors import ConfigurationError, Problem
 
-_LONGEST_NAME = 40  # of 63 that a host name may have: a JobSet's adds -node-0-9999, and a pod's -abcde
+_LONGEST_NAME = 40  # host names have at most 63 characters: a JobSet adds -node-0-9999, a pod -abcde
 
 
 def manifests(job: JobSpec, pods: Pods) -> str:
-    """Return the manifests that start a job, as YAML for ``kubectl apply``. Paths in ``job`` are those in the container.
+    """Return the manifests of a job, as YAML for ``kubectl apply``. Paths in ``job`` are paths in the container.
 
     Raises:
-        ConfigurationError: what Kubernetes would refuse, or what would lose the run; all mistakes at once.
+        ConfigurationError: Kubernetes would refuse the job, or the run would be lost; all mistakes at once.
     """
     if found := list(problems(job, pods)):
         raise ConfigurationError(found)
@@ -36,13 +36,13 @@ def manifests(job: JobSpec, pods: Pods) -> str:
     try:
         (text := json.dumps(documents, ensure_ascii=False)).encode()
     except UnicodeEncodeError as error:
-        what = f"holds bytes that are no text in UTF-8: {text[error.start - 20 : error.end]!r}"
+        what = f"contains bytes that are not valid UTF-8: {text[error.start - 20 : error.end]!r}"
         raise ConfigurationError([Problem("command line", "", what)]) from None
     return manifest_text(documents)
 
 
 def object_name(name: str) -> str:
-    """Return a run's name as Kubernetes takes names; two that differ stay different."""
+    """Return a valid Kubernetes name for a run; a name that is changed gets a digest, to stay unique."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if plain == name and plain[:1].isalpha() and len(plain) <= _LONGEST_NAME:
         return plain
@@ -56,7 +56,7 @@ def _documents(job: JobSpec, pods: Pods) -> Iterator[dict[str, Any]]:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata(name, pods, config_name(name, pods)),
-        "#": "What was submitted, whatever becomes of the file; mounted over the one in the image.",
+        "#": "The submitted YAML, mounted over the one in the image; later changes to the file have no effect.",
         "immutable": True,
         "data": {"run.yaml": pods.config_text},
     }

@@ -1,4 +1,4 @@
-"""The pods of a job on Kubernetes: what is the same whatever starts them, and what is refused."""
+"""Pods of a job on Kubernetes: the pod spec shared by all workload kinds, and validation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from launch.job import JobSpec
 from runtime.errors import Problem
 
-PORT = 29500  # where the machines meet
-NODE = "node"  # of the container, and of the one replicated job in a JobSet: Kubeflow's Trainer knows both by this name
+PORT = 29500  # of the rendezvous
+NODE = "node"  # name of the container and of the JobSet's replicated job; Kubeflow's Trainer requires it for both
 _QUANTITY = re.compile(r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -23,7 +23,7 @@ _SECRET_KEY = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 class WorkloadKind(StrEnum):
-    """What starts the pods, as kubectl names it."""
+    """Kind of object that starts the pods, as named in kubectl."""
 
     JOB = "job"
     JOBSET = "jobset"
@@ -35,7 +35,7 @@ class TrainingRuntime:
     """A runtime of Kubeflow's Trainer that is installed in the cluster.
 
     Args:
-        kind: ``ClusterTrainingRuntime``, or ``TrainingRuntime`` for one of the job's own namespace.
+        kind: ``ClusterTrainingRuntime``, or ``TrainingRuntime`` for one in the job's namespace.
     """
 
     name: str
@@ -44,11 +44,11 @@ class TrainingRuntime:
 
 @dataclass(frozen=True)
 class Volume:
-    """What is mounted in every pod.
+    """A volume mounted in every pod.
 
     Args:
-        source: a PersistentVolumeClaim's name; or a path that begins with ``/``, of a folder that every machine has.
-        path: where it is mounted.
+        source: name of a PersistentVolumeClaim; or absolute path of a folder that every machine has.
+        path: mount path.
     """
 
     source: str
@@ -58,7 +58,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class SecretKey:
-    """One key of a Secret of the cluster."""
+    """A key of a Secret in the cluster."""
 
     secret: str
     key: str
@@ -66,16 +66,16 @@ class SecretKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Pods:
-    """What only Kubernetes is told about a job.
+    """Kubernetes settings of a job.
 
     Args:
-        config_text: the YAML file's content, which is mounted at ``job.config``.
-        namespace: default: the one that ``kubectl`` is set to.
-        secrets: where the values of ``job.secrets`` are, by name.
-        cpus, memory: that each pod gets, as Kubernetes writes quantities. Default: whatever is free.
-        user, group: by number; neither is root's.
-        kind: what is to start the pods.
-        runtime: that a TrainJob refers to. Default: one of its own, which starts and ends pods as a JobSet of ours does.
+        config_text: content of the YAML file, mounted at ``job.config``.
+        namespace: default: the current one of ``kubectl``.
+        secrets: Secret keys that hold the values of ``job.secrets``, by variable name.
+        cpus, memory: requests of each pod; ``memory`` is also its limit, as a Kubernetes quantity. Default: none.
+        user, group: numeric ids, not root's.
+        kind: kind of object that starts the pods.
+        runtime: runtime of a TrainJob. Default: a generated one, with the policies of our JobSet.
     """
 
     config_text: str
@@ -91,23 +91,23 @@ class Pods:
 
 
 def pod_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
-    """Return what each pod is; ``name`` is that of the Job, JobSet or TrainJob."""
+    """Return the spec of each pod; ``name`` is that of the Job, JobSet or TrainJob."""
     mounts, volumes = _mounts_and_volumes(name, job, pods)
     named = {"subdomain": name} if pods.kind is WorkloadKind.JOB and job.nodes > 1 else {}
     return {
         "restartPolicy": "Never",
         **named,
-        "#terminationGracePeriodSeconds": f"limit.grace_seconds ({job.grace_seconds:g}) to come to the end of a step, as many "
-        "for the save, and half a minute for the processes to leave.",
+        "#terminationGracePeriodSeconds": f"limit.grace_seconds ({job.grace_seconds:g}) for the current step, the same for "
+        "the save, and 30 s for the processes to exit.",
         "terminationGracePeriodSeconds": math.ceil(2 * job.grace_seconds) + 30,
-        "#enableServiceLinks": "A Service called 'master' would set MASTER_PORT, to no port.",
+        "#enableServiceLinks": "A Service named 'master' would set MASTER_PORT to a URL.",
         "enableServiceLinks": False,
         "automountServiceAccountToken": False,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": pods.user,
             "runAsGroup": pods.group,
-            "#fsGroup": "So that the run folder can be written to.",
+            "#fsGroup": "Makes the run folder writable.",
             "fsGroup": pods.group,
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
@@ -116,9 +116,9 @@ def pod_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
             {
                 "name": NODE,
                 "image": job.image,
-                "#args": "Not 'command', which would replace the image's own first process; that one is to pass SIGTERM on.",
+                "#args": "Not 'command', which would replace the image's entrypoint, tini, which forwards SIGTERM.",
                 "args": [
-                    literal(argument) if as_it_is else argument for argument, as_it_is in _arguments(name, job, pods)
+                    escaped(argument) if literal else argument for argument, literal in _arguments(name, job, pods)
                 ],
                 "workingDir": str(job.working_folder),
                 "env": list(_environment(job, pods)),
@@ -132,7 +132,7 @@ def pod_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
 
 
 def _arguments(name: str, job: JobSpec, pods: Pods) -> Iterator[tuple[str, bool]]:
-    """Yield the arguments, each with whether it is to arrive as it is; the other is a variable that Kubernetes fills in."""
+    """Yield the arguments, each with whether it is literal; the other is a variable that Kubernetes fills in."""
     yield from ((argument, True) for argument in ("python", "-m", "launch.node", str(job.config), *job.overrides))
     yield from ((argument, True) for argument in ("--processes", str(job.processes_per_node)))
     if job.use_gpus:
@@ -147,21 +147,21 @@ def _arguments(name: str, job: JobSpec, pods: Pods) -> Iterator[tuple[str, bool]
 
 
 def _environment(job: JobSpec, pods: Pods) -> Iterator[dict[str, Any]]:
-    plain = {"PYTHONSAFEPATH": "1"}  # nothing that lies in the working folder is imported in the place of a library
-    if pods.cpus is not None:  # processes see all cores of the machine, and would start as many threads
+    plain = {"PYTHONSAFEPATH": "1"}  # modules in the working folder must not shadow libraries
+    if pods.cpus is not None:  # processes see all cores of the machine, and would start a thread for each
         plain["OMP_NUM_THREADS"] = str(max(1, pods.cpus // job.processes_per_node))
     for variable, value in {**plain, **job.environment}.items():
-        yield {"name": variable, "value": literal(value)}
+        yield {"name": variable, "value": escaped(value)}
     for variable in job.secrets:
-        found = pods.secrets[variable]
-        yield {"name": variable, "valueFrom": {"secretKeyRef": {"name": found.secret, "key": found.key}}}
+        source = pods.secrets[variable]
+        yield {"name": variable, "valueFrom": {"secretKeyRef": {"name": source.secret, "key": source.key}}}
 
 
 def _resources(job: JobSpec, pods: Pods) -> dict[str, Any]:
-    asked = {} if pods.memory is None else {"memory": pods.memory}
-    limits = {**asked, **({"nvidia.com/gpu": str(job.processes_per_node)} if job.use_gpus else {})}
-    # No limit on processor time: a pod that is throttled for an instant holds up all the others.
-    requests = {**asked, **({} if pods.cpus is None else {"cpu": str(pods.cpus)})}
+    memory = {} if pods.memory is None else {"memory": pods.memory}
+    limits = {**memory, **({"nvidia.com/gpu": str(job.processes_per_node)} if job.use_gpus else {})}
+    # No CPU limit: while one pod is throttled, all others wait.
+    requests = {**memory, **({} if pods.cpus is None else {"cpu": str(pods.cpus)})}
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
 
 
@@ -178,8 +178,8 @@ def _mounts_and_volumes(name: str, job: JobSpec, pods: Pods) -> tuple[list[dict[
     volumes: list[dict[str, Any]] = [
         {"name": "config", "configMap": {"name": config_name(name, pods)}},
         {
-            "#": "Loader workers hand batches over in /dev/shm, and NCCL's processes meet there. A pod's own has 64 MiB; this "
-            "one may take as much memory as the pod.",
+            "#": "Loader workers pass batches through /dev/shm, and NCCL uses it between processes. The default has 64 MiB; "
+            "this one may use all the memory of the pod.",
             "name": "shared-memory",
             "emptyDir": {"medium": "Memory"},
         },
@@ -195,49 +195,52 @@ def _mounts_and_volumes(name: str, job: JobSpec, pods: Pods) -> tuple[list[dict[
 
 
 def config_name(name: str, pods: Pods) -> str:
-    """Return the ConfigMap's name, another for other content: a pod that is started again gets what was submitted."""
+    """Return the ConfigMap's name, which depends on its content: a restarted pod gets what was submitted."""
     return f"{name}-{hashlib.sha256(pods.config_text.encode()).hexdigest()[:10]}"
 
 
-def literal(text: str) -> str:
-    """Return a text so that it arrives as it is: Kubernetes fills in ``$(NAME)`` in arguments and in variables."""
+def escaped(text: str) -> str:
+    """Escape ``$``: Kubernetes expands ``$(NAME)`` in arguments and in variables."""
     return text.replace("$", "$$")
 
 
 def problems(job: JobSpec, pods: Pods) -> Iterator[Problem]:
-    """Yield what Kubernetes would refuse, and what would lose the run."""
+    """Yield the problems of a job that Kubernetes would refuse, or whose run would be lost."""
     if not job.image:
-        yield _problem("--image", "is required: what the pods run")
+        yield _problem("--image", "is required: image that the pods run")
     if pods.namespace is not None and not _LABEL.fullmatch(pods.namespace):
-        yield _problem("--namespace", f"{pods.namespace!r} is no name of a namespace (a-z, 0-9 and -, at most 63)")
+        yield _problem(
+            "--namespace", f"{pods.namespace!r} is not a valid namespace name (a-z, 0-9 and -, at most 63 characters)"
+        )
     if 0 in (pods.user, pods.group):
-        yield _problem("--user", "is root, as whom no pod is to run; give USER:GROUP by number, 1000:1000")
+        yield _problem("--user", "must not be root; give USER:GROUP as numbers, such as 1000:1000")
     if pods.runtime is not None:
         if pods.kind is not WorkloadKind.TRAINJOB:
-            yield _problem("--runtime", "is what a TrainJob refers to: add --trainjob")
+            yield _problem("--runtime", "needs --trainjob")
         if not _OBJECT.fullmatch(pods.runtime.name):
-            yield _problem("--runtime", f"{pods.runtime.name!r} is no name of a runtime")
+            yield _problem("--runtime", f"{pods.runtime.name!r} is not a valid name of a runtime")
     if pods.memory is not None and not _QUANTITY.fullmatch(pods.memory):
-        yield _problem("--memory", f"{pods.memory!r} is no quantity of memory, such as 64Gi")
+        yield _problem("--memory", f"{pods.memory!r} is not a quantity of memory, such as 64Gi")
     if len(pods.config_text.encode()) > 1_000_000:
-        yield _problem("CONFIG", "has more than a megabyte, which a ConfigMap cannot hold")
+        yield _problem("CONFIG", "is larger than a megabyte, which a ConfigMap cannot hold")
     if ":" in str(job.config):
-        yield _problem("CONFIG", f"{str(job.config)!r} has a colon, which Kubernetes takes in no path to mount")
+        yield _problem("CONFIG", f"{str(job.config)!r} contains a colon, which Kubernetes allows in no mount path")
     yield from _problems_of_secrets(job, pods)
     yield from _problems_of_volumes(job, pods)
 
 
 def _problems_of_secrets(job: JobSpec, pods: Pods) -> Iterator[Problem]:
-    for variable, found in pods.secrets.items():
-        if not _OBJECT.fullmatch(found.secret) or not _SECRET_KEY.fullmatch(found.key):
+    for variable, source in pods.secrets.items():
+        if not _OBJECT.fullmatch(source.secret) or not _SECRET_KEY.fullmatch(source.key):
             yield _problem(
-                f"--secret {variable}", f"'{found.secret}/{found.key}' is no name of a Secret and of a key in it"
+                f"--secret {variable}",
+                f"'{source.secret}/{source.key}' is not a valid name of a Secret and of a key in it",
             )
     for variable in job.secrets:
         if variable in job.environment:
-            yield _problem(variable, "is a variable and a secret: leave out --env or --secret")
+            yield _problem(variable, "is given by both --env and --secret: leave one out")
         elif variable not in pods.secrets:
-            what = f"is a secret: keep it in one of the cluster's, and name that: --secret {variable}=SECRET/KEY"
+            what = f"is a secret: store it in a Secret of the cluster, and give --secret {variable}=SECRET/KEY"
             yield _problem(variable, what)
 
 
@@ -246,17 +249,19 @@ def _problems_of_volumes(job: JobSpec, pods: Pods) -> Iterator[Problem]:
     for volume in pods.volumes:
         key = f"--volume {volume.source}:{volume.path}"
         if not volume.path.is_absolute() or ":" in str(volume.path) or ".." in volume.path.parts:
-            yield _problem(key, "is to be mounted at an absolute path without colons or '..'")
+            yield _problem(key, "must be mounted at an absolute path without colons or '..'")
         if not volume.source.startswith("/") and not _OBJECT.fullmatch(volume.source):
-            yield _problem(key, f"{volume.source!r} is neither a claim's name nor an absolute path")
+            yield _problem(
+                key, f"{volume.source!r} is neither the name of a PersistentVolumeClaim nor an absolute path"
+            )
         if volume.path in seen:
-            yield _problem(key, "is mounted where another volume is")
+            yield _problem(key, "is mounted at the same path as another volume")
         seen.add(volume.path)
     assert job.run_folder is not None
     folder = PurePosixPath(job.run_folder)
-    over = [volume for volume in pods.volumes if volume.path in (folder, *folder.parents)]
-    if not over or max(over, key=lambda volume: len(volume.path.parts)).read_only:
-        what = f"{folder} is on no volume that can be written to, and would end with its pod: --volume CLAIM:{folder.parent}"
+    parents = [volume for volume in pods.volumes if volume.path in (folder, *folder.parents)]
+    if not parents or max(parents, key=lambda volume: len(volume.path.parts)).read_only:
+        what = f"{folder} is on no writable volume, and would be lost with its pod: add --volume CLAIM:{folder.parent}"
         several = ", a claim that all machines can write to (ReadWriteMany)" if job.nodes > 1 else ""
         yield _problem("output", f"{what}{several}")
 

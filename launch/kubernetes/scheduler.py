@@ -1,6 +1,6 @@
-"""Kubernetes, as Lockstep asks it: for submission alone.
+"""Kubernetes as a :class:`ClusterScheduler`: submission only.
 
-``kubectl get jobs`` is its queue. It starts pods again by itself, and tells them no id of the job that survives that.
+``kubectl get jobs`` lists its queue. It restarts pods automatically, and passes them no job id that survives a restart.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from launch.cluster_scheduler import ClusterScheduler
 
 
 class Kubernetes(ClusterScheduler):
-    """Manifests to review, or for kubectl."""
+    """Manifests, printed for review or applied with kubectl."""
 
     name = "kubernetes"
     title = "Kubernetes"
     description = (
-        "Print the manifests of a run for review, or hand them to kubectl. The folder that this is called in "
-        "stands for --workdir in the image: CONFIG and the run folder are below both under the same path."
+        "Print the manifests of a run for review, or apply them with kubectl. The current folder corresponds to "
+        "--workdir in the image: CONFIG and the run folder have the same path below both."
     )
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:

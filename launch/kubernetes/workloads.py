@@ -1,4 +1,4 @@
-"""A headless Service, an Indexed Job and a JobSet as data: what starts the pods, and what becomes of them when they end.
+"""Headless Service, Indexed Job and JobSet as data: how pods are started, and what follows when they end.
 
 References: https://kubernetes.io/docs/concepts/workloads/controllers/job, https://jobset.sigs.k8s.io.
 """
@@ -12,15 +12,15 @@ from launch.kubernetes.pods import NODE, PORT, Pods, pod_spec
 
 
 def service(name: str, pods: Pods) -> dict[str, Any]:
-    """Return the Service that gives the pods of a Job names."""
+    """Return the headless Service that gives a Job's pods host names."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": metadata(name, pods),
-        "#": f"No address of its own: it gives the pods names, {name}-0.{name} and so on.",
+        "#": f"Headless: it only gives the pods host names, {name}-0.{name} and so on.",
         "spec": {
             "clusterIP": "None",
-            "#": "The machines look for one another before any of them is ready.",
+            "#": "The machines look each other up before any of them is ready.",
             "publishNotReadyAddresses": True,
             "selector": labels(name),
             "ports": [{"name": "rendezvous", "port": PORT}],
@@ -35,8 +35,8 @@ def indexed_job(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
         "kind": "Job",
         "metadata": metadata(name, pods),
         "spec": {
-            "#backoffLimitPerIndex": f"A failure of one pod ends them all, and each pod counts its own: {job.max_requeues} "
-            "restarts, and then the Job has failed as a whole.",
+            "#backoffLimitPerIndex": f"When one pod fails, all exit, and each pod counts its own failures: after "
+            f"{job.max_requeues} restarts the whole Job has failed.",
             "backoffLimitPerIndex": job.max_requeues,
             "maxFailedIndexes": 0,
             **_job_spec(name, job, pods),
@@ -55,16 +55,16 @@ def jobset(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
 
 
 def jobset_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
-    """Return what a JobSet is, which may also be made of a TrainJob."""
+    """Return the spec of the JobSet, also used for the runtime of a TrainJob."""
     return {
         "network": {"enableDNSHostnames": True, "subdomain": name, "publishNotReadyAddresses": True},
         "failurePolicy": {
             "maxRestarts": job.max_requeues,
-            "#": "All pods are gone before new ones start, so that none joins one that is about to leave.",
+            "#": "All pods end before new ones start, so that no pod joins one that is about to exit.",
             "restartStrategy": "BlockingRecreate",
             "rules": [
                 {
-                    "#": "The Job's own policy has found what would fail again.",
+                    "#": "The pod failure policy found a failure that would repeat.",
                     "name": "configuration",
                     "action": "FailJobSet",
                     "onJobFailureReasons": ["PodFailurePolicy"],
@@ -77,7 +77,7 @@ def jobset_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
                 "replicas": 1,
                 "template": {
                     "spec": {
-                        "#": "A failure is the JobSet's to count.",
+                        "#": "Failures are counted by the JobSet.",
                         "backoffLimit": 0,
                         **_job_spec(name, job, pods),
                     }
@@ -91,26 +91,26 @@ def _job_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
     return {
         "completions": job.nodes,
         "parallelism": job.nodes,
-        "#completionMode": "Each pod has an index, which is its rank among the machines.",
+        "#completionMode": "Each pod has an index, which is its node rank.",
         "completionMode": "Indexed",
-        "#podReplacementPolicy": "Not while the old pod is still saving.",
+        "#podReplacementPolicy": "Do not replace a pod that is still saving.",
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {
             "rules": [
                 {
-                    "#": "2 is a mistake in the configuration, or another failure that would repeat: a loss that is NaN.",
+                    "#": "2: a mistake in the configuration, or another failure that would repeat, such as a NaN loss.",
                     "action": "FailJob",
                     "onExitCodes": {"containerName": NODE, "operator": "In", "values": [2]},
                 },
                 {
-                    "#": "75 is a run that was asked to stop, has saved, and is to be continued. When one pod is to go, all "
-                    "agree on a step and leave with it.",
+                    "#": "75: the run was asked to stop, has saved, and will be resumed. When one pod must stop, all agree "
+                    "on a step and exit after it.",
                     "action": "Ignore",
                     "onExitCodes": {"containerName": NODE, "operator": "In", "values": [75]},
                 },
                 {
-                    "#": "Preempted, drained or evicted, and killed before it had saved: not the run's fault either. "
-                    "Everything else, signals included, is counted.",
+                    "#": "Preempted, drained or evicted, and killed before it had saved: not a failure of the run. "
+                    "Everything else, signals included, counts as one.",
                     "action": "Ignore",
                     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
                 },
@@ -121,11 +121,11 @@ def _job_spec(name: str, job: JobSpec, pods: Pods) -> dict[str, Any]:
 
 
 def metadata(name: str, pods: Pods, own: str | None = None) -> dict[str, Any]:
-    """Return the metadata of an object of the job; ``own`` is its name where that is not the job's."""
+    """Return the metadata of an object of the job; ``own`` is its name if it differs from the job's."""
     namespace = {} if pods.namespace is None else {"namespace": pods.namespace}
     return {"name": own or name, **namespace, "labels": labels(name)}
 
 
 def labels(name: str) -> dict[str, str]:
-    """Return what all objects of a job are found by."""
+    """Return the labels of all objects of a job."""
     return {"app.kubernetes.io/name": "lockstep", "app.kubernetes.io/instance": name}

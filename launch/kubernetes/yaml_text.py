@@ -1,8 +1,8 @@
-"""Data to YAML that a person reviews and ``kubectl`` reads: block style, reasons as comments.
+"""Write data as YAML for review and for ``kubectl``: block style, with comments.
 
-PyYAML's own dumper writes no comments, and leaves ``1e-3``, ``y`` and ``0o17`` unquoted. They are text to PyYAML and numbers or
-booleans to the Go parser of Kubernetes, which then refuses them as the value of a variable. Here every text is quoted that
-does not begin like a word, and every word that some YAML takes for a constant.
+PyYAML's dumper writes no comments, and leaves ``1e-3``, ``y`` and ``0o17`` unquoted. They are strings to PyYAML but numbers or
+booleans to the Go parser of Kubernetes, which then refuses them as the value of a variable. Here every string is quoted that
+does not look like a word, and every word that some YAML version reads as a constant.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _WIDTH = 110
 
 
 def manifest_text(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Return documents of mappings, lists and scalars as YAML; a key that begins with ``#`` is a comment on what follows it."""
+    """Return documents of mappings, lists and scalars as YAML; a key that starts with ``#`` is a comment on the next key."""
     return "".join("---\n" + "".join(f"{line}\n" for line in _lines(document)) for document in documents)
 
 
 def _lines(value: Any, depth: int = 0) -> Iterator[str]:
-    """Yield the lines of a mapping or list that is not empty, ``depth`` columns of which are going to be indentation."""
+    """Yield the lines of a non-empty mapping or list, to be indented by ``depth`` columns (for wrapping comments)."""
     if isinstance(value, list):
         for item in value:
             first, *rest = _lines(item, depth + 2) if _is_nested(item) else _scalar(item).split("\n")
@@ -70,12 +70,12 @@ def _scalar(value: Any) -> str:
 
 
 def _block(text: str) -> str:
-    """Return a text of several lines as it is; said are its indentation, since it may begin with spaces, and its end."""
-    kept = (
+    """Return a multi-line string as a block scalar, with an indentation indicator (it may start with spaces) and chomping."""
+    chomping = (
         ""
         if text.endswith("\n") and not text.endswith("\n\n") and text != "\n"
         else "+"
         if text.endswith("\n")
         else "-"
     )
-    return f"|2{kept}\n{text.removesuffix(chr(10))}"
+    return f"|2{chomping}\n{text.removesuffix(chr(10))}"

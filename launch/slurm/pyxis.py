@@ -1,6 +1,6 @@
-"""The ranks of a Slurm job in containers: what srun is told where NVIDIA's plugin pyxis is installed.
+"""Options of srun that run a Slurm job's ranks in containers, with NVIDIA's plugin pyxis.
 
-The batch script itself runs outside. So secrets are read from their file there, and reach the ranks as variables.
+The batch script runs outside the container; it reads the secrets from their file and passes them on as variables.
 
 References: https://github.com/NVIDIA/pyxis (v0.24), README, ``args.c`` and ``pyxis_slurmstepd.c``; https://github.com/NVIDIA/enroot.
 """
@@ -15,8 +15,8 @@ from pathlib import PurePosixPath
 from launch.job import JobSpec
 from runtime.errors import Problem
 
-# A comma and a colon would end a path in --container-mounts; the others mean something in the shell script made of it.
-_NOT_MOUNTED = re.compile(r'[,:"$`\\]')
+# Comma and colon end a path in --container-mounts; the others are special in the shell script that enroot generates.
+_NOT_MOUNTABLE = re.compile(r'[,:"$`\\]')
 _SET_BY_THE_SCRIPT = (
     *("MASTER_ADDR", "MASTER_PORT", "LOCKSTEP_WORLD_SIZE", "LOCKSTEP_LAUNCH"),
     *("OMP_NUM_THREADS", "PYTHONSAFEPATH", "PYTHONUNBUFFERED"),
@@ -27,22 +27,22 @@ def step_options(job: JobSpec, image: str, mounts: Sequence[str], *, variables: 
     """Yield srun's options, quoted for a shell.
 
     Args:
-        mounts: ``PATH[:PATH[:ro]]``, beside the working folder and the run folder, which holds the YAML and the code.
-        variables: names of those that the script sets for this job.
+        mounts: ``PATH[:PATH[:ro]]``, in addition to the working folder and the run folder, which holds the YAML and the code.
+        variables: names of the variables that the script sets for this job.
     """
     assert job.run_folder is not None
-    ours = (f"{path}:{path}" for path in dict.fromkeys((job.working_folder, job.run_folder)))
+    folders = (f"{path}:{path}" for path in dict.fromkeys((job.working_folder, job.run_folder)))
     yield f"--container-image={shlex.quote(image)}"
-    yield f"--container-mounts={shlex.quote(','.join([*ours, *mounts]))}"
+    yield f"--container-mounts={shlex.quote(','.join([*folders, *mounts]))}"
     yield f"--container-workdir={shlex.quote(str(job.working_folder))}"
-    # An image's own first process would stand between Slurm's signals and the ranks.
+    # The image's entrypoint could keep Slurm's signals from the ranks.
     yield "--no-container-entrypoint"
-    # Otherwise what the image sets wins, and NVIDIA's hook for images with PyTorch sets MASTER_PORT.
+    # Otherwise variables of the image win, and NVIDIA's hook for images with PyTorch sets MASTER_PORT.
     yield f"--container-env={','.join(dict.fromkeys([*_SET_BY_THE_SCRIPT, *variables, *job.environment, *job.secrets]))}"
 
 
 def problems_of_options(image: str | None, mounts: Sequence[str]) -> Iterator[Problem]:
-    """Yield what is wrong with an image and with mounts."""
+    """Yield the problems of an image and of mounts."""
     if image is None and mounts:
         yield Problem("command line", "--container-mount", "needs --container")
     registry = (image or "").partition("/")[0]
@@ -53,21 +53,21 @@ def problems_of_options(image: str | None, mounts: Sequence[str]) -> Iterator[Pr
         and re.search(r"[.:]", registry.partition("#")[0])
         and "#" not in registry
     ):
-        written = image.replace("/", "#", 1)
-        what = f"{image!r} would be looked for at Docker Hub: pyxis wants a # after the registry, {written!r}"
+        corrected = image.replace("/", "#", 1)
+        what = f"{image!r} would be pulled from Docker Hub: pyxis needs a # after the registry, as in {corrected!r}"
         yield Problem("command line", "--container", what)
     for text in mounts:
         source, _, rest = text.partition(":")
         target, colon, mode = rest.partition(":")
         paths = [source, *([target] if rest else [])]
-        if not all(PurePosixPath(path).is_absolute() and not _NOT_MOUNTED.search(path) for path in paths):
-            yield Problem("command line", "--container-mount", f"{text!r} is not of absolute paths: PATH[:PATH[:ro]]")
+        if not all(PurePosixPath(path).is_absolute() and not _NOT_MOUNTABLE.search(path) for path in paths):
+            yield Problem("command line", "--container-mount", f"{text!r} must have absolute paths: PATH[:PATH[:ro]]")
         elif colon and mode != "ro":
-            yield Problem("command line", "--container-mount", f"{text!r} ends in {mode!r}, which is not ro")
+            yield Problem("command line", "--container-mount", f"{text!r} ends in {mode!r}; only ro is allowed")
 
 
 def problems_of_folders(job: JobSpec) -> Iterator[Problem]:
-    """Yield folders of a job that pyxis cannot mount."""
+    """Yield a problem for each folder of a job that pyxis cannot mount."""
     for key, path in (("output", job.run_folder), ("working folder", job.working_folder)):
-        if found := _NOT_MOUNTED.search(str(path)):
-            yield Problem("command line", key, f"{str(path)!r} holds {found[0]!r}, which --container cannot mount")
+        if match := _NOT_MOUNTABLE.search(str(path)):
+            yield Problem("command line", key, f"{str(path)!r} contains {match[0]!r}, which --container cannot mount")

@@ -1,4 +1,4 @@
-"""Slurm's queue. A job is known by its comment, which holds the run folder. Nothing else is kept: the queue is the record."""
+"""Slurm's queue. Jobs are recognised by their comment, which holds the run folder; no other record is kept."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _ACTIVE = (
     "SIGNALING",
     "STAGE_OUT",
 )
-_SECONDS = 20.0  # longest wait for squeue; a controller that is away lets it try for minutes
+_TIMEOUT_SECONDS = 20.0  # squeue retries for minutes if the controller is down
 
 
 def queued() -> list[QueuedJob]:
-    """Return one's own jobs that Lockstep submitted, the ended ones that Slurm still knows of too.
+    """Return the user's jobs that Lockstep submitted, including ended ones that Slurm still lists.
 
     Raises:
         SchedulerError: Slurm does not answer.
     """
     line = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%M|%l|%D|%r|%k"]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"squeue does not answer within {_SECONDS:g} s") from error
+        raise SchedulerError(f"squeue does not answer within {_TIMEOUT_SECONDS:g} s") from error
     except OSError as error:
-        raise SchedulerError(f"squeue cannot be asked: {error}") from error
+        raise SchedulerError(f"squeue cannot be run: {error}") from error
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no reason is given"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise SchedulerError(f"squeue does not answer: {reason}")
     rows = [row.split("|", 6) for row in done.stdout.splitlines() if row.count("|") >= 6]
     return [
@@ -59,5 +59,5 @@ def queued() -> list[QueuedJob]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Take jobs out of the queue."""
+    """Cancel jobs."""
     subprocess.run(["scancel", *jobs], check=False)

@@ -1,6 +1,6 @@
-"""Whether a job of Slurm's that has ended is to go on: the last thing that a job script asks, on the machine of rank 0.
+"""Decide whether a Slurm job that has ended is requeued: the last step of the job script, on the machine of rank 0.
 
-What decides is in :mod:`launch.ended_job`. Imports no torch.
+The rules are in :mod:`launch.ended_job`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.ended_job import JobEnd, RequeueDecision, judge
+from launch.ended_job import JobEnd, RequeueDecision, decide
 from runtime import json_files
 from runtime.arguments import clock_seconds
 from runtime.errors import SchedulerError
@@ -25,20 +25,20 @@ from runtime.run_files import RunFiles
 
 _LOGGER = logging.getLogger("lockstep.requeue")
 _ENDED_TASK = re.compile(r"^srun: error: .*?: tasks? (\d+)", re.MULTILINE)
-_NAMED_RANK = re.compile(r"rank (\d+) \(host ")
+_RANK_IN_MESSAGE = re.compile(r"rank (\d+) \(host ")
 _LAST_LINES = 15
 
 
-def first_ended(srun_log: Path, message: str = "") -> int | None:
-    """Return the rank that was the first to end badly, as the run's own message or else srun tells it; None if none did."""
-    if named := _NAMED_RANK.match(message):
-        return int(named[1])
-    found = _ENDED_TASK.search(srun_log.read_text(errors="replace")) if srun_log.exists() else None
-    return int(found[1]) if found else None
+def first_failed(srun_log: Path, message: str = "") -> int | None:
+    """Return the rank that failed first, from the run's message or else from srun's log; None if none did."""
+    if in_message := _RANK_IN_MESSAGE.match(message):
+        return int(in_message[1])
+    in_log = _ENDED_TASK.search(srun_log.read_text(errors="replace")) if srun_log.exists() else None
+    return int(in_log[1]) if in_log else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Judge a job that has ended, and requeue it. Returns the job's exit code, 75 also where it was requeued."""
+    """Decide about a job that has ended, and requeue it if so; return the job's exit code, 75 if it was requeued."""
     with shown_messages(always=True):
         return _decide(_parser().parse_args(arguments))
 
@@ -47,8 +47,8 @@ def _decide(options: argparse.Namespace) -> int:
     run, logs, restart = Path(options.run), Path(options.logs), int(options.launch.rpartition("-")[2])
     files, history = RunFiles(run), logs / "requeues.jsonl"
     newest, outcome = _newest_checkpoint(run), read_outcome(files.outcome, options.launch)
-    job = dict(re.findall(r"(\w+)=(\S*)", _asked("scontrol", "-o", "show", "job", options.job).stdout))
-    verdict = judge(
+    job = dict(re.findall(r"(\w+)=(\S*)", _run("scontrol", "-o", "show", "job", options.job).stdout))
+    decision = decide(
         JobEnd(
             outcome=outcome,
             code=options.code,
@@ -61,19 +61,19 @@ def _decide(options: argparse.Namespace) -> int:
         )
     )
     by_slurm = int(job.get("Restarts") or 0) > restart
-    if by_slurm:  # a node is lost, or the grace time of a preemption is over; nothing else could be done about it here
-        verdict = RequeueDecision(requeue=True, why="Slurm itself put it back")
-    _tell(verdict, logs / f"restart-{restart}", outcome)
-    if not verdict.requeue:
-        return verdict.exit_code
+    if by_slurm:  # a node was lost, or the grace time of a preemption is over; it cannot be undone here
+        decision = RequeueDecision(requeue=True, why="Slurm requeued it")
+    _log(decision, logs / f"restart-{restart}", outcome)
+    if not decision.requeue:
+        return decision.exit_code
     with history.open("a") as file:
-        file.write(json.dumps({"why": verdict.why, "lost": verdict.lost, "checkpoint": newest}) + "\n")
+        file.write(json.dumps({"why": decision.why, "lost": decision.lost, "checkpoint": newest}) + "\n")
     files.stop.unlink(missing_ok=True)
     try:
         if not by_slurm:
             requeue(options.job)
     except SchedulerError as error:
-        _LOGGER.warning("%s; submit it again to go on", error)
+        _LOGGER.warning("%s; submit the run again to resume it", error)
     return 75
 
 
@@ -83,7 +83,7 @@ def requeue(job: str) -> None:
     Raises:
         SchedulerError: Slurm refuses.
     """
-    done = _asked("scontrol", "requeue", job)
+    done = _run("scontrol", "requeue", job)
     if done.returncode != 0:
         raise SchedulerError(f"the job cannot be requeued ({done.stderr.strip()})")
 
@@ -100,19 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tell(verdict: RequeueDecision, ranks: Path, outcome: Mapping[str, Any] | None) -> None:
-    """Say what becomes of the job, after the last lines of the rank that ended first: a log is read from its end."""
-    rank = first_ended(ranks / "srun.log", str((outcome or {}).get("message", "")))
+def _log(decision: RequeueDecision, ranks: Path, outcome: Mapping[str, Any] | None) -> None:
+    """Log the last lines of the rank that failed first, then the decision: logs are read from the end."""
+    rank = first_failed(ranks / "srun.log", str((outcome or {}).get("message", "")))
     log = ranks / f"rank-{rank}.log"
-    if verdict.exit_code not in (0, 75) and rank is not None and log.exists():
+    if decision.exit_code not in (0, 75) and rank is not None and log.exists():
         lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        _LOGGER.warning("%s", "\n".join([f"rank {rank} ended first; its last lines ({log}):", *lines]))
-    then = "goes back to the queue" if verdict.requeue else "is not requeued"
-    _LOGGER.info("the job %s: %s", then, verdict.why)
+        _LOGGER.warning("%s", "\n".join([f"rank {rank} failed first; its last lines ({log}):", *lines]))
+    action = "is requeued" if decision.requeue else "is not requeued"
+    _LOGGER.info("the job %s: %s", action, decision.why)
 
 
 def _newest_checkpoint(run: Path) -> str:
-    """Return the name of the newest checkpoint, the empty text if there is none. It may be damaged: some did get written."""
+    """Return the name of the newest checkpoint, or ''. A damaged one counts: it shows that the run made progress."""
     names = [path.name for path in RunFiles(run).checkpoints.glob("step-*")]
     return max((name for name in names if ".partial-" not in name and ".damaged-" not in name), default="")
 
@@ -122,18 +122,18 @@ def _records(history: Path) -> list[dict[str, Any]]:
 
 
 def _is_cancelled(job: Mapping[str, str]) -> bool:
-    """Tell from Slurm's words about a job whether it was cancelled, and not that its time was over.
+    """Return whether a job was cancelled, rather than ended by its time limit, from ``scontrol show job``.
 
-    While its last processes end, a job that Slurm has ended for whatever reason is COMPLETING; one that ends by itself, or is
-    preempted and has its grace time, is RUNNING to the last.
+    A job that Slurm ends, for whatever reason, is COMPLETING while its last processes end. One that ends by itself, or is
+    preempted and has its grace time, is RUNNING until the end.
     """
-    over = (
+    timed_out = (
         (clock_seconds(job.get("RunTime", "")) or 0) >= (clock_seconds(job.get("TimeLimit", "")) or 0) > 0
     )  # or UNLIMITED
-    return job.get("JobState") in ("CANCELLED", "COMPLETING") and not over
+    return job.get("JobState") in ("CANCELLED", "COMPLETING") and not timed_out
 
 
-def _asked(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""Slurm, as Lockstep asks it. What takes long to import is imported where it is asked for."""
+"""Slurm as a :class:`ClusterScheduler`. Slow imports are inside the methods."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from launch.slurm.variables import slurm_job, slurm_step
 
 
 class Slurm(ClusterScheduler):
-    """Jobs by sbatch, which put themselves back into the queue by scontrol; known in squeue by their comment."""
+    """Jobs submitted by sbatch, which requeue themselves with scontrol; recognised in squeue by their comment."""
 
     name = "slurm"
     title = "Slurm"
     description = (
-        "Submit a run to Slurm. Before its time limit, or preempted, the job saves and goes back to the queue; "
-        "when a machine is lost, it goes on from the last checkpoint."
+        "Submit a run to Slurm. Before its time limit, or when preempted, the job saves and is requeued; when "
+        "a machine is lost, it is requeued and resumes from the last checkpoint."
     )
     queue_command = "squeue"
 

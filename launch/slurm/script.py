@@ -1,6 +1,6 @@
-"""The job script for Slurm: pure text from a job's description. The template beside it reads as the script it becomes.
+"""Generate the job script for Slurm, from a job's description and ``launch/templates/slurm.sh``.
 
-Every value is quoted for the shell; the ``#SBATCH`` lines too, whose quotes Slurm reads as a shell would.
+Every value is quoted for the shell, in ``#SBATCH`` lines too, where Slurm parses quotes as a shell does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from launch.job import JobSpec, refuse_control_characters
 from launch.slurm import pyxis
 from runtime.errors import ConfigurationError, Problem
 
-COMMENT = "lockstep:"  # followed by the run folder: by it, the queue's jobs are known as ours
-_OURS = (
+COMMENT = "lockstep:"  # followed by the run folder: marks Lockstep's jobs in the queue
+_RESERVED = (
     "array", "comment", "error", "export", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue",
     "no-requeue", "signal", "wait", "wrap",
 )  # fmt: skip
@@ -25,13 +25,13 @@ _OURS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """What only Slurm knows.
+    """Options of Slurm.
 
     Args:
-        cpus_per_process: cores of each process. Default: what the partition gives.
-        interface: network interface that the ranks talk over. Default: the one of the address they meet at.
-        container: image that the ranks run in, by the pyxis plugin of srun.
-        mounts: that the container gets besides, as ``PATH[:PATH[:ro]]``.
+        cpus_per_process: cores per process. Default: the partition's.
+        interface: network interface for the ranks. Default: the one that leads to the first node's address.
+        container: image that the ranks run in, with srun's plugin pyxis.
+        mounts: additional mounts of the container, as ``PATH[:PATH[:ro]]``.
         extra: further options of sbatch, such as ``--mem=64G``.
     """
 
@@ -65,15 +65,13 @@ class SlurmOptions:
             if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.+)?", text, re.DOTALL):
                 yield Problem("command line", "--sbatch", f"{text!r} is not of the form --option or --option=value")
             elif name.startswith("container"):
-                what = (
-                    f"--{name} would put the job script itself into a container; for its processes there is --container"
-                )
+                what = f"--{name} would run the job script itself in a container; use --container for its processes"
                 yield Problem("command line", "--sbatch", what)
-            elif name in _OURS:
-                yield Problem("command line", "--sbatch", f"--{name} is set by Lockstep, which could not work without")
+            elif name in _RESERVED:
+                yield Problem("command line", "--sbatch", f"--{name} is set by Lockstep and cannot be changed")
 
 
-_PLACE = re.compile(r"@\{([a-z_]+)\}")
+_PLACEHOLDER = re.compile(r"@\{([a-z_]+)\}")
 
 
 def script(
@@ -84,21 +82,21 @@ def script(
     Args:
         job: with an absolute run folder and working folder.
         python: the interpreter on the nodes.
-        secrets_file: shell file that sets the secret variables; readable by its owner alone.
-        module: the entry point as a module, for where the script's path does not hold, as in a container.
+        secrets_file: shell file that sets the secret variables; readable only by its owner.
+        module: the entry point as a module, if the script's path does not exist on the nodes, as in a container.
 
     Raises:
-        ConfigurationError: the run folder is one that Slurm cannot write a log to, or that no container can mount.
+        ConfigurationError: Slurm cannot write a log to the run folder, or a container cannot mount a folder.
     """
     assert job.run_folder is not None
     assert job.working_folder is not None
     folder = str(job.run_folder)
     if "\\" in folder:
-        what = f"{folder!r} holds a backslash, which turns off the job's number in Slurm's names of logs"
+        what = f"{folder!r} contains a backslash, which keeps Slurm from filling in the job id in the names of logs"
         raise ConfigurationError([Problem("command line", "output", what)])
-    if options.container is not None and (found := list(pyxis.problems_of_folders(job))):
-        raise ConfigurationError(found)
-    log = f"{folder.replace('%', '%%')}/logs/slurm-%j.log"  # Slurm fills in %j, and would also fill in a folder's %
+    if options.container is not None and (problems := list(pyxis.problems_of_folders(job))):
+        raise ConfigurationError(problems)
+    log = f"{folder.replace('%', '%%')}/logs/slurm-%j.log"  # Slurm fills in %j; other % are escaped
     entry = ["-m", module] if module is not None else [str(job.script)]
     line = ["python3" if options.container else python, *entry, str(job.config), *job.overrides]
     template = files("launch").joinpath("templates", "slurm.sh").read_text()
@@ -121,11 +119,13 @@ def script(
         "command": shlex.join(line),
         "max_requeues": job.max_requeues,
     }
-    return _PLACE.sub(lambda place: str(values[place[1]]), template)  # in one go: a value may look like a place
+    return _PLACEHOLDER.sub(
+        lambda match: str(values[match[1]]), template
+    )  # one pass: a value may look like a placeholder
 
 
 def warning_seconds(job: JobSpec) -> int:
-    """Return how long before the time limit the run is asked to leave: its grace time and a margin, at most half the limit."""
+    """Return how long before the time limit the run is asked to stop: grace time plus margin, at most half the limit."""
     wanted = round(job.grace_seconds) + 30
     return wanted if job.time_limit_seconds is None else min(wanted, job.time_limit_seconds // 2)
 
@@ -154,14 +154,14 @@ def _time(seconds: int) -> str:
 
 def _exports(job: JobSpec, options: SlurmOptions) -> Iterator[str]:
     if not job.use_gpus:
-        yield "export ACCELERATE_USE_CPU=true  # without it, processes on CPUs know nothing of each other"
+        yield "export ACCELERATE_USE_CPU=true  # without it, processes on CPUs form no group"
     if options.interface is not None:
-        # gloo takes the interface that the host's own name resolves to, which is loopback on many clusters; NCCL the first
-        # one that looks fast.
+        # By default gloo uses the interface that the host name resolves to, which is loopback on many clusters; NCCL the
+        # first one that looks fast.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             yield f"export {name}={shlex.quote(options.interface)}"
     if options.container is not None:
-        yield "export PYTHONNOUSERSITE=1  # the home folder, if it is mounted, has packages for another Python"
+        yield "export PYTHONNOUSERSITE=1  # the home folder, if mounted, may hold packages for another Python"
     for name, value in job.environment.items():
         yield f"export {name}={shlex.quote(value)}"
 

@@ -17,7 +17,7 @@ from runtime.data.order import Order, SamplerOrder
 from runtime.data.probing import GLOBAL_RNGS, Stage, probe, probe_ids, probe_stream
 from runtime.data.samples import Samples
 from runtime.data.streams import StreamSamples
-from runtime.distributed.rank_consistency import agreed
+from runtime.distributed.rank_consistency import common_digests
 from runtime.strategies import Strategy
 
 _BEGINNING, _DRAWN = "beginning", "drawn"
@@ -115,8 +115,8 @@ def contents_of(
         known["sampler" if order.draws_samples else "batch_sampler"] = {_DRAWN: str(order.drawn_until(0))}
     if order is not None and order.basis() and "train" in known:
         known["train"]["order"] = order.basis()
-    # Different streams or drawn samples on the ranks are detected by other checks, which suggest another fix.
-    common = agreed(
+    # Ranks that read different streams, or draw different samples, are detected by other checks, which suggest another fix.
+    common = common_digests(
         known, may_differ=(_BEGINNING, _DRAWN), host=socket.gethostname(), device=strategy.device, where=_where
     )
     return DataContents(common, differing, memory, state_fault)

@@ -1,4 +1,4 @@
-"""The table of a run's checkpoints and what a person should know besides: what ``lockstep checkpoints`` prints."""
+"""The output of ``lockstep checkpoints``: a table of a run's checkpoints, and notes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STYLES = {"whole": "green", "damaged": "red", "newer format": "red", "moved asi
 
 
 def print_listing(listing: CheckpointListing, console: Console) -> None:
-    """Print the table, and what is not well."""
+    """Print the table, then notes: problems, and what the next start will do."""
     if not listing.checkpoints:
         console.print(f"{listing.folder} holds no checkpoints", soft_wrap=True, markup=False)
     else:
@@ -27,7 +27,7 @@ def print_listing(listing: CheckpointListing, console: Console) -> None:
 
 
 def _print_table(listing: CheckpointListing, console: Console) -> None:
-    """Print one line for each checkpoint; or two, in a narrow terminal: the name needs one for itself then."""
+    """Print one line for each checkpoint; in a narrow terminal two, the name on its own line."""
     metrics, hidden = _metrics(listing), list[str]()
     table = _table(listing, metrics, with_names=True)
     if _width(table, console) <= console.width:
@@ -43,7 +43,9 @@ def _print_table(listing: CheckpointListing, console: Console) -> None:
         console.print(Text(i.name, style="" if i.in_use else "dim"), soft_wrap=True)
         console.print(Segments(line), end="")
     if hidden:
-        console.print(f"no room for {', '.join(hidden)}: --json tells all", soft_wrap=True, markup=False)
+        console.print(
+            f"columns not shown: {', '.join(hidden)} (use --json, or a wider terminal)", soft_wrap=True, markup=False
+        )
 
 
 def _width(table: Table, console: Console) -> int:
@@ -75,7 +77,7 @@ def _table(listing: CheckpointListing, metrics: Sequence[str], *, with_names: bo
 
 
 def _metrics(listing: CheckpointListing) -> list[str]:
-    """Return the results that have a column: the loss and what the best are judged by, or all."""
+    """Return the results that get a column: the loss and the metrics of ``best.json``; without that file, all."""
     numbers = {n: None for i in listing.checkpoints for n, v in i.results.items() if isinstance(v, float)}
     if listing.best:
         return [name for name in dict.fromkeys(("loss", *listing.best)) if name in numbers]
@@ -91,28 +93,28 @@ def _result(inspected: CheckpointInfo, metric: str) -> Text:
 
 
 def _remarks(listing: CheckpointListing) -> Iterator[str]:
-    """Yield what a table cannot say: what is wrong, and what the next start will do."""
+    """Yield notes below the table: what its marks mean, what is wrong, and what the next start will do."""
     if any(i.best_of for i in listing.checkpoints):
         yield "#1: the best of its metric (best.json)"
     if any(i.abandoned for i in listing.checkpoints):
-        yield "abandoned: a rollback went back before it; a start never reads it, the next save removes it"
+        yield "abandoned: a rollback returned to an earlier checkpoint; a start never reads it, the next save removes it"
     for i in listing.checkpoints:
         if i.state == "damaged":
             yield f"{i.name} is damaged ({i.problem}); " + (
-                "a rollback abandoned it" if i.abandoned else "a start that comes to it moves it aside"
+                "a rollback abandoned it" if i.abandoned else "a start that tries it moves it aside"
             )
         elif i.state == "moved aside":
-            yield f"{i.name} was moved aside as damaged ({i.problem or 'every byte of it can be read now'})"
+            yield f"{i.name} was moved aside as damaged ({i.problem or 'all of it can be read now'})"
         elif i.state == "newer format":
             yield f"{i.name} {i.problem}"
         elif i.state == "partial":
             yield f"{i.name} is being written, or was when its writer was killed; the next start removes it"
     if listing.goes_on_from is not None:
-        yield f"A start goes on from {listing.goes_on_from.name}."
+        yield f"The next start resumes from {listing.goes_on_from.name}."
     elif listing.newest is not None and any(i.state == "newer format" for i in listing.checkpoints):
-        yield "A start is refused."
+        yield "The next start is refused."
     elif not listing.sound:
-        yield "A start finds nothing to go on from, and begins anew."
+        yield "No checkpoint to resume from: the next start begins at step 0."
 
 
 def _age(seconds: float) -> str:

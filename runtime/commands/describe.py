@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of ``lockstep``."""
+    """Add the ``describe`` command."""
     describe = commands.add_parser(
         "describe",
-        help="list the arguments of a model, loss, optimizer, schedule, metric, data source or class of your own",
+        help="list the arguments of a model, loss, optimizer, schedule, metric, data source or your own class",
         description="List the arguments of a component, with types and defaults.",
     )
     describe.add_argument("target", metavar="TARGET", help="package.module:Name, or a short name such as AdamW")
     describe.add_argument(
-        "config", metavar="CONFIG", nargs="?", type=Path, help="YAML file of a run whose code folder has the module"
+        "config", metavar="CONFIG", nargs="?", type=Path, help="YAML file of a run whose code folder holds the module"
     )
     describe.set_defaults(run=_describe)
 

@@ -1,4 +1,4 @@
-"""What a run will be, without running it: data and model are built on the CPU, nothing is trained or written."""
+"""Dry run: data and model are built on the CPU, nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from runtime.reporting.facts import inexact_choices
 from runtime.wording import in_units
 
 _CPU = torch.device("cpu")
-_LISTED = 12  # parameters, from either end
-_UNKNOWN_END = "how many steps there are shows when the stream ends"
+_LISTED = 12  # parameters, from each end
+_UNKNOWN_END = "the number of steps is unknown until the stream ends"
 
 
 def show(
@@ -55,8 +55,8 @@ def show(
     """Print what a configuration means for a number of processes.
 
     Args:
-        picture: file that the learning rate's curve is drawn to.
-        all_parameters: list each parameter, however many there are.
+        picture: file to draw the learning-rate curve to.
+        all_parameters: list every parameter.
 
     Raises:
         LockstepError: the configuration or the data is wrong.
@@ -114,8 +114,8 @@ def show(
                 )
             ),
         ),
-        ("exactness", "\n".join(_promises(values, module, freezing))),
-        *([("worth a look", "\n".join(remarks))] if remarks else []),
+        ("exactness", "\n".join(_exactness(values, module, freezing))),
+        *([("warnings", "\n".join(remarks))] if remarks else []),
     ):
         table.add_row(f"[bold]{label}[/]", text)
     console.print(table)
@@ -127,7 +127,7 @@ def show(
 
 
 def _held_out(section: DataSection, sources: DataSources) -> str:
-    """Say how many samples are held out of the training data."""
+    """Return how many samples are held out of the training data, as text."""
     names = ("validation", "test") if section.split is not None else ()
     parts = {name: sources.get(name) for name in names}
     return "".join(f", {len(part):,} for {name}" for name, part in parts.items() if part is not None)
@@ -139,8 +139,8 @@ def _steps(
     per_epoch, num_samples = data.steps_per_epoch, data.num_samples
     total = _total_steps(limit, data)
     if per_epoch is None or num_samples is None:
-        yield "data", "a stream: its length shows when it ends"
-        yield "steps", f"{total:,} in all" if total else f"as many as {limit.epochs} passes over the stream have"
+        yield "data", "a stream, of unknown length"
+        yield "steps", f"{total:,} in all" if total else f"those of {limit.epochs} passes over the stream"
         return
     yield "data", f"{num_samples:,} training samples{held_out}"
     yield (
@@ -150,11 +150,11 @@ def _steps(
     )
     last = data.smallest_batch if per_epoch else 0
     if section.budget is not None:
-        yield "smallest batch", f"{last} samples, in the first epoch; epochs may differ in their steps"
+        yield "smallest batch", f"{last} samples, in the first epoch; epochs may differ in steps"
     elif section.drop_last and not (section.balance or section.weights):
         yield "left out", f"{num_samples % size} samples of each epoch (data.drop_last)"
     elif last != size:
-        yield "last batch", f"{last} samples, divided by their own weight"
+        yield "last batch", f"{last} samples, divided by its own weight"
 
 
 def _total_steps(limit: LimitSection, data: TrainingData) -> int | None:
@@ -194,7 +194,7 @@ def _metric_state(metrics: MetricSet) -> Iterator[tuple[str, str]]:
 def _curve(
     builder: ScheduleBuilder, optimizer: Optimizer, data: TrainingData, total: int | None
 ) -> PlannedRates | None:
-    """Simulate the schedule, or return None where nobody knows for how long; the optimizer is not used afterwards."""
+    """Simulate the schedule; return None if the number of steps is unknown. The optimizer must not be used afterwards."""
     if total is None:
         return None
     per_epoch, schedule = data.steps_per_epoch, builder.build(optimizer, builder.length(data))
@@ -212,12 +212,12 @@ def _curve(
 
 def _schedule(builder: ScheduleBuilder, curve: PlannedRates | None, *, draw: bool) -> Iterator[str]:
     section, averaging = builder.section, builder.averaging
-    counted = {"step": "each applied update", "epoch": "each epoch"}
+    intervals = {"step": "each applied update", "epoch": "each epoch"}
     if section is None:
         yield "constant"
     else:
         warmed = f" after a linear warm-up of {section.warmup_steps:,} updates" if section.warmup_steps else ""
-        when = "each evaluation" if section.watches else counted[section.interval]
+        when = "each evaluation" if section.watches else intervals[section.interval]
         yield (f"{section.target}, stepped after {when}" if section.target else "constant") + warmed
     if averaging is not None and averaging.learning_rate is not None:
         anneal = averaging.anneal or AnnealSection(epochs=10)
@@ -235,42 +235,42 @@ def _schedule(builder: ScheduleBuilder, curve: PlannedRates | None, *, draw: boo
         yield ""
         yield from drawn(curve)
     if section is not None and section.watches:
-        yield f"(drawn as if {section.monitor} never stopped improving; it is multiplied by 'factor' where it does)"
+        yield f"(drawn as if {section.monitor} never stopped improving; the rate is multiplied by 'factor' when it does)"
     if curve.total > len(curve.rates[0]):
         yield f"(the first {len(curve.rates[0]):,} of {curve.total:,} steps)"
     if builder.follows_limit:
-        yield "its length follows from the limit, which then cannot be raised later"
+        yield "its length follows from the limit, which therefore cannot be raised later"
 
 
 def _averaging(section: AveragingSection | None, module: nn.Module) -> Iterator[tuple[str, str]]:
     if section is None:
         return
     unit = "update" if section.interval.unit == "step" else "epoch"
-    often = f"each {unit}" if section.interval.count == 1 else f"every {section.interval.count} {unit}s"
+    interval = f"each {unit}" if section.interval.count == 1 else f"every {section.interval.count} {unit}s"
     start = section.start
     begin = f", from {'update' if start.unit == 'step' else 'epoch'} {start.count + 1:,} on" if start else ""
     warm = ", less at first" if section.warmup else ""
     what = "mean of the weights" if section.kind == "swa" else f"exponential average (decay {section.ema_decay}{warm})"
-    lines = [f"{what} after {often}{begin}; {'it is' if section.evaluate else 'the raw weights are'} evaluated"]
+    lines = [f"{what} after {interval}{begin}; {'it is' if section.evaluate else 'the raw weights are'} evaluated"]
     if section.kind == "swa" and batch_norms(module):
         when = "before each evaluation of it and " if section.evaluate else ""
-        lines.append(f"its BatchNorm statistics take a forward pass over the training data, {when}at the end")
+        lines.append(f"its BatchNorm statistics need a forward pass over the training data, {when}at the end")
     yield "averaging", "\n".join(lines)
 
 
 def _forward_pass(module: TrainingModule, data: TrainingData) -> Iterator[str]:
-    """Say where model or objective do not take a sample; what needs another device than the CPU is left to the start."""
+    """Yield errors of a forward pass on one sample; what needs another device than the CPU is checked at the start."""
     with torch.no_grad(), preserved_random_state(_CPU), left_as_it_was(module, training=False):
         try:
             module(data.first_batch(1))
         except (ForwardError, ObjectiveError) as error:
             yield f"on this CPU: {error}"
-        except Exception:  # the start tells, on its own device
+        except Exception:  # the start checks again, on its device
             return
 
 
 def _additivity(builder: Builder, module: TrainingModule, data: TrainingData, *, slots: int) -> Iterator[str]:
-    """Check the objective as a first start does, on the CPU; where model or data do not work here, the start tells."""
+    """Check the objective as a first start does, on the CPU; skipped if the data cannot be read here."""
     if module.objective.couples_samples:
         return
     values = builder.values
@@ -279,24 +279,24 @@ def _additivity(builder: Builder, module: TrainingModule, data: TrainingData, *,
     except DataError:
         return
     if sets is not None:
-        found = deviations(module, sets, device=_CPU, compiled=values.compile is not None)
-        yield from judged(values.objective, module.objective, found, builder.where)
+        measured = deviations(module, sets, device=_CPU, compiled=values.compile is not None)
+        yield from judged(values.objective, module.objective, measured, builder.where)
 
 
 def _losses(section: ObjectiveSection, objective: Objective) -> Iterator[str]:
-    """Say what each loss sum is divided by."""
+    """Yield what each loss sum is divided by."""
     parts = objective.parts if isinstance(objective, WeightedSum) else {section.target or "": objective}
     for name, part in parts.items():
-        of_several = section.losses.get(name)
-        what = f"{of_several.weight:g} x {name} ({of_several.target})" if of_several is not None else name
-        weighed = f", each counting its weight (data.fields.weight: {part.fields.weight})" * (
+        entry = section.losses.get(name)
+        what = f"{entry.weight:g} x {name} ({entry.target})" if entry is not None else name
+        weighted = f", each counting its weight (data.fields.weight: {part.fields.weight})" * (
             part.fields.weight is not None
         )
-        yield f"{what}: the sum over the global batch / its {part.unit}{weighed}"
+        yield f"{what}: the sum over the global batch / its {part.unit}{weighted}"
 
 
 def _groups(bound: Component, module: TrainingModule, optimizer: Optimizer) -> Iterator[str]:
-    """One line for each parameter group, in the order of a scheduler's lists."""
+    """Yield one line for each parameter group, in the order of a scheduler's lists."""
     labelled = iter(parameter_groups(bound, module))
     for member in members(optimizer):
         yield type(member).__name__
@@ -309,7 +309,7 @@ def _groups(bound: Component, module: TrainingModule, optimizer: Optimizer) -> I
 def _parameters(
     module: TrainingModule, freezing: Freezing, *, last_epoch: int | None, listed: int | None
 ) -> Iterator[str]:
-    """One line for each number of trainable parameters, then one for each parameter: the first and the last so many."""
+    """Yield one line per number of trainable parameters, then one per parameter: the first and last ``listed``."""
     for epoch in (0, *freezing.epochs):
         freezing.apply(epoch)
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -332,21 +332,22 @@ def _parameters(
         yield f"  {name}  {shape}" + ("" if parameter.requires_grad else f"  (frozen{until})")
 
 
-def _promises(values: RunConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
-    found = inexact_choices(values, module.objective)
-    yield from found
+def _exactness(values: RunConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:
+    inexact = inexact_choices(values, module.objective)
+    yield from inexact
     freezing.unfreeze_all()
     module.train()
     names = {
         type(part).__name__
         for part in module.modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training  # a frozen one's statistics stand still
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        and part.training  # a frozen one's statistics do not change
     }
     if names:
-        yield f"{', '.join(sorted(names))}: statistics are those of a slot, so the result depends on K"
+        yield f"{', '.join(sorted(names))}: statistics are per slot, so the result depends on K"
     if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules()):
         yield "dropout: masks are drawn per slot, so the result depends on K and on the kind of device"
     if (values.determinism or default_determinism()) == "fast":
-        yield "determinism fast (this machine's default or the YAML): a resumed run is equal to rounding, not bit for bit"
-    if not found and not names:
-        yield "nothing else depends on K, the world size or the kind of device, beyond rounding"
+        yield "determinism fast (this machine's default or the YAML): a resumed run is equal up to rounding, not bit for bit"
+    if not inexact and not names:
+        yield "beyond rounding, nothing else depends on K, the world size or the kind of device"

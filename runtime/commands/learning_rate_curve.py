@@ -1,4 +1,4 @@
-"""The learning rates of a run, drawn: as text for a terminal, or as a picture."""
+"""Plots of a run's learning rates: as text for a terminal, or as a picture."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def drawn(curve: PlannedRates, *, width: int = 44, height: int = 9) -> Iterator[
     """Draw the curve of each group in braille dots, one line at a time, with axes.
 
     Args:
-        width: in characters, of the drawing alone; beside labels it then fits into 80 columns.
-        height: in lines; an odd number, so that one of them is in the middle.
+        width: of the drawing, in characters; with labels, the default fits into 80 columns.
+        height: in lines; odd, so that one line is in the middle.
     """
     highest = max(max(rates) for rates in curve.rates)
     lowest = min(min(rates) for rates in curve.rates)
@@ -37,14 +37,14 @@ def drawn(curve: PlannedRates, *, width: int = 44, height: int = 9) -> Iterator[
 
 
 def _dot(cells: list[list[int]], rates: Sequence[float], *, bottom: float, top: float) -> None:
-    """Set the dots that a curve passes through; between two columns it is joined by a vertical line."""
+    """Set the dots of a curve; neighbouring columns are joined by a vertical line."""
     columns, rows = 2 * len(cells[0]), 4 * len(cells)
     last: tuple[int, int] | None = None
     for column in range(columns):
         here = rates[_span(column, columns, len(rates))]
         heights = [_row(rate, bottom, top, rows) for rate in (here or [rates[-1]])]
         low, high = min(heights), max(heights)
-        if last is not None:  # reach what the column before ended at
+        if last is not None:  # join with the previous column
             low, high = min(low, last[1] + 1), max(high, last[0] - 1)
         for row in range(low, high + 1):
             cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
@@ -83,7 +83,7 @@ def save_picture(curve: PlannedRates, path: Path, *, title: str) -> None:
 
     Args:
         path: ends in ``.png``, ``.svg`` or ``.pdf``.
-        title: what the run is called.
+        title: title of the picture.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -126,7 +126,7 @@ def save_picture(curve: PlannedRates, path: Path, *, title: str) -> None:
 
 
 def _thinned(rates: Sequence[float], most: int = 4000) -> list[int]:
-    """Return which steps to draw: all of them, or of each stretch the lowest and the highest."""
+    """Return the steps to draw: all, or the lowest and the highest of each stretch."""
     if len(rates) <= most:
         return list(range(len(rates)))
     kept = {0, len(rates) - 1}

@@ -1,4 +1,4 @@
-"""``lockstep schema``: write the JSON Schema of the YAML, or all of its keys as a page."""
+"""``lockstep schema``: print the JSON Schema of the YAML, or a Markdown reference of its keys."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of ``lockstep``."""
-    schema = commands.add_parser("schema", help="write the JSON Schema of the YAML, for editors")
-    schema.add_argument("--markdown", action="store_true", help="write a page of all keys, for people, instead")
+    """Add the ``schema`` command."""
+    schema = commands.add_parser("schema", help="print the JSON Schema of the YAML, for editors")
+    schema.add_argument("--markdown", action="store_true", help="print a Markdown reference of all keys instead")
     schema.set_defaults(run=_schema)
 
 

@@ -1,4 +1,4 @@
-"""``lockstep show``: what a run will be, without running it."""
+"""``lockstep show``: dry run, which prints what a run would do."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from runtime.commands.machines import add_config
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of ``lockstep``."""
-    show = commands.add_parser("show", help="say what a run will be, without running it")
+    """Add the ``show`` command."""
+    show = commands.add_parser("show", help="dry run: print what a run would do")
     add_config(show)
     show.add_argument(
         "--curve",
         metavar="FILE",
         type=Path,
-        help="draw the learning rate as a picture (.png, .svg, .pdf; needs matplotlib)",
+        help="plot the learning rate to a file (.png, .svg, .pdf; needs matplotlib)",
     )
     show.add_argument("--parameters", action="store_true", help="list every parameter of the model")
     show.set_defaults(run=_show)

@@ -1,4 +1,4 @@
-"""``lockstep submit SCHEDULER``: hand a run to a cluster."""
+"""``lockstep submit SCHEDULER``: submit a run to a cluster."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from launch import schedulers
 
 
 def add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of ``lockstep``."""
-    submit = commands.add_parser("submit", help="hand a run to a cluster's scheduler")
+    """Add the ``submit`` command."""
+    submit = commands.add_parser("submit", help="submit a run to a cluster's scheduler")
     names = submit.add_subparsers(required=True, metavar="SCHEDULER")
     for scheduler in schedulers.SCHEDULERS:
         parser = names.add_parser(

@@ -1,4 +1,4 @@
-"""``lockstep train`` and ``lockstep doctor``: start the processes of a run on this machine, or as one machine of several."""
+"""``lockstep train`` and ``lockstep doctor``: start a run's processes on this machine, alone or as one of several."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _LOGGER = logging.getLogger("lockstep.launch")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of ``lockstep``."""
+    """Add ``train`` and ``doctor``."""
     train = commands.add_parser("train", help="train on this machine, or on several together")
     doctor = commands.add_parser(
         "doctor",
-        help="examine the processes that would train, and the network between them",
-        description="Start the processes that would train, and compare what they find: versions, devices, code, disk, shared "
-        "memory, the run folder; and time an all-reduce. Names the host that differs.",
-        epilog="exit code: 0 all is well; 2 configuration; 1 it is not",
+        help="check the processes that would train, and the network between them",
+        description="Start the processes that would train; compare versions, devices, code, disk, shared memory and access to "
+        "the run folder between them; and time an all-reduce. Names the host that differs.",
+        epilog="exit code: 0 no problems; 2 configuration; 1 problems found",
     )
-    for act, parser in (("train", train), ("doctor", doctor)):
+    for command, parser in (("train", train), ("doctor", doctor)):
         add_config(parser)
         add_place(parser)
-        parser.set_defaults(run=_start, act=act)
+        parser.set_defaults(run=_start, command=command)
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def _start(options: argparse.Namespace) -> int:
     step = step_of(options)
     nodes = step.nodes if step is not None else options.nodes or 1
     if configured is not None and configured % nodes:
-        what = f"is {configured}, which {nodes} machines cannot share evenly"
+        what = f"is {configured}, which is not divisible by {nodes} machines"
         raise loaded.where.error(("strategy", "world_size"), what)
     processes = options.processes or (configured or 0) // nodes or max(1, gpus)
     loaded, adopted = _with_settings(
@@ -61,14 +61,14 @@ def _start(options: argparse.Namespace) -> int:
         processes=processes,
         use_gpus=gpus >= processes,
         place=place_of(options, processes),
-        act=options.act,
+        entry_point=options.command,
     )
 
 
 def _with_settings(
     read: Callable[[list[str]], LoadedConfiguration], *, world_size: int
 ) -> tuple[LoadedConfiguration, list[str]]:
-    """Adopt settings from this shell's environment, which the launcher's own flags would hide from the processes."""
+    """Adopt settings from this shell's environment, which the launcher's flags would hide from the processes."""
     from runtime.config.launcher import load_with_settings, overrides
 
     loaded, settings, notes = load_with_settings(read, os.environ, world_size=world_size)

@@ -1,7 +1,7 @@
-"""One checkpoint's weights as a file that any PyTorch code reads: ``lockstep export``.
+"""Export a checkpoint's weights to a file that any PyTorch code can load: ``lockstep export``.
 
-Verified before, read back after, and renamed into place: what bears the final name is whole and holds what the checkpoint
-holds, bit for bit. Nothing of the checkpoint is touched.
+The checkpoint is verified first; the file is read back and then renamed into place. A file under the final name is therefore
+complete and equal to the checkpoint bit for bit. The checkpoint is not modified.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SUFFIXES = (".safetensors", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """What was written.
+    """The exported file.
 
     Args:
         path: the file.
         checkpoint: name of the checkpoint.
-        weights: which of its weights.
+        weights: ``raw`` or ``averaged``.
         num_names: entries of the state dict.
-        num_values: numbers in all of them, those of tied weights once: parameters and buffers.
+        num_values: elements of all parameters and buffers, tied weights counted once.
         num_bytes: size of the file.
     """
 
@@ -69,20 +69,20 @@ def export(
 ) -> ExportedFile:
     """Write the model's state dict to a safetensors or torch file.
 
-    A safetensors file holds tied weights under each of their names; in torch's they share their memory, and so they do when
-    it is loaded.
+    A safetensors file holds a copy of tied weights under each of their names; in a torch file they share memory, also when
+    loaded.
 
     Args:
-        source: a checkpoint; or a run folder, whose newest whole checkpoint is taken.
-        out: ends in ``.safetensors``, ``.pt`` or ``.pth``.
-        weights: ``averaged`` takes the running average of each parameter, and with ``swa`` its BatchNorm statistics.
-        force: write over a file that is there.
-        warn: told what else a person should know.
+        source: a checkpoint; or a run folder, for its newest whole checkpoint.
+        out: file whose name ends in ``.safetensors``, ``.pt`` or ``.pth``.
+        weights: ``averaged``: the running average of each parameter, and with ``swa`` its BatchNorm statistics.
+        force: overwrite an existing file.
+        warn: called with each warning.
 
     Raises:
-        ConfigurationError: ``out`` ends otherwise.
-        CheckpointError: the checkpoint is not whole, or its average is not; or ``out`` is there or cannot be written.
-        RunFolderError: there is no such folder.
+        ConfigurationError: ``out`` has another suffix.
+        CheckpointError: the checkpoint or its average is not whole; or ``out`` exists already or cannot be written.
+        RunFolderError: the folder does not exist.
     """
     _check_target(out, force=force)
     checkpoint = _chosen(source, warn=warn)
@@ -92,13 +92,11 @@ def export(
         if weights == "averaged":
             state = _averaged(state, checkpoint, tree)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{checkpoint} was removed while it was read, by a run that goes on; try again"
-        ) from error
+        raise CheckpointError(f"{checkpoint} was removed by its run while it was read; try again") from error
     metadata = _metadata(checkpoint, tree, weights)
     if metadata.get("results_of", weights) != weights:
         warn(
-            f"the results of {checkpoint.name} are those of its {metadata['results_of']} weights; these are the {weights}"
+            f"the results of {checkpoint.name} are those of its {metadata['results_of']} weights; exported are the {weights}"
         )
     num_bytes = _write(out, state, metadata, force=force)
     distinct = {id(tensor): tensor.numel() for tensor in state.values()}
@@ -107,16 +105,16 @@ def export(
 
 def _check_target(out: Path, *, force: bool) -> None:
     if out.suffix not in _SUFFIXES:
-        problem = f"{out} must end in .safetensors, or in .pt or .pth for a file of torch's"
+        problem = f"{out} must end in .safetensors, or in .pt or .pth for a torch file"
         raise ConfigurationError([Problem("command line", "OUT", problem)])
     if not out.parent.is_dir():
         raise CheckpointError(f"{out} cannot be written: there is no folder {out.parent}")
     if out.is_dir():
         raise CheckpointError(f"{out} cannot be written: it is a folder")
     if any(is_checkpoint(folder) for folder in out.resolve().parents):
-        raise CheckpointError(f"{out} lies within a checkpoint, which would be damaged by it; choose another folder")
+        raise CheckpointError(f"{out} is inside a checkpoint folder, which it would damage; choose another folder")
     if os.path.lexists(out) and not force:
-        raise CheckpointError(f"{out} is there already; choose another name, or write over it with --force")
+        raise CheckpointError(f"{out} already exists; choose another name, or overwrite it with --force")
 
 
 def _chosen(source: Path, *, warn: Callable[[str], None]) -> Path:
@@ -133,10 +131,10 @@ def _chosen(source: Path, *, warn: Callable[[str], None]) -> Path:
 
 def _raw(checkpoint: Path, tree: Mapping[str, Any], *, warn: Callable[[str], None]) -> dict[str, Tensor]:
     state = join_state(tree["model"], load_tensors(checkpoint, "model"))
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        warn(f"left out, since they are no tensors (load with strict=False): {', '.join(others)}")
-    return {name: value for name, value in state.items() if name not in others}
+    skipped = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if skipped:
+        warn(f"left out because they are not tensors (load with strict=False): {', '.join(skipped)}")
+    return {name: value for name, value in state.items() if name not in skipped}
 
 
 def _averaged(state: Mapping[str, Tensor], checkpoint: Path, tree: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -150,11 +148,11 @@ def _averaged(state: Mapping[str, Tensor], checkpoint: Path, tree: Mapping[str, 
 
 
 def _metadata(checkpoint: Path, tree: Mapping[str, Any], weights: str) -> dict[str, str]:
-    """Return what a safetensors file says of itself; all are texts."""
+    """Return the metadata of a safetensors file, which must be strings."""
     training = tree["training"]
     configuration = training.get("identity", {}).get("configuration", {})
     metadata = {
-        "format": "pt",  # other libraries' loaders ask for it
+        "format": "pt",  # required by other libraries' loaders
         "weights": weights,
         "checkpoint": checkpoint.name,
         "step": str(tree["step"]),
@@ -172,21 +170,23 @@ def _metadata(checkpoint: Path, tree: Mapping[str, Any], weights: str) -> dict[s
 
 
 def _write(out: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool) -> int:
-    """Write beside the target, read back, rename; return the size in bytes."""
+    """Write to a hidden folder next to the target, read back, rename; return the size in bytes."""
     try:
         with hidden_folder(out) as hidden:
             written = hidden / out.name
             _save(written, state, metadata)
             difference = _difference(state, _read(written))
             if difference is not None:
-                raise CheckpointError(f"{out} is not written: {difference} when it was read back")
+                raise CheckpointError(f"{out} was not written: {difference} when read back")
             num_bytes = written.stat().st_size
-            _check_target(out, force=force)  # once more: it may have come meanwhile
+            _check_target(out, force=force)  # again: it may have been created meanwhile
             put_in_place(written, out)
     except (OSError, SafetensorError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides the disk's answer
+        cause = (
+            error.__context__ if isinstance(error.__context__, OSError) else error
+        )  # torch's error hides the OSError
         reason = getattr(cause, "strerror", None) or cause
-        raise CheckpointError(f"{out} could not be written: {reason}; no half file is left") from error
+        raise CheckpointError(f"{out} could not be written: {reason}; no partial file is left") from error
     return num_bytes
 
 
@@ -197,7 +197,7 @@ def _save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) 
         else:
             torch.save(dict(state), file)
         mode = os.fstat(file.fileno()).st_mode
-    path.chmod(mode)  # safetensors replaces the file by one that nobody else may read
+    path.chmod(mode)  # safetensors replaces the file by one that only its owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -210,22 +210,22 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each name contiguous memory of its own, which safetensors insists on."""
+    """Give each name separate contiguous memory, as safetensors requires."""
     untied, seen = {}, set()
     for name, tensor in state.items():
-        seen_before = id(tensor) in seen or not tensor.is_contiguous()
-        untied[name] = tensor.clone(memory_format=torch.contiguous_format) if seen_before else tensor
+        copied = id(tensor) in seen or not tensor.is_contiguous()
+        untied[name] = tensor.clone(memory_format=torch.contiguous_format) if copied else tensor
         seen.add(id(tensor))
     return untied
 
 
 def _difference(state: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> str | None:
-    """Return what is not the same, judging values by their bits."""
+    """Return a description of the first difference, comparing values bit for bit; None if equal."""
     if state.keys() != back.keys():
         return f"the names differ ({', '.join(sorted(state.keys() ^ back.keys()))})"
     for name, tensor in state.items():
         if (tensor.shape, tensor.dtype) != (back[name].shape, back[name].dtype):
-            return f"{name} has another shape or type"
+            return f"{name} has another shape or dtype"
         if not torch.equal(_bits(tensor), _bits(back[name])):
             return f"{name} has other values"
     return None

@@ -1,1 +1,1 @@
-"""What ranks do together: collectives, watching, stopping, comparing."""
+"""Communication between ranks: collectives, watchdog, stop requests, consistency checks."""

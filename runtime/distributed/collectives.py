@@ -1,7 +1,7 @@
-"""Decisions that all ranks take together.
+"""Collectives, and decisions that all ranks take together.
 
-What is decided between steps rides on one small all-reduce, started before a step's forward passes and read at its end,
-when it is long complete, so that all ranks leave after the same step.
+Decisions between steps use one small asynchronous all-reduce, started before a step's forward passes and read at its end,
+when it has long completed, so that all ranks stop after the same step.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from runtime.errors import (
     RunFolderError,
 )
 
-_SECONDS_BETWEEN = 0.25  # a wish waits this long at most; the all-reduce then costs nothing to speak of
+_SECONDS_BETWEEN = 0.25  # longest delay of a stop request; at this interval the all-reduce costs next to nothing
 _MOST_STEPS_BETWEEN = 64
-_SECONDS_AHEAD = 0.05  # a sum is worth waiting for in steps of half as long: it takes less than a hundredth of them
+_SECONDS_AHEAD = 0.05  # in steps of half this length, waiting for a sum costs less than 1 %
 _MOST_STEPS_AHEAD = 8
-_SHORT = 1024  # bytes of a message that one reduction takes no longer over than over a number
+_SHORT = 1024  # bytes that travel as fast as a single number
 _LENGTH = 8
 
 
 class StopConsensus:
-    """The stop wish of any rank, made known to all at the same step; and whether they have drawn the same samples so far.
+    """Agreement on stop requests, effective on all ranks after the same step; also compares the samples drawn so far.
 
-    Collective: every rank must call ``begin`` and ``end`` around every step. The message is 32 bytes, every n steps; n
-    follows from the slowest rank's step time, which travels in the same message, so it is equal on all ranks.
+    Collective: every rank must call ``begin`` and ``end`` around every step. A message of 32 bytes is sent every n steps; n
+    follows from the slowest rank's step time, which is part of the message, so it is equal on all ranks.
 
     Args:
-        drawn: returns a number below 2**53 that says what was drawn until the step that begins.
-        world_size: number of processes; with one there is nothing to agree on and nothing is sent.
-        device: where the message lives; the process group's kind of device.
+        world_size: number of processes; with one, nothing is sent.
+        device: device of the message; of the kind that the process group uses.
+        drawn: returns a digest below 2**53 of the samples drawn until the step that begins.
     """
 
     def __init__(self, *, world_size: int, device: torch.device, drawn: Callable[[], int] = lambda: 0) -> None:
@@ -52,55 +52,55 @@ class StopConsensus:
         self._steps = 0
         self._due = 0
         self._since = (time.monotonic(), 0)
-        self._wish = False
-        self._seconds_per_step: float | None = None  # of the slowest rank, as all know it
+        self._requested = False
+        self._seconds_per_step: float | None = None  # of the slowest rank; equal on all ranks
         self._pending: Any = None
 
-    def begin(self, wish: bool) -> None:
-        """Start to make a wish known, if a message is due before this step."""
-        self._wish = wish
+    def begin(self, stop_requested: bool) -> None:
+        """Start the all-reduce, if a message is due before this step."""
+        self._requested = stop_requested
         if self._world_size == 1 or self._steps < self._due:
             return
         now, (then, steps_then) = time.monotonic(), self._since
         seconds_per_step = (now - then) / max(1, self._steps - steps_then)
         self._since = (now, self._steps)
-        drawn = float(self._drawn())  # the largest and, below zero, the smallest are the same where all are
-        self._message.copy_(torch.tensor([float(wish), seconds_per_step, drawn, -drawn], dtype=torch.float64))
+        drawn = float(self._drawn())  # max(x) == -max(-x) only if all are equal
+        self._message.copy_(torch.tensor([float(stop_requested), seconds_per_step, drawn, -drawn], dtype=torch.float64))
         self._pending = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, async_op=True)
 
     def end(self) -> bool:
-        """Tell whether any rank wished to stop; the same answer on every rank.
+        """Return whether any rank has a stop request; the same answer on every rank.
 
         Raises:
-            RanksDifferError: they have drawn different samples; on every rank alike.
+            RanksDifferError: the ranks have drawn different samples; raised on every rank.
         """
         self._steps += 1
         if self._world_size == 1:
-            return self._wish
+            return self._requested
         if self._pending is None:
             return False
         self._pending.wait()
         self._pending = None
-        # Waits for the device, for a message begun a step ago.
-        wish, seconds_per_step, largest, smallest = self._message.tolist()
+        # Synchronizes with the device, but the message was started a step ago.
+        requested, seconds_per_step, largest, smallest = self._message.tolist()
         _check_drawn(largest, -smallest)
         self._seconds_per_step = seconds_per_step
         between = int(_SECONDS_BETWEEN / max(seconds_per_step, 1e-6))
         self._due = self._steps + max(1, min(_MOST_STEPS_BETWEEN, between)) - 1
-        return bool(wish)
+        return bool(requested)
 
     @property
     def steps_ahead(self) -> int:
-        """Over how many steps it pays to sum at once what must be known before each; equal on all ranks between two steps."""
+        """Number of steps whose sums should be computed ahead in one all-reduce; equal on all ranks between two steps."""
         if self._world_size == 1 or self._seconds_per_step is None:
             return 1
         return max(1, min(_MOST_STEPS_AHEAD, int(_SECONDS_AHEAD / max(self._seconds_per_step, 1e-6))))
 
     def check_drawn(self) -> None:
-        """Compare at once what the ranks have drawn. Collective: every rank must call this between two steps.
+        """Compare the samples drawn, without delay. Collective: every rank must call this between two steps.
 
         Raises:
-            RanksDifferError: they have drawn different samples; on every rank alike.
+            RanksDifferError: the ranks have drawn different samples; raised on every rank.
         """
         if self._world_size > 1:
             drawn = float(self._drawn())
@@ -113,9 +113,9 @@ class StopConsensus:
 def _check_drawn(largest: float, smallest: float) -> None:
     if largest != smallest:
         raise RanksDifferError(
-            "the ranks have drawn different samples: data.sampler (or data.batch_sampler) does not draw alike on all of them. "
-            "It must draw from Python's, NumPy's or torch's global generator, which are seeded alike for each epoch, and ask "
-            "neither for its rank nor for anything else that differs between processes"
+            "the ranks have drawn different samples: data.sampler (or data.batch_sampler) does not draw the same on all ranks. "
+            "It must use only the global generators of Python, NumPy or torch, which are seeded equally on all ranks for "
+            "each epoch, and must not depend on the rank or on anything else that differs between processes"
         )
 
 
@@ -125,9 +125,9 @@ def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def begin_sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
-    """Begin to sum a CPU tensor over all ranks; what is returned waits for the sum, and for nothing that was queued later.
+    """Start to sum a CPU tensor over all ranks; return a function that waits for the sum, not for work queued later.
 
-    Collective: every rank must call this. The tensor is not to be used until then.
+    Collective: every rank must call this. The tensor must not be used until the sum is there.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return lambda: tensor
@@ -141,7 +141,7 @@ def begin_sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> Callable
 
         return waited
     moved = tensor.pin_memory().to(device, non_blocking=True)
-    dist.all_reduce(moved)  # queued; the host does not wait
+    dist.all_reduce(moved)  # queued without blocking the host
     summed = torch.empty_like(tensor, pin_memory=True).copy_(moved, non_blocking=True)
     arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
@@ -154,10 +154,10 @@ def begin_sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> Callable
 
 
 def from_rank_0(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
-    """Return rank 0's value of something that JSON can hold. Collective: every rank must call this.
+    """Broadcast a JSON-serializable value from rank 0. Collective: every rank must call this.
 
     Args:
-        group: of all ranks; default: the default one.
+        group: group of all ranks. Default: the default group.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -171,15 +171,15 @@ def from_rank_0(value: Any, device: torch.device, group: dist.ProcessGroup | Non
     return json.loads(bytes(buffer.cpu().tolist()))
 
 
-def on_rank_0(act: Callable[[], Any], *, rank: int, device: torch.device) -> Any:
-    """Return on all ranks what rank 0 got, which JSON can hold, or raise on all what it raised of ours.
+def on_rank_0(function: Callable[[], Any], *, rank: int, device: torch.device) -> Any:
+    """Call a function on rank 0; return its JSON-serializable result, or raise its LockstepError, on all ranks.
 
     Collective: every rank must call this.
     """
     reply: dict[str, Any] = {}
     if rank == 0:
         try:
-            reply = {"value": act()}
+            reply = {"value": function()}
         except ConfigurationError as error:
             reply = {"problems": [vars(problem) for problem in error.problems]}
         except LockstepError as error:
@@ -188,34 +188,34 @@ def on_rank_0(act: Callable[[], Any], *, rank: int, device: torch.device) -> Any
     if "problems" in reply:
         raise ConfigurationError([Problem(**problem) for problem in reply["problems"]])
     if "error" in reply:
-        told = (CheckpointError, DivergenceError, PredictionError, RunFolderError)
-        raise {kind.__name__: kind for kind in told}.get(reply["error"], LockstepError)(reply["message"])
+        kinds = (CheckpointError, DivergenceError, PredictionError, RunFolderError)
+        raise {kind.__name__: kind for kind in kinds}.get(reply["error"], LockstepError)(reply["message"])
     return reply["value"]
 
 
 def gather_bytes(payload: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:
     """Return every rank's bytes, in rank order, on every rank. Collective: every rank must call this.
 
-    What is short travels with its length, in one message; the rest of what is not follows in a second.
+    Short payloads take one message, which also holds the length; the rest of longer ones follows in a second message.
 
     Args:
-        group: of all ranks; default: the default one.
+        group: group of all ranks. Default: the default group.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [payload]
     first = len(payload).to_bytes(_LENGTH, "little") + payload[: _SHORT - _LENGTH]
-    told = _gather(first, _SHORT, device, group)
-    lengths = [int.from_bytes(message[:_LENGTH], "little") for message in told]
-    parts = [message[_LENGTH : _LENGTH + length] for message, length in zip(told, lengths, strict=True)]
-    left = max(lengths) - (_SHORT - _LENGTH)
-    if left <= 0:
+    messages = _gather(first, _SHORT, device, group)
+    lengths = [int.from_bytes(message[:_LENGTH], "little") for message in messages]
+    parts = [message[_LENGTH : _LENGTH + length] for message, length in zip(messages, lengths, strict=True)]
+    remaining = max(lengths) - (_SHORT - _LENGTH)
+    if remaining <= 0:
         return parts
-    rests = _gather(payload[_SHORT - _LENGTH :], left, device, group)
+    rests = _gather(payload[_SHORT - _LENGTH :], remaining, device, group)
     return [(part + rest)[:length] for part, rest, length in zip(parts, rests, lengths, strict=True)]
 
 
 def _gather(message: bytes, size: int, device: torch.device, group: dist.ProcessGroup | None) -> list[bytes]:
-    """Return every rank's message, filled up to a size that is the same for all."""
+    """Return every rank's message, padded to ``size`` bytes."""
     own = torch.frombuffer(bytearray(message.ljust(size, b"\0")), dtype=torch.uint8).to(device)
     buffers = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(buffers, own, group=group)
@@ -223,7 +223,7 @@ def _gather(message: bytes, size: int, device: torch.device, group: dist.Process
 
 
 def gather_on_rank_0(payload: bytes, device: torch.device) -> list[bytes]:
-    """Return every rank's bytes, in rank order, on rank 0; nothing elsewhere. Collective: every rank must call this."""
+    """Return every rank's bytes, in rank order, on rank 0; an empty list elsewhere. Collective: every rank must call this."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [payload]
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -239,14 +239,14 @@ def gather_on_rank_0(payload: bytes, device: torch.device) -> list[bytes]:
 
 
 def sum_by_name(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Sum named numbers over all ranks, in rank order; a rank may lack names. Collective: every rank must call this."""
+    """Sum named numbers over all ranks, in rank order; ranks may lack names. Collective: every rank must call this."""
     return sum_in_order([json.loads(payload) for payload in gather_bytes(json.dumps(values).encode(), device)])
 
 
-def sum_in_order(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sum what ranks told by name, in their order."""
+def sum_in_order(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sum the named numbers of the ranks, in rank order."""
     total: dict[str, float] = {}
-    for values in told:
+    for values in numbers:
         for name, value in values.items():
             total[name] = total.get(name, 0.0) + value
     return total

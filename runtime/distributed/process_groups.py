@@ -1,9 +1,9 @@
-"""Several process groups in one life of the processes: each is joined under keys of its own.
+"""Allow several process groups in one process: each uses its own store prefix.
 
-Torch's ranks find each other through a store, in which each leaves its address under a name that is the same for every group.
-Processes that make a second group (a script that calls ``train`` and then ``evaluate``) would read the addresses of the first
-there, and wait for ranks that listen no more until the timeout (torch 2.13): always where a launch agent hosts the store, and
-where rank 0 does whenever another rank comes to it before it is closed. So the store is kept, and each group gets a prefix.
+Torch's ranks find each other through a store, where each writes its address under a key that is the same for every group. A
+second group (a script that calls ``train`` and then ``evaluate``) would read the addresses of the first one and wait for
+closed sockets until the timeout (torch 2.13): always if a launch agent hosts the store; if rank 0 does, whenever another rank
+connects before it is closed. So the store is kept, and each group gets a prefix.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from runtime import environment
 from runtime.distributed.network_interface import listening_socket
 
 _SCHEME = "lockstep"
-_stores: dict[tuple[str, int], tuple[Store, int, int]] = {}  # by address and port: as torch made it, for this rank
-_joined: dict[tuple[str, int], int] = {}
+_stores: dict[tuple[str, int], tuple[Store, int, int]] = {}  # by address and port: store, rank, world size
+_num_joined: dict[tuple[str, int], int] = {}
 
 
 @cache
 def init_method() -> str:
-    """Return what ``init_process_group`` takes as its ``init_method``: ``env://``, once for each group."""
-    register_rendezvous_handler(_SCHEME, _meet)  # type: ignore[no-untyped-call]
+    """Return the ``init_method`` for ``init_process_group``: like ``env://``, but for any number of groups."""
+    register_rendezvous_handler(_SCHEME, _handle_rendezvous)  # type: ignore[no-untyped-call]
     return f"{_SCHEME}://"
 
 
 def groups_joined() -> int:
-    """Return how many groups this process has joined through the present store; equal on all ranks."""
-    return _joined.get(environment.store_address(), 0)
+    """Return how many groups this process has joined through the current store; equal on all ranks."""
+    return _num_joined.get(environment.store_address(), 0)
 
 
-def _meet(url: str, timeout: timedelta, **more: Any) -> Iterator[tuple[Store, int, int]]:
-    """Serve torch as a rendezvous handler: yield the store, the rank and the world size, once."""
-    # Accelerate says rank and world size of processes on CPUs.
-    told = {key: int(values[0]) for key, values in parse_qs(urlsplit(url).query).items()}
+def _handle_rendezvous(url: str, timeout: timedelta, **more: Any) -> Iterator[tuple[Store, int, int]]:
+    """Rendezvous handler for torch: yield the store, the rank and the world size, once."""
+    # For processes on CPUs, Accelerate passes rank and world size.
+    passed = {key: int(values[0]) for key, values in parse_qs(urlsplit(url).query).items()}
     address = environment.store_address()
     if address not in _stores:
-        for kept in (_stores, _joined):
-            kept.clear()  # of a launch that is over
-        _stores[address] = _hosted(timeout, told) or next(rendezvous("env://", timeout=timeout, **told, **more))
+        for entries in (_stores, _num_joined):
+            entries.clear()  # left from an earlier launch
+        _stores[address] = _host_store(timeout, passed) or next(rendezvous("env://", timeout=timeout, **passed, **more))
     store, rank, world_size = _stores[address]
-    number = _joined[address] = groups_joined() + 1
+    number = _num_joined[address] = groups_joined() + 1
     yield PrefixStore(f"group-{number}", store), rank, world_size
 
 
-def _hosted(timeout: timedelta, told: dict[str, int]) -> tuple[Store, int, int] | None:
-    """Host the store at this rank's address alone; None where another process does, or torch is to do it."""
-    rank, world_size = told.get("rank", environment.rank()), told.get("world_size", environment.world_size())
+def _host_store(timeout: timedelta, passed: dict[str, int]) -> tuple[Store, int, int] | None:
+    """Host the store, only at this rank's address; return None if another process hosts it, or torch should."""
+    rank, world_size = passed.get("rank", environment.rank()), passed.get("world_size", environment.world_size())
     if rank != 0 or environment.agent_hosts_store():
         return None
     address, port = environment.store_address()

@@ -1,7 +1,6 @@
-"""What all ranks must agree on before the first step: configuration, code, versions, data, shapes; and the weights at a save.
+"""Consistency checks between ranks: configuration, code, versions, data and shapes before the first step; weights at a save.
 
-A rank that differs (another version on one host, a data set that another rank draws otherwise) would silently train a wrong
-model.
+A rank that differs (another version on one host, a data set in another order) would silently train a wrong model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from runtime.distributed.collectives import gather_bytes
 from runtime.errors import RanksDifferError
 
-_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compare(
@@ -28,16 +27,16 @@ def compare(
     """Compare facts with those of rank 0. Collective: every rank must call this.
 
     Args:
-        facts: name to anything that JSON can hold.
-        if_known: the same, compared only where both ranks have it.
-        host: of this rank, for the message.
+        facts: JSON-serializable values by name.
+        if_known: further facts, compared only if both ranks have them.
+        host: host of this rank, for the message.
 
     Raises:
-        RanksDifferError: naming the ranks that differ, and in what; on every rank alike.
+        RanksDifferError: names the ranks and the facts that differ; raised on every rank.
     """
     own = json.dumps([host, dict(facts), dict(if_known or {})], default=str).encode()
-    told = [json.loads(reply) for reply in gather_bytes(own, device)]
-    (first_host, first, first_known), others = told[0], told[1:]
+    gathered = [json.loads(payload) for payload in gather_bytes(own, device)]
+    (first_host, first, first_known), others = gathered[0], gathered[1:]
     differences = [
         f"rank {rank} (host {its_host}) has {name} {_shown(its.get(name))}, "
         f"rank 0 (host {first_host}) {_shown(there.get(name))}"
@@ -50,31 +49,32 @@ def compare(
         if its.get(name) != there.get(name)
     ]
     if differences:
-        raise RanksDifferError("the ranks would not train the same thing: " + "; ".join(differences))
+        raise RanksDifferError("the ranks differ: " + "; ".join(differences))
 
 
-def agreed(
-    known: Mapping[str, Mapping[str, str]],
+def common_digests(
+    digests: Mapping[str, Mapping[str, str]],
     *,
     may_differ: Collection[str] = (),
     host: str,
     device: torch.device,
     where: Callable[[str, str], str],
 ) -> dict[str, dict[str, str]]:
-    """Return what all ranks know of the data, which is the same for all. Collective: every rank must call this.
+    """Return the digests of the data that all ranks have, which must be equal. Collective: every rank must call this.
 
-    What a rank does not know (it could not read it, say) is left out.
+    Digests that a rank lacks (it could not read the data, for example) are left out.
 
     Args:
-        known: digests by part of the data, and by what was looked at.
-        may_differ: what is left out where ranks differ in it.
-        where: returns a description of a part of the data and of what was looked at.
+        digests: digests by part of the data and by property.
+        may_differ: properties that are left out if ranks differ in them.
+        host: host of this rank, for the message.
+        where: returns a description of a part of the data and a property.
 
     Raises:
-        RanksDifferError: naming what the ranks have otherwise than rank 0; on every rank alike.
+        RanksDifferError: names what differs from rank 0; raised on every rank.
     """
-    told = [json.loads(reply) for reply in gather_bytes(json.dumps([host, known]).encode(), device)]
-    (first_host, first), others = told[0], told[1:]
+    gathered = [json.loads(payload) for payload in gather_bytes(json.dumps([host, digests]).encode(), device)]
+    (first_host, first), others = gathered[0], gathered[1:]
     common = {
         part: {
             key: value
@@ -92,52 +92,52 @@ def agreed(
     ]
     if differences:
         raise RanksDifferError(
-            f"the ranks have different data: not what rank 0 (host {first_host}) has is {', '.join(differences)}. Hosts list "
-            "the files of a folder in different orders (sort what os.listdir, glob or iterdir gives), or one of them "
-            "has other files; what is drawn while the data set is built must come from Python's, NumPy's or torch's global "
-            "generator, which are seeded alike"
+            f"the ranks have other data than rank 0 (host {first_host}): {', '.join(differences)}. Hosts list the "
+            "files of a folder in different orders (sort the result of os.listdir, glob or iterdir), or one of them has "
+            "other files; random choices while the data set is built must use the global generators of Python, NumPy or "
+            "torch, which are seeded equally on all ranks"
         )
     return common
 
 
 def shapes(module: nn.Module) -> str:
-    """Return a digest of the names, shapes and types of all parameters and buffers, and of the names of extra state."""
-    listed = [
+    """Return a digest of the names, shapes and dtypes of all parameters and buffers, and of the names of extra state."""
+    entries = [
         (name, tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else (name, type(value).__name__)
         for name, value in module.state_dict().items()
     ]
-    return sha256(repr(listed).encode()).hexdigest()[:12]
+    return sha256(repr(entries).encode()).hexdigest()[:12]
 
 
 def compare_values(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Compare tensors that all ranks hold alike, bit for bit but for their order. Collective: every rank must call this.
+    """Compare replicated tensors by sums of their bits, which ignore the order. Collective: every rank must call this.
 
-    One pass over them, on their device, and one message of 16 bytes each.
+    One pass over the tensors, on their device, and one message of 16 bytes per tensor.
 
     Raises:
-        RanksDifferError: naming those that differ; on every rank alike.
+        RanksDifferError: names the tensors that differ; raised on every rank.
     """
     sums = torch.stack([_sum_of_bits(tensor).to(device) for tensor in tensors.values()])
-    largest = torch.cat([sums, -sums])  # the largest and, below zero, the smallest are the same where all are
+    largest = torch.cat([sums, -sums])  # max(x) == -max(-x) only if all are equal
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     most, least = largest.cpu().chunk(2)
     differing = [name for name, differs in zip(tensors, (most != -least).tolist(), strict=True) if differs]
     if differing:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise RanksDifferError(
-            f"{', '.join(differing[:4])}{more}: not the same on all ranks, so nothing was saved. Gradients are, so something "
-            "else wrote to them: a forward pass that changes weights, or an optimizer whose steps draw from a generator of "
-            "their own or ask for their rank. Training with one process is not affected"
+            f"{', '.join(differing[:4])}{more}: not the same on all ranks, so nothing was saved. Gradients are equal, so "
+            "something else changed them: a forward pass that writes to weights, or an optimizer that uses its own random "
+            "generator or the rank. Training with one process is not affected"
         )
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return real.view(_OF_SIZE[real.itemsize]).sum(dtype=torch.int64)
+    return real.view(_INTEGERS[real.itemsize]).sum(dtype=torch.int64)
 
 
 def code_digest(folder: Path) -> str:
-    """Return a digest of the Python files directly within a folder, the user's own modules."""
+    """Return a digest of the Python files directly within a folder: the user's modules."""
     digest = sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -237,7 +237,7 @@ class Run:
 
     def _close(self, reason: StopReason) -> RunResult:
         stop_request = self._services.stop_request
-        stop_request.moved()
+        stop_request.restart_grace_time()
         self._folder.finish_saving()
         end_training(self._state.optimizer)
         if reason is StopReason.STOP_REQUEST:

@@ -186,7 +186,7 @@ class Trainer:
         self._saver.prepare()
         best, leaving = self._saver.is_best(), reason is not None and reason.before_limit
         if leaving or best or self._triggers.is_due(self._save_every, window):
-            self._services.stop_request.moved()  # a save has a grace time of its own
+            self._services.stop_request.restart_grace_time()  # a save has a grace time of its own
             self._meter.pause()
             self._saver.save()
             self._saver.prove_first(window, leaving=leaving)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launch.cluster_scheduler import ClusterScheduler, JobIdentity, QueuedJob
-from launch.options import add_job_options, checked, described, variables
-from launch.submission_folder import SCRIPT, SECRETS, new_folder, settled, write
+from launch.options import add_job_options, job_spec, load_checked, variables
+from launch.submission_folder import SCRIPT, SECRETS, absolute_paths, new_folder, write
 from runtime.arguments import count
 from runtime.environment import whole_number
 
@@ -23,7 +23,7 @@ class Pbs(ClusterScheduler):
 
     name = "pbs"
     title = "PBS"
-    description = "Submit a run to PBS. A job that is preempted, or loses a machine, goes back to the queue."
+    description = "Submit a run to PBS. A job that is preempted, or loses a machine, is requeued."
     queue_command = "qstat"
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
@@ -32,11 +32,13 @@ class Pbs(ClusterScheduler):
         parser.add_argument("--cpus-per-process", metavar="N", type=count, default=1, help="cores of each process")
 
     def submit(self, options: argparse.Namespace) -> int:
-        loaded, given = checked(options), variables(options.env)
-        job = described(loaded, options, given)
+        loaded, given = load_checked(options), variables(options.env)
+        job = job_spec(loaded, options, given)
         assert job.run_folder is not None
         folder = new_folder(job.run_folder)
-        job = replace(job, config=folder / options.config.name, overrides=[*job.overrides, *settled(loaded, folder)])
+        job = replace(
+            job, config=folder / options.config.name, overrides=[*job.overrides, *absolute_paths(loaded, folder)]
+        )
         text = script(
             job,
             python=sys.executable,
