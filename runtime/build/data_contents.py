@@ -100,7 +100,7 @@ def contents_of(
                 known[name]["held out"] = digest(samples.source.ids)
             fault = next((one.memory for one in found.values() if one.memory), "")
             if fault:
-                at_fault = "the transform" if "what the data set holds" in fault else "the data set"
+                at_fault = "the transform" if "held by the data set" in fault else "the data set"
                 memory[name] = f"{samples.name_of(at_fault)} ({at_fault}) {fault}"
             stage = next((one.differs for one in found.values() if one.differs is not None), None)
         else:
