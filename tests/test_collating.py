@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from runtime.data.collating import PaddingCollate
+from runtime.data.collating import Padded
 from runtime.data.transforms import Augment
 from runtime.errors import DataError
 
@@ -21,9 +21,9 @@ SEQUENCES = [torch.arange(1, n + 1) for n in (3, 5, 1)]
 
 def test_padding_is_torchs() -> None:
     expected = pad_sequence(SEQUENCES, batch_first=True, padding_value=-7)
-    assert PaddingCollate(-7)(SEQUENCES).equal(expected)
+    assert Padded(-7)(SEQUENCES).equal(expected)
     matrices = [torch.randn(n, 4, 2) for n in (3, 5, 1)]
-    assert PaddingCollate(0)(matrices).equal(pad_sequence(matrices, batch_first=True))
+    assert Padded(0)(matrices).equal(pad_sequence(matrices, batch_first=True))
 
 
 def test_nested_samples_masks_lengths_and_values() -> None:
@@ -31,7 +31,7 @@ def test_nested_samples_masks_lengths_and_values() -> None:
         {"inputs": {"tokens": s, "segment": s.tolist()}, "target": (s * 2).numpy(), "size": len(s), "id": f"n{len(s)}"}
         for s in SEQUENCES
     ]
-    collate = PaddingCollate(
+    collate = Padded(
         parts={"inputs.tokens": 0, "inputs.segment": 9, "target": -100}, multiple_of=4, mask="mask", lengths="length"
     )
     batch = collate(samples)
@@ -47,33 +47,33 @@ def test_nested_samples_masks_lengths_and_values() -> None:
 def test_tuples_keep_their_type_and_get_further_parts_at_the_end() -> None:
     pair = namedtuple("pair", ["tokens", "label"])
     samples = [(s, torch.tensor(len(s))) for s in SEQUENCES]
-    tokens, label, mask, length = PaddingCollate(0, parts=[0], mask="m", lengths="l")(samples)
+    tokens, label, mask, length = Padded(0, parts=[0], mask="m", lengths="l")(samples)
     assert (tokens.shape, label.tolist(), mask.sum().item(), length.tolist()) == ((3, 5), [3, 5, 1], 9, [3, 5, 1])
-    named = PaddingCollate(0)([pair(s, 1) for s in SEQUENCES])
+    named = Padded(0)([pair(s, 1) for s in SEQUENCES])
     assert isinstance(named, pair)
     assert named.label.tolist() == [1, 1, 1]
 
 
 def test_parts_of_equal_length_are_padded_only_where_they_are_sequences() -> None:
     samples = [{"tokens": torch.ones(3), "features": torch.ones(3)} for _ in range(2)]
-    batch = PaddingCollate(0, parts=["tokens"], multiple_of=8)(samples)
+    batch = Padded(0, parts=["tokens"], multiple_of=8)(samples)
     assert (batch["tokens"].shape, batch["features"].shape) == ((2, 8), (2, 3))
 
 
 @pytest.mark.parametrize(
     ("make", "samples", "words"),
     [
-        (lambda: PaddingCollate(0, multiple_of=8), [], "need 'parts'"),
-        (lambda: PaddingCollate(0, parts=["tokns"]), [{"tokens": torch.ones(2)}], "did you mean 'tokens'"),
+        (lambda: Padded(0, multiple_of=8), [], "need 'parts'"),
+        (lambda: Padded(0, parts=["tokns"]), [{"tokens": torch.ones(2)}], "did you mean 'tokens'"),
         (
-            lambda: PaddingCollate(0, parts=["a"]),
+            lambda: Padded(0, parts=["a"]),
             [{"a": torch.ones(2), "b": torch.ones(n)} for n in (1, 2)],
             "'b' differs",
         ),
-        (PaddingCollate, [{"a": 1}, {"b": 1}], "differ in their keys"),
-        (PaddingCollate, [(1,), (1, 2)], "number of parts"),
-        (PaddingCollate, [torch.ones(2, 3), torch.ones(3, 4)], "all but its first axis"),
-        (lambda: PaddingCollate(parts=["a"], mask="a"), [{"a": torch.ones(2)}], "choose another name"),
+        (Padded, [{"a": 1}, {"b": 1}], "differ in their keys"),
+        (Padded, [(1,), (1, 2)], "number of parts"),
+        (Padded, [torch.ones(2, 3), torch.ones(3, 4)], "all but its first axis"),
+        (lambda: Padded(parts=["a"], mask="a"), [{"a": torch.ones(2)}], "choose another name"),
     ],
 )
 def test_what_cannot_be_padded_is_told(make: Any, samples: list[Any], words: str) -> None:

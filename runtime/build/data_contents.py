@@ -100,8 +100,7 @@ def contents_of(
                 known[name]["held out"] = digest(samples.source.ids)
             fault = next((result.memory for result in probes.values() if result.memory), "")
             if fault:
-                at_fault = "the data set" if "one buffer" in fault else "the transform"
-                memory[name] = f"{samples.name_of(at_fault)} ({at_fault}) {fault}"
+                memory[name] = fault
             stage = next((result.differs for result in probes.values() if result.differs is not None), None)
         else:
             first = probe_stream(samples, times=1 if stored is not None else 2, make_loader=read_apart)

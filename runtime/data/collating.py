@@ -17,7 +17,7 @@ from runtime.wording import did_you_mean
 Name = str | int
 
 
-class PaddingCollate:
+class Padded:
     """Collate samples, padding parts that vary along their first axis to the longest in the microbatch.
 
     Samples are tensors, arrays, numbers or lists of numbers, in arbitrarily nested mappings and tuples; parts that do not

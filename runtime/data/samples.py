@@ -113,7 +113,7 @@ class Samples(Dataset[Any]):
             return SampleFailure(f"reading sample {number} raised {described(error)}")
 
     def memory_fault(self, index: SlotIndex, other: int) -> str:
-        """Describe how samples read one by one overwrite each other; empty if they do not.
+        """Name the data set or transform that overwrites samples that are read one by one, and say how; empty if none does.
 
         Args:
             index: of one sample.
@@ -128,7 +128,8 @@ class Samples(Dataset[Any]):
             second = self.source[other]
             if digest(first) != before and digest(second) != before:
                 return (
-                    "reuses one buffer for all samples, so that all samples of a batch are the last one: return a copy"
+                    f"{self.name_of('the data set')} (the data set) reuses one buffer for all samples, so that all samples of a "
+                    "batch are the last one: return a copy"
                 )
             if self._transform is None:
                 return ""
@@ -137,7 +138,8 @@ class Samples(Dataset[Any]):
             self._transform(changed)
             if digest(held) != before:
                 return (
-                    "modifies samples held by the data set, so that each epoch modifies them again: return a new sample"
+                    f"{self.name_of('the transform')} (the transform) modifies samples held by the data set, so that each epoch "
+                    "modifies them again: return a new sample"
                 )
         return ""
 
