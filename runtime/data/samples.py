@@ -128,8 +128,8 @@ class Samples(Dataset[Any]):
             second = self.source[other]
             if digest(first) != before and digest(second) != before:
                 return (
-                    f"{self.name_of('the data set')} (the data set) reuses one buffer for all samples, so that all samples of a "
-                    "batch are the last one: return a copy"
+                    f"{self.name_of('the data set')} (the data set) reuses one buffer for all samples, so that all samples of "
+                    "a batch are the last one: return a copy"
                 )
             if self._transform is None:
                 return ""
@@ -138,8 +138,8 @@ class Samples(Dataset[Any]):
             self._transform(changed)
             if digest(held) != before:
                 return (
-                    f"{self.name_of('the transform')} (the transform) modifies samples held by the data set, so that each epoch "
-                    "modifies them again: return a new sample"
+                    f"{self.name_of('the transform')} (the transform) modifies samples held by the data set, so that each "
+                    "epoch modifies them again: return a new sample"
                 )
         return ""
 
