@@ -315,7 +315,7 @@ def test_a_batch_without_any_counted_target_is_left_out() -> None:
     ("metrics", "changes", "words"),
     [
         ({"m": "RetrievalMRR"}, {"data.fields.group": None}, "evaluation.metrics.m: RetrievalMRR .* data.fields.group"),
-        ({"m": "KLDivergence"}, {}, r"evaluation.metrics.m.target: KLDivergence.update\(p, q\) is not"),
+        ({"m": "KLDivergence"}, {}, r"evaluation.metrics.m.target: KLDivergence.update\(p, q\) must be"),
         ({"m": metric("RunningMean")}, {}, "RunningMean works on single updates"),
         ({"m": metric("Accuracy", **MANY)}, {"evaluation.class_names": ["a", "b"]}, "2 names, but the metrics have 5"),
         ({"m": "MeanSquaredError"}, {"evaluation.class_names": ["a", "b"]}, "2 names, but the metrics have no classes"),
