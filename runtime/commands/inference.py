@@ -12,7 +12,7 @@ DESCRIPTIONS = {
     "evaluate": "Evaluate a checkpoint of a run, exactly: every sample once, on any number of processes.",
     "predict": "Write a checkpoint's predictions to a file, in the order of the data set, each sample once.",
 }
-_EXIT_CODES = "exit code: 0 done; 75 interrupted; no output was written, rerun the command; 2 configuration; 1 failure"
+_EXIT_CODES = "exit code: 0 done; 75 interrupted, no output was written (rerun the command); 2 configuration; 1 failure"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
