@@ -334,7 +334,7 @@ def test_batch_norms_that_are_called_twice_or_never_are_torchs(
 @pytest.mark.parametrize(
     ("averaging", "key", "words"),
     [
-        ("{kind: swa}", "averaging.start", "from when on"),
+        ("{kind: swa}", "averaging.start", "set when averaging starts"),
         ("{kind: swa, start: 1 epoch, decay: 0.9}", "averaging.decay", "belongs to kind: ema"),
         ("{kind: swa, start: 1 epoch, anneal: {epochs: 3}}", "averaging.anneal", "no 'learning_rate'"),
         ("{learning_rate: 0.1}", "averaging.learning_rate", "belongs to kind: swa"),

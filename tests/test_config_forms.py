@@ -332,7 +332,7 @@ def test_the_run_folder_may_have_any_key_in_its_name(template: str, folder: str)
         ("runs/{}", ["no such key"]),
         ("", ["is empty"]),
         ("  ", ["is empty"]),
-        ("/", ["the root of all files"]),
+        ("/", ["the root directory"]),
     ],
 )
 def test_a_name_that_cannot_be_filled_in_is_refused_with_its_line(

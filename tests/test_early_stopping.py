@@ -162,7 +162,7 @@ def test_an_interrupted_run_ends_at_the_same_step_bit_for_bit(
                 "limit": {"steps": 1, "early_stopping": {"metric": "loss", "mode": "min"}},
                 "checkpoint": {"best": [{"metric": "loss", "mode": "max"}]},
             },
-            "checkpoint.best.0.metric: 'loss' is judged twice",
+            "checkpoint.best.0.metric: 'loss' is given twice",
         ),
     ],
 )

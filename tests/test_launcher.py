@@ -235,4 +235,4 @@ def test_accelerate_launchs_configuration_file_is_heard(tmp_path: Path) -> None:
         check=False,
     )
     assert f"{tmp_path / 'config.yaml'}" in done.stderr
-    assert "is 'fp32', and ACCELERATE_MIXED_PRECISION" in done.stderr
+    assert "is 'fp32', but ACCELERATE_MIXED_PRECISION" in done.stderr

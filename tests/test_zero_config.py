@@ -131,7 +131,12 @@ def test_a_file_that_says_the_same_is_taken(tmp_path: Path) -> None:
         ("{zero_optimization: {stage: 2}}", "extra.zero_optimization.stage", "run.yaml:14", "3"),
         ("{optimizer: {type: Lamb}}", "extra.optimizer.type", "run.yaml:7", "AdamW"),
         ("{optimizer: {params: {lr: 0.1}}}", "extra.optimizer.params.lr", "run.yaml:8", "0.001"),
-        ("{optimizer: {params: {betas: [0.9, 0.95]}}}", "extra.optimizer.params.betas", "run.yaml:8", "nothing"),
+        (
+            "{optimizer: {params: {betas: [0.9, 0.95]}}}",
+            "extra.optimizer.params.betas",
+            "run.yaml:8",
+            "does not set it",
+        ),
     ],
 )
 def test_a_contradiction_is_told_with_both_places(
@@ -197,11 +202,11 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     ("override", "key", "said"),
     [
         ("strategy.zero.stage=0", "strategy.zero.stage", "use strategy.kind: ddp"),
-        ("strategy.zero.stage=4", "strategy.zero.stage", "take 1, 2 or 3"),
+        ("strategy.zero.stage=4", "strategy.zero.stage", "use 1, 2 or 3"),
         ("strategy.zero.offload_optimizer=nvme", "strategy.zero.offload_optimizer.path", "needs the folder"),
         ("strategy.zero.offload_optimizer={device: cpu, path: /x}", "strategy.zero.offload_optimizer.path", "nvme"),
         ("optimizer.target=Muon", "optimizer.target", "whole matrices"),
-        ("optimizer.target=Adagrad", "optimizer.target", "anew"),
+        ("optimizer.target=Adagrad", "optimizer.target", "rebuilds Adagrad"),
         ("batch.micro_size=auto", "batch.micro_size", "give a number"),
         ("compile={blocks: [Block]}", "compile", "stage 3"),
         ("batch_norm=sync", "batch_norm", "needs strategy.kind: ddp"),

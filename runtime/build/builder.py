@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Builder:
-    """Builds the parts of one run. Models, optimizers and metrics are built anew by each call; data sets are built once.
+    """Builds the parts of one run. Each call builds a new model, optimizer or metric; data sets are built once.
 
     Args:
         loaded: the checked configuration.

@@ -285,7 +285,7 @@ class RunConfiguration(Section):
                 "'loss' is reserved for the objective; choose another name",
             ),
             *(
-                (True, f"evaluation.metrics.{name}", "a loss of the objective has this name; choose another")
+                (True, f"evaluation.metrics.{name}", "a loss of the objective has this name; choose another name")
                 for name in self.evaluation.metrics
                 if name in self.objective.losses
             ),
