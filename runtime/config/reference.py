@@ -112,7 +112,7 @@ def _text(section: _Section) -> str:
     if first == _COMPONENTS:
         return (
             "The type *component*: a class or function of torch, torchmetrics, Lockstep or your own, and the arguments it is "
-            "called with. The target may be written alone: `collate: PaddingCollate`."
+            "called with. The target may be written alone: `collate: Padded`."
         )
     text = _plain(section.schema.get("description", ""), joined=False)
     if others:

@@ -6,7 +6,7 @@ old and the new value. The others are marked ``free``. ``file.py`` reads a file 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from runtime.config import yielded_batches
 from runtime.config.data import BatchSection, DataSection, SplitSection
 from runtime.config.learning import AveragingSection, ModelSection, ObjectiveSection, OptimizerSection, ScheduleSection
 from runtime.config.reporting import ReportingSection
+from runtime.config.sharding_rules import sharding_rules
 from runtime.config.signatures import class_name
 from runtime.config.strategy import CompileSection, StrategySection
 from runtime.config.types import (
@@ -306,7 +307,7 @@ class RunConfiguration(Section):
                 )
                 for number, best in enumerate(self.checkpoint.best)
             ),
-            *self._sharding_rules(),
+            *sharding_rules(self),
             *yielded_batches.rules(self.data, self.batch, self.prediction.data, micro_size=self.evaluation.micro_size),
             (
                 self.checkpoint.best and not validated,
@@ -356,42 +357,6 @@ class RunConfiguration(Section):
         """Return the names of results that the best checkpoints, early stopping and the schedule depend on."""
         monitor = self.schedule.monitor if self.schedule is not None else None
         return [*(best.metric for best in self.best), *([monitor] if monitor is not None else [])]
-
-    def _sharding_rules(self) -> list[tuple[Any, str, str]]:
-        """Return the restrictions of a sharded model."""
-        kind, mixed = self.strategy.kind, self.strategy.fsdp.mixed_precision
-        if kind == "ddp":
-            return []
-        targets = [self.optimizer.target, *(group.target for group in self.optimizer.groups)]
-        factored = [target for target in targets if class_name(target) == "Adafactor"]
-        return [
-            (
-                self.batch.micro_size == "auto",
-                "batch.micro_size",
-                f"auto tries sizes on each rank independently, which does not work with kind: {kind}; give a number",
-            ),
-            (
-                self.compile is not None and not self.compile.blocks,
-                "compile.blocks",
-                f"with strategy.kind: {kind} blocks are compiled separately: give their classes",
-            ),
-            (self.batch_norm == "sync", "batch_norm", f"sync needs strategy.kind: ddp, not {kind}"),
-            (
-                self.model.unfreeze,
-                "model.unfreeze",
-                f"with strategy.kind: {kind} the trained parameters are fixed at the start; use ddp, or two runs",
-            ),
-            (
-                factored,
-                "optimizer.target",
-                f"Adafactor keeps sums over rows and columns, which strategy.kind: {kind} cannot shard; use AdamW, or ddp",
-            ),
-            (
-                mixed is not None and mixed.parameters != self.precision,
-                "strategy.fsdp.mixed_precision.parameters",
-                f"must be that of precision ({self.precision})",
-            ),
-        ]
 
     def _one_rate_for_all(self) -> bool:
         """Return whether the schedule would overwrite rates that differ between groups."""
