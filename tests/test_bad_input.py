@@ -528,7 +528,7 @@ def test_a_run_folder_that_cannot_be_made_is_told(config: Path, told: Told) -> N
     for output in ("file", "file/run"):
         message = told(launched_train, config, f"output={config.parent / output}", code=1)
         assert str(config.parent / output) in message
-        assert "cannot be made" in message
+        assert "cannot create the run folder" in message
 
 
 @single

@@ -213,7 +213,7 @@ def test_data_of_the_same_length_and_other_content_does_not_resume(tmp_path: Pat
     config = run(tmp_path / "run", train, **validation)
     observe_stopping(config, 1)
     (tmp_path / ("train.txt" if part == "train" else "validation-0.txt")).write_text(" ".join("1" * 40))
-    with pytest.raises(LockstepError, match=rf"data\.{part}: sample 0 and sample 20 .* changed under the run"):
+    with pytest.raises(LockstepError, match=rf"data\.{part}: sample 0 and sample 20 changed since the first start"):
         observe(config)
     assert observe({**config, "resume": {"allow_changes": [f"data.{part}"]}})["step"] == 2
 
@@ -225,7 +225,7 @@ def test_a_sampler_that_draws_otherwise_after_a_restart_does_not_resume(tmp_path
     observe_stopping(config, 1)
     (tmp_path / "order").write_text("2")
     message = failure(config)
-    assert "data.sampler: what is drawn for the first epoch is not what it was" in message
+    assert "data.sampler: what is drawn for the first epoch changed since the first start" in message
     assert observe({**config, "resume": {"allow_changes": ["data.sampler"]}})["step"] == 2
 
 

@@ -11,7 +11,7 @@ from runtime.build.preparation import tell_of_component
 from runtime.build.trackers import open_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
 from runtime.checkpoints.run_folder import ResumePoint, RunFolder
-from runtime.checkpoints.run_state import cursor_on_resumption, refuse_misfit
+from runtime.checkpoints.run_state import check_training_state, cursor_on_resumption
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
 from runtime.code_digests import changes_of, explained_by, warning_of
@@ -112,7 +112,7 @@ class Run:
     def _read(self, found: ResumePoint) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a checkpoint's state, of tensors no more than this rank will need."""
         model, training = open_state(found.path) if self._strategy.sharded else load_state(found.path)
-        refuse_misfit(training, found.path.name)
+        check_training_state(training, found.path.name)
         values, folder = self._values, self._loaded.output
         training["progress"]["cursor"] = cursor_on_resumption(
             training, values.batch.global_size, values.data, allowed=values.resume.allow_changes, folder=folder
