@@ -42,11 +42,11 @@ def _train(source: str, overrides: Sequence[str]) -> int:
 def _examine(source: str, overrides: Sequence[str]) -> int:
     from runtime import session
 
-    examined = session.examine(source, *overrides)
+    diagnosis = session.examine(source, *overrides)
     if environment.rank() == 0:
         from runtime.run.diagnosis import table
 
-        print(table(examined), flush=True)
+        print(table(diagnosis), flush=True)
     return 0
 
 

@@ -184,9 +184,9 @@ def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Diagnosi
     def act(processes: ProcessContext) -> Diagnosis:
         from runtime.run.diagnosis import examine as examine_ranks
 
-        examined = examine_ranks(loaded, processes.strategy)
+        diagnosis = examine_ranks(loaded, processes.strategy)
         processes.strategy.barrier()
-        return examined
+        return diagnosis
 
     world_size = loaded.values.strategy.world_size
     return _run_command(loaded, act, outcome_file=environment.outcome_file(), world_size=world_size)

@@ -131,7 +131,7 @@ def test_looking_at_samples_changes_nothing(tmp_path: Path) -> None:
     ("section", "words"),
     [
         ({"sampler": "torch.utils.data:DistributedSampler"}, ["data.sampler", "DistributedSampler", "48 of 96"]),
-        ({"sampler": "tiny_untrusted:ByRank"}, ["data.sampler", "ByRank draws other samples on each rank"]),
+        ({"sampler": "tiny_untrusted:ByRank"}, ["data.sampler", "ByRank draws different samples on each rank"]),
         ({"sampler": "tiny_untrusted:FromSystem"}, ["data.sampler", "FromSystem", "drawn again"]),
         (
             {"weights": {"values": "tiny_untrusted:weights_of_rank"}},
@@ -172,7 +172,7 @@ def as_target(section: dict[str, str]) -> dict[str, Any]:
             ["data.batch_sampler", "DistributedSampler"],
         ),
         ({"batch_sampler": source("OwnBatches", args={"kind": "own"})}, ["data.batch_sampler", "drawn again"]),
-        ({"sampler": source("Counting")}, ["data.sampler", "Counting", "no count of its own"]),
+        ({"sampler": source("Counting")}, ["data.sampler", "Counting", "no counter in the sampler"]),
         ({"sampler": {"target": "RandomSampler"}}, ["trained"]),
         ({"sampler": source("DrawsNothing")}, ["data.train", "DrawsNothing draws no samples"]),
         ({"sampler": {"target": "SubsetRandomSampler", "args": {"indices": list(range(5, 53))}}}, ["trained"]),

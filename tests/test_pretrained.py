@@ -147,7 +147,9 @@ def test_a_new_head_is_ignored_and_all_else_is_told(tmp_path: Path) -> None:
     del state["first.bias"]
     file = tmp_path / "weights.safetensors"
     save_file(state, file)
-    with pytest.raises(ConfigurationError, match=r"model.weights.ignore: .*head.weight has shape 7 x 24, in the model 3 x 24"):
+    with pytest.raises(
+        ConfigurationError, match=r"model.weights.ignore: .*head.weight has shape 7 x 24, in the model 3 x 24"
+    ):
         loaded_into(str(file))
     _, fresh = built(fine_tuning(tmp_path, None))
     report, model = loaded_into({"file": str(file), "ignore": ["head.*"]})

@@ -114,7 +114,7 @@ class RunState:
             self.early_stopping.load_state_dict(training["early_stopping"])
         self.progress.load_state_dict(training["progress"])
 
-    def follow(self, rollbacks: Iterable[Rollback]) -> None:
+    def apply_rollbacks(self, rollbacks: Iterable[Rollback]) -> None:
         """Apply rollbacks that were recorded after this state was saved: attempt, skipped batches, learning rate."""
         for rollback in rollbacks:
             self.progress.attempt = rollback.attempt

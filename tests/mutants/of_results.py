@@ -53,8 +53,8 @@ MUTANTS = (
     Mutant(
         "checkpoint: what a rollback abandoned is read again",
         _CHECKPOINT,
-        "listed(self.folder, self.attempts) if not abandoned)",
-        "listed(self.folder, self.attempts))",
+        "listed(self.folder, self.rollback_history) if not abandoned)",
+        "listed(self.folder, self.rollback_history))",
         ("tests/test_saving.py::test_abandoned_checkpoints_are_not_read_and_go_with_the_next_save",),
     ),
     Mutant(
