@@ -45,7 +45,7 @@ class Evaluations:
         self._validation = build_evaluator(builder, strategy, "validation", slots=slots, closing=closing)
         self._test = build_evaluator(builder, strategy, "test", slots=slots)
         self._weights = build_averaged_evaluation(
-            builder, prepared, strategy, closing=closing, enter=self._statistics_go_on, tell=services.reporter.message
+            builder, prepared, strategy, closing=closing, enter=self._report_alive, tell=services.reporter.message
         )
         self.results: dict[str, Result] = {}
         self.judged = True
@@ -140,9 +140,6 @@ class Evaluations:
             return self._weights.evaluate(
                 evaluator, self._progress, extra=not judged, last=self._triggers.over, stop_requested=before_round
             )
-
-    def _statistics_go_on(self) -> None:
-        self._report_alive()
 
     def _report_alive(self) -> None:
         self._services.times.enter("evaluate", self._progress.step)  # an evaluation may take long

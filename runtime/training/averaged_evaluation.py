@@ -21,7 +21,7 @@ class AveragedEvaluation:
         wanted: whether to evaluate the average.
         may_end: whether any evaluation may be the run's last (early stopping).
         statistics: computes the average's BatchNorm statistics; None if it needs none.
-        tell: called once, with a message naming the step from which on the average is evaluated.
+        log: called once, with a message naming the step from which on the average is evaluated.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class AveragedEvaluation:
         wanted: bool,
         may_end: bool,
         statistics: BatchStatistics | None,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._average = average
         self._wanted, self._may_end = wanted, may_end
         self._statistics = statistics
-        self._tell: Callable[[str], None] | None = tell
+        self._log: Callable[[str], None] | None = log
 
     def evaluate(
         self,
@@ -72,9 +72,9 @@ class AveragedEvaluation:
             return {}
         if not self._wanted:
             return evaluator.evaluate(stop_requested)
-        if self._tell is not None:
-            self._tell(f"From step {progress.step} on the averaged weights are evaluated.")
-            self._tell = None
+        if self._log is not None:
+            self._log(f"From step {progress.step} on the averaged weights are evaluated.")
+            self._log = None
         with average.swapped_in():
             return evaluator.evaluate(stop_requested)
 

@@ -43,7 +43,7 @@ class Divergence:
     Args:
         section: the configuration's section.
         sum_over_ranks: sums one number over the ranks; called if spike detection is on. Collective.
-        tell: called with a message about each skipped update.
+        warn: called with a message about each skipped update.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Divergence:
         section: DivergenceSection,
         *,
         sum_over_ranks: Callable[[float], float],
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self._section = section
         self._sum_over_ranks = sum_over_ranks
-        self._tell = tell
+        self._warn = warn
         self._losses: list[float] = []
         self._skips: list[int] = []  # the latest consecutive skipped steps
 
@@ -107,7 +107,7 @@ class Divergence:
             raise DivergenceError(
                 f"{where}; {section.max_skips} updates in a row have been skipped before it (divergence.max_skips). {_ADVICE}"
             )
-        self._tell(f"{where}; the update is skipped")
+        self._warn(f"{where}; the update is skipped")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recent losses and the latest consecutive skipped steps."""
