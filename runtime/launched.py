@@ -1,4 +1,4 @@
-"""The commands as one of the launched processes runs them: arguments in, one message and an exit code out."""
+"""The commands that run in each launched process: parse arguments, run, print one error message, return an exit code."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _USAGE = "usage: accelerate launch runtime/{}.py CONFIG [key.path=value …]"
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Run a command as one of the launched processes.
+    """Run a command in a launched process.
 
     Args:
         command: ``train``, ``doctor``, ``evaluate`` or ``predict``.
-        arguments: those that follow it on the command line.
+        arguments: the command's arguments.
 
     Returns:
-        The exit code: 0 finished (or, of ``train``, stopped), 75 stopped, 2 configuration, 1 failure; ``accelerate launch``
-        makes 1 of all but 0.
+        The exit code: 0 finished (``train``: or stopped), 75 stopped, 2 configuration error, 1 failure; ``accelerate
+        launch`` turns all but 0 into 1.
     """
     if command in DESCRIPTIONS:
         return _infer(command, arguments)
@@ -42,32 +42,32 @@ def _train(source: str, overrides: Sequence[str]) -> int:
 def _examine(source: str, overrides: Sequence[str]) -> int:
     from runtime import session
 
-    examined = session.examine(source, *overrides)
+    diagnosis = session.examine(source, *overrides)
     if environment.rank() == 0:
         from runtime.run.diagnosis import table
 
-        print(table(examined), flush=True)
+        print(table(diagnosis), flush=True)
     return 0
 
 
 def _with_config(name: str, arguments: Sequence[str], act: Callable[[str, Sequence[str]], int]) -> int:
-    """Call what an entry point is for with CONFIG and overrides; tell what is wrong with them, or with the launch."""
-    given = without_local_rank(arguments)
-    if _has_no_config(given):
-        return _usage(name, given)
+    """Call a command's function with CONFIG and overrides; print errors in these or in the launch."""
+    words = without_local_rank(arguments)
+    if _has_no_config(words):
+        return _usage(name, words)
     try:
-        given = with_flags_as_overrides(given)
-        if strange := next((word for word in given if word.startswith("-")), None):
-            print(f"lockstep: unrecognized argument: {strange}\n{_USAGE.format(name)}", file=sys.stderr)
+        words = with_flags_as_overrides(words)
+        if unknown := next((word for word in words if word.startswith("-")), None):
+            print(f"lockstep: unrecognized argument: {unknown}\n{_USAGE.format(name)}", file=sys.stderr)
             return 2
         environment.check_launched_world_size()  # before torch is imported, which takes seconds
-        return act(given[0], given[1:])
+        return act(words[0], words[1:])
     except LockstepError as error:
         return print_error(error)
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:
-    """Leave out what the launchers of other libraries add: LOCAL_RANK says the same."""
+    """Drop the ``--local-rank`` that other libraries' launchers add: LOCAL_RANK holds the same."""
     return [argument for argument in arguments if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
 
 
@@ -77,12 +77,12 @@ def _has_no_config(arguments: Sequence[str]) -> bool:
 
 
 def _usage(act: str, arguments: Sequence[str]) -> int:
-    """Say how it is called; on rank 0 alone, where several processes were started without a CONFIG."""
-    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    """Print the usage, on rank 0 only."""
+    help_requested = bool(arguments) and arguments[0] in ("-h", "--help")
     if environment.rank() == 0:
-        missing = "" if asked else "lockstep: CONFIG is missing: name the run's YAML file\n"
+        missing = "" if help_requested else "lockstep: CONFIG is missing: name the run's YAML file\n"
         print(f"{missing}{_USAGE.format(act)}", file=sys.stderr)
-    return 0 if asked else 2
+    return 0 if help_requested else 2
 
 
 def _infer(act: str, arguments: Sequence[str]) -> int:
@@ -93,9 +93,9 @@ def _infer(act: str, arguments: Sequence[str]) -> int:
         environment.check_launched_world_size()
         from runtime import session
 
-        done = (session.evaluate if act == "evaluate" else session.predict)(
+        result = (session.evaluate if act == "evaluate" else session.predict)(
             options.source, *options.overrides, **chosen_options(options)
         )
     except LockstepError as error:
         return print_error(error)
-    return 0 if done.outcome == "finished" else 75
+    return 0 if result.outcome == "finished" else 75

@@ -1,5 +1,6 @@
-"""``outcome.json``: how a launch ended, for the launcher, the scheduler and ``lockstep stop``. Exit codes do not survive
-``accelerate launch``.
+"""``outcome.json``: how a launch ended, for the launcher, the scheduler and ``lockstep stop``.
+
+Needed because ``accelerate launch`` does not pass on exit codes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from runtime import environment, json_files
 
 
 def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
-    """Return the outcome of one launch, None if it has written none."""
+    """Return the outcome of this launch, or None if it wrote none."""
     try:
         outcome: dict[str, Any] = json_files.read(path)
     except (OSError, ValueError):
@@ -22,16 +23,16 @@ def read_outcome(path: Path, launch: str) -> dict[str, Any] | None:
 
 
 def write_launch_outcome(outcome: dict[str, Any]) -> None:
-    """Write the outcome to the launcher's own file, as the first process of its machine."""
+    """Write the outcome to the launcher's file (local rank 0 only)."""
     if environment.local_rank() == 0:
         write_outcome(environment.outcome_file(), outcome)
 
 
 def write_outcome(path: Path | None, outcome: dict[str, Any]) -> None:
-    """Write the outcome for the launcher: exit codes do not survive ``accelerate launch``."""
+    """Write the outcome for the launcher; does nothing without a path or if its folder is missing."""
     if path is None or not path.parent.is_dir():
         return
     from runtime.state.durable_files import replace_file
 
-    with suppress(OSError):  # the disk is full or gone, which the run's own message tells
+    with suppress(OSError):  # disk full or gone: the run's error message reports it
         replace_file(path, json.dumps({**outcome, "launch": environment.launch_token()}))

@@ -1,4 +1,4 @@
-"""The files of a run folder, by name. Whoever reads or writes one takes its path from here; imports no torch."""
+"""The layout of a run folder: every module takes the paths from here. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LOCKS = "fence-*.json"
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The paths within a run folder.
+    """Paths in a run folder.
 
     Args:
         folder: the run folder (``output`` in the YAML).
@@ -26,12 +26,12 @@ class RunFiles:
 
     @property
     def metrics(self) -> Path:
-        """One JSON record a line: starts, reports of training, evaluations."""
+        """JSON lines: starts, training reports, evaluations."""
         return self.folder / "metrics.jsonl"
 
     @property
     def preprocessing(self) -> Path:
-        """What preprocessing was fitted on the training data."""
+        """Preprocessing parameters fitted on the training data."""
         return self.folder / "preprocessing.json"
 
     @property
@@ -41,29 +41,29 @@ class RunFiles:
 
     @property
     def stop(self) -> Path:
-        """The file that asks the run to save and exit."""
+        """Creating this file asks the run to save a checkpoint and exit."""
         return self.folder / "STOP"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
+        """Checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def figures(self) -> Path:
-        """The folder of tables and pictures."""
+        """Tables and plots."""
         return self.folder / "figures"
 
     @property
     def logs(self) -> Path:
-        """The folder of logs that a scheduler writes."""
+        """Logs written by a scheduler."""
         return self.folder / "logs"
 
     @property
     def jobs(self) -> Path:
-        """The folder of submitted jobs: script, YAML and a copy of the code."""
+        """Submitted jobs: script, YAML and a copy of the code."""
         return self.folder / "jobs"
 
     def locks(self) -> list[Path]:
-        """Return the lock files that are there, the newest last."""
+        """Return the existing lock files, newest last."""
         return sorted(self.folder.glob(_LOCKS))

@@ -1,4 +1,4 @@
-"""From Python to a run: the world checked, signals taken over, processes joined, and all of it undone at the end.
+"""Python API for runs: check the launch, install signal handlers, join the process group; undo all of it at the end.
 
 from runtime.session import evaluate, predict, train
 result = train("configs/digits.yaml", "limit.epochs=3")
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 
 class CommandResult(Protocol):
-    """What an act of several processes ends with."""
+    """Result of a multi-process command."""
 
     @property
     def outcome(self) -> Literal["finished", "stopped"]:
-        """Whether it was done, or is to be gone on with."""
+        """``finished``, or ``stopped`` if it can be resumed."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class CommandResult(Protocol):
 
     @property
     def message(self) -> str:
-        """Why it ended, where that does not go without saying."""
+        """Why it ended early, else empty."""
         ...
 
 
@@ -68,10 +68,11 @@ _LOGGER = logging.getLogger("lockstep.session")
 
 @dataclass
 class ProcessContext:
-    """The processes that have come together, as one of them sees them.
+    """This process after joining the process group.
 
     Attributes:
-        may_tell: whether rank 0 may write another rank's failure to the run folder, which may be another job's by then.
+        may_write_outcome: whether rank 0 may record another rank's failure in outcome.json; False once another job owns the
+            run folder.
     """
 
     strategy: Strategy
@@ -81,18 +82,18 @@ class ProcessContext:
 
 
 def train(source: Path | str | Mapping[str, Any], *overrides: str, observers: Sequence[Observer] = ()) -> RunResult:
-    """Train what a YAML file (or a mapping) describes, in this process or as one of several.
+    """Train the run that a YAML file (or a mapping) describes, in this process or as one of several.
 
     Messages are printed, unless the caller has configured logging for the logger ``lockstep``: see :mod:`runtime.messages`.
 
     Args:
         source: path of the YAML file, or its content as a mapping.
         overrides: ``key.path=value``.
-        observers: called in their order with a :class:`lockstep.StepReport` after each step of this process, behind those of
-            ``reporting.observers``. They cannot change the run; what one raises ends it.
+        observers: called in order with a :class:`lockstep.StepReport` after each step of this process, after those of
+            ``reporting.observers``. They cannot change the run; an exception in one ends it.
 
     Raises:
-        LockstepError: whatever is wrong, as one message.
+        LockstepError: any error, as one message.
     """
     since = time.monotonic()
     loaded, notes = _with_settings(load, source, overrides, trains=True)
@@ -113,7 +114,7 @@ def train(source: Path | str | Mapping[str, Any], *overrides: str, observers: Se
             processes.stop_request.limit_time(loaded.values.limit.time.seconds, since, run.leaving_seconds)
         return run.train()
 
-    return _together(
+    return _run_command(
         loaded, act, outcome_file=RunFiles(loaded.output).outcome, world_size=loaded.values.strategy.world_size
     )
 
@@ -127,22 +128,22 @@ def evaluate(
     output: Path | str | None = None,
     force: bool = False,
 ) -> InferenceResult:
-    """Evaluate a checkpoint of a run, exactly, in this process or as one of several.
+    """Evaluate a checkpoint exactly, in this process or as one of several.
 
     Args:
-        source: path of the YAML file or of the run folder, or the YAML's content as a mapping.
+        source: path of the YAML file or the run folder, or the YAML's content as a mapping.
         overrides: ``key.path=value``.
         checkpoint: ``newest``, ``best:METRIC``, or the path of a checkpoint.
         split: ``validation`` (the default), ``test``, ``train`` or ``predict``.
-        weights: default: what the run's own evaluations took (``averaging.evaluate``).
+        weights: default: those that the run evaluates (``averaging.evaluate``).
         output: JSON file to write.
-        force: write over a file that is there.
+        force: overwrite an existing file.
 
     Raises:
-        LockstepError: whatever is wrong, as one message.
+        LockstepError: any error, as one message.
     """
-    asked = {"checkpoint": checkpoint, "split": split, "weights": weights, "force": force}
-    return _infer("evaluate", source, overrides, output, asked)
+    options = {"checkpoint": checkpoint, "split": split, "weights": weights, "force": force}
+    return _infer("evaluate", source, overrides, output, options)
 
 
 def predict(
@@ -154,41 +155,41 @@ def predict(
     output: Path | str | None = None,
     force: bool = False,
 ) -> InferenceResult:
-    """Write a checkpoint's predictions to a file, in this process or as one of several.
+    """Write predictions of a checkpoint to a file, in this process or as one of several.
 
     Args:
-        source: path of the YAML file or of the run folder, or the YAML's content as a mapping.
+        source: path of the YAML file or the run folder, or the YAML's content as a mapping.
         overrides: ``key.path=value``.
         checkpoint: ``newest``, ``best:METRIC``, or the path of a checkpoint.
         split: default: ``prediction.data``, else ``data.test``.
-        weights: default: what the run's own evaluations took (``averaging.evaluate``).
+        weights: default: those that the run evaluates (``averaging.evaluate``).
         output: .csv, .jsonl or .parquet. Default: ``predictions.csv`` in the run folder.
-        force: write over a file that is there.
+        force: overwrite an existing file.
 
     Raises:
-        LockstepError: whatever is wrong, as one message.
+        LockstepError: any error, as one message.
     """
-    asked = {"checkpoint": checkpoint, "split": split, "weights": weights, "force": force}
-    return _infer("predict", source, overrides, output, asked)
+    options = {"checkpoint": checkpoint, "split": split, "weights": weights, "force": force}
+    return _infer("predict", source, overrides, output, options)
 
 
 def examine(source: Path | str | Mapping[str, Any], *overrides: str) -> Diagnosis:
-    """Examine the processes that would train, and what lies between them, in place of training.
+    """Check the processes that would train and the network between them, without training.
 
     Raises:
-        LockstepError: whatever is wrong, as one message.
+        LockstepError: any error, as one message.
     """
     loaded, _ = _with_settings(load, source, overrides, trains=True)
 
     def act(processes: ProcessContext) -> Diagnosis:
         from runtime.run.diagnosis import examine as examine_ranks
 
-        examined = examine_ranks(loaded, processes.strategy)
+        diagnosis = examine_ranks(loaded, processes.strategy)
         processes.strategy.barrier()
-        return examined
+        return diagnosis
 
     world_size = loaded.values.strategy.world_size
-    return _together(loaded, act, outcome_file=environment.outcome_file(), world_size=world_size)
+    return _run_command(loaded, act, outcome_file=environment.outcome_file(), world_size=world_size)
 
 
 def _with_settings(
@@ -198,7 +199,7 @@ def _with_settings(
     *,
     trains: bool,
 ) -> tuple[LoadedConfiguration, list[str]]:
-    """Read a configuration and adopt the launcher's settings, alike on all ranks; return it and a line about each."""
+    """Read a configuration and adopt the launcher's settings, equal on all ranks; return it and one note per setting."""
     environment.check_launch()
     world_size = environment.requested_world_size(None)
     loaded, _, notes = load_with_settings(
@@ -212,7 +213,7 @@ def _infer(
     source: Path | str | Mapping[str, Any],
     overrides: Sequence[str],
     output: Path | str | None,
-    asked: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> InferenceResult:
     loaded, notes = _with_settings(load_run, source, overrides, trains=False)
 
@@ -222,25 +223,27 @@ def _infer(
         from runtime.inference.checkpoint_inference import Inference
         from runtime.inference.request import InferenceRequest
 
-        request = InferenceRequest(act, output=Path(output) if output is not None else None, **asked)
-        done = Inference(loaded, request, processes.strategy, processes.stop_request, processes.watchdog.position).run()
-        processes.strategy.barrier()  # the launcher ends all once one has left in failure, which a stop is to it
-        return done
+        request = InferenceRequest(act, output=Path(output) if output is not None else None, **options)
+        result = Inference(
+            loaded, request, processes.strategy, processes.stop_request, processes.watchdog.position
+        ).run()
+        processes.strategy.barrier()  # the launcher terminates all ranks when one exits nonzero, as after a stop
+        return result
 
-    return _together(loaded, infer, outcome_file=None, world_size=None)
+    return _run_command(loaded, infer, outcome_file=None, world_size=None)
 
 
-def _together(
+def _run_command(
     loaded: LoadedConfiguration,
     act: Callable[[ProcessContext], _R],
     *,
     outcome_file: Path | None,
     world_size: int | None,
 ) -> _R:
-    """Let all processes act together: signals taken over, ranks watched, the outcome left for the launcher.
+    """Run a command on all ranks: install signal handlers, start the watchdog, write the outcome for the launcher.
 
     Args:
-        outcome_file: of the run, where rank 0 leaves it; the first process of each machine does in the launcher's own file.
+        outcome_file: the run's, written by rank 0; local rank 0 of each machine also writes the launcher's file.
         world_size: as configured.
     """
     requested = environment.requested_world_size(world_size)
@@ -254,86 +257,86 @@ def _together(
         stack.callback(stop_request.uninstall)
         stop_request.watch_for("the end of the launcher", launcher_ended())
         stop_request.on_leave = lambda: write_launch_outcome(
-            {**_stopped(stop_request), "message": "left before the first step"}
+            {**_stopped(stop_request), "message": "exited before the first step"}
         )
-        processes = _joined(loaded, requested, stop_request, stack)
+        processes = _join(loaded, requested, stop_request, stack)
         strategy, watchdog = processes.strategy, processes.watchdog
 
-        def tell(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
+        def write(outcome: dict[str, Any], *, in_folder: bool = True) -> None:
             if strategy.rank == 0 and in_folder:
                 write_outcome(outcome_file, outcome)
             write_launch_outcome(outcome)
 
-        def tell_of_others(reason: str) -> None:
+        def write_peer_failure(reason: str) -> None:
             from runtime.distributed.watchdog import is_rank_error
 
             repeats = is_rank_error(reason) and not _lost_contact(reason)
             outcome = {"outcome": "failed", "exit_code": 1, "message": reason, "repeats": repeats}
-            tell(outcome, in_folder=processes.may_write_outcome())
+            write(outcome, in_folder=processes.may_write_outcome())
 
-        def tell_of_leaving() -> None:
-            tell({**_stopped(stop_request), "message": "left without a save"})
+        def write_unsaved_stop() -> None:
+            write({**_stopped(stop_request), "message": "exited without saving a checkpoint"})
 
-        stop_request.on_leave = tell_of_leaving
-        watchdog.on_leave = tell_of_others
+        stop_request.on_leave = write_unsaved_stop
+        watchdog.on_leave = write_peer_failure
         watchdog.start()
         try:
             result = act(processes)
         except BaseException as raised_error:
             _ignore_lost_workers(stack)
-            _tell_of_failure(raised_error, strategy, watchdog, tell)
+            _report_failure(raised_error, strategy, watchdog, write)
             raise
         finally:
             watchdog.stop()
         ended = {"outcome": "finished", "exit_code": 0} if result.outcome == "finished" else _stopped(stop_request)
-        told = {"message": result.message} if result.message else {}
-        tell({**ended, "step": result.step, **told})
+        message = {"message": result.message} if result.message else {}
+        write({**ended, "step": result.step, **message})
         return result
 
 
-def _tell_of_failure(
-    raised_error: BaseException, strategy: Strategy, watchdog: Watchdog, tell: Callable[..., None]
+def _report_failure(
+    raised_error: BaseException, strategy: Strategy, watchdog: Watchdog, write: Callable[..., None]
 ) -> None:
-    """Tell other ranks and the launcher what ends this rank; raise the error that says it in words, if there is another."""
-    error = _in_words(raised_error)
+    """Report this rank's error to the other ranks and the launcher; raise a more readable error in its place, if any."""
+    error = _readable(raised_error)
     try:
         lost_contact = isinstance(error, RuntimeError) and strategy.world_size > 1 and _lost_contact(str(error))
         if not isinstance(error, EQUAL_ON_ALL_RANKS):
             watchdog.report_failure(f"{type(error).__name__}: {error}", lost_contact=lost_contact)
         exit_code = error.exit_code if isinstance(error, LockstepError) else 1
         repeats = not (lost_contact or isinstance(error, PeerError))
-        tell({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
+        write({"outcome": "failed", "exit_code": exit_code, "message": str(error), "repeats": repeats})
         if lost_contact:
-            raise PeerError("lost contact with another rank, whose own message tells why") from raised_error
+            raise PeerError("lost contact with another rank; see that rank's log for the cause") from raised_error
         if error is not raised_error:
             raise error from raised_error
     finally:
-        # An error that a frame of its own traceback refers to is freed by the garbage collector alone, and until then all
-        # frames live: the wrapped module's among them, with the process group's connections, at which other ranks wait.
+        # An error referenced from a frame of its own traceback is only freed by the garbage collector. Until then all frames
+        # stay alive, among them the wrapped module's with the process group's connections, on which other ranks wait.
         del error, raised_error
 
 
 def _ignore_lost_workers(stack: ExitStack) -> None:
-    """Let torch raise nothing of lost workers while a failure is dealt with: several may be killed at once."""
+    """Keep torch from raising about lost workers while a failure is handled: several may be killed at once."""
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         stack.callback(signal.signal, signal.SIGCHLD, previous)
 
 
-def _in_words(error: BaseException) -> BaseException:
-    """Return the error that tells a user what happened, where one that Python or torch raised does not; else the same."""
+def _readable(error: BaseException) -> BaseException:
+    """Return a LockstepError with a clear message for known errors of Python and torch; others unchanged."""
     from runtime.data.loading import lost_worker
 
     return open_files_error(error) or lost_worker(error) or error
 
 
 def _stopped(stop_request: StopRequest) -> dict[str, Any]:
-    """Return the outcome of a run that was asked to stop; the reason is None where another rank was asked."""
+    """Return the outcome of a stopped run; the reason is None if another rank got the stop request."""
     return {"outcome": "stopped", "exit_code": 75, "reason": stop_request.reason}
 
 
-def _joined(loaded: LoadedConfiguration, requested: int, stop_request: StopRequest, stack: ExitStack) -> ProcessContext:
-    """Check the components, join the process group, and make the watch over it, which is not started yet."""
+def _join(loaded: LoadedConfiguration, requested: int, stop_request: StopRequest, stack: ExitStack) -> ProcessContext:
+    """Check the components, join the process group, and create its watchdog, not yet started."""
     from runtime.build.components import check_components
     from runtime.determinism import default_determinism, determinism
     from runtime.strategies.zero.requirements import check_requirements
@@ -349,7 +352,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_request: StopReque
 
     if not environment.has_chosen_interface():
         choose_interface(environment.store_address()[0])
-        stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME", None)  # it would hold for what else this process does
+        stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME", None)  # it would stay in effect after the run
     stall_seconds = values.limit.stall_seconds
     stop_request.starting()
     try:
@@ -357,7 +360,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_request: StopReque
     except DistError as error:
         address, port = environment.store_address()
         raise PeerError(
-            f"the ranks did not come together at {address}:{port} within {stall_seconds:g} s (limit.stall_seconds): {error}"
+            f"not all ranks connected to {address}:{port} within {stall_seconds:g} s (limit.stall_seconds): {error}"
         ) from error
     stop_request.started()
     stack.callback(strategy.close)
@@ -368,7 +371,7 @@ def _joined(loaded: LoadedConfiguration, requested: int, stop_request: StopReque
 
 
 def _watchdog(limit: LimitSection, *, rank: int, world_size: int) -> Watchdog:
-    """Make the watch over the other ranks, which says what it must know of the launch."""
+    """Create the watchdog over the other ranks."""
     from runtime.distributed.process_groups import groups_joined
     from runtime.distributed.watchdog import Watchdog
 

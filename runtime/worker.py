@@ -1,6 +1,6 @@
-"""What ``train.py``, ``evaluate.py``, ``predict.py`` and ``doctor.py`` run, each with its own COMMAND, in a launched process.
+"""Shared body of the entry scripts ``train.py``, ``evaluate.py``, ``predict.py`` and ``doctor.py``, which set COMMAND.
 
-Python puts their folder first on ``sys.path``, where ``runtime/``'s modules could shadow others; so it is taken off again
+Python puts the script's folder first on ``sys.path``, where modules of ``runtime/`` could shadow others; it is removed
 before anything else is imported.
 """
 

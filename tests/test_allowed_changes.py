@@ -161,7 +161,7 @@ def test_another_global_batch_goes_on_behind_the_samples_of_the_epoch_that_were_
     before = {"data": data, "limit": {"epochs": 1}, "batch": {"global_size": 16, "slots": 2}}
     after = {**before, "batch": {"global_size": size, "slots": 2}}
     if steps is None:
-        with pytest.raises(RemoteError, match=r"within epoch 1, behind 3 batches of 16.*to a divisor of 48"):
+        with pytest.raises(RemoteError, match=r"in the middle of epoch 1, after 3 batches of 16.*to a divisor of 48"):
             resumed(pool, tmp_path, before, after, key="batch.global_size")
         return
     got = resumed(pool, tmp_path, before, after, key="batch.global_size")
@@ -173,7 +173,7 @@ def test_batches_of_a_samplers_own_have_no_other_size_within_an_epoch(pool: Proc
     data = {"train": {"target": "tiny:points", "args": {}}, "balance": {"classes": 1}}
     before = {"data": data, "batch": {"global_size": 16, "slots": 2}}
     after = {**before, "batch": {"global_size": 8, "slots": 2}}
-    with pytest.raises(RemoteError, match=r"Change it where an epoch ends\n$"):
+    with pytest.raises(RemoteError, match=r"Change it at the end of an epoch\n$"):
         resumed(pool, tmp_path, before, after, key="batch.global_size")
 
 

@@ -528,7 +528,7 @@ def test_a_run_folder_that_cannot_be_made_is_told(config: Path, told: Told) -> N
     for output in ("file", "file/run"):
         message = told(launched_train, config, f"output={config.parent / output}", code=1)
         assert str(config.parent / output) in message
-        assert "cannot be made" in message
+        assert "cannot create the run folder" in message
 
 
 @single
@@ -751,7 +751,7 @@ def launched(code: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_control_c_exits_75_and_the_same_command_reaches_the_same_end(launched: dict[str, Launched]) -> None:
     stopped = launched["interrupted"]
     assert stopped.exit_code == 75
-    assert "the same command goes on from here" in stopped.out
+    assert "the same command resumes the run" in stopped.out
     folder = stopped.config.parent / "run"
     stopped_at = len(records(folder, "train"))
     assert stopped_at >= 1

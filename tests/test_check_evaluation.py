@@ -89,8 +89,8 @@ def test_all_ranks_tell_the_same(pool: ProcessPool, tmp_path: Path) -> None:
             {"schedule": {"target": "ReduceLROnPlateau", "monitor": "nothing"}},
             "schedule.monitor: there is no result 'nothing'",
         ),
-        ({"checkpoint": {"best": [{"metric": "f1", "mode": "max"}]}}, "'f1' is not one number; these are: .*loss"),
-        ({"limit": {"steps": 2, "early_stopping": {"metric": "f1", "mode": "max"}}}, "'f1' is not one number"),
+        ({"checkpoint": {"best": [{"metric": "f1", "mode": "max"}]}}, "'f1' is not a single number; choose from: .*loss"),
+        ({"limit": {"steps": 2, "early_stopping": {"metric": "f1", "mode": "max"}}}, "'f1' is not a single number"),
     ],
 )  # fmt: skip
 def test_a_result_that_is_judged_and_does_not_exist_is_named(tmp_path: Path, changes: Any, words: str) -> None:

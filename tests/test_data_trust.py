@@ -131,7 +131,7 @@ def test_looking_at_samples_changes_nothing(tmp_path: Path) -> None:
     ("section", "words"),
     [
         ({"sampler": "torch.utils.data:DistributedSampler"}, ["data.sampler", "DistributedSampler", "48 of 96"]),
-        ({"sampler": "tiny_untrusted:ByRank"}, ["data.sampler", "ByRank draws other samples on each rank"]),
+        ({"sampler": "tiny_untrusted:ByRank"}, ["data.sampler", "ByRank draws different samples on each rank"]),
         ({"sampler": "tiny_untrusted:FromSystem"}, ["data.sampler", "FromSystem", "drawn again"]),
         (
             {"weights": {"values": "tiny_untrusted:weights_of_rank"}},
@@ -173,7 +173,7 @@ def as_target(section: dict[str, str]) -> dict[str, Any]:
             ["data.batch_sampler", "DistributedSampler"],
         ),
         ({"batch_sampler": source("OwnBatches", args={"kind": "own"})}, ["data.batch_sampler", "drawn again"]),
-        ({"sampler": source("Counting")}, ["data.sampler", "Counting", "no count of its own"]),
+        ({"sampler": source("Counting")}, ["data.sampler", "Counting", "no counter in the sampler"]),
         ({"sampler": {"target": "RandomSampler"}}, ["trained"]),
         ({"sampler": source("DrawsNothing")}, ["data.train", "DrawsNothing draws no samples"]),
         ({"sampler": {"target": "SubsetRandomSampler", "args": {"indices": list(range(5, 53))}}}, ["trained"]),
@@ -214,7 +214,7 @@ def test_data_of_the_same_length_and_other_content_does_not_resume(tmp_path: Pat
     config = run(tmp_path / "run", train, **validation)
     observe_stopping(config, 1)
     (tmp_path / ("train.txt" if part == "train" else "validation-0.txt")).write_text(" ".join("1" * 40))
-    with pytest.raises(LockstepError, match=rf"data\.{part}: sample 0 and sample 20 .* changed under the run"):
+    with pytest.raises(LockstepError, match=rf"data\.{part}: sample 0 and sample 20 changed since the first start"):
         observe(config)
     assert observe({**config, "resume": {"allow_changes": [f"data.{part}"]}})["step"] == 2
 
@@ -226,7 +226,7 @@ def test_a_sampler_that_draws_otherwise_after_a_restart_does_not_resume(tmp_path
     observe_stopping(config, 1)
     (tmp_path / "order").write_text("2")
     message = failure(config)
-    assert "data.sampler: the sequence drawn for the first epoch is not what it was" in message
+    assert "data.sampler: what is drawn for the first epoch changed since the first start" in message
     assert observe({**config, "resume": {"allow_changes": ["data.sampler"]}})["step"] == 2
 
 

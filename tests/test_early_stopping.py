@@ -57,7 +57,7 @@ def test_another_result_is_watched_from_the_beginning() -> None:
 
 @pytest.mark.single
 @pytest.mark.parametrize(
-    ("results", "words"), [({"loss": 1.0}, "'m' is no result"), ({"m": [1.0]}, "'m' is not one number")]
+    ("results", "words"), [({"loss": 1.0}, "'m' is not a result"), ({"m": [1.0]}, "'m' is not a single number")]
 )
 def test_a_result_that_is_no_number_is_named(results: Any, words: str) -> None:
     with pytest.raises(EvaluationError, match=words):
@@ -115,7 +115,9 @@ def test_it_ends_alike_on_two_processes_says_why_and_more_patience_continues_it(
         assert largest_difference(run, alone) < 1e-10
     outcome = json.loads((tmp_path / "two" / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["exit_code"]) == ("finished", 0)
-    why = f"stopped early, after step {step}: loss has not improved by more than 0.01 in 2 evaluations; its best is"
+    why = (
+        f"stopped early, after step {step}: loss has not improved by more than 0.01 in 2 evaluations; the best value is"
+    )
     assert outcome["message"].startswith(why)
     assert outcome["message"].endswith(f"after step {best}")
     kept = json.loads((tmp_path / "alone" / "checkpoints" / "best.json").read_text())["loss"]

@@ -246,7 +246,7 @@ def test_of_a_run_the_newest_whole_one_that_counts_is_taken(tmp_path: Path) -> N
         assert torch.equal(read(done.path)["weight"], torch.full((3,), 2.0))
         done.path.unlink()
     assert on_disk(tmp_path) == before
-    damaged = "step-00000003 is passed over: it is damaged (model.safetensors does not match its checksum)"
+    damaged = "step-00000003 is skipped: it is damaged (model.safetensors does not match its checksum)"
     assert warnings == [damaged] * 2
 
 

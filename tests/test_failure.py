@@ -184,7 +184,7 @@ def test_a_rank_whose_peers_never_come_says_so_and_leaves(nursery: Nursery, tmp_
     config = endless(tmp_path, limit={"steps": 1, "stall_seconds": 2})
     with Forked(nursery, tmp_path, config, 2, own=[1], port=1) as run:
         run.wait_for_end()
-        assert "rank 1: the ranks did not come together at 127.0.0.1:1 within 2 s" in run.told()
+        assert "rank 1: not all ranks connected to 127.0.0.1:1 within 2 s" in run.told()
         assert "Traceback" not in run.told()
 
 

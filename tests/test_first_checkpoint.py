@@ -52,7 +52,7 @@ def about(told: list[str]) -> list[str]:
 def test_state_beside_the_state_is_named(pool: ProcessPool, tmp_path: Path, model: str) -> None:
     _, told = pool.run(observe_messages, 1, hidden(tmp_path, model))[0]
     (warning,) = about(told)
-    assert "a run that goes on from a checkpoint would not be this one" in warning
+    assert "a run resumed from a checkpoint would differ from this one" in warning
     assert f"model.{OFFENDERS[model]}" in warning
     assert ("one slot's loss is" in warning) == (model != "Counter")
 
@@ -103,7 +103,7 @@ def test_the_proof_leaves_no_trace(pool: ProcessPool, tmp_path: Path, world_size
 def test_what_cannot_be_tried_out_is_told_and_ends_nothing(pool: ProcessPool, tmp_path: Path) -> None:
     seen, told = pool.run(observe_messages, 1, hidden(tmp_path, "Uncopied"))[0]
     assert seen["outcome"] == "finished"
-    assert [text.startswith("The first checkpoint was not tried out (TypeError") for text in about(told)] == [True]
+    assert [text.startswith("The first checkpoint was not verified (TypeError") for text in about(told)] == [True]
 
 
 def observe_without_memory(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -120,7 +120,7 @@ def observe_without_memory(config: dict[str, Any]) -> tuple[dict[str, Any], list
 def test_where_memory_has_no_room_that_is_told(pool: ProcessPool, tmp_path: Path) -> None:
     _, told = pool.run(observe_without_memory, 1, hidden(tmp_path, "Counter"))[0]
     assert about(told) == [
-        "The first checkpoint was not tried out (memory has no room for a second model and optimizer)."
+        "The first checkpoint was not verified (not enough memory for a second model and optimizer)."
     ]
 
 
@@ -128,7 +128,7 @@ def test_with_sharded_state_it_is_told_that_nothing_is_tried(pool: ProcessPool, 
     config = hidden(tmp_path, "Counter", strategy={"kind": "fsdp", "fsdp": {"min_parameters": 10}})
     _, told = pool.run(observe_messages, 2, config)[0]
     assert about(told) == [
-        "The first checkpoint is not tried out with strategy.kind: fsdp; one run with ddp and without compile tells more."
+        "The first checkpoint is not verified with strategy.kind: fsdp; to check it, start a run with ddp and without compile."
     ]
 
 
@@ -137,7 +137,7 @@ def test_a_run_whose_first_checkpoint_is_its_last_for_now_says_that_it_was_not_t
     pool: ProcessPool, tmp_path: Path
 ) -> None:
     _, told = pool.run(observe_stopped_messages, 1, hidden(tmp_path, "Counter"))[0]
-    assert about(told) == ["The first checkpoint was not tried out (the run is being stopped)."]
+    assert about(told) == ["The first checkpoint was not verified (the run is being stopped)."]
 
 
 def observe_stopped_messages(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -208,7 +208,7 @@ def test_what_is_no_run_folder_is_refused(mixed: Path) -> None:
     with pytest.raises(RunFolderError, match="is not a folder"):
         inspect(mixed / "file")
     (checkpoint,) = mixed.glob("checkpoints/step-00000002*")
-    with pytest.raises(RunFolderError, match="is one checkpoint"):
+    with pytest.raises(RunFolderError, match="is a single checkpoint"):
         inspect(checkpoint)
 
 

@@ -92,9 +92,9 @@ def test_weights_in_several_files_are_read_together(tmp_path: Path, named: str) 
 def test_a_part_that_is_missing_or_lacks_a_tensor_is_told(tmp_path: Path) -> None:
     index = in_parts(tmp_path, pretrained())
     save_file({"other": torch.zeros(1)}, tmp_path / "model-00002-of-00002.safetensors")
-    assert "tensors that its files have not" in wrong(index)
+    assert "tensors that its files do not hold" in wrong(index)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert "names model-00002-of-00002.safetensors, which is not beside it" in wrong(index)
+    assert "names model-00002-of-00002.safetensors, which is not in the same folder" in wrong(index)
     index.write_text("[]")
     assert "no weight_map" in wrong(index)
 
@@ -147,7 +147,9 @@ def test_a_new_head_is_ignored_and_all_else_is_told(tmp_path: Path) -> None:
     del state["first.bias"]
     file = tmp_path / "weights.safetensors"
     save_file(state, file)
-    with pytest.raises(ConfigurationError, match=r"model.weights.ignore: .*head.weight is 7 x 24, in the model 3 x 24"):
+    with pytest.raises(
+        ConfigurationError, match=r"model.weights.ignore: .*head.weight has shape 7 x 24, in the model 3 x 24"
+    ):
         loaded_into(str(file))
     _, fresh = built(fine_tuning(tmp_path, None))
     report, model = loaded_into({"file": str(file), "ignore": ["head.*"]})
@@ -161,8 +163,8 @@ def test_a_new_head_is_ignored_and_all_else_is_told(tmp_path: Path) -> None:
     assert same(model.state_dict(), as_built | kept)
     for line in (
         "7 of 10 names loaded",
-        "1 missing, as they were built: first.bias",
-        "2 left out by ignore",
+        "1 missing, keep their initial values: first.bias",
+        "2 matched by ignore",
         "1 unexpected",
     ):
         assert line in str(report)
@@ -187,7 +189,7 @@ class Evil:
         (None, {}, r"weights.file: there is no .*weights.pt; did you mean 'weight.pt'"),
         ({"x": Evil()}, {}, "weights.file: .* holds more than tensors and plain data"),
         (b"torn", {}, "weights.file: .* holds more than|weights.file: .* cannot be read"),
-        ({"state_dict": {"a": torch.zeros(1)}}, {}, "weights.entry: .* is no state dict; .* set entry to one of state_dict"),
+        ({"state_dict": {"a": torch.zeros(1)}}, {}, "weights.entry: .* is not a state dict .* set entry to one of state_dict"),
         ({"state_dict": {}}, {"entry": "state_dic"}, "weights.entry: .* has no entry 'state_dic'; did you mean 'state_dict'"),
         ({"a": torch.zeros(1)}, {"strip": "b."}, "weights.strip: no name in the file begins with 'b.': it has a"),
         ({"a": torch.zeros(3)}, {"ignore": ["heat.*"]}, r"weights.ignore: no name matches 'heat.\*'; did you mean 'head.\*'"),
@@ -261,7 +263,7 @@ def test_a_checkpoint_of_another_run_is_a_file_of_weights(pool: ProcessPool, tmp
         file.write(b"\x01")
     with pytest.raises(ConfigurationError, match="is damaged"):
         loaded_into(str(checkpoint), "tiny_transfer:Tied")
-    with pytest.raises(ConfigurationError, match="name one of its checkpoints"):
+    with pytest.raises(ConfigurationError, match="give one of its checkpoints"):
         loaded_into(str(tmp_path / "first"), "tiny_transfer:Tied")
 
 

@@ -151,5 +151,5 @@ def test_the_end_of_a_run_may_be_the_best_only_while_the_run_ends_there(pool: Pr
 def test_a_schedule_that_follows_the_limit_refuses_another_limit(pool: ProcessPool, tmp_path: Path) -> None:
     changes = {"schedule": "CosineAnnealingLR"}
     pool.run(observe, 1, uneven(tmp_path, {"steps": 13}, **changes))
-    with pytest.raises(AssertionError, match="the schedule's length followed from it: was 13, is 60"):
+    with pytest.raises(AssertionError, match="the schedule's length is derived from it: was 13, is 60"):
         pool.run(observe, 1, uneven(tmp_path, {"steps": 60}, **changes))

@@ -146,7 +146,7 @@ def lock(folder: Path, number: int = 1, **changes: Any) -> Path:
 
 def lock_of_the_dead(folder: Path, number: int = 1) -> Path:
     """Write the lock of a process that was killed on this machine."""
-    me = RunLock(folder, job=None, restart=0, wait=refuse)._me
+    me = RunLock(folder, job=None, restart=0, wait=refuse)._own
     return lock(folder, number, host=me.host, machine=me.machine, pid=dead_process(), started=1, fence_seconds=LONG)
 
 
@@ -201,7 +201,7 @@ def test_a_killed_job_is_restarted_on_the_same_machine_without_a_wait(
 def test_a_process_id_that_was_given_to_another_process_is_a_dead_owner(
     tmp_path: Path, make: Callable[..., RunLock]
 ) -> None:
-    here = make()._me
+    here = make()._own
     lock(tmp_path, host=here.host, machine=here.machine, pid=os.getpid(), started=1, fence_seconds=LONG)
     assert make(seconds=LONG).acquire() is True
 
@@ -535,7 +535,7 @@ def test_a_lock_is_always_as_long_and_whole_also_half_overwritten(tmp_path: Path
     after = run_lock._content(released=True)
     assert len(before) == len(after)
     for cut in range(len(before)):
-        assert json.loads(after[:cut] + before[cut:])["token"] == run_lock._me.token
+        assert json.loads(after[:cut] + before[cut:])["token"] == run_lock._own.token
 
 
 @pytest.mark.parametrize(

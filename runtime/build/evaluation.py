@@ -93,4 +93,4 @@ def build_averaged_evaluation(
         raise builder.where.error(("averaging", "kind"), what)
     wanted = values.averaging is not None and values.averaging.evaluate
     may_end = values.limit.early_stopping is not None
-    return AveragedEvaluation(average, wanted=wanted, may_end=may_end, statistics=statistics, tell=log)
+    return AveragedEvaluation(average, wanted=wanted, may_end=may_end, statistics=statistics, log=log)

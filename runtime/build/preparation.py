@@ -130,7 +130,7 @@ def prepare(
     divergence = Divergence(
         values.divergence,
         sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
-        tell=warn,
+        warn=warn,
     )
     stopping = values.limit.early_stopping
     early_stopping = EarlyStopping(stopping) if stopping is not None else None

@@ -1,1 +1,1 @@
-"""What is on disk: whole checkpoints, one owner, rollbacks, resumption, exports."""
+"""Run folders on disk: checkpoints, the run lock, rollback history, resumption, pretrained weights."""

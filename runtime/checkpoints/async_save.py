@@ -1,6 +1,6 @@
-"""Saving behind the training loop: one copy to host memory is waited for, files are written by a thread.
+"""Asynchronous saving: the training loop waits for a copy to host memory, a thread writes the files.
 
-The next save waits for the last, the end of the run for all. What goes wrong in the thread is kept until the loop asks.
+A save waits for the previous one, the end of the run for the last. Errors in the thread are kept until the loop reads them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from runtime.errors import LockstepError
 
 
 class AsyncSaver:
-    """Saves one checkpoint at a time. For rank 0, and for every rank that holds a part of the state.
+    """Saves one checkpoint at a time. Used on rank 0, and on every rank if the state is sharded.
 
     Args:
-        checkpoints: of the run; None on other ranks than 0, which write along.
-        writers: the ranks that save together.
+        checkpoints: of the run; None on ranks other than 0, which write only their shards.
+        writers: the ranks that write a checkpoint together.
 
     Attributes:
-        problem: why the last checkpoint could not be written, once that is known.
-        saved: the last checkpoint that was written, on rank 0.
-        longest_seconds: the longest a save has taken, from the copy to the final name.
+        problem: why the last checkpoint could not be written, once known.
+        saved: the last checkpoint written, on rank 0.
+        longest_seconds: longest save so far, from the copy to the final rename.
     """
 
     def __init__(self, checkpoints: CheckpointFolder | None, writers: WriterGroup = SINGLE_WRITER) -> None:
@@ -40,11 +40,11 @@ class AsyncSaver:
         self.saved: Path | None = None
 
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Begin to make room for a state like this one."""
+        """Start allocating host buffers for a state like this one."""
         self._buffers.prepare(state)
 
     def save(self, state: Mapping[str, Any], **of_snapshot: Any) -> None:
-        """Copy a state and begin to write it; nothing is saved any more once a save has failed.
+        """Copy a state and start writing it; does nothing after a failed save.
 
         Raises:
             CheckpointError: something in the state cannot be saved.
@@ -60,7 +60,7 @@ class AsyncSaver:
 
     @property
     def writing(self) -> bool:
-        """Tell whether files are being written."""
+        """Whether files are being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:

@@ -1,7 +1,7 @@
-"""Which results are the best: of the checkpoints on disk, and of an evaluation that has just been made.
+"""Ranking of results: those of the checkpoints on disk, and that of a new evaluation.
 
-An evaluation that is among the best makes a save due at its step, whatever the intervals. So the best checkpoints are the
-best of all evaluations, and no interruption, after which there may be other saves, has a say in which they are.
+An evaluation among the best triggers a save at its step, whatever the intervals. So the best checkpoints are the best of all
+evaluations, and interruptions, which may cause other saves, do not change which they are.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _T = TypeVar("_T")
 
 
 def ranked(candidates: Iterable[_T], best: BestSection, results: Callable[[_T], Mapping[str, Any]]) -> list[_T]:
-    """Return the best candidates, best first, the earlier one of two that are equal; only finite numbers are judged.
+    """Return the best candidates, best first; of two equal ones the earlier. Only finite numbers count.
 
     Args:
-        results: of a candidate.
+        results: returns a candidate's results.
     """
 
     def value(candidate: _T) -> float:
@@ -31,31 +31,31 @@ def ranked(candidates: Iterable[_T], best: BestSection, results: Callable[[_T], 
 
 
 class BestResults:
-    """The best results that are saved, as every rank knows them.
+    """The best saved results; equal on every rank.
 
     Args:
-        wanted: which results are judged.
-        saved: the results of all checkpoints that there are, oldest first.
+        sections: the ranked metrics.
+        saved: the results of all existing checkpoints, oldest first.
     """
 
-    def __init__(self, wanted: Sequence[BestSection], saved: Iterable[Mapping[str, Any]]) -> None:
-        self._wanted = wanted
+    def __init__(self, sections: Sequence[BestSection], saved: Iterable[Mapping[str, Any]]) -> None:
+        self._sections = sections
         known = list(saved)
-        self._best = [ranked(known, best, _themselves) for best in wanted]
+        self._best = [ranked(known, best, _identity) for best in sections]
 
     def improved_by(self, results: Mapping[str, Any]) -> bool:
-        """Tell whether an evaluation's results are to be among the best of any metric."""
+        """Whether an evaluation's results are among the best of any metric."""
         return self._with(results) != self._best
 
     def add(self, results: Mapping[str, Any]) -> None:
-        """Take note of results that are saved."""
+        """Record results that were saved."""
         self._best = self._with(results)
 
     def _with(self, results: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
         return [
-            ranked([*known, results], best, _themselves) for known, best in zip(self._best, self._wanted, strict=True)
+            ranked([*known, results], best, _identity) for known, best in zip(self._best, self._sections, strict=True)
         ]
 
 
-def _themselves(results: Mapping[str, Any]) -> Mapping[str, Any]:
+def _identity(results: Mapping[str, Any]) -> Mapping[str, Any]:
     return results

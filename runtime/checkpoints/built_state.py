@@ -1,8 +1,8 @@
-"""What a start of a run built, before any state was loaded: by it a later start knows which changes it is to make.
+"""How a start of a run built optimizer and module, before loading state; lets a later start detect changed arguments.
 
-A checkpoint holds hyper-parameters and buffers, some of which are arguments and some of which training has changed. What two
-starts built alike goes on from the checkpoint; what they built differently was changed in the configuration, and is taken from
-there.
+A checkpoint holds hyper-parameters and buffers: some are arguments, others were changed by training. Values that two starts
+built equally are loaded from the checkpoint; values that they built differently were changed in the configuration, and are
+taken from there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from runtime.objective import TrainingModule
 from runtime.strategies.state_keys import missing_keys
 
 _PARTS = ("model", "objective")
-OF_SCHEDULES = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
-"""What schedulers keep in an optimizer's groups."""
+SCHEDULER_KEYS = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+"""Keys that schedulers store in an optimizer's parameter groups."""
 
 _REGROUP = "optimizer.groups, optimizer.no_decay, optimizer.layer_decay or model.freeze"
 
@@ -33,9 +33,9 @@ class BuiltState:
     """How optimizer and module were built; plain data.
 
     Args:
-        settings: the sections of model and objective, by which a difference is known to be wanted.
-        groups: hyper-parameters of each group of the optimizer, the schedule's among them.
-        names: of each group's parameters.
+        settings: the sections of model and objective; a buffer counts as changed only if its section changed.
+        groups: hyper-parameters of each parameter group, the schedule's included.
+        names: parameter names of each group.
         digests: of the buffers of model and objective, and of the objective's parameters, by name.
     """
 
@@ -46,7 +46,7 @@ class BuiltState:
 
     @classmethod
     def of(cls, configuration: Mapping[str, Any], module: TrainingModule, optimizer: Optimizer) -> BuiltState:
-        """Describe module and optimizer behind a schedule, as they were built and before a strategy prepares them.
+        """Describe module and optimizer (with its schedule) as built, before a strategy prepares them.
 
         Args:
             configuration: all keys with their values.
@@ -64,22 +64,22 @@ class BuiltState:
         """Return a stored optimizer state with the hyper-parameters that this start has changed.
 
         Args:
-            optimizer: this start's, without a state.
-            before: what the start that saved it built.
+            optimizer: this start's, without state.
+            before: the built state of the start that saved it.
 
         Raises:
-            CheckpointError: a change cannot be made.
+            CheckpointError: a change is not possible within a run.
         """
         if [list(names) for names in self.names] != [list(names) for names in before["names"]]:
             raise CheckpointError(
-                f"the optimizer's state belongs to other groups of parameters, so {_REGROUP} cannot change within a run: undo "
-                "the change, or begin another run with these weights (output=…, model.weights)"
+                f"the optimizer's state has other parameter groups, so {_REGROUP} cannot change within a run: undo "
+                "the change, or start another run from these weights (output=…, model.weights)"
             )
         groups, changed = [], set()
         for stored, then, now in zip(state["param_groups"], before["groups"], self.groups, strict=True):
             differing = {key: value for key, value in now.items() if key not in then or not _same(then[key], value)}
-            differing.pop("lr", None)  # the schedule knows what comes of it
-            changed |= differing.keys() - OF_SCHEDULES
+            differing.pop("lr", None)  # set by the schedule
+            changed |= differing.keys() - SCHEDULER_KEYS
             groups.append({**stored, **differing})
         adapted = {**state, "param_groups": groups}
         lacking = missing_keys(optimizer, adapted) if changed else set()
@@ -87,39 +87,39 @@ class BuiltState:
             keys = ", ".join(f"optimizer.args.{key}" for key in sorted(changed))
             raise CheckpointError(
                 f"{keys} cannot change within this run: the optimizer would need {', '.join(sorted(lacking))} of all steps so "
-                "far, which the checkpoint does not hold; undo the change, or begin another run (output=…)"
+                "far, which the checkpoint does not hold; undo the change, or start another run (output=…)"
             )
         return adapted
 
     def changed_buffers(self, module: TrainingModule, before: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the buffers that the configuration makes otherwise than that of the start that saved the state.
+        """Return the buffers whose initial values the configuration changed since the start that saved the state.
 
         Args:
-            module: without a state.
+            module: without loaded state.
 
         Raises:
-            CheckpointError: it also begins a parameter of the objective's otherwise, which has been trained since.
+            CheckpointError: the initial value of an objective's parameter also changed, but it has been trained since.
         """
         parts = [part for part in _PARTS if not _same(self.settings[part], before["settings"][part])]
-        if not parts or self.settings["seed"] != before["settings"]["seed"]:  # another seed makes all of them otherwise
+        if not parts or self.settings["seed"] != before["settings"]["seed"]:  # another seed changes all of them
             return {}
         tensors = dict(_arguments(module))
-        found = {
+        buffers = {
             name: tensors[name].detach().clone()
             for name, digest in self.digests.items()
             if name.partition(".")[0] in parts and before["digests"].get(name, digest) != digest
         }
-        trained = [name.partition(".")[2] for name in found if isinstance(tensors[name], nn.Parameter)]
+        trained = [name.partition(".")[2] for name in buffers if isinstance(tensors[name], nn.Parameter)]
         if trained:
             raise CheckpointError(
-                f"objective: {', '.join(trained)} would begin with other values, and has been trained since; undo the change, "
-                "or begin another run (output=…)"
+                f"objective: the initial values of {', '.join(trained)} changed, but it has been trained since; undo the "
+                "change, or start another run (output=…)"
             )
-        return found
+        return buffers
 
 
 def _arguments(module: TrainingModule) -> Iterator[tuple[str, Tensor]]:
-    """Yield what arguments of model and objective may have made, by name: saved buffers, and the objective's parameters."""
+    """Yield tensors that arguments of model and objective may determine, by name: buffers and the objective's parameters."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             continue

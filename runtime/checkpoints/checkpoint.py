@@ -1,20 +1,20 @@
-"""Checkpoints as transactions: a folder that bears its final name is whole.
+"""Checkpoints as transactions: a folder with its final name is complete.
 
 Rank 0 writes ``step-00001200.partial-<token>/``, syncs every file, writes ``manifest.json`` with size and sha256 of each,
-syncs, renames, and syncs the parent. Reading verifies the manifest, moves a damaged checkpoint aside and falls back to the
-newest good one. Checksums guard against damage, not malice: that is why nothing is ever unpickled.
+syncs, renames, and syncs the parent. Reading verifies the manifest, renames a damaged checkpoint and falls back to the
+newest valid one. Checksums guard against damage, not malice: therefore nothing is ever unpickled.
 
     checkpoints/step-00001200/
         model.safetensors       the model's own names; loads with safetensors and load_state_dict
         training.safetensors    optimizer, objective, averages
         state.json              progress, cursor, schedule, everything that is not a tensor
         manifest.json           written last
-    checkpoints/step-00001600/                          of a strategy whose ranks hold the state together:
-        model-00000-of-00002.safetensors, …, shards.json    in the place of the first two (sharded_files.py)
+    checkpoints/step-00001600/                          of a sharded strategy:
+        model-00000-of-00002.safetensors, …, shards.json    instead of the first two (sharded_files.py)
     checkpoints/step-00001600-epoch-4-loss-0.2171/      one of the best when it was saved
     checkpoints/step-00001600-attempt-2/                saved after the second rollback
-    checkpoints/best.json                               what is best, with its value
-    checkpoints/rollbacks.json                          which checkpoints a rollback has abandoned (attempts.py)
+    checkpoints/best.json                               the best checkpoints of each metric, with values
+    checkpoints/rollbacks.json                          which checkpoints a rollback abandoned (rollback_history.py)
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Checkpoint:
 
     Args:
         path: its folder.
-        step: steps consumed when it was made.
-        attempt: the line of history it belongs to.
+        step: steps consumed when it was saved.
+        attempt: the attempt it belongs to.
         epoch: the epoch of its last step, counted from 1.
-        results: of the evaluation of the same step, if there was one.
-        judged: False where only the end of the run asked for that evaluation. Such results are among the best only as long
-            as the run ends there: which are the best must not depend on where it ended before its limit was raised.
+        results: of the evaluation after the same step, if there was one.
+        judged: False if that evaluation was due only because the run ended. Such results count among the best only while the
+            run ends there: the best must not depend on where a run ended before its limit was raised.
     """
 
     path: Path
@@ -68,14 +68,14 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """All checkpoints of one run. Writing is for rank 0.
+    """All checkpoints of one run. Only rank 0 writes.
 
     Args:
-        folder: holds nothing else.
-        keep: newest checkpoints kept.
+        folder: used for nothing else.
+        keep: number of newest checkpoints kept.
         best: which others are kept.
-        warn: told what was found damaged.
-        before_commit: called before a checkpoint gets its final name; raises if another process owns the folder by now.
+        warn: called with a message about damaged checkpoints.
+        before_commit: called before a checkpoint gets its final name; raises if another process has taken over the folder.
     """
 
     def __init__(
@@ -95,30 +95,30 @@ class CheckpointFolder:
         self.rollback_history = RollbackHistory(folder)
 
     def write(self, snapshot: Snapshot, writers: WriterGroup = SINGLE_WRITER) -> Path:
-        """Write one checkpoint and drop those that are no longer kept.
+        """Write one checkpoint and remove those that are no longer kept.
 
         Args:
-            writers: the ranks that write it together; the others call :func:`write_own_shard` meanwhile.
+            writers: the ranks that write it together; the others call :func:`write_own_shard` at the same time.
 
         Raises:
-            CheckpointError: it could not be written; what was there before is untouched.
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
         """
-        waiting = True  # the others, to be told where to write
+        waiting = True  # the other ranks wait for the folder
         try:
-            known = [c for c in self._checkpoints() if (c.step, c.attempt) == (snapshot.step, snapshot.attempt)]
-            if known and (known[-1].results or not snapshot.results):
-                return known[-1].path
-            final = self.folder / self._name(snapshot, evaluated=bool(known))
+            same_step = [c for c in self._checkpoints() if (c.step, c.attempt) == (snapshot.step, snapshot.attempt)]
+            if same_step and (same_step[-1].results or not snapshot.results):
+                return same_step[-1].path
+            final = self.folder / self._name(snapshot, evaluated=bool(same_step))
             partial = self.folder / f"{final.name}.partial-{secrets.token_hex(4)}"
             make_folder(self.folder)
             partial.mkdir()
             waiting = False
-            writers.tell(str(partial))
+            writers.broadcast(str(partial))
         except OSError as error:
             raise self._unsaved(snapshot, error) from error
         finally:
             if waiting:
-                writers.tell(None)
+                writers.broadcast(None)
         self._finish(partial, final, snapshot, writers)
         return final
 
@@ -131,12 +131,12 @@ class CheckpointFolder:
         except OSError as error:
             raise self._unsaved(snapshot, error) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # nothing is left under this name once it has been renamed
+            shutil.rmtree(partial, ignore_errors=True)  # does nothing after the rename
         try:
             self.record_best()
             self._drop_old()
         except OSError as error:
-            self._warn(f"checkpoints could not be tidied up: {error}")
+            self._warn(f"old checkpoints could not be removed: {error}")
 
     def _unsaved(self, snapshot: Snapshot, error: OSError) -> CheckpointError:
         return CheckpointError(
@@ -145,10 +145,10 @@ class CheckpointFolder:
         )
 
     def newest(self, *, usable: Callable[[Checkpoint], str | None] = lambda checkpoint: None) -> Checkpoint | None:
-        """Return the newest whole checkpoint that no rollback has abandoned; a damaged one is moved aside and named.
+        """Return the newest whole checkpoint that no rollback abandoned; damaged ones are renamed, with a warning.
 
         Args:
-            usable: says why a whole checkpoint is not wanted, or None.
+            usable: returns why a whole checkpoint cannot be used, or None.
 
         Raises:
             CheckpointError: a checkpoint was written by a newer version of Lockstep.
@@ -160,17 +160,17 @@ class CheckpointFolder:
                 aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(2)}")
                 os.rename(path, aside)
                 self._warn(
-                    f"checkpoint {path.name} is damaged ({damage}); moved to {aside.name}, going on from the one before"
+                    f"checkpoint {path.name} is damaged ({damage}); renamed to {aside.name}, trying the previous one"
                 )
                 continue
-            unwanted = usable(checkpoint)
-            if unwanted is None:
+            unusable = usable(checkpoint)
+            if unusable is None:
                 return checkpoint
-            self._warn(f"checkpoint {path.name} is passed over: {unwanted}")
+            self._warn(f"checkpoint {path.name} is skipped: {unusable}")
         return None
 
     def clear_partial(self) -> None:
-        """Remove what a killed writer left behind."""
+        """Remove partial checkpoints of killed writers."""
         for path in self.folder.glob("step-*.partial-*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -179,7 +179,7 @@ class CheckpointFolder:
         return self._ranked(self._checkpoints(), best)
 
     def results(self) -> list[Mapping[str, Any]]:
-        """Return the results, where they are judged, of the checkpoints that no rollback has abandoned, oldest first."""
+        """Return the judged results of the checkpoints that no rollback abandoned, oldest first."""
         return [checkpoint.results for checkpoint in self._checkpoints() if checkpoint.judged]
 
     def _name(self, snapshot: Snapshot, *, evaluated: bool) -> str:
@@ -195,12 +195,12 @@ class CheckpointFolder:
         return f"{name}-evaluated" if evaluated else name
 
     def _checkpoints(self) -> Iterator[Checkpoint]:
-        """Yield those that no rollback has abandoned, oldest first."""
-        found = (checkpoint for checkpoint, abandoned in listed(self.folder, self.rollback_history) if not abandoned)
-        yield from sorted(found, key=lambda c: (c.step, c.attempt, bool(c.results)))
+        """Yield those that no rollback abandoned, oldest first."""
+        valid = (checkpoint for checkpoint, abandoned in listed(self.folder, self.rollback_history) if not abandoned)
+        yield from sorted(valid, key=lambda c: (c.step, c.attempt, bool(c.results)))
 
     def record_best(self) -> None:
-        """Write ``best.json``, unless it is as it should be: a kill may have come before it was written."""
+        """Write ``best.json`` if it is out of date: a kill may have come before it was written."""
         if not self._best or not self.folder.is_dir():
             return
         checkpoints = list(self._checkpoints())
@@ -217,21 +217,21 @@ class CheckpointFolder:
 
     @staticmethod
     def _ranked(checkpoints: Iterable[Checkpoint], best: BestSection) -> list[Checkpoint]:
-        there = list(checkpoints)  # oldest first
+        by_age = list(checkpoints)  # oldest first
         return ranked(
-            [checkpoint for checkpoint in there if checkpoint.judged or checkpoint is there[-1]], best, _results
+            [checkpoint for checkpoint in by_age if checkpoint.judged or checkpoint is by_age[-1]], best, _results
         )
 
     def _drop_old(self) -> None:
         checkpoints = list(self._checkpoints())
-        current = {(c.step, c.attempt): c for c in checkpoints}  # of two of one step, the one with results
+        current = {(c.step, c.attempt): c for c in checkpoints}  # of two for the same step, the one with results
         kept = {c.path for c in list(current.values())[-self._keep :]}
-        judged = [c for c in checkpoints if c.judged]  # the best of a run that goes on from here
+        judged = [c for c in checkpoints if c.judged]  # the best if the run is continued
         for best in self._best:
             kept |= {c.path for c in [*self._ranked(checkpoints, best), *self._ranked(judged, best)]}
         for checkpoint, _ in listed(self.folder, self.rollback_history):
             if checkpoint.path not in kept:
-                # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a final name.
+                # Rename first: a kill during the removal must not leave half a checkpoint under a final name.
                 doomed = checkpoint.path.with_name(f"{checkpoint.path.name}.partial-{secrets.token_hex(4)}")
                 os.rename(checkpoint.path, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -242,26 +242,26 @@ def _results(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def listed(folder: Path, rollback_history: RollbackHistory) -> list[tuple[Checkpoint, bool]]:
-    """Return every checkpoint that bears a final name, and whether a rollback has abandoned it."""
-    found = []
+    """Return every checkpoint with a final name, and whether a rollback abandoned it."""
+    checkpoints = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = _NAME.fullmatch(path.name)
         if match is not None and not _UNFINISHED.search(path.name) and path.is_dir():
             checkpoint = _opened(path, step=int(match[1]), attempt=int(match[2] or 0))
-            found.append((checkpoint, rollback_history.abandoned(checkpoint.step, checkpoint.attempt)))
-    return found
+            checkpoints.append((checkpoint, rollback_history.abandoned(checkpoint.step, checkpoint.attempt)))
+    return checkpoints
 
 
 def write_own_shard(snapshot: Snapshot, writers: WriterGroup) -> None:
-    """Write this rank's part of a checkpoint that rank 0 makes. For the other ranks."""
-    folder = writers.tell()
+    """Write this rank's shard of a checkpoint that rank 0 writes. For ranks other than 0."""
+    folder = writers.broadcast()
     if folder is not None:
         receipt = write_pieces(Path(folder), snapshot, rank=writers.rank, world_size=writers.world_size)
         writers.gather(receipt.as_bytes())
 
 
 def _write_files(folder: Path, snapshot: Snapshot, writers: WriterGroup) -> None:
-    together = writers.world_size > 1  # the others wait to be asked, whatever is whole
+    together = writers.world_size > 1  # the other ranks wait even if nothing is sharded
     version = 2 if together or snapshot.shards else 1
     tree = {
         "version": version,
@@ -275,7 +275,7 @@ def _write_files(folder: Path, snapshot: Snapshot, writers: WriterGroup) -> None
     files: dict[str, tuple[int, str]] = {}
     if together or snapshot.shards:
         own = write_pieces(folder, snapshot, rank=0, world_size=writers.world_size)
-        receipts = [WrittenShards.read(told) for told in writers.gather(own.as_bytes())]
+        receipts = [WrittenShards.read(payload) for payload in writers.gather(own.as_bytes())]
         index = index_of(receipts, folder)
         for receipt in receipts:
             files |= receipt.files
@@ -299,4 +299,4 @@ def _opened(path: Path, *, step: int, attempt: int) -> Checkpoint:
             path, step, attempt, int(tree["epoch"]), dict(tree["results"]), bool(tree.get("judged", True))
         )
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
-        return Checkpoint(path, step, attempt, 0, {})  # damaged, which verifying it will tell
+        return Checkpoint(path, step, attempt, 0, {})  # damaged: detected when it is verified

@@ -1,7 +1,7 @@
-"""What a run's checkpoints are, for a person or a script: ``lockstep checkpoints``, and the choice of one to export.
+"""List and verify the checkpoints of a run: for ``lockstep checkpoints``, and to choose one to export.
 
-Only reads. A run may be writing meanwhile: a folder that goes while it is looked at is left out, and the others are looked
-at again. What counts as whole is what a start of the run would say (checkpoint.py).
+Read-only. A run may write at the same time: a folder that disappears during inspection is left out, and the listing is
+repeated. A checkpoint counts as whole if a start of the run would accept it (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from runtime.run_files import RunFiles
 
 State = Literal["whole", "damaged", "newer format", "moved aside", "partial"]
 _UNFINISHED = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?.*\.(partial|damaged)-[0-9a-f]+")
-_LOOKS = 5  # at a folder that changes meanwhile
-_BIG_BYTES = 1 << 28  # verified in about a quarter of a second; from here on a person wants to see it move
+_LISTINGS = 5  # at most, of a folder that changes
+_BIG_BYTES = 1 << 28  # verified in about a quarter of a second; larger totals get a progress bar
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class CheckpointInfo:
 
     Args:
         name: of the folder.
-        step: steps consumed when it was made.
-        epoch: the epoch of its last step, counted from 1; 0 where that cannot be read.
-        attempt: the line of history it belongs to.
-        results: of the evaluation of the same step.
+        step: steps consumed when it was saved.
+        epoch: the epoch of its last step, counted from 1; 0 if that cannot be read.
+        attempt: the attempt it belongs to.
+        results: of the evaluation after the same step.
         size_bytes: of its files.
         age_seconds: since it was written.
-        state: ``whole``; ``damaged``; ``newer format``; ``moved aside``, by a start that found it damaged; ``partial``, which
-            is being written or was when its writer was killed.
+        state: ``whole``; ``damaged``; ``newer format``; ``moved aside`` by a start that found it damaged; ``partial``: being
+            written, or left by a killed writer.
         problem: why it is not whole.
-        abandoned: whether a rollback went back before it, so that it is never gone on from.
-        best_of: its place, counted from 1, by the metrics that it is among the best of.
+        abandoned: whether a rollback returned to an earlier step, so that it is never resumed from.
+        best_of: its rank, counted from 1, by metric, if it is among the best of it.
     """
 
     name: str
@@ -64,7 +64,7 @@ class CheckpointInfo:
 
     @property
     def in_use(self) -> bool:
-        """Tell whether a start may come to it."""
+        """Whether a start may resume from it."""
         return not self.abandoned and self.state not in ("partial", "moved aside")
 
 
@@ -76,7 +76,7 @@ class CheckpointListing:
         folder: that holds them.
         checkpoints: oldest first.
         best: the metrics that ``best.json`` names.
-        notes: what else a person should know.
+        notes: further messages for the user.
     """
 
     folder: Path
@@ -92,7 +92,7 @@ class CheckpointListing:
 
     @property
     def goes_on_from(self) -> CheckpointInfo | None:
-        """The checkpoint that a start goes on from; None if it would begin anew, or refuse one of a newer format."""
+        """The checkpoint that a start resumes from; None if it begins at step 0, or refuses one of a newer format."""
         for checkpoint in reversed(self.checkpoints):
             if checkpoint.in_use and checkpoint.state != "damaged":
                 return checkpoint if checkpoint.state == "whole" else None
@@ -100,63 +100,63 @@ class CheckpointListing:
 
     @property
     def sound(self) -> bool:
-        """Tell whether a start goes on from the newest checkpoint, or there has not been one yet."""
+        """Whether a start resumes from the newest checkpoint, or none has been written yet."""
         if self.newest is None:
             return all(c.state == "partial" for c in self.checkpoints)
         return self.newest.state == "whole"
 
     def as_json(self) -> str:
-        """Return all of it as JSON; results that are NaN or infinite become null."""
-        whole = {
+        """Return the listing as JSON; results that are NaN or infinite become null."""
+        content = {
             "folder": str(self.folder),
             "goes_on_from": self.goes_on_from.name if self.goes_on_from else None,
             "checkpoints": [asdict(checkpoint) for checkpoint in self.checkpoints],
             "notes": list(self.notes),
         }
-        return json.dumps(_without_nan(whole), indent=2, allow_nan=False)
+        return json.dumps(_without_nan(content), indent=2, allow_nan=False)
 
 
 def inspect(run: Path) -> CheckpointListing:
-    """Look at all checkpoints of a run and verify every byte of them; on a terminal, a bar shows how far it is.
+    """List all checkpoints of a run and verify every byte; on a terminal, with a progress bar.
 
     Args:
         run: the run folder, or its folder of checkpoints.
 
     Raises:
-        RunFolderError: it is no such folder, or cannot be read.
+        RunFolderError: it is not such a folder, or cannot be read.
         CheckpointError: the record of rollbacks cannot be read.
     """
     folder = checkpoints_folder(run)
     try:
         known: dict[tuple[Path, int | None], CheckpointInfo] = {}
-        for _ in range(_LOOKS):
-            there = {(c.path, _inode(c.path)): (c, abandoned) for c, abandoned in _there(folder)}
-            known |= _verified({key: found for key, found in there.items() if key not in known})
+        for _ in range(_LISTINGS):
+            listing = {(c.path, _inode(c.path)): (c, abandoned) for c, abandoned in _listing(folder)}
+            known |= _verified({key: entry for key, entry in listing.items() if key not in known})
             known = {(path, inode): i for (path, inode), i in known.items() if _inode(path) == inode is not None}
-            if there.keys() <= known.keys():
+            if listing.keys() <= known.keys():
                 break
         best, notes = _best(folder)
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be read: {error.strerror or error}") from error
-    order = {checkpoint.path.name: _age_order(checkpoint) for checkpoint, _ in there.values()}
-    found = sorted((i for i in known.values() if i.name in order), key=lambda i: order[i.name])
-    return CheckpointListing(folder, list(_with_places(found, best)), list(best), notes)
+    order = {checkpoint.path.name: _age_order(checkpoint) for checkpoint, _ in listing.values()}
+    checkpoints = sorted((i for i in known.values() if i.name in order), key=lambda i: order[i.name])
+    return CheckpointListing(folder, list(_with_places(checkpoints, best)), list(best), notes)
 
 
 def newest_whole(run: Path, *, warn: Callable[[str], None]) -> Checkpoint:
-    """Return the newest whole checkpoint that no rollback has abandoned, and leave everything where it is.
+    """Return the newest whole checkpoint that no rollback abandoned, without changing anything on disk.
 
     Args:
         run: the run folder, or its folder of checkpoints.
-        warn: told which are passed over as damaged.
+        warn: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        RunFolderError: it is no such folder, or cannot be read.
+        RunFolderError: it is not such a folder, or cannot be read.
         CheckpointError: there is none, or a newer one was written by a newer version of Lockstep.
     """
     folder = checkpoints_folder(run)
     try:
-        for _ in range(_LOOKS):
+        for _ in range(_LISTINGS):
             usable = [c for c, abandoned in listed(folder, RollbackHistory(folder)) if not abandoned]
             for checkpoint in sorted(usable, key=_age_order, reverse=True):
                 damage = damage_of(checkpoint.path)
@@ -164,7 +164,7 @@ def newest_whole(run: Path, *, warn: Callable[[str], None]) -> Checkpoint:
                     return checkpoint
                 if not checkpoint.path.exists():
                     break  # a run has just removed it
-                warn(f"{checkpoint.path.name} is passed over: it is damaged ({damage})")
+                warn(f"{checkpoint.path.name} is skipped: it is damaged ({damage})")
             else:
                 break
     except OSError as error:
@@ -186,18 +186,18 @@ def checkpoints_folder(run: Path) -> Path:
     if (folder := RunFiles(run).checkpoints).is_dir():
         return folder
     if is_checkpoint(run):
-        raise RunFolderError(f"{run} is one checkpoint; name the run folder that it belongs to")
+        raise RunFolderError(f"{run} is a single checkpoint; give the run folder that it belongs to")
     return run
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder is, or was to be, a checkpoint, also one that was copied under another name."""
+    """Whether a folder is a checkpoint, possibly incomplete, or copied under another name."""
     files = ("manifest.json", "state.json")
     return re.match(r"step-\d{8}", folder.name) is not None or all((folder / file).is_file() for file in files)
 
 
-def _there(folder: Path) -> Iterator[tuple[Checkpoint, bool]]:
-    """Yield finished checkpoints and whether they are abandoned, then those that a start or a kill left behind."""
+def _listing(folder: Path) -> Iterator[tuple[Checkpoint, bool]]:
+    """Yield finished checkpoints and whether they are abandoned, then damaged and partial ones."""
     rollback_history = RollbackHistory(folder)
     yield from listed(folder, rollback_history)
     for path in sorted(folder.iterdir()):
@@ -208,20 +208,20 @@ def _there(folder: Path) -> Iterator[tuple[Checkpoint, bool]]:
 
 
 def _verified(
-    there: Mapping[tuple[Path, int | None], tuple[Checkpoint, bool]],
+    listing: Mapping[tuple[Path, int | None], tuple[Checkpoint, bool]],
 ) -> dict[tuple[Path, int | None], CheckpointInfo]:
-    sizes = {key: _size(key[0]) for key in there}
+    sizes = {key: _size(key[0]) for key in listing}
     console = Console(stderr=True)
     shown = console.is_terminal and sum(sizes.values()) >= _BIG_BYTES
     columns = ("verifying {task.description}", BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
-    found = {}
+    verified = {}
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task("", total=sum(sizes.values()))
-        for key, (checkpoint, abandoned) in there.items():
+        for key, (checkpoint, abandoned) in listing.items():
             progress.update(task, description=checkpoint.path.name)
-            found[key] = _inspected(checkpoint, abandoned, size_bytes=sizes[key])
+            verified[key] = _inspected(checkpoint, abandoned, size_bytes=sizes[key])
             progress.advance(task, sizes[key])
-    return found
+    return verified
 
 
 def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> CheckpointInfo:
@@ -240,7 +240,7 @@ def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> C
     try:
         age = max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
-        age = 0.0  # it has just gone, and will be left out
+        age = 0.0  # just removed: it will be left out
     return CheckpointInfo(
         name=path.name,
         step=checkpoint.step,
@@ -256,28 +256,30 @@ def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> C
 
 
 def _best(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the names of the best checkpoints by metric, best first, and what is wrong with their record."""
+    """Return the names of the best checkpoints by metric, best first, and messages about an unreadable record."""
     try:
         record = json_files.read(folder / "best.json")
         return {metric: [str(entry["checkpoint"]) for entry in entries] for metric, entries in record.items()}, []
     except FileNotFoundError:
         return {}, []
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}, ["best.json cannot be read; it is written anew at the next save"]
+        return {}, ["best.json cannot be read; the next save rewrites it"]
 
 
-def _with_places(found: Sequence[CheckpointInfo], best: Mapping[str, Sequence[str]]) -> Iterator[CheckpointInfo]:
-    abandoned = {i.name for i in found if i.abandoned}  # a rollback leaves best.json as it is until the next save
+def _with_places(checkpoints: Sequence[CheckpointInfo], best: Mapping[str, Sequence[str]]) -> Iterator[CheckpointInfo]:
+    abandoned = {
+        i.name for i in checkpoints if i.abandoned
+    }  # a rollback does not update best.json before the next save
     places: dict[str, dict[str, int]] = {}
     for metric, names in best.items():
         for place, name in enumerate((name for name in names if name not in abandoned), start=1):
             places.setdefault(name, {})[metric] = place
-    for inspected in found:
+    for inspected in checkpoints:
         yield CheckpointInfo(**{**vars(inspected), "best_of": places.get(inspected.name, {})})
 
 
 def _age_order(checkpoint: Checkpoint) -> tuple[int, int, bool, str]:
-    """Sort as a start does: of two of one step and attempt, the one with results is the newer."""
+    """Sort key as used by a start: of two with the same step and attempt, the one with results is newer."""
     return checkpoint.step, checkpoint.attempt, bool(checkpoint.results), checkpoint.path.name
 
 

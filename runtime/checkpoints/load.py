@@ -1,4 +1,4 @@
-"""A checkpoint's files, verified and read; what they are is told in checkpoint.py."""
+"""Verify and read the files of a checkpoint; checkpoint.py describes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.errors import CheckpointError
 from runtime.state.durable_files import checksum
 from runtime.state.shards import in_memory, whole
 
-FORMAT_VERSION = 2  # 1 is that of a checkpoint without shards, still written where there are none
+FORMAT_VERSION = 2  # 1: without shards, still written if nothing is sharded
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, OverflowError, SafetensorError, RuntimeError)
 _FILES = ("model.safetensors", "training.safetensors", "state.json")
 _SHARDED_FILES = (INDEX, "state.json")
@@ -33,7 +33,7 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def open_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Like :func:`load_state`; tensors are read when they are asked for, and no more of them than is asked for."""
+    """Like :func:`load_state`, but tensors are read lazily, and only the slices requested."""
     tree = json_files.read(path / "state.json")
     return join_state(tree["model"], tensors_on_disk(path, "model")), join_state(
         tree["training"], tensors_on_disk(path, "training")
@@ -41,7 +41,7 @@ def open_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_tensors(path: Path, part: str) -> dict[str, Tensor]:
-    """Return all tensors of a verified checkpoint, whole.
+    """Return all tensors of a verified checkpoint, unsharded.
 
     Args:
         part: ``model`` or ``training``.
@@ -59,16 +59,16 @@ def load_model(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What of a checkpoint is needed to call its model.
+    """The parts of a checkpoint needed for inference.
 
     Args:
-        model: its state dict, the raw weights.
-        objective: the objective's own.
-        averaging: state of the running average; None where there was none.
-        buffers: what the state dicts leave out (:class:`runtime.state.module_buffers.BufferState`).
-        identity: what the run was, with ``slots`` and ``configuration``.
-        preparation: what the training data said about preparing data and naming classes; empty where it is not told.
-        code: of the user's, as :mod:`runtime.code_digests` describes it.
+        model: state dict with the raw weights.
+        objective: state dict of the objective.
+        averaging: state of the running average; None without one.
+        buffers: those not in the state dicts (:class:`runtime.state.module_buffers.BufferState`).
+        fingerprint: of the run, with ``slots`` and ``configuration``.
+        preparation: preprocessing and class names taken from the training data; empty if unknown.
+        code: the user's code, as :mod:`runtime.code_digests` describes it.
     """
 
     model: Mapping[str, Any]
@@ -81,10 +81,10 @@ class LoadedWeights:
 
 
 def load_weights(path: Path) -> LoadedWeights:
-    """Return what is needed to call the model of a verified checkpoint, on the CPU; the optimizer's state is not read.
+    """Return the parts of a verified checkpoint needed for inference, on the CPU; the optimizer's state is not read.
 
     Raises:
-        CheckpointError: a file of it is gone.
+        CheckpointError: a file of it was removed.
     """
     try:
         tree = json_files.read(path / "state.json")
@@ -94,7 +94,7 @@ def load_weights(path: Path) -> LoadedWeights:
         parts = {part: in_memory(join_state(training[part], lazy)) for part in ("objective", "averaging", "buffers")}
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror or error}): it was removed by a run that goes on; try again"
+            f"{path} cannot be read ({error.strerror or error}): a running job removed it; try again"
         ) from error
     return LoadedWeights(
         model,
@@ -108,7 +108,7 @@ def load_weights(path: Path) -> LoadedWeights:
 
 
 def damage_of(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, or None if every byte is as it was written.
+    """Return what is wrong with a checkpoint's files, or None if every byte is as written.
 
     Raises:
         CheckpointError: it was written by a newer version of Lockstep.
@@ -121,10 +121,10 @@ def damage_of(path: Path) -> str | None:
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return "manifest.json is missing or unreadable"
-    strange = next((name for name in files if Path(name).name != name), None)
-    if strange is not None:
-        return f"manifest.json names {strange!r}, which is no file of it"
-    if version > FORMAT_VERSION and _version_of_state(path) == version:  # else it is the number that is damaged
+    outside = next((name for name in files if Path(name).name != name), None)
+    if outside is not None:
+        return f"manifest.json names {outside!r}, which is not a file of the checkpoint"
+    if version > FORMAT_VERSION and _version_of_state(path) == version:  # otherwise the number itself is damaged
         raise CheckpointError(
             f"{path} has format {version}; this Lockstep reads up to {FORMAT_VERSION}: update it, or use another output"
         )
@@ -146,14 +146,14 @@ def damage_of(path: Path) -> str | None:
 
 
 def _misfit(path: Path) -> str | None:
-    """Return why files with the right checksums cannot be a checkpoint of ours, or None."""
+    """Return why files with correct checksums are not a valid checkpoint, or None."""
     try:
         tree = json_files.read(path / "state.json")
         int(tree["step"]), int(tree["attempt"]), int(tree["epoch"]), dict(tree["results"])
         for part in ("model", "training"):
             tensors = tensors_on_disk(path, part)
             if not isinstance(join_state(tree.get(part, {}), tensors), dict):
-                return f"state.json holds no state of the {part}"
+                return f"state.json has no state for {part}"
     except (OSError, *_WRONG) as error:
         return f"its files do not describe a state ({type(error).__name__}: {error})"
     return None

@@ -1,4 +1,4 @@
-"""Weights that a run starts from: a safetensors file, a torch file (tensors only, never unpickled code), or a checkpoint."""
+"""Load pretrained weights: a safetensors file, a torch file (tensors only, never unpickled code), or a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from runtime.wording import did_you_mean
 
 _SAFETENSORS = ".safetensors"
 _INDEX = ".safetensors.index.json"
-_LISTED = 12  # of each kind; a wrong file misses hundreds
+_LISTED = 12  # names listed of each kind; a wrong file misses hundreds
 
 
 @dataclass
 class WeightsReport:
-    """What became of the names of a file and of a model.
+    """Which names of a file and of a model were loaded.
 
     Args:
-        file: that was read.
+        file: the file read.
         loaded: names that were loaded.
-        left_out: names of the model that ``ignore`` leaves as they were built.
-        missing: names of the model that the file has not: they are as they were built.
-        unexpected: names of the file (as in the model) that the model has not: they are not used.
-        misshaped: names with the file's and the model's shape.
+        left_out: names of the model that match ``ignore``; they keep their initial values.
+        missing: names of the model that are not in the file; they keep their initial values.
+        unexpected: names of the file (renamed) that the model does not have; they are not used.
+        misshaped: names with the file's and the model's shape, if these differ.
     """
 
     file: Path
@@ -50,10 +50,10 @@ class WeightsReport:
     misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """A table: how many of each kind, and which."""
+        """Return a table: the number of names of each kind, and which."""
         rows = [
-            ("missing, as they were built", self.missing),
-            ("left out by ignore, as they were built", self.left_out),
+            ("missing, keep their initial values", self.missing),
+            ("matched by ignore, keep their initial values", self.left_out),
             ("unexpected, not used", self.unexpected),
         ]
         first = f"weights of {self.file}: {len(self.loaded)} of {self._num_names} names loaded"
@@ -65,24 +65,24 @@ class WeightsReport:
 
 
 def load_weights(model: nn.Module, section: WeightsSection, file: Path) -> WeightsReport:
-    """Load weights into a model that was built, on the CPU; types are the model's.
+    """Load weights into a newly built model, on the CPU; values are cast to the model's dtypes.
 
     Args:
-        section: how the file's names become the model's.
-        file: of safetensors or torch; or a folder that holds ``model.safetensors``, as a checkpoint does.
+        section: how the file's names map to the model's.
+        file: a safetensors or torch file; or a folder with ``model.safetensors``, such as a checkpoint.
 
     Raises:
-        ComponentError: there is no such file, or it is damaged, holds something else, or does not fit.
+        ComponentError: there is no such file, or it is damaged, is not a state dict, or does not fit.
     """
-    found = _renamed(_read(file, section), section)
+    weights = _renamed(_read(file, section), section)
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     if section.ignore:
-        unused = unmatched(section.ignore, {**state, **found})
+        unused = unmatched(section.ignore, {**state, **weights})
         if unused:
             raise ComponentError(f"no name matches {described_misses(unused, state)}", ("ignore",))
     report = WeightsReport(file)
     fitting: dict[str, Tensor] = {}
-    for name, value in found.items():
+    for name, value in weights.items():
         if matches(name, section.ignore):
             continue
         if name not in state:
@@ -91,21 +91,21 @@ def load_weights(model: nn.Module, section: WeightsSection, file: Path) -> Weigh
             report.misshaped[name] = (tuple(value.shape), tuple(state[name].shape))
         else:
             fitting[name] = value
-    given = {state[name].data_ptr() for name in fitting if state[name].numel()}  # a tied weight has several names
+    covered = {state[name].data_ptr() for name in fitting if state[name].numel()}  # a tied weight has several names
     for name, value in state.items():
-        if name in fitting or (value.numel() and value.data_ptr() in given):
+        if name in fitting or (value.numel() and value.data_ptr() in covered):
             report.loaded.append(name)
         elif matches(name, section.ignore):
             report.left_out.append(name)
         elif name not in report.misshaped:
             report.missing.append(name)
-    _refuse(report, found, state)
+    _check_fit(report, weights, state)
     model.load_state_dict(fitting, strict=False)
     return report
 
 
 def weights_digest(file: Path) -> str | None:
-    """Return a digest of what :func:`load_weights` reads, or None if it is not there."""
+    """Return a digest of the files that :func:`load_weights` reads, or None if they do not exist."""
     try:
         digests = [checksum(part) for part in _files(file)]
         return (digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest())[:16]
@@ -115,49 +115,50 @@ def weights_digest(file: Path) -> str | None:
 
 def _files(file: Path) -> list[Path]:
     if (file / INDEX).is_file():
-        return [file / "manifest.json"]  # which has the digests of all shards
+        return [file / "manifest.json"]  # holds the digests of all shards
     if file.is_dir():
-        whole = file / f"model{_SAFETENSORS}"
-        return _files(whole if whole.is_file() else file / f"model{_INDEX}")
+        single = file / f"model{_SAFETENSORS}"
+        return _files(single if single.is_file() else file / f"model{_INDEX}")
     if file.name.endswith(_INDEX):
         return [file, *(file.parent / part for part in sorted(set(_parts(file).values())))]
     return [file]
 
 
-def _refuse(report: WeightsReport, found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def _check_fit(report: WeightsReport, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     if report.misshaped:
         shapes = [
-            f"{name} is {_shape(its)}, in the model {_shape(ours)}" for name, (its, ours) in report.misshaped.items()
+            f"{name} has shape {_shape(in_file)}, in the model {_shape(in_model)}"
+            for name, (in_file, in_model) in report.misshaped.items()
         ]
         raise ComponentError(
-            f"{report.file}: {_listed(shapes, '; ')}. Where the model is to have its own, as with a new head, name it in "
+            f"{report.file}: {_listed(shapes, '; ')}. To keep the model's initial values, as for a new head, list the names in "
             f"model.weights.ignore: {json.dumps(list(report.misshaped)[:_LISTED])}",
             ("ignore",),
         )
     if not report.loaded:
         raise ComponentError(
-            f"{report.file} has none of the model's names{_naming(found, state)}. It has {_listed(list(found))}; the model "
-            f"{_listed(list(state))}"
+            f"{report.file} has none of the model's names{_renaming_hint(weights, state)}. It has {_listed(list(weights))}; "
+            f"the model {_listed(list(state))}"
         )
 
 
-def _naming(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Say which ``prefix`` or ``strip`` would make the names fit, if one does."""
-    for theirs in found:
-        for ours in state:
-            if theirs.endswith(f".{ours}"):
-                return f"; did you mean strip: {theirs.removesuffix(ours)}?"
-            if ours.endswith(f".{theirs}"):
-                return f"; did you mean prefix: {ours.removesuffix(theirs)}?"
-    return did_you_mean(next(iter(found), ""), state)
+def _renaming_hint(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Suggest the ``prefix`` or ``strip`` that would make the names fit, if there is one."""
+    for in_file in weights:
+        for in_model in state:
+            if in_file.endswith(f".{in_model}"):
+                return f"; did you mean strip: {in_file.removesuffix(in_model)}?"
+            if in_model.endswith(f".{in_file}"):
+                return f"; did you mean prefix: {in_model.removesuffix(in_file)}?"
+    return did_you_mean(next(iter(weights), ""), state)
 
 
-def _renamed(found: Mapping[str, Tensor], section: WeightsSection) -> dict[str, Tensor]:
+def _renamed(weights: Mapping[str, Tensor], section: WeightsSection) -> dict[str, Tensor]:
     strip = section.strip or ""
-    if strip and not any(name.startswith(strip) for name in found):
-        raise ComponentError(f"no name in the file begins with {strip!r}: it has {_listed(list(found))}", ("strip",))
-    # What lies outside of what is stripped keeps its name, and is most likely unexpected.
-    return {(section.prefix or "") + name.removeprefix(strip): value for name, value in found.items()}
+    if strip and not any(name.startswith(strip) for name in weights):
+        raise ComponentError(f"no name in the file begins with {strip!r}: it has {_listed(list(weights))}", ("strip",))
+    # Names without the stripped prefix are kept, and are most likely unexpected.
+    return {(section.prefix or "") + name.removeprefix(strip): value for name, value in weights.items()}
 
 
 def _read(file: Path, section: WeightsSection) -> dict[str, Tensor]:
@@ -166,23 +167,23 @@ def _read(file: Path, section: WeightsSection) -> dict[str, Tensor]:
     if not file.is_file():
         near = did_you_mean(file.name, [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else [])
         cure = f"; to get it: {section.provided_by}" if section.provided_by else ""
-        raise ComponentError(f"there is no {file}{near}{cure}", ("file",))
+        raise ComponentError(f"there is no file {file}{near}{cure}", ("file",))
     if file.name.endswith(_INDEX):
         return _tensors(_of_parts(file), file, section)
     return _tensors(_content(file), file, section)
 
 
 def _of_parts(index: Path) -> dict[str, Any]:
-    """Read weights in several safetensors files, as an index of Hugging Face's tells: ``weight_map`` of name to file."""
+    """Read weights from several safetensors files with a Hugging Face index: ``weight_map`` of name to file."""
     parts = _parts(index)
     content: dict[str, Any] = {}
     for part in sorted(set(parts.values())):
         if not (index.parent / part).is_file():
-            raise ComponentError(f"{index} names {part}, which is not beside it", ("file",))
+            raise ComponentError(f"{index} names {part}, which is not in the same folder", ("file",))
         content |= _content(index.parent / part)
-    lost = sorted(set(parts) - set(content))
-    if lost:
-        raise ComponentError(f"{index} names tensors that its files have not: {_listed(lost)}", ("file",))
+    missing = sorted(set(parts) - set(content))
+    if missing:
+        raise ComponentError(f"{index} names tensors that its files do not hold: {_listed(missing)}", ("file",))
     return content
 
 
@@ -191,7 +192,7 @@ def _parts(index: Path) -> dict[str, str]:
         parts = json_files.read(index)["weight_map"]
         return {str(name): Path(part).name for name, part in parts.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ComponentError(f"{index} is no index of safetensors files: it has no weight_map", ("file",)) from error
+        raise ComponentError(f"{index} is not an index of safetensors files: no weight_map", ("file",)) from error
 
 
 def _content(file: Path) -> Any:
@@ -201,11 +202,11 @@ def _content(file: Path) -> Any:
         )
     except pickle.UnpicklingError as error:
         raise ComponentError(
-            f"{file} is no file of torch's, or holds more than tensors and plain data, and is not read: loading it could run "
-            "code. Save the state dict alone (torch.save(model.state_dict(), …), or safetensors)",
+            f"{file} is not a torch file, or holds more than tensors and plain data: it is not read, since loading could run "
+            "code. Save only the state dict (torch.save(model.state_dict(), …), or safetensors)",
             ("file",),
         ) from error
-    except Exception as error:  # torn bytes lead torch's reader astray in many ways
+    except Exception as error:  # damaged files raise many kinds of errors in torch
         first_line = (str(error) or type(error).__name__).split("\n", maxsplit=1)[0]
         raise ComponentError(f"{file} cannot be read: {first_line}", ("file",)) from error
 
@@ -215,7 +216,7 @@ def _of_folder(folder: Path, section: WeightsSection) -> dict[str, Tensor]:
     if not file.is_file() and (folder / f"model{_INDEX}").is_file():
         return _read(folder / f"model{_INDEX}", section)
     if not file.is_file() and not (folder / INDEX).is_file():
-        hint = "; name one of its checkpoints" if RunFiles(folder).checkpoints.is_dir() else ""
+        hint = "; give one of its checkpoints" if RunFiles(folder).checkpoints.is_dir() else ""
         raise ComponentError(f"{folder} is a folder without {file.name}{hint}", ("file",))
     if not (folder / "manifest.json").is_file():
         return _read(file, section)
@@ -226,7 +227,7 @@ def _of_folder(folder: Path, section: WeightsSection) -> dict[str, Tensor]:
 
 
 def _tensors(content: Any, file: Path, section: WeightsSection) -> dict[str, Tensor]:
-    """Return the state dict within what a file holds."""
+    """Return the state dict in a file's content, at ``section.entry`` if set."""
     for part in section.entry.split(".") if section.entry else ():
         if not isinstance(content, Mapping) or part not in content:
             known = did_you_mean(part, map(str, content)) if isinstance(content, Mapping) else ""
@@ -239,7 +240,7 @@ def _tensors(content: Any, file: Path, section: WeightsSection) -> dict[str, Ten
         inner = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
         if inner:
             raise ComponentError(
-                f"{file} is no state dict; it has entries: set entry to one of {_listed(inner)}", ("entry",)
+                f"{file} is not a state dict but has entries: set entry to one of {_listed(inner)}", ("entry",)
             )
     raise ComponentError(f"{file} holds a {type(content).__name__} without tensors, not a state dict", ("file",))
 

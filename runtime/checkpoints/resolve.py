@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is meant: the newest, the best by a metric, or one by its path. Only reads."""
+"""Resolve a checkpoint choice: the newest, the best by a metric, or a path. Read-only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BEST = "best:"
 
 
 def check_choice(run: Path, choice: str, best: Sequence[BestSection]) -> None:
-    """Refuse a choice that cannot be met, as far as that is seen without reading the checkpoints' contents.
+    """Validate a choice as far as possible without reading the checkpoints' contents.
 
     Raises:
         LockstepError: see :func:`chosen`.
@@ -35,13 +35,13 @@ def check_choice(run: Path, choice: str, best: Sequence[BestSection]) -> None:
 
 
 def chosen(run: Path, choice: str, best: Sequence[BestSection], *, warn: Callable[[str], None]) -> Checkpoint:
-    """Return the checkpoint that is meant, every byte of it verified.
+    """Return the chosen checkpoint, after verifying every byte.
 
     Args:
         run: the run folder.
         choice: ``newest``, ``best:METRIC``, or the path of a checkpoint or its name in the run.
-        best: the configuration's ``checkpoint.best``, which says whether higher or lower is better.
-        warn: told which are passed over as damaged.
+        best: the configuration's ``checkpoint.best``, which defines whether higher or lower is better.
+        warn: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
         RunFolderError: there is no such run folder.
@@ -50,25 +50,25 @@ def chosen(run: Path, choice: str, best: Sequence[BestSection], *, warn: Callabl
     """
     if choice == NEWEST:
         return newest_whole(run, warn=warn)
-    found = _best(run, choice, best, warn=warn).path if choice.startswith(_BEST) else _named(run, choice)
-    damage = damage_of(found)
+    path = _best(run, choice, best, warn=warn).path if choice.startswith(_BEST) else _named(run, choice)
+    damage = damage_of(path)
     if damage is not None:
-        raise CheckpointError(f"{found} is damaged ({damage}); choose another with --checkpoint")
-    tree = json_files.read(found / "state.json")
-    return Checkpoint(found, int(tree["step"]), int(tree["attempt"]), int(tree["epoch"]), dict(tree["results"]))
+        raise CheckpointError(f"{path} is damaged ({damage}); choose another with --checkpoint")
+    tree = json_files.read(path / "state.json")
+    return Checkpoint(path, int(tree["step"]), int(tree["attempt"]), int(tree["epoch"]), dict(tree["results"]))
 
 
 def _best(run: Path, choice: str, best: Sequence[BestSection], *, warn: Callable[[str], None]) -> Checkpoint:
     metric = choice.removeprefix(_BEST)
     kept_by = {b.metric: b for b in best}
     if metric not in kept_by:
-        kept = f"it is kept by {', '.join(kept_by)}" if kept_by else "none is"
-        what = f"{choice}: no best checkpoint is kept by {metric!r} ({kept}: checkpoint.best)"
+        kept = f"metrics of checkpoint.best: {', '.join(kept_by)}" if kept_by else "checkpoint.best is empty"
+        what = f"{choice}: no best checkpoint is kept by {metric!r} ({kept})"
         raise ConfigurationError([Problem("command line", "--checkpoint", what)])
-    found = CheckpointFolder(checkpoints_folder(run), keep=1, best=(), warn=warn).best(kept_by[metric])
-    if not found:
+    candidates = CheckpointFolder(checkpoints_folder(run), keep=1, best=(), warn=warn).best(kept_by[metric])
+    if not candidates:
         raise CheckpointError(f"{run} holds no checkpoint with a result for {metric!r}")
-    return found[0]
+    return candidates[0]
 
 
 def _named(run: Path, choice: str) -> Path:
@@ -76,8 +76,8 @@ def _named(run: Path, choice: str) -> Path:
         if not path.is_dir():
             continue
         if ".partial-" in path.name:
-            raise CheckpointError(f"{path} is partial: it is being written, or was when its writer was killed")
+            raise CheckpointError(f"{path} is partial: it is being written, or its writer was killed")
         if not is_checkpoint(path):
-            raise CheckpointError(f"{path} is no checkpoint: it has no manifest.json")
+            raise CheckpointError(f"{path} is not a checkpoint: it has no manifest.json")
         return path
     raise CheckpointError(f"there is no checkpoint {choice}; give newest, best:METRIC, or a checkpoint's path or name")

@@ -1,8 +1,8 @@
-"""Lines of history: what a rollback has abandoned, recorded before the run goes on.
+"""Rollback history: which checkpoints were abandoned. Recorded before training continues.
 
-A rollback returns to a checkpoint and takes another way from there: some global batches are skipped, the learning rate may
-be lowered. One atomic rename of ``rollbacks.json`` makes it so. A checkpoint of an earlier attempt that lies after the
-rollback's target is abandoned: it is never read again, even if the process is killed before the new attempt has saved.
+A rollback returns to a checkpoint and continues differently: some global batches are skipped, the learning rate may be
+lowered. It takes effect with one atomic rename of ``rollbacks.json``. Checkpoints of earlier attempts after the rollback's
+target are abandoned: never read again, even if the process is killed before the new attempt has saved.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Rollback:
     """One return to a checkpoint.
 
     Args:
-        attempt: number of the line of history that it begins.
+        attempt: number of the attempt that it starts.
         target_step: step of the checkpoint that it returns to.
-        failed_step: the step that went wrong.
-        reason: what went wrong.
-        skipped: global batches that are left out from now on, as (epoch, batch).
-        learning_rate_factor: what all learning rates are multiplied by from now on.
+        failed_step: the step that diverged.
+        reason: why.
+        skipped: global batches skipped from now on, as (epoch, batch).
+        learning_rate_factor: factor on all learning rates from now on.
     """
 
     attempt: int
@@ -43,15 +43,17 @@ class Rollback:
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Self:
-        """Undo ``asdict`` and JSON."""
+        """Parse an entry of ``rollbacks.json``, the inverse of ``asdict``."""
         read = cls(**{**entry, "skipped": tuple(Cursor(*cursor) for cursor in entry["skipped"])})
-        whole = (read.attempt, read.target_step, read.failed_step, *(n for cursor in read.skipped for n in cursor))
-        if not all(type(number) is int for number in whole) or not isinstance(read.learning_rate_factor, int | float):
-            raise ValueError(f"{entry} is no rollback")
+        integers = (read.attempt, read.target_step, read.failed_step, *(n for cursor in read.skipped for n in cursor))
+        if not all(type(number) is int for number in integers) or not isinstance(
+            read.learning_rate_factor, int | float
+        ):
+            raise ValueError(f"{entry} is not a rollback")
         return read
 
     def abandons(self, step: int, attempt: int) -> bool:
-        """Tell whether a checkpoint lies on a line of history that this rollback left."""
+        """Whether this rollback abandoned a checkpoint."""
         return attempt < self.attempt and step > self.target_step
 
 
@@ -59,10 +61,10 @@ class RollbackHistory:
     """The rollbacks of one run, in order.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of checkpoints.
 
     Raises:
-        CheckpointError: the record is there but cannot be read; which checkpoints are good is then unknown.
+        CheckpointError: the record exists but cannot be read, so it is unknown which checkpoints are valid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,17 +72,17 @@ class RollbackHistory:
         self.rollbacks = self._read()
 
     def record(self, rollback: Rollback) -> None:
-        """Make a rollback so, durably; checkpoints after its target are abandoned from here on."""
+        """Record a rollback durably; from here on checkpoints after its target are abandoned."""
         written = [asdict(earlier) for earlier in (*self.rollbacks, rollback)]
         replace_file(self._path, json.dumps({"rollbacks": written}, indent=1))
         self.rollbacks.append(rollback)
 
     def abandoned(self, step: int, attempt: int) -> bool:
-        """Tell whether a checkpoint must not be read any more."""
+        """Whether a checkpoint must no longer be read."""
         return any(rollback.abandons(step, attempt) for rollback in self.rollbacks)
 
     def since(self, attempt: int) -> Iterable[Rollback]:
-        """Return the rollbacks that a state of this attempt knows nothing of."""
+        """Return the rollbacks recorded after this attempt started."""
         return [rollback for rollback in self.rollbacks if rollback.attempt > attempt]
 
     def _read(self) -> list[Rollback]:
@@ -91,6 +93,6 @@ class RollbackHistory:
             return [Rollback.read(entry) for entry in written]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{self._path} cannot be read ({error}); it tells which checkpoints were abandoned. Put it back, or remove it "
-                "together with the checkpoints that are not to be continued"
+                f"{self._path} cannot be read ({error}); it records which checkpoints were abandoned. Restore it, or remove it "
+                "together with the checkpoints that must not be resumed"
             ) from error

@@ -1,6 +1,6 @@
-"""The run folder as all ranks see it: one owner, the newest good checkpoint, saves and rollbacks. Rank 0 reads and writes.
+"""Collective access to the run folder: lock, newest valid checkpoint, saves and rollbacks. Rank 0 reads and writes.
 
-Every method that returns something tells every rank the same; what goes wrong on rank 0 is raised on all.
+Methods return the same value on every rank; an error on rank 0 is raised on all.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _LOGGER = logging.getLogger("lockstep.checkpoints")
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from, as rank 0 found it.
+    """A checkpoint to resume from.
 
     Args:
         path: its folder.
-        results: of the evaluation of its step.
+        results: of the evaluation after its step.
         judged: whether they may decide which checkpoints are the best.
-        rollbacks: which its state knows nothing of yet.
+        rollbacks: those recorded after its state was saved.
     """
 
     path: Path
@@ -49,18 +49,18 @@ class ResumePoint:
 
 
 class RunFolder:
-    """What is on disk of one run.
+    """The files of one run.
 
     Args:
         path: the folder.
         rank: of this process.
         device: the process group's.
         section: what is saved and kept.
-        warn: told what was found damaged.
-        writers: how many ranks save: all where each holds a part of the state, otherwise rank 0 alone.
+        warn: called with a message about damaged checkpoints.
+        writers: number of ranks that save: all if the state is sharded, else 1 (rank 0).
         timeout_seconds: longest wait of a writer for the others.
-        job: id of the scheduler's job that this start belongs to, if any, and how often that was started again: a job's later
-            start takes over from its earlier one.
+        job: id of the scheduler's job of this start, if any, and its restart count: a job's later start takes over the lock
+            from an earlier one.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class RunFolder:
         self._run_lock: RunLock | None = None
         self._best = BestResults(section.best, [])
         self._prepared = False
-        self._went_on_from: Path | None = None
+        self._resumed_from: Path | None = None
         self._num_writers = writers
         self._timeout_seconds = timeout_seconds
 
     def open(self) -> None:
-        """Make the folder, and keep other jobs from writing to it. Collective: every rank must call this.
+        """Create the folder and acquire its lock. Collective: every rank must call this.
 
         Raises:
-            RunFolderError: it cannot be made, or another job is writing to it.
+            RunFolderError: it cannot be created, or another job is writing to it.
         """
         self._on_rank_0(self._open)
         if self._checkpoints is not None or self._num_writers > 1:
@@ -102,7 +102,7 @@ class RunFolder:
             self._saving = AsyncSaver(self._checkpoints, writers)
 
     def close(self) -> None:
-        """Let what is being written be finished, and other jobs in. Never raises."""
+        """Wait for the current save and release the lock. Never raises."""
         if self._saving is not None:
             self._saving.wait()
         if self._run_lock is not None:
@@ -112,18 +112,18 @@ class RunFolder:
         """Return the newest whole checkpoint. Collective: every rank must call this.
 
         Raises:
-            RunFolderError: ``resume.mode`` forbids what is there, or what is not.
+            RunFolderError: ``resume.mode`` is ``never`` and there is a checkpoint, or ``must`` and there is none.
             CheckpointError: a checkpoint has a newer format.
         """
-        found = self._go_on(self._on_rank_0(self._newest))
-        if found and resume.mode == "never":
+        point = self._resume_point(self._on_rank_0(self._newest))
+        if point and resume.mode == "never":
             raise RunFolderError(f"{self.path} holds a checkpoint and resume.mode is never; choose another output")
-        if not found and resume.mode == "must":
+        if not point and resume.mode == "must":
             raise RunFolderError(f"{self.path} holds no checkpoint and resume.mode is must")
-        return found
+        return point
 
     def prepare_saving(self, collect: Callable[[], Mapping[str, Any]]) -> None:
-        """Make room for copies of the state, once there is an optimizer state to copy; later calls do nothing."""
+        """Start allocating host buffers, once the optimizer state exists; later calls do nothing."""
         if self._saving is not None and not self._prepared:
             self._saving.prepare(collect())
         self._prepared = True
@@ -136,19 +136,19 @@ class RunFolder:
         judged: bool = True,
         **of_snapshot: Any,
     ) -> None:
-        """Copy the state and let it be written. Collective: every rank must call this.
+        """Copy the state and write it in the background. Collective: every rank must call this.
 
         Args:
             judged: whether the results may decide which checkpoints are the best.
 
         Raises:
-            CheckpointError: the copy, or the save before this one, failed.
+            CheckpointError: the copy, or the previous save, failed.
         """
 
         def save() -> None:
             assert self._saving is not None
             self._saving.save(collect(), results=results, judged=judged, **of_snapshot)
-            self._refuse_problem()
+            self._raise_problem()
 
         if self._num_writers > 1:
             self._wait_for_all()
@@ -159,17 +159,17 @@ class RunFolder:
             self._best.add(results)
 
     def is_best(self, results: Mapping[str, Any]) -> bool:
-        """Tell whether results are among the best of ``checkpoint.best``, and their step has to be saved."""
+        """Whether results are among the best of ``checkpoint.best``, so that their step must be saved."""
         return self._best.improved_by(results)
 
     @property
     def saving_prepared(self) -> bool:
-        """Tell whether :meth:`prepare_saving` was called."""
+        """Whether :meth:`prepare_saving` was called."""
         return self._prepared
 
     @property
     def owned(self) -> bool:
-        """Tell whether the folder was opened and no other job has taken it over; known on rank 0 only."""
+        """Whether the folder was opened and no other job has taken it over; on rank 0 only."""
         if self._run_lock is None:
             return False
         try:
@@ -180,12 +180,12 @@ class RunFolder:
 
     @property
     def failing(self) -> bool:
-        """Tell whether a save has failed; known on rank 0 only, until all ranks meet at the next save."""
+        """Whether a save has failed; on rank 0 only, until the next collective save."""
         return self._saving is not None and self._saving.problem is not None
 
     @property
     def save_seconds(self) -> float:
-        """The longest that a save has taken; 0 on other ranks than 0."""
+        """Longest save so far; 0 on ranks other than 0."""
         return self._saving.longest_seconds if self._saving is not None else 0.0
 
     def finish_saving(self) -> None:
@@ -197,51 +197,55 @@ class RunFolder:
         self._wait_for_all()
 
     def _wait_for_all(self) -> None:
-        """Wait until no rank writes any more, and raise what went wrong on rank 0, on all. Collective."""
+        """Wait until all ranks have finished writing, and raise rank 0's error on all. Collective."""
         if self._saving is not None:
             self._saving.wait()
-        self._on_rank_0(self._refuse_problem)
+        self._on_rank_0(self._raise_problem)
 
     def roll_back(self, wanted: RollbackWanted, *, max_rollbacks: int, learning_rate_factor: float) -> ResumePoint:
-        """Abandon what came after the last good checkpoint, and return that. Collective: every rank must call this.
+        """Return the last good checkpoint and abandon later ones. Collective: every rank must call this.
 
-        Good is a checkpoint whose model holds no NaN or infinity, and which an earlier rollback has not returned to in vain.
+        A checkpoint is good if its model holds no NaN or infinity, and the last rollback did not return to it already.
 
         Raises:
-            DivergenceError: there have been too many rollbacks, or there is no good checkpoint.
+            DivergenceError: there have been too many rollbacks, or there is no checkpoint with finite weights.
         """
         self._wait_for_all()
-        found = self._go_on(self._on_rank_0(lambda: self._roll_back(wanted, max_rollbacks, learning_rate_factor)))
-        assert found is not None
-        return found
+        point = self._resume_point(
+            self._on_rank_0(lambda: self._roll_back(wanted, max_rollbacks, learning_rate_factor))
+        )
+        assert point is not None
+        return point
 
     def last_saved(self) -> Path | None:
-        """Return the newest checkpoint of this start, or that which it went on from. Collective."""
+        """Return the newest checkpoint of this start, else the one that it resumed from. Collective."""
 
-        def told() -> str | None:
+        def last_path() -> str | None:
             saved = self._saving.saved if self._saving is not None else None
-            return str(saved or self._went_on_from or "") or None
+            return str(saved or self._resumed_from or "") or None
 
-        path = self._on_rank_0(told)
+        path = self._on_rank_0(last_path)
         return Path(path) if path is not None else None
 
     def best_messages(self) -> list[str]:
-        """Name the best checkpoints, on rank 0."""
+        """Return one line for each metric's best checkpoint, on rank 0."""
         if self._checkpoints is None:
             return []
-        found = ((best.metric, c) for best in self._section.best for c in self._checkpoints.best(best)[:1])
-        return [f"best {metric} {c.results[metric]:.4f}: {c.path}" for metric, c in found]
+        leading = ((best.metric, c) for best in self._section.best for c in self._checkpoints.best(best)[:1])
+        return [f"best {metric} {c.results[metric]:.4f}: {c.path}" for metric, c in leading]
 
     def _open(self) -> None:
         files = RunFiles(self.path)
         try:
             make_folder(self.path)
         except OSError as error:
-            raise RunFolderError(f"the run folder {self.path} cannot be made: {error.strerror}") from error
+            raise RunFolderError(f"cannot create the run folder {self.path}: {error.strerror}") from error
         job, restart = self._job
-        self._run_lock = RunLock(self.path, job=job, restart=restart, wait=_LOGGER.info)  # at once: it may take a while
+        self._run_lock = RunLock(
+            self.path, job=job, restart=restart, wait=_LOGGER.info
+        )  # logged at once: it may take long
         self._run_lock.acquire()
-        files.stop.unlink(missing_ok=True)  # of an earlier start
+        files.stop.unlink(missing_ok=True)  # left over from an earlier start
         self._checkpoints = CheckpointFolder(
             files.checkpoints,
             keep=self._section.keep,
@@ -266,13 +270,13 @@ class RunFolder:
                 f"{where}; the run has been rolled back {max_rollbacks} times (divergence.max_rollbacks)"
             )
 
-        def returned_in_vain(checkpoint: Checkpoint) -> str | None:
+        def unusable(checkpoint: Checkpoint) -> str | None:
             last = rollback_history.rollbacks[-1] if rollback_history.rollbacks else None
             if last is not None and last.target_step == checkpoint.step and checkpoint.attempt < last.attempt:
-                return "the last rollback returned to it, and the run went astray again"
-            return _poison(checkpoint)
+                return "the run diverged again after the last rollback to it"
+            return _non_finite(checkpoint)
 
-        target = self._checkpoints.newest(usable=returned_in_vain) or self._checkpoints.newest(usable=_poison)
+        target = self._checkpoints.newest(usable=unusable) or self._checkpoints.newest(usable=_non_finite)
         if target is None:
             raise DivergenceError(f"{where}; there is no checkpoint with finite weights to return to")
         attempt = max([rollback.attempt for rollback in rollback_history.rollbacks], default=0) + 1
@@ -282,42 +286,42 @@ class RunFolder:
         return self._as_plain(target)
 
     def _as_plain(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        """Return what to go on from, and the results of all that is there, as plain data that travels between ranks."""
+        """Return the resume point and the results of all checkpoints as plain data, to send to the other ranks."""
         assert self._checkpoints is not None
         saved = [dict(results) for results in self._checkpoints.results()]
         if checkpoint is None:
             return {"saved": saved}
         rollbacks = [asdict(rollback) for rollback in self._checkpoints.rollback_history.since(checkpoint.attempt)]
-        found = {"path": str(checkpoint.path), "results": dict(checkpoint.results), "judged": checkpoint.judged}
-        return {"saved": saved, "found": found | {"rollbacks": rollbacks}}
+        point = {"path": str(checkpoint.path), "results": dict(checkpoint.results), "judged": checkpoint.judged}
+        return {"saved": saved, "point": point | {"rollbacks": rollbacks}}
 
-    def _go_on(self, reply: Mapping[str, Any]) -> ResumePoint | None:
+    def _resume_point(self, reply: Mapping[str, Any]) -> ResumePoint | None:
         self._best = BestResults(self._section.best, reply["saved"])
-        if "found" not in reply:
+        if "point" not in reply:
             return None
-        found = reply["found"]
-        self._went_on_from = Path(found["path"])
-        rollbacks = tuple(Rollback.read(entry) for entry in found["rollbacks"])
-        return ResumePoint(Path(found["path"]), found["results"], found["judged"], rollbacks)
+        point = reply["point"]
+        self._resumed_from = Path(point["path"])
+        rollbacks = tuple(Rollback.read(entry) for entry in point["rollbacks"])
+        return ResumePoint(Path(point["path"]), point["results"], point["judged"], rollbacks)
 
-    def _refuse_problem(self) -> None:
+    def _raise_problem(self) -> None:
         if self._saving is not None and self._saving.problem is not None:
             raise CheckpointError(self._saving.problem)
 
     def _on_rank_0(self, act: Callable[[], Any]) -> Any:
-        """Return on all ranks what rank 0 got, or raise on all what it raised. Collective."""
+        """Return rank 0's result on all ranks, or raise its error on all. Collective."""
 
-        def told() -> Any:
+        def run() -> Any:
             try:
                 return act()
             except OSError as error:
                 raise RunFolderError(f"{self.path}: {error.strerror or error}") from error
 
-        return on_rank_0(told, rank=self._rank, device=self._device)
+        return on_rank_0(run, rank=self._rank, device=self._device)
 
 
-def _poison(checkpoint: Checkpoint) -> str | None:
-    """Say which of the model's tensors holds a NaN or an infinity, or None."""
+def _non_finite(checkpoint: Checkpoint) -> str | None:
+    """Return which of the model's tensors holds a NaN or an infinity, or None."""
     for name, stored in tensors_on_disk(checkpoint.path, "model").items():
         if stored.dtype.is_complex or stored.dtype.is_floating_point:
             values = whole(stored)

@@ -1,4 +1,4 @@
-"""What a run's state consists of, and whether a checkpoint may be continued under the present configuration."""
+"""The state of a run, and whether a checkpoint may be resumed under the current configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from runtime.checkpoints.built_state import OF_SCHEDULES, BuiltState
+from runtime.checkpoints.built_state import SCHEDULER_KEYS, BuiltState
 from runtime.checkpoints.rollback_history import Rollback
 from runtime.config.data import BatchSection, DataSection
 from runtime.config.file import exact_keys
@@ -30,10 +30,10 @@ from runtime.training.progress import Progress
 
 @dataclass(frozen=True)
 class RunState:
-    """The parts whose state is the run's: all that a checkpoint holds, and nothing that differs between ranks.
+    """The components whose state a checkpoint holds; their state is equal on every rank.
 
     Args:
-        built: what they were before any state was loaded.
+        built: how they were built, before any state was loaded.
     """
 
     module: TrainingModule
@@ -50,15 +50,16 @@ class RunState:
     def collect(self) -> dict[str, dict[str, Any]]:
         """Return the model's state dict and everything else (``training``), as tensors, shards and plain data.
 
-        Where the optimizer has other weights for evaluation, those are the model's, and training's are beside them.
-        Collective where ranks hold parts of the state.
+        Where the optimizer has an eval mode (schedule-free), ``model`` holds the evaluation weights and
+        ``training["weights"]`` the training weights.
+        Collective if the ranks hold parts of the state.
         """
         state_io = self.strategy.state_io
         weights = training_weights(self.optimizer, self.module, state_io.weights())
         with evaluated_weights(self.optimizer):
             model = state_io.module_state(self.module.model)
             objective = state_io.module_state(self.module.objective)
-            if weights is not None:  # what is put back below would change them
+            if weights is not None:  # switching back to the training weights would change them
                 model, objective = cloned(model), cloned(objective)
         training = {
             "objective": objective,
@@ -76,19 +77,20 @@ class RunState:
         return {"model": model, "training": training}
 
     def restore(self, model: Mapping[str, Any], training: Mapping[str, Any]) -> None:
-        """Go on from a state. The schedule comes after the optimizer, whose rates it knows without its warm-up factor.
+        """Load a state. Collective.
 
-        The strategy has prepared module and optimizer; their tensors may be read as they are asked for. Collective.
+        The strategy has prepared module and optimizer; tensors may be read lazily from disk. The schedule is loaded after the
+        optimizer, since it stores the learning rates without the warm-up factor.
 
         Raises:
             CheckpointError: the state does not fit the model or the optimizer.
         """
-        wanted, there = _group_keys(self.optimizer.param_groups), _group_keys(training["optimizer"]["param_groups"])
+        expected, stored = _group_keys(self.optimizer.param_groups), _group_keys(training["optimizer"]["param_groups"])
         state_io, before = self.strategy.state_io, training.get("built", asdict(self.built))
-        if wanted - OF_SCHEDULES != there - OF_SCHEDULES:
+        if expected - SCHEDULER_KEYS != stored - SCHEDULER_KEYS:
             raise CheckpointError(
-                f"the checkpoint does not fit {type(self.optimizer).__name__}: it was made with another optimizer, whose "
-                f"groups have {sorted(there)}"
+                f"the checkpoint does not fit {type(self.optimizer).__name__}: it was saved with another optimizer, whose "
+                f"parameter groups have the keys {sorted(stored)}"
             )
         optimizer_state = self.built.adapted(training["optimizer"], self.optimizer, before)
         changed = self.built.changed_buffers(self.module, before)
@@ -112,8 +114,8 @@ class RunState:
             self.early_stopping.load_state_dict(training["early_stopping"])
         self.progress.load_state_dict(training["progress"])
 
-    def follow(self, rollbacks: Iterable[Rollback]) -> None:
-        """Take the way that rollbacks chose after this state was saved."""
+    def apply_rollbacks(self, rollbacks: Iterable[Rollback]) -> None:
+        """Apply rollbacks that were recorded after this state was saved: attempt, skipped batches, learning rate."""
         for rollback in rollbacks:
             self.progress.attempt = rollback.attempt
             self.progress.skipped_batches += rollback.skipped
@@ -130,7 +132,7 @@ def load_module(
     """Load state dicts into a placed module, and the buffers that they leave out. Collective where ``load`` is.
 
     Args:
-        load: loads a state dict into a part.
+        load: loads a state dict into the model or the objective.
 
     Raises:
         RuntimeError, ValueError, KeyError: they do not fit.
@@ -143,16 +145,16 @@ def load_module(
 
 @dataclass(frozen=True)
 class RunFingerprint:
-    """What must be the same, or knowingly changed, when a run is resumed.
+    """Identity of a run: must be unchanged on resumption, unless a change is allowed.
 
     Args:
         configuration: resolved values.
         slots: K.
         data: the training data's fingerprint.
-        schedule_length: what the schedule was told the run's length is, if that followed from the limit.
+        schedule_length: the run length passed to the schedule, if derived from the limit.
         tracker_id: W&B's run id.
-        weights: digest of the file that the model's weights were loaded from at the first start.
-        contents: digests of a few samples of each part of the data, and of what orders follow from.
+        weights: digest of the file from which the model's weights were loaded at the first start.
+        contents: digests of a few samples of each part of the data, and of the inputs that determine the order.
     """
 
     configuration: Mapping[str, Any]
@@ -164,11 +166,11 @@ class RunFingerprint:
     contents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
-    """Refuse a training state that no run of ours has written, before anything is built from it.
+def check_training_state(training: Mapping[str, Any], name: str) -> None:
+    """Validate the structure of a training state, before anything is built from it.
 
     Raises:
-        CheckpointError: naming the checkpoint.
+        CheckpointError: it was not written by this version; names the checkpoint.
     """
     try:
         fingerprint, progress = RunFingerprint(**training["identity"]), Progress()
@@ -189,14 +191,14 @@ def refuse_misfit(training: Mapping[str, Any], name: str) -> None:
             training["buffers"],
         )
         _group_keys(training["optimizer"]["param_groups"])
-        sound = all(type(number) is int and number >= 0 for number in counters) and fingerprint.slots > 0
-        sound &= all(isinstance(mapping, Mapping) for mapping in maps)
+        valid = all(type(number) is int and number >= 0 for number in counters) and fingerprint.slots > 0
+        valid &= all(isinstance(mapping, Mapping) for mapping in maps)
     except (ValueError, LookupError, TypeError, AttributeError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise CheckpointError(
-            f"{name} holds a training state that no run of this version writes: choose another folder (output=…), or remove "
-            "this checkpoint to go on from the one before"
+            f"{name} holds a training state that this version of Lockstep does not write: choose another folder (output=…), "
+            "or remove this checkpoint to resume from the previous one"
         )
 
 
@@ -208,19 +210,19 @@ def check_identity(
     allowed: Sequence[str],
     folder: Path,
 ) -> None:
-    """Compare what a checkpoint was made with and what is asked for now.
+    """Compare the run that a checkpoint belongs to with the current one.
 
     Args:
-        contents: by part of the data, what is another than it was.
+        contents: by part of the data, what differs.
         allowed: keys that may change.
-        folder: of the run.
+        folder: the run folder.
 
     Raises:
         RunFolderError: an exact key changed, with its old and new value; or the data did.
     """
     old, new = exact_keys(stored.configuration), exact_keys(now.configuration)
     for keys in (old, new):
-        keys.pop("batch.slots")  # by default it follows from the first start: judged by slots_on_resumption
+        keys.pop("batch.slots")  # by default fixed at the first start: checked by slots_on_resumption
     changes = [
         f"{key}: was {old.get(key, 'not set')!r}, is {new.get(key, 'not set')!r}"
         for key in sorted(set(old) | set(new))
@@ -228,54 +230,54 @@ def check_identity(
     ]
     if stored.schedule_length != now.schedule_length and not _allowed("limit", allowed):
         changes.append(
-            f"limit: the schedule's length followed from it: was {stored.schedule_length}, is {now.schedule_length} "
-            "(give schedule.args a length of its own to be free to change the limit)"
+            f"limit: the schedule's length is derived from it: was {stored.schedule_length}, is {now.schedule_length} "
+            "(set the length in schedule.args to be free to change the limit)"
         )
-    named = now.configuration["model"]["weights"] is not None
-    gone = now.weights is None and named  # it is no longer needed
-    if stored.weights != now.weights and not gone and not _allowed("model.weights", allowed):
+    configured = now.configuration["model"]["weights"] is not None
+    removed = now.weights is None and configured  # the file is no longer needed
+    if stored.weights != now.weights and not removed and not _allowed("model.weights", allowed):
         changes.append(f"model.weights: the file's digest was {stored.weights}, is {now.weights}")
     if dict(stored.data) != dict(now.data) and not _allowed("data", allowed):
         changes.append(f"data.train: was {dict(stored.data)}, is {dict(now.data)}")
     changes += [
-        f"data.{part}: {what} is not what it was: the data, or the code that reads it, changed under the run"
+        f"data.{part}: {what} changed since the first start: the data, or the code that reads it, is different"
         for part, what in contents.items()
         if not _allowed(f"data.{part}", allowed)
     ]
     if changes:
         listed = "\n  ".join(changes)
         raise RunFolderError(
-            f"{folder} holds a run of another configuration:\n  {listed}\n"
-            "Choose another folder (output=…), or insist with resume.allow_changes=[KEY, …]"
+            f"{folder} holds a run with another configuration:\n  {listed}\n"
+            "Choose another folder (output=…), or allow the change with resume.allow_changes=[KEY, …]"
         )
 
 
 def cursor_on_resumption(
     training: Mapping[str, Any], batch_size: int, data: DataSection, *, allowed: Sequence[str], folder: Path
 ) -> list[int]:
-    """Return the epoch and the batch that a resumed run goes on with, where ``batch.global_size`` was allowed to change.
+    """Return the cursor (epoch, batch) of a resumed run, converted if ``batch.global_size`` was allowed to change.
 
     Args:
-        batch_size: of the global batch, now.
+        batch_size: the current global batch size.
         allowed: keys that may change.
-        folder: of the run.
+        folder: the run folder.
 
     Raises:
-        RunFolderError: the samples of the epoch that were trained are no whole number of such batches.
+        RunFolderError: the samples of the epoch trained so far are not a multiple of the new batch size.
     """
     epoch, batch = training["progress"]["cursor"]
     before, now = training["identity"]["configuration"]["batch"]["global_size"], batch_size
     if before == now or not batch or not _allowed("batch.global_size", allowed):
         return [epoch, batch]
-    own_batches = (data.batch_sampler, data.group_by_length, data.budget, data.balance)
-    by_samples = training["identity"]["data"].get("samples") is not None and not any(own_batches)
-    left_out = any(list(cursor) >= [epoch, batch] for cursor in training["progress"]["skipped_batches"])
-    if by_samples and not left_out and batch * before % now == 0:
+    custom_batches = (data.batch_sampler, data.group_by_length, data.budget, data.balance)
+    by_samples = training["identity"]["data"].get("samples") is not None and not any(custom_batches)
+    skips_ahead = any(list(cursor) >= [epoch, batch] for cursor in training["progress"]["skipped_batches"])
+    if by_samples and not skips_ahead and batch * before % now == 0:
         return [epoch, batch * before // now]
     raise RunFolderError(
-        f"{folder} holds a run that stands within epoch {epoch + 1}, behind {batch} batches of {before}: with "
-        f"batch.global_size {now} some of its samples would come twice or not at all. Change it where an epoch ends"
-        + (f", or to a divisor of {batch * before}" if by_samples and not left_out else "")
+        f"{folder} holds a run in the middle of epoch {epoch + 1}, after {batch} batches of {before}: with "
+        f"batch.global_size {now} some of its samples would be repeated or left out. Change it at the end of an epoch"
+        + (f", or to a divisor of {batch * before}" if by_samples and not skips_ahead else "")
     )
 
 
@@ -284,26 +286,26 @@ def slots_on_resumption(stored: int, batch: BatchSection, *, allowed: Sequence[s
 
     Args:
         allowed: keys that may change.
-        folder: of the run.
+        folder: the run folder.
 
     Raises:
         RunFolderError: K would have to change.
     """
-    wanted = batch.slots
-    micro_size = batch.largest_slot  # 'auto' keeps what was found at the first start
-    if wanted is None:
-        wanted = stored if -(-batch.global_size // stored) <= micro_size else -(-batch.global_size // micro_size)
-    if wanted != stored and not _allowed("batch.slots", allowed):
+    slots = batch.slots
+    micro_size = batch.largest_slot  # 'auto' keeps the size found at the first start
+    if slots is None:
+        slots = stored if -(-batch.global_size // stored) <= micro_size else -(-batch.global_size // micro_size)
+    if slots != stored and not _allowed("batch.slots", allowed):
         raise RunFolderError(
-            f"{folder} holds a run with {stored} slots, and {wanted} are needed now (batch.slots, batch.micro_size). "
-            "With another number only models without randomness or batch statistics in the forward pass keep the answer: "
-            f"insist with resume.allow_changes=[batch.slots]"
+            f"{folder} holds a run with {stored} slots, and {slots} are needed now (batch.slots, batch.micro_size). "
+            "Results stay the same only for models without randomness or batch statistics in the forward pass: "
+            f"allow the change with resume.allow_changes=[batch.slots]"
         )
-    return wanted
+    return slots
 
 
 def _same(old: Any, new: Any) -> bool:
-    return bool(old == new) or repr(old) == repr(new)  # NaN equals nothing, not even itself
+    return bool(old == new) or repr(old) == repr(new)  # NaN != NaN
 
 
 def _group_keys(groups: Iterable[Mapping[str, Any]]) -> set[str]:

@@ -1,7 +1,7 @@
-"""Nested state as named tensors and JSON, and safetensors files with a checksum taken while they are written.
+"""Convert nested state to named tensors and JSON; write safetensors files with a checksum computed while writing.
 
-Nothing is ever pickled or unpickled. JSON alone would turn integer keys into text (MultiStepLR would never drop its rate)
-and has no tuples or infinities, so those are marked.
+Nothing is ever pickled or unpickled. Plain JSON would turn integer keys into text (MultiStepLR would never lower its rate)
+and has no tuples or infinities, so these are encoded.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _DTYPES = {
 
 
 def split_state(state: Any, shards: dict[str, Shard] | None = None) -> tuple[Any, dict[str, Tensor]]:
-    """Split nested state into what JSON can hold and a flat mapping of tensors, which are not copied.
+    """Split nested state into a JSON-serialisable tree and a flat mapping of tensors, which are not copied.
 
-    Tensors that are views of one and the same memory (tied weights) are stored once. Strides are kept beside the values.
+    Tensors that are the same view of the same memory (tied weights) are stored once. Strides are stored in the tree.
 
     Args:
-        shards: gets this rank's parts of tensors that ranks hold together; default: there are none.
+        shards: filled with this rank's shards; default: the state has none.
 
     Raises:
-        CheckpointError: something is neither a tensor nor plain data, with the path that leads to it.
+        CheckpointError: a value is neither a tensor nor plain data; names its path.
     """
     tensors: dict[str, Tensor] = {}
     seen: dict[Any, str] = {}
@@ -88,7 +88,7 @@ def join_state(tree: Any, tensors: Mapping[str, Any]) -> Any:
     """Undo :func:`split_state`.
 
     Args:
-        tensors: by name; in memory, or on disk to be read when they are asked for.
+        tensors: by name; in memory, or on disk to be read lazily.
     """
     laid: dict[str, Any] = {}  # one tensor for all names of a tied weight
 
@@ -96,8 +96,8 @@ def join_state(tree: Any, tensors: Mapping[str, Any]) -> Any:
         if strides is None:
             return tensors[name]
         if name not in laid:
-            found = tensors[name]
-            laid[name] = laid_out(found, strides) if isinstance(found, Tensor) else found.with_strides(strides)
+            tensor = tensors[name]
+            laid[name] = laid_out(tensor, strides) if isinstance(tensor, Tensor) else tensor.with_strides(strides)
         return laid[name]
 
     def join(tree: Any) -> Any:
@@ -121,30 +121,30 @@ def join_state(tree: Any, tensors: Mapping[str, Any]) -> Any:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return what safetensors calls a type.
+    """Return the safetensors name of a dtype.
 
     Raises:
-        KeyError: it cannot hold it.
+        KeyError: safetensors does not support it.
     """
     return _DTYPES[dtype]
 
 
 def dtype_called(name: str) -> torch.dtype:
-    """Return the type that safetensors calls so."""
-    return {told: dtype for dtype, told in _DTYPES.items()}[name]
+    """Return the dtype with this safetensors name."""
+    return {its_name: dtype for dtype, its_name in _DTYPES.items()}[name]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write a safetensors file, durably; return its size in bytes and its sha256.
+    """Write a safetensors file durably; return its size in bytes and its sha256.
 
-    Written by hand so that the checksum is taken in the same pass and the same descriptor is synced.
+    Does not use the safetensors library, so that the checksum is computed in the same pass and the same descriptor is synced.
     """
     assert sys.byteorder == "little"
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"tensor {name!r} has type {tensor.dtype}, which safetensors cannot hold")
+            raise CheckpointError(f"tensor {name!r} has type {tensor.dtype}, which safetensors does not support")
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -1,10 +1,10 @@
-"""The files of a checkpoint that all ranks write together, and one way to read those and plain ones.
+"""The files of a sharded checkpoint, written by all ranks, and one interface to read sharded and plain checkpoints.
 
-    model-00001-of-00004.safetensors       what rank 1 holds of the model; likewise training-…
-    shards.json                            each tensor's whole shape and type, and where its pieces are
+    model-00001-of-00004.safetensors       rank 1's shards of the model; likewise training-…
+    shards.json                            each tensor's global shape and dtype, and the location of its shards
 
-Each rank writes at the same time as the others and tells rank 0 what; rank 0 finds the pieces to cover every tensor, and only
-then finishes the transaction (checkpoint.py). Any number of ranks reads what any other number wrote, by slices.
+All ranks write in parallel and report their files to rank 0; rank 0 verifies that the shards cover every tensor before it
+finishes the transaction (checkpoint.py). A checkpoint can be read by any number of ranks, by slices.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ INDEX = "shards.json"
 
 @dataclass(frozen=True)
 class WrittenShards:
-    """What one rank has written.
+    """The files that one rank has written.
 
     Args:
         files: name to size in bytes and sha256.
         pieces: by part (``model``, ``training``) and tensor: ``file``, ``dtype``, ``whole`` shape, ``offsets`` and ``shape``.
-        problem: why it could not.
+        problem: why writing failed.
     """
 
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
@@ -42,27 +42,27 @@ class WrittenShards:
     problem: str | None = None
 
     def as_bytes(self) -> bytes:
-        """Return it as it travels between ranks."""
+        """Serialise for sending to rank 0."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def read(cls, told: bytes) -> WrittenShards:
+    def read(cls, payload: bytes) -> WrittenShards:
         """Undo :meth:`as_bytes`."""
-        content = json.loads(told)
+        content = json.loads(payload)
         return cls(
             {name: tuple(facts) for name, facts in content["files"].items()}, content["pieces"], content["problem"]
         )
 
 
 def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int) -> WrittenShards:
-    """Write what this rank has to save; what goes wrong is in the receipt, since others wait for it."""
+    """Write this rank's part; an error is returned, not raised, since the other ranks wait for the result."""
     files: dict[str, tuple[int, str]] = {}
     pieces: dict[str, dict[str, dict[str, Any]]] = {}
     try:
-        for part, alike in snapshot.tensors.items():
+        for part, replicated in snapshot.tensors.items():
             held = {name: shard for name, shard in snapshot.shards.get(part, {}).items() if shard.part is not None}
-            if rank == 0:  # what every rank holds alike
-                held |= {name: Shard(tuple(t.shape), (0,) * t.ndim, t) for name, t in alike.items()}
+            if rank == 0:
+                held |= {name: Shard(tuple(t.shape), (0,) * t.ndim, t) for name, t in replicated.items()}
             file = f"{part}-{rank:05d}-of-{world_size:05d}.safetensors"
             values = {name: shard.part for name, shard in held.items() if shard.part is not None}
             if values:
@@ -88,7 +88,7 @@ def index_of(receipts: Sequence[WrittenShards], folder: Path) -> dict[str, Any]:
     """Return the content of ``shards.json``.
 
     Raises:
-        CheckpointError: a rank could not write, its file is not seen here, or the pieces do not cover a tensor.
+        CheckpointError: a rank could not write, rank 0 does not see its file, or the shards do not cover a tensor.
     """
     index: dict[str, dict[str, Any]] = {}
     for rank, receipt in enumerate(receipts):
@@ -107,48 +107,48 @@ def index_of(receipts: Sequence[WrittenShards], folder: Path) -> dict[str, Any]:
                 entry["pieces"].append({key: piece[key] for key in ("file", "offsets", "shape")})
     for entries in index.values():
         for name, entry in entries.items():
-            found = sum(math.prod(piece["shape"]) for piece in entry["pieces"])
-            if found != math.prod(entry["shape"]):
-                raise CheckpointError(f"of {name} the ranks hold {found} of {math.prod(entry['shape'])} values")
+            written = sum(math.prod(piece["shape"]) for piece in entry["pieces"])
+            if written != math.prod(entry["shape"]):
+                raise CheckpointError(f"{name}: the ranks wrote {written} of {math.prod(entry['shape'])} values")
     return index
 
 
 def tensors_on_disk(checkpoint: Path, part: str) -> dict[str, TensorOnDisk]:
-    """Return the tensors of a verified checkpoint, of which nothing is read yet.
+    """Return the tensors of a verified checkpoint, without reading their values.
 
     Args:
         part: ``model`` or ``training``.
 
     Raises:
-        OSError: a file is gone.
+        OSError: a file was removed.
     """
     if (checkpoint / INDEX).is_file():
         entries = json_files.read(checkpoint / INDEX).get(part, {})
         return {name: _indexed(checkpoint, name, entry) for name, entry in entries.items()}
-    path, found = checkpoint / f"{part}.safetensors", {}
+    path, tensors = checkpoint / f"{part}.safetensors", {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  not a mapping
             view = file.get_slice(name)
             shape = tuple(view.get_shape())
             dtype = dtype_called(view.get_dtype())
-            found[name] = TensorOnDisk(shape, dtype, [FileSlice(path, name, (0,) * len(shape), shape)])
-    return found
+            tensors[name] = TensorOnDisk(shape, dtype, [FileSlice(path, name, (0,) * len(shape), shape)])
+    return tensors
 
 
 def _indexed(checkpoint: Path, name: str, entry: Mapping[str, Any]) -> TensorOnDisk:
     """Return a tensor as the index describes it.
 
     Raises:
-        ValueError: its pieces are not within it, or do not make it up: what is read of it would be memory as it was found.
+        ValueError: its pieces exceed it or do not cover it, so that reading it would return uninitialised memory.
     """
     shape, pieces = entry["shape"], []
     for piece in entry["pieces"]:
         box = list(zip(piece["offsets"], piece["shape"], shape, strict=True))
         if not all(type(n) is int and n >= 0 for sizes in box for n in sizes) or any(a + b > c for a, b, c in box):
-            raise ValueError(f"a piece of {name} does not lie within it")
+            raise ValueError(f"a piece of {name} exceeds the tensor")
         if Path(piece["file"]).name != piece["file"]:
-            raise ValueError(f"{name} is said to be in {piece['file']!r}, which is no file of the checkpoint")
+            raise ValueError(f"{name} refers to {piece['file']!r}, which is not a file of the checkpoint")
         pieces.append(FileSlice(checkpoint / piece["file"], name, tuple(piece["offsets"]), tuple(piece["shape"])))
     if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
-        raise ValueError(f"the pieces of {name} do not make it up")
+        raise ValueError(f"the pieces of {name} do not cover the tensor")
     return TensorOnDisk(shape, dtype_called(entry["dtype"]), pieces)

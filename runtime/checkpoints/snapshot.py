@@ -1,7 +1,7 @@
-"""A copy of a run's state in host memory: what the training loop waits for when it saves.
+"""Copy of a run's state in host memory; the training loop waits for it when it saves.
 
-The buffers are made once, after the first step, by a thread of their own: copying into memory that has been touched before
-takes a fifth of the time of fresh copies. They are page-locked where the state is on a GPU.
+The buffers are allocated once, after the first step, by a separate thread: copying into memory that has been touched before
+takes a fifth of the time of fresh copies. They are page-locked if the state is on a GPU.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from runtime.state.shards import Shard
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one checkpoint will hold.
+    """Content of one checkpoint.
 
     Args:
         step: steps consumed.
-        attempt: which line of history it belongs to.
+        attempt: the attempt it belongs to.
         epoch: the epoch of the last step, counted from 1.
-        results: of the evaluation of the same step, empty if there was none.
+        results: of the evaluation after the same step, empty if there was none.
         judged: whether the results may decide which checkpoints are the best.
-        trees: by file, what JSON can hold.
+        trees: by file, the JSON-serialisable part.
         tensors: by file, on the CPU.
-        shards: by file, this rank's parts of tensors that the ranks hold together, on the CPU; empty where there are none.
+        shards: by file, this rank's shards of sharded tensors, on the CPU; empty if nothing is sharded.
     """
 
     step: int
@@ -44,27 +44,29 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Copies state into host memory that is used again for the next copy, so one copy is alive at a time."""
+    """Copies state into host memory that the next copy reuses, so only one copy is valid at a time."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._making: threading.Thread | None = None
+        self._allocating: threading.Thread | None = None
 
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Begin to make buffers for a state like this one, in the background."""
-        tensors = {(file, name): t for file, part in state.items() for name, t in _held(part).items()}
-        self._making = threading.Thread(target=self._make, args=(tensors,), name="lockstep-buffers", daemon=True)
-        self._making.start()
+        """Start allocating buffers for a state like this one, in the background."""
+        tensors = {(file, name): t for file, part in state.items() for name, t in _local_tensors(part).items()}
+        self._allocating = threading.Thread(
+            target=self._allocate, args=(tensors,), name="lockstep-buffers", daemon=True
+        )
+        self._allocating.start()
 
     def copy(self, state: Mapping[str, Any], **of_snapshot: Any) -> Snapshot:
-        """Copy a state: file name to nested tensors and plain data. Waits for the device, and for nothing else.
+        """Copy a state: file name to nested tensors and plain data. Waits for the device.
 
         Raises:
             CheckpointError: something is neither a tensor nor plain data.
         """
-        if self._making is not None:
-            self._making.join()
-            self._making = None
+        if self._allocating is not None:
+            self._allocating.join()
+            self._allocating = None
         trees, tensors, shards = {}, {}, {}
         on_device = False
 
@@ -75,20 +77,20 @@ class HostBuffers:
 
         for file, part in state.items():
             parts: dict[str, Shard] = {}
-            trees[file], found = split_state(part, parts)
-            tensors[file] = {name: copied(file, name, tensor) for name, tensor in found.items()}
+            trees[file], unsharded = split_state(part, parts)
+            tensors[file] = {name: copied(file, name, tensor) for name, tensor in unsharded.items()}
             shards[file] = {
                 name: shard if shard.part is None else shard._replace(part=copied(file, name, shard.part))
                 for name, shard in parts.items()
             }
-            on_device |= any(tensor.is_cuda for tensor in _held(part).values())
+            on_device |= any(tensor.is_cuda for tensor in _local_tensors(part).values())
         if on_device:
-            torch.cuda.current_stream().synchronize()  # the writer reads what has arrived
+            torch.cuda.current_stream().synchronize()  # the writer thread reads the copies
         return Snapshot(trees=trees, tensors=tensors, shards=shards if any(shards.values()) else {}, **of_snapshot)
 
-    def _make(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+    def _allocate(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
         for (file, name), tensor in tensors.items():
-            self._buffer(file, name, tensor).zero_()  # touched, so that no page is missing later
+            self._buffer(file, name, tensor).zero_()  # touch the pages now, so that the copy has no page faults
 
     def _buffer(self, file: str, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get((file, name))
@@ -98,7 +100,7 @@ class HostBuffers:
         return buffer
 
 
-def _held(part: Any) -> dict[str, Tensor]:
+def _local_tensors(part: Any) -> dict[str, Tensor]:
     """Return all tensors of one file's state that this rank saves."""
     shards: dict[str, Shard] = {}
     tensors = split_state(part, shards)[1]

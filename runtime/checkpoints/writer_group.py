@@ -1,6 +1,6 @@
-"""The ranks that write one checkpoint, as their writing threads see each other.
+"""Process group used by the writer threads of a sharded checkpoint.
 
-They talk over a process group of their own (gloo), since the training loop uses the default one at the same time.
+A separate gloo group, since the training loop uses the default one at the same time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _CPU = torch.device("cpu")
 
 
 class WriterGroup:
-    """The ranks that save. Every method is collective among them.
+    """The ranks that write a checkpoint. Every method is collective among them.
 
     Args:
         rank: of this process.
-        world_size: how many write.
+        world_size: number of writers.
         timeout_seconds: longest wait for the others.
     """
 
@@ -32,8 +32,8 @@ class WriterGroup:
         if world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
-    def tell(self, value: Any = None) -> Any:
-        """Return rank 0's value of something that JSON can hold."""
+    def broadcast(self, value: Any = None) -> Any:
+        """Return rank 0's value, which must be JSON-serialisable."""
         return from_rank_0(value, _CPU, self._group) if self._group is not None else value
 
     def gather(self, payload: bytes) -> list[bytes]:
@@ -42,4 +42,4 @@ class WriterGroup:
 
 
 SINGLE_WRITER = WriterGroup()
-"""Rank 0 by itself."""
+"""Only rank 0 writes."""

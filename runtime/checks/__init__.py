@@ -1,1 +1,1 @@
-"""Checks of what comes from outside (user code, data, torch's hidden state), made once when a run first starts."""
+"""Checks of user code, data and hidden torch state, run once at the first start of a run."""

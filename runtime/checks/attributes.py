@@ -1,4 +1,4 @@
-"""What two modules, or two optimizers, hold in plain attributes, and where it differs."""
+"""Compare the plain attributes of two modules and two optimizers."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def differing_attributes(
     """Describe the plain attributes that differ, by module and name.
 
     Args:
-        with_tensors: those that held tensors before the built module's first forward pass. What a forward pass makes is mostly
-            an activation or a cache, which the next one makes anew.
-        caches: whether what may be one of these is told as well: such tensors, and those of another shape.
+        with_tensors: those that held tensors before the built module's first forward pass. Tensors created by a forward pass
+            are mostly activations or caches, which the next one creates again.
+        caches: whether to include possible caches: such tensors, and tensors of another shape.
     """
-    found, parts = [], dict(built.named_modules())
+    differences, parts = [], dict(built.named_modules())
     for path, part in running.named_modules():
         name = ".".join(filter(None, (path.removeprefix("model").removeprefix("."), "")))
-        if path in parts and path:  # the whole is ours, and strategies put marks on it
+        if path in parts and path:  # the root is Lockstep's TrainingModule, and strategies set attributes on it
             prefix = f"{name}." if name else "model."
             here = {
                 name: value
                 for name, value in vars(part).items()
                 if caches or (path, name) in with_tensors or not _holds_tensor(value)
             }
-            found += _differing(prefix, here, vars(parts[path]), _OF_MODULES, caches)
+            differences += _differing(prefix, here, vars(parts[path]), _OF_MODULES, caches)
     for one, other in zip(members(running_optimizer), members(built_optimizer), strict=True):
-        found += _differing(f"{type(one).__name__}.", vars(one), vars(other), _of_optimizers(), caches)
-    return found
+        differences += _differing(f"{type(one).__name__}.", vars(one), vars(other), _of_optimizers(), caches)
+    return differences
 
 
 @cache
@@ -80,18 +80,18 @@ def _holds_tensor(value: Any) -> bool:
 def _differing(
     prefix: str, here: Mapping[str, Any], there: Mapping[str, Any], left_out: frozenset[str], caches: bool
 ) -> list[str]:
-    found = []
+    differences = []
     for name, value in here.items():
         if name in left_out or name.startswith("_lockstep") or callable(value):
             continue
-        told = _difference(value, there.get(name), caches)
-        if told:
-            found.append(f"{prefix}{name} ({told})")
-    return found
+        difference = _difference(value, there.get(name), caches)
+        if difference:
+            differences.append(f"{prefix}{name} ({difference})")
+    return differences
 
 
 def _difference(one: Any, other: Any, caches: bool) -> str:
-    """Say how two values differ; nothing where they do not, or where nobody can tell."""
+    """Describe how two values differ; empty if they are equal or cannot be compared."""
     generator = _generator_state(one)
     if generator is not None:
         return "" if generator == _generator_state(other) else f"a {type(one).__name__} in another state"
@@ -108,12 +108,12 @@ def _difference(one: Any, other: Any, caches: bool) -> str:
 
 
 def _difference_of_objects(one: Any, other: Any) -> str:
-    """Compare what an object of the user's own keeps in plain attributes."""
+    """Compare the plain attributes of two user objects."""
     there = vars(other)
     for name, value in vars(one).items():
         plain = _generator_state(value) is not None or isinstance(value, (*_PLAIN, Tensor, np.ndarray, *_COLLECTIONS))
-        if plain and (told := _difference(value, there.get(name), caches=False)):
-            return f"{name}: {told}"
+        if plain and (difference := _difference(value, there.get(name), caches=False)):
+            return f"{name}: {difference}"
     return ""
 
 
@@ -139,7 +139,7 @@ def _difference_of_collections(one: Any, other: Any, caches: bool) -> str:
         pairs = [(one[key], other[key]) for key in one]
     else:
         pairs = list(zip(one, other, strict=True))
-    return next((told for first, second in pairs if (told := _difference(first, second, caches))), "")
+    return next((text for first, second in pairs if (text := _difference(first, second, caches))), "")
 
 
 def _generator_state(value: Any) -> Any:

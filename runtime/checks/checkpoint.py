@@ -1,8 +1,8 @@
-"""The first checkpoint proves itself: loaded into a newly built model and optimizer, it must do what the running ones do.
+"""Verify the first checkpoint: a newly built model and optimizer that load it must behave as the running ones.
 
-A model or an optimizer may keep something that no state dict has: a counter, a generator, a running mean as a plain
-attribute. A run that goes on from a checkpoint is then another one, without a word. So the run's first checkpoint is read
-back into new objects, and copies of the running ones and the new ones make the same evaluation and the same update.
+A model or an optimizer may keep state outside its state dict: a counter, a generator, a running mean as a plain attribute. A
+run resumed from a checkpoint would then silently differ. So the run's first checkpoint is loaded into new objects, and these
+and copies of the running ones make the same evaluation and the same update.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from runtime.strategies.placement import to_device
 from runtime.training.buffer_values import same_bits
 
 _CURE = "Keep such state in a buffer (register_buffer) or return it from get_extra_state; an optimizer's belongs in its state"
-_RELATIVE = 1e-3  # what two passes may differ by where kernels are not deterministic
+_RELATIVE = 1e-3  # tolerance between two passes if kernels are not deterministic
 
 
-def prove_checkpoint(
+def verify_checkpoint(
     builder: Builder,
     strategy: Strategy,
     state: RunState,
@@ -47,48 +47,47 @@ def prove_checkpoint(
     saved: Callable[[], Path | None],
     batch: Any,
     warn: Callable[[str], None],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Compare what a checkpoint gives with what is running; leaves no trace in it. Collective: every rank must call this.
+    """Compare a loaded checkpoint with the running state, which stays unchanged. Collective: every rank must call this.
 
     Args:
         saved: waits until the checkpoint is on disk and returns it. Collective.
         batch: of one slot.
-        warn: told in one line what the checkpoint lacks.
-        tell: told why nothing was compared.
+        warn: called with one line on what the checkpoint lacks.
+        log: called with the reason if nothing was compared.
     """
     values = builder.values
     if not strategy.state_io.held_whole or (values.compile is not None and values.compile.blocks):
         what = "compiled blocks" if strategy.state_io.held_whole else f"strategy.kind: {values.strategy.kind}"
-        tell(f"The first checkpoint is not tried out with {what}; one run with ddp and without compile tells more.")
+        log(f"The first checkpoint is not verified with {what}; to check it, start a run with ddp and without compile.")
         return
-    told = {"problem": "", "found": []}
-    room = enough_memory(state.module, state.optimizer, strategy.device)
-    if _on_all(strategy, room):
+    report = {"problem": "", "differences": []}
+    if _on_all(strategy, enough_memory(state.module, state.optimizer, strategy.device)):
         path = saved()
         try:
             if path is not None:
-                told["found"] = _differences(builder, strategy, state, path, batch)
-        except Exception as error:  # user code that cannot be copied, or built twice, is no reason to end a run
+                report["differences"] = _differences(builder, strategy, state, path, batch)
+        except Exception as error:  # user code that cannot be copied, or built twice, must not end a run
             first = str(error).strip().split("\n", maxsplit=1)[0]
-            told["problem"] = f"{type(error).__name__}: {first[:200]}"
+            report["problem"] = f"{type(error).__name__}: {first[:200]}"
         finally:
             strategy.discard()
     else:
-        told["problem"] = "memory has no room for a second model and optimizer"
-    answers = [json.loads(answer) for answer in gather_bytes(json.dumps(told).encode(), strategy.device)]
-    found = list(dict.fromkeys(line for answer in answers for line in answer["found"]))
-    problem = next((answer["problem"] for answer in answers if answer["problem"]), "")
-    if found:
-        warn(f"a run that goes on from a checkpoint would not be this one: {'; '.join(found)}. {_CURE}")
+        report["problem"] = "not enough memory for a second model and optimizer"
+    reports = [json.loads(reply) for reply in gather_bytes(json.dumps(report).encode(), strategy.device)]
+    differences = list(dict.fromkeys(line for other in reports for line in other["differences"]))
+    problem = next((other["problem"] for other in reports if other["problem"]), "")
+    if differences:
+        warn(f"a run resumed from a checkpoint would differ from this one: {'; '.join(differences)}. {_CURE}")
     elif problem:
-        tell(f"The first checkpoint was not tried out ({problem}).")
+        log(f"The first checkpoint was not verified ({problem}).")
 
 
 def _differences(builder: Builder, strategy: Strategy, state: RunState, path: Path, batch: Any) -> list[str]:
     device, key = strategy.device, derive(builder.values.seed, Purpose.SLOT, state.progress.step, 0)
-    batch = to_device(batch, device)
-    # A copy's hooks may still write to the original's attributes: they were made with it.
+    batch = to_device(batch, strategy.device)
+    # A copy's hooks may still write to the original's attributes: they were created with it.
     with preserved_random_state(device), left_as_it_was(state.module, training=True):
         running, running_optimizer = copy_of(state.module, state.optimizer)
         built, built_optimizer = _built(builder, strategy, state, path)
@@ -103,17 +102,17 @@ def _differences(builder: Builder, strategy: Strategy, state: RunState, path: Pa
         if not _equal(one, other)
     ]
     weights = dict(built.named_parameters())
-    moved = [name for name, p in running.named_parameters() if not _equal(p, weights[name])]
-    if moved and not results:
-        results.append(f"{moved[0].removeprefix('model.')} is another after one update")
-    named = differing_attributes(
+    differing = [name for name, p in running.named_parameters() if not _equal(p, weights[name])]
+    if differing and not results:
+        results.append(f"{differing[0].removeprefix('model.')} differs after one update")
+    attributes = differing_attributes(
         running, built, running_optimizer, built_optimizer, with_tensors=with_tensors, caches=bool(results)
     )
-    return [*named, *results]
+    return [*attributes, *results]
 
 
 def _built(builder: Builder, strategy: Strategy, state: RunState, path: Path) -> tuple[TrainingModule, Optimizer]:
-    """Build module and optimizer as a start does, and give them the checkpoint."""
+    """Build module and optimizer as a start does, and load the checkpoint."""
     model = builder.model()
     if builder.values.batch_norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -133,7 +132,7 @@ def _built(builder: Builder, strategy: Strategy, state: RunState, path: Path) ->
     load_module(load, module, stored, training["objective"], training["buffers"])
     load_exactly(optimizer, training["optimizer"])
     load_training_weights(training["weights"], WholeWeights(module))
-    mark_coupled(module.objective, training["coupled"])  # as a run that goes on does: it is no attribute of the user's
+    mark_coupled(module.objective, training["coupled"])  # as a resumed run does
     return module, optimizer
 
 

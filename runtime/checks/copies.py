@@ -1,4 +1,4 @@
-"""Copies of a module and its optimizer that can be tried out: nothing that is done to them is seen in the originals."""
+"""Independent copies of a module and its optimizer, for trial steps that do not affect the originals."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runtime import environment
 from runtime.objective import TrainingModule
 
 _HOOKS = ("_pre_hooks", "_post_hooks")
-_ROOM = 3  # copies of the state: the running one's, the new one's, and what passes and updates need
+_STATE_COPIES = 3  # the copy, the newly built one, and memory for passes and updates
 
 
 def copy_of(module: TrainingModule, optimizer: Optimizer) -> tuple[TrainingModule, Optimizer]:
-    """Copy a module with all its attributes, and an optimizer over the copy's parameters with all of its own."""
+    """Copy a module and an optimizer with all their attributes; the optimizer's copy refers to the copied parameters."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in vars(part).values():
@@ -28,15 +28,15 @@ def copy_of(module: TrainingModule, optimizer: Optimizer) -> tuple[TrainingModul
 
 
 def enough_memory(module: nn.Module, optimizer: Optimizer, device: torch.device) -> bool:
-    """Tell whether module and optimizer can be held twice more on their device."""
+    """Whether the device has memory for two more copies of module and optimizer."""
     tensors = [*module.parameters(), *module.buffers()]
     tensors += [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
     free = _free_bytes(device)
-    return free is None or _ROOM * sum(tensor.nbytes for tensor in tensors) < free
+    return free is None or _STATE_COPIES * sum(tensor.nbytes for tensor in tensors) < free
 
 
 def _detach(value: Any, memo: dict[int, Any]) -> None:
-    """Prepare what torch does not copy: a tensor that a forward pass left with its graph."""
+    """Add detached copies of non-leaf tensors, left by a forward pass, to the memo: torch refuses to deepcopy them."""
     if isinstance(value, Tensor) and not value.is_leaf:
         memo[id(value)] = value.detach().clone()
     elif isinstance(value, list | tuple):
@@ -48,7 +48,7 @@ def _detach(value: Any, memo: dict[int, Any]) -> None:
 
 
 def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
-    """Torch's own copies of an optimizer leave out what is beside its state and its groups (2.13)."""
+    """Copy an optimizer; torch's deepcopy (2.13) leaves out attributes other than its state and groups."""
     copy: Any = object.__new__(type(optimizer))
     memo[id(optimizer)] = copy
     for name, value in vars(optimizer).items():
@@ -56,14 +56,14 @@ def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
             vars(copy)[name] = OrderedDict()
         elif name == "members":
             copy.members = tuple(_copied(member, memo) for member in value)
-        elif name != "step":  # which a schedule put there, for the original
+        elif name != "step":  # wrapped by a scheduler, bound to the original
             vars(copy)[name] = deepcopy(value, memo)
-    made: Optimizer = copy
-    return made
+    result: Optimizer = copy
+    return result
 
 
 def _free_bytes(device: torch.device) -> float | None:
-    """Return what this process may take of its device's memory; None where nobody tells."""
+    """Return the free memory of the device for this process; None if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,4 +1,4 @@
-"""Whether data and samplers give the same when they are asked again, on every rank."""
+"""Check that data and samplers are reproducible, and equal on every rank."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from runtime.strategies import Strategy
 
 
 def check_samples_repeat(strategy: Strategy, prepared: RunComponents, warn: Callable[[str], None]) -> bool:
-    """Warn of data sets, transforms and collate functions that give something else when a sample is read again. Collective.
+    """Warn if a sample differs when it is read again (data set, transforms, collate function). Collective.
 
     Returns:
-        whether training samples give the same on every rank.
+        whether training samples are reproducible on every rank.
     """
     contents = prepared.contents
     for part, differing in contents.differing.items():
@@ -32,7 +32,7 @@ def check_samples_repeat(strategy: Strategy, prepared: RunComponents, warn: Call
         warn(
             f"data.train: what {prepared.data.samples.name_of('the data set')}.state_dict() returns {contents.state_fault} (a "
             "shuffle buffer's content may be missing): a resumed run reads the stream again from its beginning, which is exact "
-            "and takes as long as reading so far did"
+            "but takes as long as reading it the first time"
         )
     own = b"differs" if "train" in {**contents.differing, **contents.memory} else b"repeats"
     return b"differs" not in gather_bytes(own, strategy.device)
@@ -41,10 +41,10 @@ def check_samples_repeat(strategy: Strategy, prepared: RunComponents, warn: Call
 def check_sampler(
     sampler: Component | None, strategy: Strategy, prepared: RunComponents, warn: Callable[[str], None]
 ) -> None:
-    """Refuse samplers that draw other samples on each rank or at each drawing, or know of ranks. Collective.
+    """Refuse samplers that draw different samples on each rank or on repetition, or that shard by rank. Collective.
 
     Raises:
-        ConfigurationError: naming the sampler and the cure; on every rank alike.
+        ConfigurationError: names the sampler and the cure; equal on every rank.
     """
     data = prepared.data
     if sampler is None or not isinstance(data, MappedData) or not isinstance(data.order, SamplerOrder):
@@ -53,31 +53,31 @@ def check_sampler(
     repeats = order.repeats()
     distinct = len({i for n in range(order.num_batches(0)) for i in order.batch(0, n).tolist()})
     own = json.dumps([order.drawn_until(0), repeats, distinct]).encode()
-    told = [json.loads(reply) for reply in gather_bytes(own, strategy.device)]
-    shares = next((part for part in _parts(order.sampler) if getattr(part, "num_replicas", 1) not in (None, 1)), None)
-    names = type(order.sampler).__name__
-    if shares is not None or (len({drawn for drawn, _, _ in told}) > 1 and all(repeats for _, repeats, _ in told)):
-        names = type(shares).__name__ if shares is not None else names
+    replies = [json.loads(reply) for reply in gather_bytes(own, strategy.device)]
+    sharding = next((part for part in _parts(order.sampler) if getattr(part, "num_replicas", 1) not in (None, 1)), None)
+    name = type(order.sampler).__name__
+    if sharding is not None or (len({drawn for drawn, _, _ in replies}) > 1 and all(r for _, r, _ in replies)):
+        name = type(sharding).__name__ if sharding is not None else name
         raise sampler.error(
-            f"{names} draws other samples on each rank (a part of the data: {distinct} of {size}). Lockstep shares each global "
-            f"batch out by itself, so all ranks must draw the same: leave the sampler out (data.shuffle shuffles), or give it "
-            "num_replicas: 1 and rank: 0",
+            f"{name} draws different samples on each rank (a part of the data: {distinct} of {size}). Lockstep itself divides "
+            f"each global batch between ranks, so all ranks must draw the same: remove the sampler (data.shuffle shuffles), or "
+            "give it num_replicas: 1 and rank: 0",
         )
-    if not all(repeats for _, repeats, _ in told):
+    if not all(reproducible for _, reproducible, _ in replies):
         raise sampler.error(
-            f"{names} draws something else when it is drawn again under one seed: neither ranks nor a resumed run would "
-            f"draw the same. Let it draw from {GLOBAL_RNGS}, which are seeded for each epoch (for torch's samplers leave out "
-            "'generator'), and keep no count of its own",
+            f"{name} draws different samples when it is drawn again with the same seed, so ranks and a resumed run would "
+            f"differ. Draw from {GLOBAL_RNGS}, which are seeded for each epoch (for torch's samplers leave out "
+            "'generator'), and keep no counter in the sampler",
         )
     if world_size > 1 and distinct in (size // world_size, -(-size // world_size)):
         warn(
-            f"data: {names} draws {distinct} of {size} samples, just one of {world_size} ranks' share. All ranks draw the same "
-            "and share it out: if it divides by the number of ranks, let it draw all"
+            f"data: {name} draws {distinct} of {size} samples, exactly the share of one of {world_size} ranks. All ranks draw "
+            "the same and divide it between them: if the sampler divides by the number of ranks, let it draw all samples"
         )
 
 
 def _parts(sampler: Any) -> Iterator[Any]:
-    """Yield a sampler and those that it draws from."""
+    """Yield a sampler and those that it wraps."""
     for _ in range(8):
         yield sampler
         sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)

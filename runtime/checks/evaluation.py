@@ -1,6 +1,6 @@
-"""Whether metrics, results that something follows from, and predictions fit the model and its data: one microbatch each.
+"""Check with one microbatch each that metrics, watched results and predictions fit the model and its data.
 
-What does not fit would otherwise be found at the first evaluation, after hours.
+Mistakes would otherwise appear at the first evaluation, after hours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _KINDS = {kind.__name__: kind for kind in (DataError, ForwardError, ObjectiveErr
 
 
 class _Verdict(NamedTuple):
-    """What one rank found: the key that is wrong and why, or the kind of another error; a remark; that there was no memory."""
+    """What one rank found: the wrong key and why, or the kind of another error; a warning; whether memory ran out."""
 
     key: tuple[str, ...] = ()
     what: str = ""
@@ -63,25 +63,25 @@ def check_evaluation(
     evaluators: Mapping[str, Evaluator],
     warn: Callable[[str], None],
 ) -> None:
-    """Run one microbatch of each split through loss and metrics, and one through prediction. Collective. Leaves no trace.
+    """Run one microbatch of each split through loss and metrics, and one through prediction. Collective. Changes no state.
 
-    Where nothing is evaluated, one sample of the training data is predicted; a stream's are left alone.
+    Without evaluation, one sample of the training data is predicted, unless it is a stream.
 
     Raises:
-        ConfigurationError: a metric refuses what the model gives, a result that is judged does not exist, or a column or label
+        ConfigurationError: a metric does not accept the model's output, a watched result does not exist, or a column or label
             of the predictions does not fit.
     """
     values = builder.values
     make_loader = builder.loader(strategy.device, few=True)
-    judged = _judged(values.checkpoint.best, values.limit.early_stopping, values.schedule)
-    eager = torch.compiler.set_stance("force_eager")  # other shapes would be compiled anew
+    watched = _watched(values.checkpoint.best, values.limit.early_stopping, values.schedule)
+    eager = torch.compiler.set_stance("force_eager")  # other shapes would trigger recompilation
     with (
         preserved_random_state(strategy.device),
         left_as_it_was(strategy.unwrapped, training=False),
         eager,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # of so few samples
+        warnings.simplefilter("ignore")  # caused by so few samples
         for number, (split, evaluator) in enumerate(evaluators.items()):
             tried, verdict = _tried(evaluator, make_loader)
             if tried is not None:
@@ -89,7 +89,7 @@ def check_evaluation(
             all_tried = _agree(verdict, strategy, builder.where, warn)
             if tried is None or not all_tried:
                 continue
-            problems = _of_results(judged, tried, values.evaluation.metrics, warn) if split == "validation" else []
+            problems = _of_results(watched, tried, values.evaluation.metrics, warn) if split == "validation" else []
             if problems:
                 raise ConfigurationError([builder.where.problem(key, what) for key, what in problems])
             if number == 0:
@@ -109,25 +109,25 @@ def _tried(evaluator: Evaluator, make_loader: MakeLoader) -> tuple[TrialBatch | 
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None, _Verdict(out_of_memory=True)  # the first step tells what would fit
+        return None, _Verdict(out_of_memory=True)  # the first step reports what would fit
 
 
 def _agree(verdict: _Verdict, strategy: Strategy, where: Locations, warn: Callable[[str], None]) -> bool:
-    """Raise on all ranks what one of them found; return whether all of them had the memory to try. Collective."""
+    """Raise on all ranks what one of them found; return whether none ran out of memory. Collective."""
     replies = gather_bytes(json.dumps(verdict).encode(), strategy.device)
-    found = [_Verdict(*json.loads(reply)) for reply in replies]
-    for other in found:
+    verdicts = [_Verdict(*json.loads(reply)) for reply in replies]
+    for other in verdicts:
         if other.kind:
             raise _KINDS.get(other.kind, EvaluationError)(other.what)
         if other.what:
             raise where.error(other.key, other.what)
-    for text in list(dict.fromkeys(other.remark for other in found if other.remark))[:1]:
+    for text in list(dict.fromkeys(other.remark for other in verdicts if other.remark))[:1]:
         warn(text)
-    return not any(other.out_of_memory for other in found)
+    return not any(other.out_of_memory for other in verdicts)
 
 
 def _soft_targets(builder: Builder, objective: Objective, tried: TrialBatch) -> str:
-    """Return what metrics see of targets that are probabilities; empty where they are not."""
+    """Return a message on how metrics treat targets that are probabilities; empty if they are not."""
     if not tried.metrics or tried.batch is None:
         return ""
     target = objective.soft_target(tried.batch)
@@ -139,53 +139,53 @@ def _soft_targets(builder: Builder, objective: Objective, tried: TrialBatch) -> 
     classes = [name for name in metrics if name not in values]
     seen = [f"{', '.join(classes)} {'see' if classes[1:] else 'sees'} the likeliest class"] if classes else []
     seen += [f"{', '.join(values)} {'see' if values[1:] else 'sees'} the probabilities"] if values else []
-    return f"evaluation.metrics: targets are probabilities ({float(between[0]):.3g}, say): {', '.join(seen)}"
+    return f"evaluation.metrics: targets are probabilities (for example {float(between[0]):.3g}): {', '.join(seen)}"
 
 
-def _judged(
+def _watched(
     best: Sequence[BestSection], stopping: EarlyStoppingSection | None, schedule: ScheduleSection | None
 ) -> dict[tuple[str, ...], str]:
-    """Return the names of the results that something follows from, by the key that names each."""
-    judged: dict[tuple[str, ...], str] = {
+    """Return the names of the results that affect the run, by the key that names each."""
+    watched: dict[tuple[str, ...], str] = {
         ("checkpoint", "best", str(n), "metric"): b.metric for n, b in enumerate(best)
     }
     if stopping is not None:
-        judged["limit", "early_stopping", "metric"] = stopping.metric
+        watched["limit", "early_stopping", "metric"] = stopping.metric
     if schedule is not None and schedule.monitor is not None:
-        judged["schedule", "monitor"] = schedule.monitor
-    return judged
+        watched["schedule", "monitor"] = schedule.monitor
+    return watched
 
 
 def _of_results(
-    judged: Mapping[tuple[str, ...], str], tried: TrialBatch, metrics: Container[str], warn: Callable[[str], None]
+    watched: Mapping[tuple[str, ...], str], tried: TrialBatch, metrics: Container[str], warn: Callable[[str], None]
 ) -> list[tuple[tuple[str, ...], str]]:
-    """Return what is wrong with the names of results that are judged, with their keys. Collective.
+    """Return what is wrong with the names of watched results, with their keys. Collective.
 
     Args:
-        metrics: names of those that are configured.
+        metrics: names of the configured metrics.
     """
     try:
         results: dict[str, Any] = {**dict.fromkeys(tried.parts, 0.0), **tried.metrics.compute()}
-    except EvaluationError as error:  # it may want more than one microbatch
+    except EvaluationError as error:  # it may need more than one microbatch
         warn(f"evaluation.metrics: after one microbatch, {error}")
         return []
-    return [(key, what) for key, name in judged.items() for what in _unfit(name, results, tried, metrics)]
+    return [(key, what) for key, name in watched.items() for what in _unfit(name, results, tried, metrics)]
 
 
 def _unfit(name: str, results: Mapping[str, Any], tried: TrialBatch, metrics: Container[str]) -> Iterator[str]:
     base = name.partition("/")[0]
     silent = base in metrics and not any(r.partition("/")[0] == base for r in results)
     if silent or (not tried.parts and base not in metrics):
-        return  # nothing of this microbatch counts
+        return  # this microbatch has no counted samples
     numbers = ", ".join(result for result, value in results.items() if isinstance(value, float))
     if name not in results:
-        yield f"no result is called {name!r}; an evaluation gives: {numbers}"
+        yield f"no result is called {name!r}; the results of an evaluation are: {numbers}"
     elif not isinstance(results[name], float):
-        yield f"{name!r} is not one number; these are: {numbers}"
+        yield f"{name!r} is not a single number; choose from: {numbers}"
 
 
 def _of_prediction(builder: Builder, strategy: Strategy, batch: Any) -> _Verdict:
-    """Predict a microbatch as the section ``prediction`` says, where there is one. Collective where forward passes are."""
+    """Predict a microbatch as configured in ``prediction``, if that is set. Collective if forward passes are."""
     values, objective = builder.values, strategy.unwrapped.objective
     section = values.prediction
     if section == PredictionSection() or batch is None:
@@ -193,15 +193,15 @@ def _of_prediction(builder: Builder, strategy: Strategy, batch: Any) -> _Verdict
     try:
         positional, named = model_arguments(objective.fields, batch)
     except ObjectiveError:
-        return _Verdict()  # what is predicted has other parts than what is evaluated
+        return _Verdict()  # the data to predict has other fields than the data to evaluate
     try:
         with torch.no_grad(), strategy.autocast():
             output = objective.fields.output_of(strategy.output(positional, named))
             predictions = objective.predicted(full_precision(output))
         size = len(next(iter(predictions.values())))
         names = values.evaluation.class_names or builder.sources.preparation["classes"] or ()
-        wanted = _wanted(section, values.data.fields.id, builder.where)
-        columns = ColumnBuilder(section, wanted, builder.where.problem, names)
+        requested = _columns(section, values.data.fields.id, builder.where)
+        columns = ColumnBuilder(section, requested, builder.where.problem, names)
         columns.build(predictions, np.arange(size), np.arange(size), lambda name: np.arange(size))
     except ConfigurationError as error:
         (problem,) = error.problems
@@ -209,12 +209,12 @@ def _of_prediction(builder: Builder, strategy: Strategy, batch: Any) -> _Verdict
     except Exception as error:
         if is_out_of_memory(error):
             return _Verdict()
-        return _Verdict(remark=f"prediction: a first try failed: {error}")
+        return _Verdict(remark=f"prediction: a trial on one microbatch failed: {error}")
     return _Verdict()
 
 
-def _wanted(section: PredictionSection, id_field: Name | None, where: Locations) -> Mapping[str, str]:
-    """Return the columns that are wanted; of a sample submission, where it is there already."""
+def _columns(section: PredictionSection, id_field: Name | None, where: Locations) -> Mapping[str, str]:
+    """Return the requested columns; from the sample submission, if that exists already."""
     sample = Path(section.sample_submission) if section.sample_submission else None
     if sample is None or section.columns or not sample.is_file():
         return section.columns

@@ -1,7 +1,7 @@
-"""The checks that a run makes once, at its first start, before its first step: each looks at one thing that users bring.
+"""Checks made once, at the first start of a run, before its first step: each examines one part of the user's input.
 
-A check raises for what cannot be meant and warns, in one line, of what might be. It leaves no trace: random state, buffers,
-gradients, weights and optimizer are afterwards what they were, bit for bit.
+A check raises on certain mistakes and warns, in one line, of possible ones. It changes no state: random state, buffers,
+gradients, weights and optimizer are bitwise the same afterwards.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from runtime.strategies import Strategy
 
 @dataclass(frozen=True)
 class FirstStart:
-    """A run whose parts are built and prepared, and which has not made a step.
+    """A run that is built and prepared, and has made no step.
 
     Args:
         evaluators: by split.
-        warn: takes one line. Rank 0 shows it; every rank may call it.
+        warn: called with one line, by any rank; rank 0 shows it.
     """
 
     builder: Builder
@@ -39,10 +39,10 @@ class FirstStart:
 
 
 def check_first_start(start: FirstStart) -> None:
-    """Make all checks in turn, unless ``checks: off``. Collective: every rank must call this.
+    """Run all checks, unless ``checks: off``. Collective: every rank must call this.
 
     Raises:
-        LockstepError: what the first check that failed found.
+        LockstepError: the first check that failed.
     """
     builder, strategy, prepared, warn = start.builder, start.strategy, start.prepared, start.warn
     values, where, size = builder.values, builder.where, builder.values.batch.global_size
@@ -59,12 +59,10 @@ def check_first_start(start: FirstStart) -> None:
         warn(text)
     samples_repeat = check_samples_repeat(strategy, prepared, warn)
     check_sampler(builder.sampler, strategy, prepared, warn)
-    make_loader = builder.loader(
-        strategy.device, few=True
-    )  # nothing of the data is opened in this process, if it has workers
+    make_loader = builder.loader(strategy.device, few=True)  # with workers, this process opens no data
     check_lone_samples(values.data, strategy, prepared, make_loader, batch_size=size, where=where, warn=warn)
     check_gradients(strategy, prepared, make_loader, seed=values.seed, where=where, warn=warn)
-    if samples_repeat:  # otherwise two readings of one sample say nothing of the loss
+    if samples_repeat:  # otherwise reading a sample twice cannot be compared
         check_additivity(
             values.objective,
             strategy,

@@ -1,4 +1,4 @@
-"""Which parameters one real backward pass gives no gradient: named at the start, with the key that helps."""
+"""Detect parameters that get no gradient from a backward pass; reported at the start, with the key to change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_gradients(
     where: Locations,
     warn: Callable[[str], None],
 ) -> None:
-    """Run the first slot's samples forward and backward on every rank, and tell which parameters got no gradient. Collective.
+    """Run the first slot's samples forward and backward on every rank; report parameters without a gradient. Collective.
 
     Raises:
         ConfigurationError: the ranks' gradients could not be summed.
@@ -41,7 +41,7 @@ def check_gradients(
         except Exception as error:
             if not strategy.state_io.held_whole or isinstance(error, LockstepError):
                 raise
-            return  # the first step will tell what is wrong
+            return  # the first step reports the error
     if unused is None:
         return
     found = f"{listed(unused.names)} got no gradient from the first samples"
@@ -51,7 +51,7 @@ def check_gradients(
 
 
 def first_slot(data: TrainingData, make_loader: MakeLoader, *, slots: int) -> Any:
-    """Read the samples of the run's first slot; None of a stream, what is read of which may be gone."""
+    """Read the samples of the run's first slot; None for a stream, where what is read may be lost."""
     if not isinstance(data, MappedData):
         return None
     ids = data.order.batch(0, 0)

@@ -1,7 +1,7 @@
-"""Slots of one sample, over which BatchNorm cannot normalise: found before the epoch's last batch is.
+"""Detect slots with one sample, over which BatchNorm cannot normalise, before training reaches the epoch's last batch.
 
-A batch of n samples is cut into K slots as evenly as can be, so that one of fewer than 2K samples leaves a slot with a single
-one. BatchNorm over a vector, and InstanceNorm over one element, then refuse to go on.
+A batch of n samples is split into K slots as evenly as possible, so a batch of fewer than 2K samples has slots with a single
+sample. BatchNorm over a vector, and InstanceNorm over one element, then raise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from runtime.randomness import preserved_random_state
 from runtime.strategies import Strategy
 from runtime.strategies.placement import to_device
 
-_TORCHS_WORDS = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
+_TORCH_MESSAGES = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
 
 
 def check_lone_samples(
@@ -38,19 +38,19 @@ def check_lone_samples(
     where: Locations,
     warn: Callable[[str], None],
 ) -> None:
-    """Refuse slots of one sample where a layer cannot normalise over them; warn of a stream, whose last batch is not known.
+    """Refuse slots of one sample if a layer cannot normalise over them; only warn for a stream, whose last batch is unknown.
 
     Raises:
-        ConfigurationError: naming the layer and the batch.
+        ConfigurationError: names the layer and the batch.
     """
     data, slots, size = prepared.data, prepared.assignment.slots, batch_size
     norms = _norms(strategy.unwrapped)
-    if strategy.collective_forward:  # nothing is tried out, since half a forward pass would leave parameters gathered
+    if strategy.collective_forward:  # no trial: an aborted forward pass would leave parameters gathered
         norms = [(name, part) for name, part in norms if isinstance(part, nn.BatchNorm1d)]
     if not norms:
         return
     if not isinstance(data, MappedData):
-        # How many samples a yielded batch has is the stream's own choice.
+        # A stream that yields batches chooses their sizes itself.
         if not section.drop_last and not data.samples.batches:
             warn(
                 f"model: {norms[0][0]} normalises over the samples of a slot, and the stream's last batch may leave a slot "
@@ -65,12 +65,12 @@ def check_lone_samples(
         return
     what = (
         f"{layer} normalises over the samples of a slot, and {'each' if lone == size else 'the last'} global batch of an epoch "
-        f"has {lone} samples for {slots} slots, so that some slot has one: "
+        f"has {lone} samples for {slots} slots, so that some slot has a single one: "
     )
     if lone == size:
-        what += f"take at most {max(1, size // 2)} slots (batch.slots, or a larger batch.micro_size), or a larger batch"
+        what += f"use at most {max(1, size // 2)} slots (batch.slots, or a larger batch.micro_size), or a larger batch"
         raise where.error(("batch", "slots"), what)
-    what += f"set it to true, or take a batch.global_size that leaves none or at least {2 * slots}"
+    what += f"set it to true, or choose a batch.global_size with a remainder of 0 or at least {2 * slots}"
     if strategy.collective_forward:
         warn(f"data.drop_last: {what}")
         return
@@ -78,7 +78,7 @@ def check_lone_samples(
 
 
 def _norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the layers that normalise over samples while training, by name; frozen ones do not."""
+    """Return the layers that normalise over samples in training, by name, without frozen ones."""
     frozen = {id(part) for root in getattr(module, "frozen", ()) for part in root.modules()}
     return [
         (f"{name.removeprefix('model.')} ({type(part).__name__})", part)
@@ -92,10 +92,10 @@ def _smallest_slot(samples: int, slots: int) -> int:
 
 
 def _refusing_layer(strategy: Strategy, data: MappedData, make_loader: MakeLoader) -> str | None:
-    """Run one sample forward, and return the layer that refuses it; None if none does. Leaves no trace."""
+    """Run one sample forward, and return the layer that raises, or None. Leaves all state unchanged."""
     batch = next(iter(read(data.samples, iter([SlotIndex(0, data.order.batch(0, 0)[:1])]), make_loader)))
     entered: list[str] = []
-    hooks = [part.register_forward_pre_hook(_noting(entered, name)) for name, part in _norms(strategy.unwrapped)]
+    hooks = [part.register_forward_pre_hook(_recorder(entered, name)) for name, part in _norms(strategy.unwrapped)]
     try:
         with (
             preserved_random_state(strategy.device),
@@ -104,16 +104,16 @@ def _refusing_layer(strategy: Strategy, data: MappedData, make_loader: MakeLoade
             strategy.autocast(),
         ):
             strategy.unwrapped(to_device(batch, strategy.device))
-    except Exception as error:  # the first step reports what else is wrong
-        return entered[-1] if entered and any(words in str(error) for words in _TORCHS_WORDS) else None
+    except Exception as error:  # the first step reports other errors
+        return entered[-1] if entered and any(message in str(error) for message in _TORCH_MESSAGES) else None
     finally:
         for hook in hooks:
             hook.remove()
     return None
 
 
-def _noting(entered: list[str], name: str) -> Callable[..., Any]:
-    def note(part: nn.Module, arguments: Any) -> None:
+def _recorder(entered: list[str], name: str) -> Callable[..., Any]:
+    def record(part: nn.Module, arguments: Any) -> None:
         entered.append(name)
 
-    return note
+    return record

@@ -1,8 +1,8 @@
-"""Whether an objective keeps its contract: its sum over two sets of samples is the sum over both, and so is its weight.
+"""Check that an objective is additive: its sums over two sets of samples add up to the sum over both, and so do its weights.
 
-A mean in place of a sum divides the learning rate by the batch; a loss that couples samples depends on how a global batch is
-cut up. Both are found by one comparison, f(A) + f(B) = f(A and B), in evaluation mode, where dropout is off and BatchNorm's
-statistics stand still.
+A mean instead of a sum divides the learning rate by the batch; a loss that couples samples depends on how a global batch is
+split. Both are detected by one comparison, f(A) + f(B) = f(A and B), in evaluation mode, with dropout off and BatchNorm's
+statistics fixed.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from runtime.strategies.placement import to_device
 
 _MOST_SAMPLES = 8  # of both sets together
 _ROUNDINGS = 4.0
-"""Roundings of the coarsest type in use, of a sum's size. Eight losses on three kinds of model in four types: 0.65 at most."""
-_SPREADS = 10.0  # of how far the same samples are apart under another seed
+"""Tolerance in eps of the coarsest dtype in use, relative to the sums. Measured maximum, for eight losses on three kinds of
+model in four dtypes: 0.65."""
+_SPREADS = 10.0  # tolerance relative to the difference of the same samples under another seed
 
 
 class SampleSets(NamedTuple):
-    """Two sets of samples as batches, both sets in one batch, and what reads each sample as a batch of its own.
+    """Two sets of samples as batches, both sets in one batch, and a function that yields each sample as a batch.
 
     Args:
-        always_together: no K separates the samples, so that only a mean is wrong, not that they depend on each other.
+        always_together: the samples are in one slot for any K, so only a mean is wrong, not a loss that couples them.
     """
 
     first: Any
@@ -58,11 +59,11 @@ class SampleSets(NamedTuple):
 
 @dataclass(frozen=True)
 class AdditivityError:
-    """A sum, or a weight, over both sets that is not what it is over the one and over the other.
+    """A sum, or a weight, over both sets that differs from the sum of those over each.
 
     Args:
-        of: ``sum``, ``weight``, or the name of a part that is reported.
-        part: name of the loss in question where there are several, else empty.
+        of: ``sum``, ``weight``, or the name of a reported part.
+        part: name of the loss if there are several, else empty.
         is_mean: it is the average of the two.
     """
 
@@ -85,14 +86,14 @@ def check_additivity(
     where: Locations,
     warn: Callable[[str], None],
 ) -> None:
-    """Refuse an objective that returns a mean; warn of one whose samples depend on each other, and list it as inexact.
+    """Refuse an objective that returns a mean; warn of one that couples samples, and list it as inexact.
 
-    Ranks read the same samples, unless a stream shards itself; what one of them finds holds for all. Collective: every rank
+    Ranks read the same samples, unless a stream shards itself; a finding of one rank applies to all. Collective: every rank
     must call this.
 
     Args:
         batch_size: samples of a global batch.
-        compiled: whether the model is.
+        compiled: whether the model is compiled.
 
     Raises:
         ConfigurationError: the objective returns a mean.
@@ -102,7 +103,7 @@ def check_additivity(
         return
     sets = sets_of(prepared.data, slots=prepared.assignment.slots, size=batch_size, make_loader=make_loader)
     if not strategy.state_io.held_whole:
-        # No gradient, which would wait for a backward pass, and no second try after half a forward pass.
+        # No gradient, which would require a backward pass, and no second try after an aborted forward pass.
         tries = [(False, strategy.autocast)]
         sizes = set(gather_bytes(json.dumps(sets and sets.sizes).encode(), strategy.device))
         sets = sets if len(sizes) == 1 else None  # otherwise ranks would run different numbers of forward passes
@@ -131,12 +132,12 @@ def check_additivity(
 def judged(
     section: ObjectiveSection, objective: Objective, found: list[AdditivityError], where: Locations
 ) -> Iterator[str]:
-    """Yield one line for each deviation, and mark the objectives whose samples are coupled.
+    """Yield one warning for each deviation, and mark the objectives that couple samples.
 
     Raises:
         ConfigurationError: an objective returns a mean.
     """
-    # Means whose weight is no sum either, such as 1 for each microbatch, are divided by nothing wrong; the weight is named.
+    # A mean whose weight is not a sum either, such as 1 per microbatch, is divided correctly; only the weight is reported.
     of_weights = {deviation.part for deviation in found if deviation.of == "weight"}
     found = [d for d in found if not (d.of == "sum" and d.is_mean and d.part in of_weights)]
     means = [deviation for deviation in found if deviation.is_mean and deviation.of == "sum"]
@@ -146,15 +147,15 @@ def judged(
     for deviation in found:
         name = _target(section, deviation)
         figures = (
-            f"{deviation.both:.6g} over both of two sets, {deviation.first:.6g} + {deviation.second:.6g} over each"
+            f"{deviation.both:.6g} over two sets together, {deviation.first:.6g} + {deviation.second:.6g} separately"
         )
         if deviation.of == "sum":
             mark_coupled(objective, [deviation.part])
             coupled.add(deviation.part)
             yield (
                 f"objective: the loss of a sample in {name} depends on the others of its microbatch ({figures}), so the result "
-                "depends on K (batch.slots): mask what is padded, multiply what is no sample's (a penalty on weights) by the "
-                "number of samples, or say couples_samples = True in the class if it is meant"
+                "depends on K (batch.slots): mask padding, multiply terms that do not belong to a sample (a penalty on "
+                "weights) by the number of samples, or set couples_samples = True in the class if this is intended"
             )
         elif deviation.part in coupled:
             continue
@@ -162,7 +163,7 @@ def judged(
             mark_coupled(objective, [deviation.part])
             yield (
                 f"objective: the weight of {name} is not a sum over its samples ({figures}), so the result depends on K "
-                "(batch.slots): count what each sample has by itself, without padding"
+                "(batch.slots): count each sample's elements separately, without padding"
             )
         else:
             cure = "it looks like a mean; return a sum" if deviation.is_mean else "return a sum over samples"
@@ -170,7 +171,7 @@ def judged(
 
 
 def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoader = read_here) -> SampleSets | None:
-    """Read two small sets of training samples, and both in one batch no larger than a slot; None where that is not possible."""
+    """Read two small sets of training samples, and both in one batch no larger than a slot; None if impossible."""
     slot = -(-size // slots)
     if isinstance(data, MappedData):
         ids = data.order.batch(0, 0)[: min(_MOST_SAMPLES, slot)]
@@ -187,13 +188,13 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
         return SampleSets(first, second, both, (half, half), singles)
     source = data.samples.source
     if hasattr(source, "__next__"):
-        return None  # what is read here would be gone
+        return None  # samples read here would be lost
     if data.samples.batches:
         return _sets_within(data, make_loader)
-    cuts = max(1, -(-data.samples.batch_size // min(_MOST_SAMPLES, slot)))
-    asked = ((0, 2 * cuts), (1, 2 * cuts), (0, cuts))
-    indices = iter([StreamIndex(Cursor(), number, of, range(of)) for number, of in asked])
-    one, other, whole = read(copy(data.samples), indices, make_loader)
+    divisor = max(1, -(-data.samples.batch_size // min(_MOST_SAMPLES, slot)))
+    ranges = ((0, 2 * divisor), (1, 2 * divisor), (0, divisor))
+    indices = iter([StreamIndex(Cursor(), number, of, range(of)) for number, of in ranges])
+    one, other, both = read(copy(data.samples), indices, make_loader)
     if not one.samples or not other.samples:
         return None
 
@@ -202,11 +203,11 @@ def sets_of(data: TrainingData, *, slots: int, size: int, make_loader: MakeLoade
         alone = [StreamIndex(Cursor(), number, of, range(of)) for number in range(one.samples + other.samples)]
         return (piece.batch for piece in read(copy(data.samples), iter(alone), make_loader) if piece.samples)
 
-    return SampleSets(one.batch, other.batch, whole.batch, (one.samples, other.samples), streamed)
+    return SampleSets(one.batch, other.batch, both.batch, (one.samples, other.samples), streamed)
 
 
 def _sets_within(data: StreamedData, make_loader: MakeLoader) -> SampleSets | None:
-    """Take both sets out of the first yielded batch of several samples; None if there is none, or it cannot be cut."""
+    """Slice both sets from the first yielded batch of several samples; None if there is none, or it cannot be sliced."""
     slots = data.samples.batch_size
     indices = (StreamIndex(Cursor(), slot, slots, range(slots)) for slot in range(slots))
     pieces = read(copy(data.samples), indices, make_loader)
@@ -242,15 +243,15 @@ def deviations(
     compiled: bool = False,
     together: bool = False,
 ) -> list[AdditivityError]:
-    """Compare an objective's sums and weights over two sets with those over both. Leaves no trace.
+    """Compare an objective's sums and weights over two sets with those over both. Changes no state.
 
-    An error here, of so few samples or in evaluation mode, is ignored: the first step reports it if it is real.
+    Errors here, with so few samples or in evaluation mode, are ignored: the first step reports real ones.
 
     Args:
-        tries: whether gradients are recorded (an objective may need them) and what surrounds the forward passes, in turn until
-            one way works. The model's own types come first: half precision would hide small deviations.
-        together: ranks run as many forward passes, whatever each finds.
-        compiled: the model is; so few samples are run without, since another shape would be compiled anew.
+        tries: pairs of whether gradients are recorded (an objective may need them) and a context for the forward passes, tried
+            until one works. The model's own dtypes come first: half precision would hide small deviations.
+        together: all ranks run the same number of forward passes, whatever each finds.
+        compiled: the model is compiled; it is run eagerly here, since other shapes would trigger recompilation.
     """
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with preserved_random_state(device), left_as_it_was(module, training=False), eager:
@@ -259,10 +260,10 @@ def deviations(
                 with torch.set_grad_enabled(gradients), surrounding():
                     return _compared(module, sets, device, together=together)
             except ForwardError:
-                continue  # tried in another way, or reported by the first step
+                continue  # the next try may work; otherwise the first step reports it
             except LockstepError:
                 return []
-            except Exception:  # noqa: S112 - tried in another way, or told by the first step
+            except Exception:  # noqa: S112 - the next try may work; otherwise the first step reports it
                 continue
     return []
 
@@ -285,7 +286,7 @@ def _compared(
         return {("sum", name): value for name, value in zip(names, sums, strict=True)} | parts
 
     first, second, both = (measured(batch) for batch in (sets.first, sets.second, sets.both))
-    # An objective that draws random numbers differs by the seed: by how much, says what can be told apart.
+    # The losses of an objective that draws random numbers differ with the seed: smaller deviations cannot be detected.
     again = [(here, measured(batch, 1)) for here, batch in ((first, sets.first), (second, sets.second))]
     rounding = _ROUNDINGS * _rounding(module)
 
@@ -299,7 +300,7 @@ def _compared(
     gaps = {key: abs(first[key] + second[key] - both[key]) for key in finite}
     suspects = [key for key in finite if gaps[key] > tolerance(key)]
     found = []
-    # Where samples' losses have both signs, their sum may be far below what was rounded: look at each by itself.
+    # If samples' losses have both signs, their sum may be far smaller than the terms that were rounded: use single samples.
     alone = [measured(batch) for batch in sets.singles()] if suspects or together else []
     for key in suspects:
         allowed = tolerance(key, sum(abs(one[key]) for one in alone if math.isfinite(one.get(key, math.nan))))
@@ -328,7 +329,7 @@ def _as_tuple(weight: float | tuple[float, ...]) -> tuple[float, ...]:
 
 
 def mark_coupled(objective: Objective, parts: Iterable[str]) -> None:
-    """Say that the samples of an objective, or of some of several losses, depend on each other."""
+    """Mark an objective, or some of its losses, as coupling samples."""
     for part in parts:
         objective.couples_samples = True
         if isinstance(objective, WeightedSum) and part in objective.parts:
@@ -336,7 +337,7 @@ def mark_coupled(objective: Objective, parts: Iterable[str]) -> None:
 
 
 def coupled_parts(objective: Objective) -> list[str]:
-    """Return what :func:`mark_coupled` marked, for a checkpoint: a resumed run is not checked again."""
+    """Return the parts marked by :func:`mark_coupled`, for a checkpoint: a resumed run is not checked again."""
     if isinstance(objective, WeightedSum):
         return [name for name, part in objective.parts.items() if part.couples_samples]
     return [""] if objective.couples_samples else []
@@ -354,5 +355,5 @@ def _mean(mean: AdditivityError, target: str) -> str:
     return (
         f"{target} returns a mean, not a sum: {mean.first:.6g} and {mean.second:.6g} over two sets of samples, "
         f"and their average, {mean.both:.6g}, over both. The runtime itself divides by the weight of the global batch, so the "
-        "learning rate would be divided by the batch: return the sum (reduction='sum', or .sum() in place of .mean())"
+        "learning rate would be divided by the batch size: return the sum (reduction='sum', or .sum() instead of .mean())"
     )

@@ -1,4 +1,4 @@
-"""Settings that contradict each other or the run's length: what cannot be meant is refused, what might be is one line."""
+"""Check settings that contradict each other or the run's length: certain mistakes are errors, possible ones warnings."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from runtime.optimization.schedule import Schedule
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-_MOST_STEPS = 20_000  # of a schedule that are looked at: 0.2 s
-_MOST_GROWTH = 100  # times the optimizer's own rate
+_MOST_STEPS = 20_000  # simulated steps of a schedule: 0.2 s
+_MOST_GROWTH = 100  # times the optimizer's learning rate
 _HIGHER_IS_BETTER = (
     "accuracy",
     "auroc",
@@ -53,7 +53,7 @@ _HIGHER_IS_BETTER = (
 
 
 class SettingProblem(NamedTuple):
-    """What a setting says that is not, or hardly, meant."""
+    """A setting that is wrong (``refused``) or probably unintended."""
 
     key: tuple[str, ...]
     what: str
@@ -61,16 +61,16 @@ class SettingProblem(NamedTuple):
 
 
 class RunLength(NamedTuple):
-    """The run's length as far as it is known."""
+    """The run's length; None where unknown."""
 
     steps: int | None
     epochs: float | None
     steps_per_epoch: int | None
 
     def holds(self, interval: Interval) -> int | None:
-        """Return how often an interval ends within the run; None where nobody knows."""
-        whole = self.steps if interval.unit == "step" else self.epochs
-        return None if whole is None else int(whole // interval.count)
+        """Return how often an interval ends within the run; None if unknown."""
+        length = self.steps if interval.unit == "step" else self.epochs
+        return None if length is None else int(length // interval.count)
 
 
 def check_settings(
@@ -82,18 +82,18 @@ def check_settings(
     *,
     processes: int,
 ) -> Iterator[str]:
-    """Yield one line for each setting that might not be meant. Alike on every rank; leaves no trace.
+    """Yield one warning for each setting that is probably unintended. Equal on every rank; changes no state.
 
     Args:
-        optimizer: has made no update.
+        optimizer: without any update so far.
         processes: on this machine.
 
     Raises:
-        ConfigurationError: settings that cannot be meant, all together.
+        ConfigurationError: all wrong settings together.
     """
     values, length = builder.values, _length(builder.values.limit, data)
     whole = f"the run has {length.steps:,} steps" if length.steps is not None else "the run"
-    evaluations = length.holds(values.evaluation.every)  # the one at the run's end decides nothing
+    evaluations = length.holds(values.evaluation.every)  # not counting the one at the run's end, which decides nothing
     found = [
         *_rates(builder.schedule, optimizer, schedule, data, length),
         *_optimizer(builder.components.of("optimizer")),
@@ -103,7 +103,7 @@ def check_settings(
         *_averaging(values.averaging, length, whole),
     ]
     if values.checkpoint.best and evaluations == 0:
-        what = f"{values.evaluation.every} is longer than the run ({whole}): checkpoint.best never judges a result"
+        what = f"{values.evaluation.every} is longer than the run ({whole}): checkpoint.best never ranks a result"
         found.append(SettingProblem(("evaluation", "every"), what))
     found += _stops_early(values.limit.early_stopping, evaluations)
     found += _plateaus(values.schedule, evaluations)
@@ -113,7 +113,7 @@ def check_settings(
             found.append(SettingProblem(key, f"{stage.epoch} is after the run's last epoch"))
     spike = values.divergence.spike
     if spike is not None and length.steps is not None and spike.window >= length.steps:
-        what = f"{spike.window} losses, and {whole}: no jump is ever judged"
+        what = f"{spike.window} losses, and {whole}: no spike is ever detected"
         found.append(SettingProblem(("divergence", "spike", "window"), what))
     found += _loader(values.data.loader, processes)
     found += _preparing(builder.components)
@@ -125,15 +125,15 @@ def _preparing(components: Components) -> Iterator[SettingProblem]:
     for name in ("validation", "test"):
         reader = components.find("data", name)
         if reader is not None and (lacking := lacking_arguments(reader, components.of("data", "train"))):
-            what = f"has no {', '.join(lacking)}, which data.train has: its samples are prepared in another way"
+            what = f"has no {', '.join(lacking)}, which data.train has: its samples are prepared differently"
             yield SettingProblem(reader.key, what)
 
 
 def check_changed_settings(builder: Builder) -> None:
-    """Refuse what may have been changed when a run is resumed, and cannot be meant: what 'min' and 'max' say.
+    """Refuse wrong settings among those that may change on resumption: the modes 'min' and 'max'.
 
     Raises:
-        ConfigurationError: all together; alike on every rank.
+        ConfigurationError: all together; equal on every rank.
     """
     _refuse(_directions_of(builder), builder.where)
 
@@ -155,7 +155,7 @@ def _length(limit: LimitSection, data: TrainingData) -> RunLength:
 def _rates(
     builder: ScheduleBuilder, optimizer: Optimizer, schedule: Schedule, data: TrainingData, length: RunLength
 ) -> Iterator[SettingProblem]:
-    """Drive the schedule through the run, on a stand-in for the optimizer."""
+    """Simulate the schedule over the run, on a copy of the optimizer."""
     section, scheduler = builder.section, builder.scheduler
     key, name = (
         (("optimizer", "args"), "the optimizer")
@@ -175,7 +175,7 @@ def _rates(
         raise
     except Exception as error:
         if scheduler is not None and not schedulers.is_known(scheduler.target, scheduler.code):
-            return  # a class of the user's own may need the optimizer itself, and raises when it is stepped
+            return  # a user-defined class may need the optimizer itself; its error appears when it is stepped
         yield SettingProblem(key, f"{name} raised {described(error)}", refused=True)
         return
     for rates in curve.rates:
@@ -183,7 +183,7 @@ def _rates(
         if negative is not None:
             yield SettingProblem(
                 key,
-                f"{name} makes the rate {rates[negative - 1]:.3g} at step {negative}; it must not be negative",
+                f"{name} gives a learning rate of {rates[negative - 1]:.3g} at step {negative}; it must not be negative",
                 True,
             )
             return
@@ -194,13 +194,13 @@ def _rates(
     elif section is not None and section.target is not None and constant and 1 < length.steps == steps:
         if not section.watches:
             yield SettingProblem(
-                key, f"{name} never changes the rate: the run has {steps:,} steps; see schedule.interval"
+                key, f"{name} never changes the learning rate: the run has {steps:,} steps; see schedule.interval"
             )
     elif section is not None:
         full = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
         if highest[-1] > _MOST_GROWTH * full:
             yield SettingProblem(
-                key, f"{name} makes the rate grow from {full:.3g} to {highest[-1]:.3g} at the run's end"
+                key, f"{name} makes the learning rate grow from {full:.3g} to {highest[-1]:.3g} at the run's end"
             )
         yield from _shape(key, name, highest, steps, warmup=section.warmup_steps)
 
@@ -209,10 +209,10 @@ def _shape(key: tuple[str, ...], name: str, rates: list[float], steps: int, *, w
     last = max(step for step, rate in enumerate(rates, 1) if rate > 0)
     if steps - last > max(1, steps // 20):
         yield SettingProblem(
-            key, f"{name} makes the rate 0 after step {last:,} of {steps:,}: nothing is trained from there on"
+            key, f"{name} makes the learning rate 0 after step {last:,} of {steps:,}: nothing is trained from there on"
         )
-    begun = min(warmup, steps - 1)  # a warm-up rises by intention
-    lowest = rates.index(min(rates[begun:]), begun)
+    start = min(warmup, steps - 1)  # a warm-up rises intentionally
+    lowest = rates.index(min(rates[start:]), start)
     if name.endswith("CosineAnnealingLR") and max(rates[lowest:]) > 2 * rates[lowest] + 0.05 * max(rates):
         yield SettingProblem(
             key, f"{name} is lowest after step {lowest:,} of {steps:,}, and rises again: T_max is shorter than the run"
@@ -229,17 +229,17 @@ def _optimizer(optimizer: Component) -> Iterator[SettingProblem]:
     for key, target, args in parts:
         made = component.locate(target, namespaces=optimizer.namespaces, code=optimizer.code)
         if not getattr(made, "__module__", "").startswith("torch.optim"):
-            continue  # a class of the user's own may mean anything by such names
+            continue  # arguments of a user-defined class may have another meaning
         rate, decay = (default_of(made, args, name) for name in ("lr", "weight_decay"))
         for name, wrong, what, refused in (
             ("lr", _number(args.get("lr")) < 0, "is {}: it must not be negative", True),
-            ("momentum", _number(args.get("momentum")) >= 1, "is {}: from 1 on the update grows without end", True),
+            ("momentum", _number(args.get("momentum")) >= 1, "is {}: the update grows without bound from 1 on", True),
             ("momentum", _number(args.get("momentum")) < 0, "is {}: it must not be negative", True),
             ("weight_decay", _number(args.get("weight_decay")) < 0, "is {}: weights would grow", True),
             ("eps", args.get("eps") == 0, "is 0: a parameter whose gradient is zero becomes NaN", False),
-            ("maximize", args.get("maximize") is True, "is true: the loss is made as large as possible", False),
+            ("maximize", args.get("maximize") is True, "is true: the loss is maximized", False),
             ("weight_decay", class_name(target) == "AdamW" and _number(rate) * _number(decay) >= 1,
-             "is {}, times the rate " + f"{rate}: each update takes all of a weight away, or more", True),
+             "is {}, times the learning rate " + f"{rate} is at least 1: each update removes the whole weight or more", True),
         ):  # fmt: skip
             if wrong and name not in named:
                 named.add(name)
@@ -251,7 +251,7 @@ def _number(value: Any) -> float:
 
 
 def _groups(groups: Sequence[GroupSection], module: TrainingModule) -> Iterator[SettingProblem]:
-    """Compare each group with those before it, which take what they match."""
+    """Compare each group with earlier ones, which take precedence."""
     names = [name.removeprefix("model.") for name, _ in module.named_parameters()]
     for number, group in enumerate(groups):
         own = [name for name in names if matches(name, group.match)]
@@ -259,60 +259,60 @@ def _groups(groups: Sequence[GroupSection], module: TrainingModule) -> Iterator[
         key = ("optimizer", "groups", str(number), "match")
         if own and len(before) == len(own):
             yield SettingProblem(
-                key, f"all that it matches is in optimizer.groups.{min(before.values())} already", refused=True
+                key, f"everything it matches is already in optimizer.groups.{min(before.values())}", refused=True
             )
         elif before:
             name, first = next(iter(before.items()))
             others = f" and {len(before) - 1} more" if len(before) > 1 else ""
             yield SettingProblem(
-                key, f"{name}{others} is also matched by optimizer.groups.{first}, which comes first and has it"
+                key, f"{name}{others} is also matched by optimizer.groups.{first}, which takes precedence"
             )
 
 
 def _directions_of(builder: Builder) -> list[SettingProblem]:
     values = builder.values
-    asked = _asked(values.checkpoint.best, values.limit.early_stopping, values.schedule)
-    return [*_directions(asked, builder.metrics(), losses={"loss", *values.objective.losses})] if asked else []
+    modes = _modes(values.checkpoint.best, values.limit.early_stopping, values.schedule)
+    return [*_directions(modes, builder.metrics(), losses={"loss", *values.objective.losses})] if modes else []
 
 
-def _asked(
+def _modes(
     best: Sequence[BestSection], stopping: EarlyStoppingSection | None, schedule: ScheduleSection | None
 ) -> list[tuple[tuple[str, ...], str, str]]:
-    """Return each 'min' and 'max' with its key and the result that is watched."""
-    asked: list[tuple[tuple[str, ...], str, str]]
-    asked = [(("checkpoint", "best", str(n), "mode"), b.metric, b.mode) for n, b in enumerate(best)]
+    """Return each mode ('min' or 'max') with its key and the watched result."""
+    modes: list[tuple[tuple[str, ...], str, str]]
+    modes = [(("checkpoint", "best", str(n), "mode"), b.metric, b.mode) for n, b in enumerate(best)]
     if stopping is not None:
-        asked.append((("limit", "early_stopping", "mode"), stopping.metric, stopping.mode))
+        modes.append((("limit", "early_stopping", "mode"), stopping.metric, stopping.mode))
     if schedule is not None and schedule.monitor is not None:
-        asked.append((("schedule", "args", "mode"), schedule.monitor, schedule.args.get("mode", "min")))
-    return asked
+        modes.append((("schedule", "args", "mode"), schedule.monitor, schedule.args.get("mode", "min")))
+    return modes
 
 
 def _directions(
-    asked: Iterable[tuple[tuple[str, ...], str, str]], metrics: Mapping[str, Metric], *, losses: Container[str]
+    modes: Iterable[tuple[tuple[str, ...], str, str]], metrics: Mapping[str, Metric], *, losses: Container[str]
 ) -> Iterator[SettingProblem]:
-    """Compare each 'min' and 'max' with what is better by the result that is watched.
+    """Compare each mode with the better direction of the watched result.
 
     Args:
-        losses: names of results of which less is better.
+        losses: names of results for which lower is better.
     """
-    for key, result, mode in asked:
+    for key, result, mode in modes:
         better = "min" if result.partition("/")[0] in losses else None
         if result in metrics and metrics[result].higher_is_better is not None:
             better = "max" if metrics[result].higher_is_better else "min"
         if better is not None and mode != better:
             word = {"min": "lower", "max": "higher"}[better]
             yield SettingProblem(
-                key, f"is {mode}, but {word} is better of {result!r}: write mode: {better}", refused=True
+                key, f"is {mode}, but {word} is better for {result!r}: write mode: {better}", refused=True
             )
         elif better is None and mode == "min" and any(word in result.lower() for word in _HIGHER_IS_BETTER):
-            yield SettingProblem(key, f"is min, and higher is better of most results that are called like {result!r}")
+            yield SettingProblem(key, f"is min, but higher is better for most results with names like {result!r}")
 
 
 def _warms_up_in_time(section: ScheduleSection | None, length: RunLength, whole: str) -> Iterator[SettingProblem]:
     warmup = section.warmup_steps if section is not None else 0
     if length.steps is not None and warmup > length.steps:
-        what = f"{warmup:,} updates, and {whole}: the rate never reaches its full height"
+        what = f"{warmup:,} updates, and {whole}: the learning rate never reaches its full value"
         yield SettingProblem(("schedule", "warmup_steps"), what)
 
 
@@ -323,16 +323,16 @@ def _stops_early(section: EarlyStoppingSection | None, evaluations: int | None) 
 
 
 def _plateaus(section: ScheduleSection | None, evaluations: int | None) -> Iterator[SettingProblem]:
-    """Look at a schedule that follows evaluations."""
+    """Check a schedule that depends on evaluations."""
     if section is None or not section.watches:
         return
     if _number(section.args.get("factor")) <= 0:
-        what = f"is {section.args['factor']}: the rate would be 0 once {section.monitor} no longer improves"
+        what = f"is {section.args['factor']}: the learning rate would be 0 once {section.monitor} no longer improves"
         yield SettingProblem(("schedule", "args", "factor"), what, refused=True)
     if evaluations is not None:
         patience = section.args.get("patience", 10)
         if isinstance(patience, int) and evaluations <= patience:
-            what = f"{patience} evaluations, and the run has {evaluations}: the rate is never lowered"
+            what = f"{patience} evaluations, and the run has {evaluations}: the learning rate is never lowered"
             yield SettingProblem(("schedule", "args", "patience"), what)
 
 
@@ -349,17 +349,17 @@ def _averaging(section: AveragingSection | None, length: RunLength, whole: str) 
     if start is None or every is None:
         return
     if start >= length.steps:
-        what = f"{section.start} is not before the end of the run, so nothing would be averaged; {whole}"
+        what = f"{section.start} is not before the end of the run, so nothing would be averaged: {whole}"
         yield SettingProblem(("averaging", "start"), what, refused=True)
     elif length.steps // every == start // every:
-        what = f"weights would be taken in after each {section.interval}, which never comes: {whole}"
+        what = f"the average would be updated every {section.interval}, which does not occur after its start: {whole}"
         yield SettingProblem(("averaging", "every"), what)
     elif section.anneal is not None:
         anneal = section.anneal.steps or (section.anneal.epochs or 0) * (length.steps_per_epoch or 0)
         if anneal > length.steps - start:
             yield SettingProblem(
                 ("averaging", "anneal"),
-                f"is longer than what is left of the run: {section.learning_rate} is not reached",
+                f"is longer than the rest of the run: {section.learning_rate} is not reached",
             )
 
 
@@ -369,5 +369,5 @@ def _loader(loader: LoaderSection, processes: int) -> Iterator[SettingProblem]:
         each = f" for each of {processes} processes" if processes > 1 else ""
         yield SettingProblem(
             ("data", "loader", "num_workers"),
-            f"{loader.num_workers} workers{each} on {cores} cores: they take time from each other",
+            f"{loader.num_workers} workers{each} on {cores} cores: they compete for CPU time",
         )

@@ -1,4 +1,4 @@
-"""A module as it was before it was tried out."""
+"""Restore a module's state after trial passes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Restore = Callable[[], object]
 
 @contextmanager
 def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set a mode; afterwards put back modes, buffers and what a module and its parts keep in attributes.
+    """Set a mode; on exit restore modes, buffers and attributes of a module and its submodules.
 
-    Attributes of plain data, tensors, generators and objects of these are put back, in place: others may hold them as well.
+    Plain data, tensors, generators and objects of these in attributes are restored in place, as others may refer to them.
     """
     parts = list(module.modules())
     before = [_own(part) for part in parts]
@@ -40,7 +40,7 @@ def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for part, attributes in zip(parts, before, strict=True):
             for key in _own(part).keys() - attributes.keys():
-                if not key.startswith("_"):  # which may be torch's, made in a first pass
+                if not key.startswith("_"):  # may be torch's, created in a first pass
                     delattr(part, key)
             vars(part).update(attributes)  # 'training' among them
         for restore in restoring:
@@ -48,14 +48,14 @@ def left_as_it_was(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def _own(part: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes, except for torch's own tables and what libraries that wrap a module put there."""
+    """Return a module's attributes, without torch's own tables and those added by wrapping libraries."""
     return {
         key: value for key, value in vars(part).items() if key not in _OF_MODULES and not key.startswith(_OF_WRAPPERS)
     }
 
 
 def _restoring(value: Any, seen: set[int]) -> Iterator[Restore]:
-    """Yield what puts a value and all within it back as they are now."""
+    """Yield functions that restore a value and everything in it to the current state."""
     if id(value) in seen or _is_code(value):
         return
     seen.add(id(value))
@@ -83,7 +83,7 @@ def _restoring(value: Any, seen: set[int]) -> Iterator[Restore]:
 
 
 def _is_code(value: Any) -> bool:
-    """Tell whether a value is no data of the user's: functions, modules, and what belongs to a library's own machinery."""
+    """Whether a value is not user data: functions, modules, and internals of a library."""
     if isinstance(value, (nn.Module, nn.Parameter, type, *_CODE)):
         return True
     return not isinstance(value, Tensor | torch.Generator) and type(value).__module__.partition(".")[0] in _LIBRARIES

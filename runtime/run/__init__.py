@@ -1,1 +1,1 @@
-"""A training run from its first start to its end."""
+"""Execution of a training run: build, resume, train, evaluate, save."""

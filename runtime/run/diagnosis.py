@@ -1,4 +1,4 @@
-"""``lockstep doctor``: what each rank finds where it runs, compared with what the others find, and the network between them."""
+"""``lockstep doctor``: compare the environments of all ranks, and measure the network between them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from runtime.reporting.facts import installed_version
 from runtime.strategies import Strategy
 from runtime.wording import in_units
 
-_ALIKE = ("python", "torch", "accelerate", "lockstep", "device", "code")
+_MUST_MATCH = ("python", "torch", "accelerate", "lockstep", "device", "code")
 _LEAST_DISK_BYTES = 1 << 30
-_LEAST_SHARED_BYTES = 256 << 20  # docker gives 64 MiB, on which loader workers die of SIGBUS
+_LEAST_SHARED_BYTES = 256 << 20  # docker's default is 64 MiB, with which loader workers die of SIGBUS
 _PROBE = ".lockstep-doctor"
 _LARGE_BYTES = 16 << 20
-_VISIBLE_SECONDS = 10.0  # a file server may take its time to show another machine's file
+_VISIBLE_SECONDS = 10.0  # a file server may be slow to show another machine's file
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank finds.
+    """Environment of one rank.
 
     Args:
         code: digest of the Python files of the run's code folder.
-        disk_bytes: free where the run folder is, or would be; ``shared_bytes``: free shared memory, None if there is none.
-        sees_folder: whether it sees what rank 0 wrote there.
+        disk_bytes: free disk space at the (possibly future) run folder; ``shared_bytes``: free shared memory, None without any.
+        sees_folder: whether it sees the file that rank 0 wrote there.
     """
 
     rank: int
@@ -60,11 +60,11 @@ class RankReport:
 
 @dataclass(frozen=True)
 class NetworkSpeed:
-    """An all-reduce over all ranks.
+    """Speed of an all-reduce over all ranks.
 
     Args:
-        latency_seconds: of one number, the median.
-        bytes_per_second: of 16 MiB, what one rank hands over in a second.
+        latency_seconds: for one number, the median.
+        bytes_per_second: per rank, for 16 MiB.
     """
 
     latency_seconds: float
@@ -73,7 +73,7 @@ class NetworkSpeed:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What came of an examination that found nothing wrong."""
+    """Result of a diagnosis without problems."""
 
     findings: Sequence[RankReport]
     network: NetworkSpeed | None
@@ -86,64 +86,64 @@ def examine(loaded: LoadedConfiguration, strategy: Strategy) -> Diagnosis:
     """Examine all ranks. Collective: every rank must call this.
 
     Raises:
-        RanksDifferError: naming each host that differs or lacks something; on every rank alike.
+        RanksDifferError: names each host that differs or lacks something; equal on every rank.
     """
-    folder = _nearest(loaded.output)
+    folder = _nearest_existing(loaded.output)
     probe = folder / _PROBE
-    token = _said_by_rank_0(f"{time.time_ns()}-{os.getpid()}", strategy)
+    token = _from_rank_0(f"{time.time_ns()}-{os.getpid()}", strategy)
     if strategy.rank == 0:
-        with suppress(OSError):  # then none sees it
+        with suppress(OSError):  # then no rank sees it
             probe.write_text(token)
     strategy.barrier()
-    finding = _finding(loaded.code, strategy, folder, sees_folder=_sees(probe, token))
-    told = gather_bytes(json.dumps(asdict(finding)).encode(), strategy.device)
-    findings = [RankReport(**json.loads(reply)) for reply in told]
+    report = _report(loaded.code, strategy, folder, sees_folder=_sees(probe, token))
+    replies = gather_bytes(json.dumps(asdict(report)).encode(), strategy.device)
+    findings = [RankReport(**json.loads(reply)) for reply in replies]
     if strategy.rank == 0:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
     network = _network(strategy) if strategy.world_size > 1 else None
     problems = list(problems_of(findings, num_workers=loaded.values.data.loader.num_workers, folder=folder))
     if problems:
-        raise RanksDifferError("\n".join(["not all is well:", *problems]))
+        raise RanksDifferError("\n".join(["problems found:", *problems]))
     return Diagnosis(findings, network)
 
 
 def problems_of(findings: Sequence[RankReport], *, num_workers: int, folder: Path) -> Iterator[str]:
-    """Yield what is wrong, each with its rank and host."""
+    """Yield one line for each problem, with its rank and host."""
     first = findings[0]
-    for found in findings:
-        who = f"rank {found.rank} (host {found.host})"
-        mine, its = asdict(first), asdict(found)
-        for name in _ALIKE:
-            if its[name] != mine[name]:
-                yield f"{who} has {name} {its[name]}, rank 0 (host {first.host}) {mine[name]}"
-        if not found.sees_folder:
+    for report in findings:
+        who = f"rank {report.rank} (host {report.host})"
+        expected, actual = asdict(first), asdict(report)
+        for name in _MUST_MATCH:
+            if actual[name] != expected[name]:
+                yield f"{who} has {name} {actual[name]}, rank 0 (host {first.host}) {expected[name]}"
+        if not report.sees_folder:
             yield f"{who} does not see in {folder} what rank 0 (host {first.host}) writes there: the run folder must be shared"
-        if found.disk_bytes < _LEAST_DISK_BYTES:
-            yield f"{who} has {in_units(found.disk_bytes)} of disk left in {folder}"
-        if found.shared_bytes is not None and num_workers and found.shared_bytes < _LEAST_SHARED_BYTES:
-            yield f"{who} has {in_units(found.shared_bytes)} of shared memory (/dev/shm), too little for loader workers"
+        if report.disk_bytes < _LEAST_DISK_BYTES:
+            yield f"{who} has {in_units(report.disk_bytes)} of disk left in {folder}"
+        if report.shared_bytes is not None and num_workers and report.shared_bytes < _LEAST_SHARED_BYTES:
+            yield f"{who} has {in_units(report.shared_bytes)} of shared memory (/dev/shm), too little for loader workers"
 
 
-def table(examined: Diagnosis) -> str:
-    """Return findings and network as lines for a person."""
+def table(diagnosis: Diagnosis) -> str:
+    """Format the diagnosis for the terminal."""
     lines = []
-    for found in examined.findings:
-        shared = "no" if found.shared_bytes is None else in_units(found.shared_bytes)
+    for r in diagnosis.findings:
+        shared = "no" if r.shared_bytes is None else in_units(r.shared_bytes)
         lines.append(
-            f"rank {found.rank}  host {found.host}  {found.device}  {found.cores} cores  {in_units(found.disk_bytes)} disk  "
-            f"{shared} shared memory  python {found.python}  torch {found.torch}  lockstep {found.lockstep}  code {found.code}"
+            f"rank {r.rank}  host {r.host}  {r.device}  {r.cores} cores  {in_units(r.disk_bytes)} disk  "
+            f"{shared} shared memory  python {r.python}  torch {r.torch}  lockstep {r.lockstep}  code {r.code}"
         )
-    network = examined.network
+    network = diagnosis.network
     if network is not None:
         speed = f"{in_units(int(network.bytes_per_second))}/s"
         lines.append(f"all-reduce  {network.latency_seconds * 1000:.2f} ms for one number  {speed} for 16 MiB")
-    return "\n".join([*lines, "all is well"])
+    return "\n".join([*lines, "no problems found"])
 
 
-def _finding(code: Path, strategy: Strategy, folder: Path, *, sees_folder: bool) -> RankReport:
+def _report(code: Path, strategy: Strategy, folder: Path, *, sees_folder: bool) -> RankReport:
     cuda = strategy.device.type == "cuda"
-    shared = Path("/dev/shm")  # noqa: S108  # not a file of ours: the kernel's shared memory
+    shared = Path("/dev/shm")  # noqa: S108  # not a temporary file: the kernel's shared memory
     return RankReport(
         rank=strategy.rank,
         host=socket.gethostname(),
@@ -171,12 +171,12 @@ def _network(strategy: Strategy) -> NetworkSpeed:
 
     small = torch.zeros(1, device=strategy.device)
     large = torch.zeros(_LARGE_BYTES // 4, device=strategy.device)
-    seconds(large)  # connections are made by the first
+    seconds(large)  # the first call opens the connections
     latency = statistics.median(seconds(small) for _ in range(20))
     return NetworkSpeed(latency, _LARGE_BYTES / statistics.median(seconds(large) for _ in range(5)))
 
 
-def _said_by_rank_0(text: str, strategy: Strategy) -> str:
+def _from_rank_0(text: str, strategy: Strategy) -> str:
     return gather_bytes(text.encode(), strategy.device)[0].decode()
 
 
@@ -191,7 +191,7 @@ def _sees(probe: Path, token: str) -> bool:
         time.sleep(0.1)
 
 
-def _nearest(folder: Path) -> Path:
-    """Return a folder, or the nearest one above it that is there."""
+def _nearest_existing(folder: Path) -> Path:
+    """Return a folder, or its nearest existing parent."""
     folder = folder.absolute()
-    return folder if folder.is_dir() or folder == folder.parent else _nearest(folder.parent)
+    return folder if folder.is_dir() or folder == folder.parent else _nearest_existing(folder.parent)

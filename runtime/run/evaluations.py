@@ -1,7 +1,7 @@
-"""The evaluations of a run: when they are due, of which weights, what they found, what was cut short and is still to come.
+"""The evaluations of a run: when they are due, with which weights, their results, and interrupted ones to be caught up.
 
-The evaluation that is made because the run ends informs the user. Unless it is due by ``evaluation.every`` as well, nothing
-follows from it: a run whose limit is raised would not have made it had it gone on at once.
+The evaluation at the end of a run informs the user. Unless it is also due by ``evaluation.every``, it decides nothing: a run
+started with a higher limit would not have made it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from runtime.training.triggers import Triggers
 
 
 class Evaluations:
-    """Evaluates validation and test data as the run's configuration asks. Collective: every rank calls alike.
+    """Evaluates validation and test data as configured. Collective: every rank must call its methods.
 
     Attributes:
-        results: of the last evaluation of the validation data, and behind ``test/`` of the test data; equal on every rank.
-        judged: whether the last evaluation of the validation data was due by ``evaluation.every``, so that it decides.
+        results: of the last evaluation of the validation data, and with prefix ``test/`` of the test data; equal on every rank.
+        judged: whether the last evaluation of the validation data was due by ``evaluation.every``, so that it may decide.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class Evaluations:
         self._validation = build_evaluator(builder, strategy, "validation", slots=slots, closing=closing)
         self._test = build_evaluator(builder, strategy, "test", slots=slots)
         self._weights = build_averaged_evaluation(
-            builder, prepared, strategy, closing=closing, enter=self._statistics_go_on, log=services.reporter.message
+            builder, prepared, strategy, closing=closing, enter=self._report_alive, log=services.reporter.message
         )
         self.results: dict[str, Result] = {}
         self.judged = True
         self._step = -1
 
-    def go_on_from(self, results: Mapping[str, Result], *, judged: bool) -> None:
-        """Take over what a checkpoint's step was found to give; empty where it was not evaluated.
+    def resume_from(self, results: Mapping[str, Result], *, judged: bool) -> None:
+        """Restore the results stored in a checkpoint; empty if its step was not evaluated.
 
         Raises:
-            ConfigurationError: what is judged was changed to what cannot be meant (``checks: on``).
+            ConfigurationError: ``mode`` of a watched result was changed to the wrong direction (``checks: on``).
         """
         if self._builder.values.checks == "on":
             check_changed_settings(self._builder)
@@ -64,24 +64,24 @@ class Evaluations:
 
     @property
     def evaluators(self) -> dict[str, Evaluator]:
-        """What is evaluated, by the name of the split."""
-        found = {"validation": self._validation, "test": self._test}
-        return {split: evaluator for split, evaluator in found.items() if evaluator is not None}
+        """The evaluators by split; only those configured."""
+        splits = {"validation": self._validation, "test": self._test}
+        return {split: evaluator for split, evaluator in splits.items() if evaluator is not None}
 
     @property
     def results_of_this_step(self) -> dict[str, Result]:
-        """Results of the weights as they are now, if they were evaluated."""
+        """Results of the current weights, if they were evaluated."""
         return self.results if self._step == self._progress.step else {}
 
     @property
     def judged_results_of_this_step(self) -> dict[str, Result]:
-        """Results of the weights as they are now, if they were evaluated and the results may decide something."""
+        """Results of the current weights, if they were evaluated and the results may decide."""
         return self.results_of_this_step if self.judged else {}
 
     def after_step(self, window: Window) -> dict[str, Result] | None:
-        """Evaluate the validation data if that is due, and return the results if they may decide something.
+        """Evaluate the validation data if due, and return the results if they may decide.
 
-        None where it is not due, was cut short, or is due only because the run ends.
+        None if it is not due, was interrupted, or is due only because the run ends.
         """
         if not self._triggers.is_due(self._every, window) or not (self._validation or window.run_ends):
             return None
@@ -90,7 +90,7 @@ class Evaluations:
         return results if judged else None
 
     def _validate(self, *, judged: bool) -> dict[str, Result] | None:
-        """Evaluate, or note that the evaluation was cut short and is still to come."""
+        """Evaluate, or record that the evaluation was interrupted and must be repeated."""
         results = self._evaluated(self._validation, judged=judged)
         self._progress.evaluation_due = results is None
         self._progress.evaluation_extra = results is None and not judged
@@ -100,12 +100,12 @@ class Evaluations:
         return results
 
     def judge(self, results: Mapping[str, Result]) -> None:
-        """Let results count towards early stopping; they are equal on every rank."""
+        """Update early stopping with results; they are equal on every rank."""
         if self._state.early_stopping is not None:
             self._state.early_stopping.after_evaluation(results, self._progress.step)
 
     def catch_up(self) -> bool:
-        """Do what was cut short when the run was left; return whether it was done this time."""
+        """Repeat the evaluation that was interrupted by a stop; return whether it was completed."""
         judged = not self._progress.evaluation_extra
         results = self._validate(judged=judged)
         if results is None:
@@ -116,7 +116,7 @@ class Evaluations:
         return True
 
     def test(self) -> bool:
-        """Evaluate the test data, if there is any; return False if that was cut short. Its results are in no checkpoint."""
+        """Evaluate the test data, if any; return False if interrupted. The results are not stored in checkpoints."""
         if self._test is None:
             return True
         results = self._evaluated(self._test, judged=False)
@@ -130,10 +130,10 @@ class Evaluations:
         self._services.reporter.log(results, step=self._progress.step, epoch=self._progress.epoch, split=split)
 
     def _evaluated(self, evaluator: Evaluator | None, *, judged: bool) -> dict[str, Result] | None:
-        self._give_sign_of_life()
+        self._report_alive()
 
         def before_round() -> bool:
-            self._give_sign_of_life()
+            self._report_alive()
             return self._services.stop_requested()
 
         with evaluated_weights(self._state.optimizer), self._services.garbage.paused():
@@ -141,8 +141,5 @@ class Evaluations:
                 evaluator, self._progress, extra=not judged, last=self._triggers.over, stop_requested=before_round
             )
 
-    def _statistics_go_on(self) -> None:
-        self._give_sign_of_life()
-
-    def _give_sign_of_life(self) -> None:
+    def _report_alive(self) -> None:
         self._services.times.enter("evaluate", self._progress.step)  # an evaluation may take long

@@ -1,4 +1,4 @@
-"""The parts of a run that act while it trains, built in order of dependence."""
+"""The components of a run, built in order of dependence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runtime.training.triggers import Triggers
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a run is made of: its state and its data (``prepared``), and what acts on them."""
+    """The components of a run: its state and data (``prepared``), and those that operate on them."""
 
     prepared: RunComponents
     triggers: Triggers
@@ -44,14 +44,14 @@ def build_parts(
     *,
     before: Mapping[str, Any] | None,
 ) -> RunParts:
-    """Build a run's parts. Collective: every rank must call this.
+    """Build the components of a run. Collective: every rank must call this.
 
     Args:
-        observers: called behind those of ``reporting.observers``.
-        before: training state of the checkpoint that the run goes on from; it is looked at, not loaded.
+        observers: called after those of ``reporting.observers``.
+        before: training state of the checkpoint that the run resumes from; inspected, not loaded.
 
     Raises:
-        LockstepError: what is wrong with configuration, data, or the ranks' agreement.
+        LockstepError: configuration or data are wrong, or the ranks differ.
     """
     values = loaded.values
     prepared = prepare(loaded, builder, strategy, before, warn=services.reporter.warn, log=services.reporter.message)
@@ -74,7 +74,7 @@ def build_parts(
         meter=meter,
         evaluations=evaluations,
         windows=windows,
-        unproven=before is None and values.checks == "on",
+        verify=before is None and values.checks == "on",
     )
     trainer = Trainer(
         prepared.state,

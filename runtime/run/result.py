@@ -1,4 +1,4 @@
-"""What came of a run, as ``train`` returns it."""
+"""The result of a training run, returned by ``train``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from runtime.training.stop_reason import StopReason
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run.
+    """The result of a training run.
 
     Args:
-        outcome: ``finished``, or ``stopped`` when it was asked to stop and can be continued.
-        step: global batches consumed in all.
+        outcome: ``finished``, or ``stopped`` if it was asked to stop and can be resumed.
+        step: global batches consumed in total.
         results: of the last evaluation of the validation data; ``test/…`` of the test data. Equal on every rank.
         folder: the run folder.
         make_model: returns the trained model.
         message: why it finished before its limit, if it did.
-        stop_reason: why it ended; ``stop request`` is what can be continued. Equal on every rank.
+        stop_reason: why it ended; after ``stop request`` it can be resumed. Equal on every rank.
     """
 
     outcome: Literal["finished", "stopped"]
@@ -41,24 +41,24 @@ class RunResult:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        """The trained model; where the processes held it together, a whole one on the CPU, of the last checkpoint."""
+        """The trained model; with a sharded strategy, an unsharded one on the CPU from the last checkpoint."""
         return self.make_model()
 
 
 def model_maker(builder: Builder, model: nn.Module, saved: Path | None) -> Callable[[], nn.Module]:
-    """Return what makes a run's trained model.
+    """Return a function that returns a run's trained model.
 
     Args:
-        model: as this process holds it.
-        saved: the checkpoint that has all of it, where the processes hold it together.
+        model: this process's.
+        saved: the checkpoint to load it from, if the strategy is sharded.
     """
     if saved is None:
         return lambda: model
 
     def make() -> nn.Module:
-        whole, weights = builder.model(), load_weights(saved)
-        make_room(whole, "model.", weights.model, weights.buffers["made"])
-        whole.load_state_dict(weights.model)
-        return whole
+        unsharded, weights = builder.model(), load_weights(saved)
+        make_room(unsharded, "model.", weights.model, weights.buffers["made"])
+        unsharded.load_state_dict(weights.model)
+        return unsharded
 
     return make

@@ -1,4 +1,4 @@
-"""One run from configuration to outcome: every part built in order of dependence, and closed in reverse."""
+"""One run from configuration to outcome: builds its components in order of dependence, closes them in reverse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.build.preparation import raise_component_error
 from runtime.build.trackers import open_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
 from runtime.checkpoints.run_folder import ResumePoint, RunFolder
-from runtime.checkpoints.run_state import cursor_on_resumption, refuse_misfit
+from runtime.checkpoints.run_state import check_training_state, cursor_on_resumption
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
 from runtime.code_digests import changes_of, explained_by, warning_of
@@ -37,15 +37,15 @@ from runtime.training.stop_reason import StopReason
 
 
 class Run:
-    """A run whose processes are up: builds its parts, trains, and leaves everything saved.
+    """A run in processes that have joined: builds its components, trains, and saves.
 
     Args:
         loaded: the checked configuration.
         strategy: how the processes share the work.
         stop_request: set by signals.
-        position: told where this rank is.
+        position: updated with this rank's current phase.
         notes: lines to report at the start.
-        observers: called after each step, behind those of ``reporting.observers``.
+        observers: called after each step, after those of ``reporting.observers``.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Run:
             closing.callback(self._folder.close)
             self._folder.open()
             self._services.stop_request.watch_file(RunFiles(self._folder.path).stop)
-            found = self._folder.newest(self._values.resume)
-            if found is not None:
-                self._restored(found)
+            point = self._folder.newest(self._values.resume)
+            if point is not None:
+                self._build_resumed(point)
             else:
-                self._new()
+                self._build_new()
             self._open_reporter()
             try:
                 return self._train()
@@ -102,44 +102,44 @@ class Run:
                 raise
 
     def leaving_seconds(self) -> float:
-        """Return how long before its time is up a run should begin to leave: 1.5 times its longest save, and 2 s."""
+        """Return how long before the time limit a run should begin to stop: 1.5 times its longest save, plus 2 s."""
         return 1.5 * self._folder.save_seconds + 2.0
 
     def owns_folder(self) -> bool:
-        """Tell whether no other job has taken the run folder over; for rank 0."""
+        """Whether no other job has taken over the run folder; on rank 0 only."""
         return self._folder.owned
 
-    def _read(self, found: ResumePoint) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a checkpoint's state, of tensors no more than this rank will need."""
-        model, training = load_state(found.path) if self._strategy.state_io.held_whole else open_state(found.path)
-        refuse_misfit(training, found.path.name)
+    def _read(self, point: ResumePoint) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint's state; with a sharded strategy tensors are read lazily, only this rank's slices."""
+        model, training = load_state(point.path) if self._strategy.state_io.held_whole else open_state(point.path)
+        check_training_state(training, point.path.name)
         values, folder = self._values, self._loaded.output
         training["progress"]["cursor"] = cursor_on_resumption(
             training, values.batch.global_size, values.data, allowed=values.resume.allow_changes, folder=folder
         )
         return model, training
 
-    def _new(self) -> None:
-        """Build the parts of a run that begins, and check what users bring."""
-        self._take(
+    def _build_new(self) -> None:
+        """Build the components of a new run, and check the user's code and data."""
+        self._set_parts(
             build_parts(self._loaded, self._builder, self._strategy, self._services, self._observers, before=None)
         )
         evaluators = self._evaluations.evaluators
-        # Before the first record, which names what was found to be inexact.
+        # Before the first record, which lists what was found to be inexact.
         check_first_start(FirstStart(self._builder, self._strategy, self._prepared, evaluators, self._reporter.warn))
 
-    def _restored(self, found: ResumePoint) -> None:
-        """Build the parts of a run that goes on from a checkpoint, and load it."""
-        stored = self._read(found)
+    def _build_resumed(self, point: ResumePoint) -> None:
+        """Build the components of a resumed run, and load the checkpoint."""
+        stored = self._read(point)
         before = stored[1]
-        self._take(
+        self._set_parts(
             build_parts(self._loaded, self._builder, self._strategy, self._services, self._observers, before=before)
         )
         if "code" in before:
             self._changed_code = changes_of(before["code"], self._loaded.code, self._loaded.resolved())
-        self._go_on_from(found, stored)
+        self._resume_from(point, stored)
 
-    def _take(self, parts: RunParts) -> None:
+    def _set_parts(self, parts: RunParts) -> None:
         self._prepared, self._state, self._progress = (
             parts.prepared,
             parts.prepared.state,
@@ -148,13 +148,13 @@ class Run:
         self._triggers, self._windows, self._evaluations = parts.triggers, parts.windows, parts.evaluations
         self._meter, self._saver, self._trainer = parts.meter, parts.saver, parts.trainer
 
-    def _go_on_from(self, found: ResumePoint, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    def _resume_from(self, point: ResumePoint, stored: tuple[dict[str, Any], dict[str, Any]]) -> None:
         with explained_by(self._changed_code):
             self._state.restore(*stored)
         mark_coupled(self._state.module.objective, stored[1].get("coupled", []))
-        self._state.follow(found.rollbacks)
-        self._windows.go_on_from(stored[1])
-        self._evaluations.go_on_from(found.results, judged=found.judged)
+        self._state.apply_rollbacks(point.rollbacks)
+        self._windows.resume_from(stored[1])
+        self._evaluations.resume_from(point.results, judged=point.judged)
         restore_meter(self._meter, stored[1], self._loaded.resolved(), self._strategy)
 
     def _train(self) -> RunResult:
@@ -165,19 +165,19 @@ class Run:
         if self._changed_code:
             self._reporter.warn(warning_of(self._changed_code, finished=was_over))
         if was_over:
-            self._reporter.message(self._triggers.how_to_go_on)
+            self._reporter.message(self._triggers.finished_message)
         elif self._values.divergence.rolls_back and progress.step == 0:
-            self._saver.save()  # so that there is always something to return to
+            self._saver.save()  # so that there is always a checkpoint to roll back to
         with self._services.garbage:
-            reason = self._trained_to_the_end()
+            reason = self._train_until_stop()
         if self._triggers.why_early and not was_over:
             self._reporter.message(f"This run is finished: {self._triggers.why_early}.")
         if reason.outcome == "finished" and not self._evaluations.test():
             reason = StopReason.STOP_REQUEST
         return self._close(reason)
 
-    def _trained_to_the_end(self) -> StopReason:
-        """Train, after each rollback from where it led to; return why the run ends."""
+    def _train_until_stop(self) -> StopReason:
+        """Train, continuing after rollbacks, and return why the run ends."""
         while True:
             if self._progress.evaluation_due:
                 if not self._evaluations.catch_up():
@@ -199,19 +199,19 @@ class Run:
         return out_of_memory(error, rank=self._strategy.rank, where=f"{phase} at step {step}", key=key, size=size)
 
     def _roll_back(self, wanted: RollbackWanted) -> None:
-        self._windows.stop_consensus.end()  # the step was left before its message was read
-        self._strategy.discard()  # the gradient of a step that had begun, if the host learned late
+        self._windows.stop_consensus.end()  # the step was aborted before its stop message was read
+        self._strategy.discard()  # the gradient of a step already begun, if the host learned of the divergence late
         section = self._values.divergence
-        found = self._folder.roll_back(
+        point = self._folder.roll_back(
             wanted, max_rollbacks=section.max_rollbacks, learning_rate_factor=section.learning_rate_factor
         )
-        self._go_on_from(found, self._read(found))
+        self._resume_from(point, self._read(point))
         self._reporter.rewind(self._progress.step)
         self._reporter.warn(
-            f"step {wanted.step} (epoch {wanted.cursor.epoch + 1}, batch {wanted.cursor.batch + 1}): {wanted.reason}; back to "
-            f"{found.path.name} as attempt {self._progress.attempt}, leaving this batch out"
+            f"step {wanted.step} (epoch {wanted.cursor.epoch + 1}, batch {wanted.cursor.batch + 1}): {wanted.reason}; rolling "
+            f"back to {point.path.name} as attempt {self._progress.attempt}, skipping this batch"
         )
-        if self._triggers.over and not self._progress.evaluation_due and not found.results:
+        if self._triggers.over and not self._progress.evaluation_due and not point.results:
             self._progress.evaluation_due = self._progress.evaluation_extra = True
 
     def _open_reporter(self) -> None:
@@ -243,7 +243,7 @@ class Run:
         if reason is StopReason.STOP_REQUEST:
             self._reporter.message(
                 f"Stopped by {stop_request.reason or 'another rank'} after step {self._progress.step}, saved; "
-                "the same command goes on from here."
+                "the same command resumes the run."
             )
         for text in self._folder.best_messages():
             self._reporter.message(text)

@@ -1,4 +1,4 @@
-"""What every part of a run may use while it trains."""
+"""Services shared by the components of a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from runtime.training.garbage import GarbageCollection
 
 @dataclass(frozen=True)
 class RunServices:
-    """The run folder, the request to stop, and where messages and times go.
+    """The run folder, the stop request, and where messages and times go.
 
     Args:
-        closing: workers of loaders live until it is closed.
+        closing: closed at the end of the run, which ends the workers of loaders.
     """
 
     folder: RunFolder

@@ -1,4 +1,4 @@
-"""What a run saves: all that it needs to go on, collected from its parts; and the proof of its first checkpoint."""
+"""Collect and save a run's complete state; verify its first checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, get_num_threads, nn
 
 from runtime.build.builder import Builder
 from runtime.build.preparation import RunComponents
-from runtime.checks.checkpoint import prove_checkpoint
+from runtime.checks.checkpoint import verify_checkpoint
 from runtime.checks.objective import coupled_parts
 from runtime.code_digests import loaded_code
 from runtime.data.batches import Window
@@ -28,11 +28,11 @@ from runtime.strategies import Strategy
 
 
 class StateSaver:
-    """Saves a run's state to its folder. Collective: every rank calls its methods alike.
+    """Saves a run's state to its folder. Collective: every rank must call its methods.
 
     Args:
-        windows: know where the readers of a stream are.
-        unproven: whether the run's first checkpoint is still to be compared with what is running.
+        windows: provide the states of a stream's readers.
+        verify: whether to compare the run's first checkpoint with the running state.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class StateSaver:
         meter: TrainingMeter,
         evaluations: Evaluations,
         windows: TrainingWindows,
-        unproven: bool,
+        verify: bool,
     ) -> None:
         self._builder, self._strategy, self._folder = builder, strategy, services.folder
         self._data, self._identity, self._state = prepared.data, prepared.fingerprint, prepared.state
         self._meter, self._evaluations, self._windows = meter, evaluations, windows
-        self._tell, self._warn = services.reporter.message, services.reporter.warn
+        self._log, self._warn = services.reporter.message, services.reporter.warn
         self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
         self._compares = builder.values.checks == "on" and strategy.world_size > 1 and strategy.state_io.held_whole
-        self._unproven = unproven
+        self._verify_next = verify
 
     @property
     def prepared(self) -> bool:
@@ -61,45 +61,45 @@ class StateSaver:
         return self._folder.saving_prepared
 
     def prepare(self) -> None:
-        """Allocate what a save copies into, once the optimizer has its state."""
+        """Start allocating host buffers for saves, once the optimizer has its state."""
         if not self.prepared:
-            self._folder.prepare_saving(self._collecting())
+            self._folder.prepare_saving(self._collector())
 
     def is_best(self) -> bool:
-        """Whether results of this step are among the best of ``checkpoint.best``, so that it has to be saved."""
+        """Whether results of this step are among the best of ``checkpoint.best``, so that it must be saved."""
         return self._folder.is_best(self._evaluations.judged_results_of_this_step)
 
     def save(self) -> None:
-        """Save the state as it is between two steps.
+        """Save the state, between two steps.
 
         Raises:
-            RanksDifferError: the ranks have other weights, or have drawn other samples.
+            RanksDifferError: the ranks' weights differ, or they have drawn different samples.
         """
         progress, results = self._state.progress, self._evaluations.results_of_this_step
         if isinstance(self._data, MappedData) and isinstance(self._data.order, SamplerOrder):
-            self._windows.stop_consensus.check_drawn()  # what is saved is what all ranks have trained
+            self._windows.stop_consensus.check_drawn()  # save only what all ranks have trained
         if self._compares:
-            compare_values(_held_alike(self._state.module), self._strategy.device)
+            compare_values(_replicated_tensors(self._state.module), self._strategy.device)
         if isinstance(self._data, StreamedData):
             self._of_reading["stream"] = gather_reader_states(
                 self._windows.reader_states, self._data.samples.sharded_by, self._strategy.device
             )
         self._of_reading["meter"] = self._meter.state()
-        place: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
+        counters: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
         judged = self._evaluations.judged or not results
-        self._folder.save(self._collecting(), results=results, judged=judged, **place)
+        self._folder.save(self._collector(), results=results, judged=judged, **counters)
 
-    def prove_first(self, window: Window, *, leaving: bool) -> None:
-        """Compare the run's first checkpoint with what is running, unless that was done or the process is to end soon.
+    def verify_first(self, window: Window, *, leaving: bool) -> None:
+        """Compare the run's first checkpoint with the running state, unless already done or the process is about to exit.
 
         Args:
-            window: of the last step; the checkpoint is tried out with its first microbatch.
+            window: of the last step; its first microbatch is used for the comparison.
         """
-        if not self._unproven or not self._state.progress.updates:
+        if not self._verify_next or not self._state.progress.updates:
             return
-        self._unproven = False
+        self._verify_next = False
         if leaving:
-            self._tell("The first checkpoint was not tried out (the run is being stopped).")
+            self._log("The first checkpoint was not verified (the run is being stopped).")
             return
 
         def saved() -> Path | None:
@@ -107,12 +107,12 @@ class StateSaver:
             return self._folder.last_saved()
 
         batch = window.microbatches[0].batch
-        prove_checkpoint(
-            self._builder, self._strategy, self._state, saved=saved, batch=batch, warn=self._warn, tell=self._tell
+        verify_checkpoint(
+            self._builder, self._strategy, self._state, saved=saved, batch=batch, warn=self._warn, log=self._log
         )
 
-    def _collecting(self) -> Callable[[], dict[str, dict[str, Any]]]:
-        """Return what collects the state. Where ranks hold it together and rank 0 writes it, all take part, at once."""
+    def _collector(self) -> Callable[[], dict[str, dict[str, Any]]]:
+        """Return a function that collects the state. If rank 0 writes sharded state, all ranks collect it here already."""
         if self._strategy.state_io.held_whole or self._strategy.state_io.writers > 1:
             return self._collected
         collected = self._collected()
@@ -131,8 +131,8 @@ class StateSaver:
         return state
 
 
-def _held_alike(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and saved buffers by name, which every rank has alike where none is sharded."""
+def _replicated_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and floating-point persistent buffers by name: equal on every rank unless sharded."""
     buffers = [
         (place.name, held) for place in places_of(module) if place.persistent and (held := place.held) is not None
     ]

@@ -1,4 +1,4 @@
-"""The training loop: one visible call for each thing that happens in a step, in an order that never changes."""
+"""The training loop: one visible call for each action of a step, in a fixed order."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _NOT_DUE: Mapping[str, Result] = MappingProxyType({})
 
 
 class Trainer:
-    """Makes the steps of a run, and reports, evaluates and saves after them. Collective: every rank calls alike.
+    """Trains step by step, and reports, evaluates and saves after steps. Collective: every rank must call its methods.
 
     Args:
-        state: what is trained.
+        state: the state to train.
         seed: of the run.
         max_grad_norm: the gradient is clipped to this 2-norm; None does not clip.
-        report_every: how often figures of training are read and reported.
-        save_every: how often the state is saved, besides the best results and a run that is left.
+        report_every: interval of training reports.
+        save_every: interval of checkpoints, in addition to those for best results and at an early end.
         observers: called at the end of each step.
     """
 
@@ -65,18 +65,18 @@ class Trainer:
         self._services, self._observers = services, observers
         self._learning_rates: list[float] = []
         self._stragglers = Stragglers()
-        # An optimizer of somebody else's may draw random numbers; they must be the same on every rank.
+        # A third-party optimizer may draw random numbers, which must be equal on every rank.
         self._seeds_updates = not all(type(part).__module__.startswith("torch.") for part in members(state.optimizer))
 
     def train(self, windows: Iterable[Window]) -> StopReason:
-        """Make a step of each window until the run's limit, or until there is another reason to stop; return the reason.
+        """Make one step per window until the run's limit or another stop reason; return the reason.
 
         Raises:
-            DivergenceError: a step went wrong and the policy is to stop; parameters are as they were before it.
-            RollbackWanted: a step went wrong and the policy is to return to a checkpoint.
+            DivergenceError: a step diverged and the policy is to stop; parameters are unchanged since before it.
+            RollbackWanted: a step diverged and the policy is to return to a checkpoint.
         """
         strategy, progress, meter = self._strategy, self._progress, self._meter
-        enter = self._services.times.enter  # says where this rank is, should it fall silent
+        enter = self._services.times.enter  # the watchdog reports it if this rank stops responding
         self._state.module.train()
         meter.start()
         outcomes = self._step_outcomes()
@@ -100,7 +100,7 @@ class Trainer:
                 del loss, batch  # the next forward pass needs the memory
 
             enter("step", step)
-            outcomes.settle()  # of the step before, where the device decided
+            outcomes.settle()  # of the previous step, if the device decided whether it was applied
             update = self._apply(window)
             buffers.end_step(real_slots=window.real_slots, skipped=update.skipped)
             progress.advance(window)
@@ -117,7 +117,7 @@ class Trainer:
                 if results is not None:
                     self._schedule.after_evaluation(results)
                     self._evaluations.judge(results)
-                # All ranks left the evaluation early, to leave, if it is still due.
+                # If the evaluation is still due, all ranks interrupted it in order to stop.
                 reason = self._triggers.stop_reason(asked=leaving or progress.evaluation_due)
                 enter("save", step)
                 self._save(window, reason)
@@ -139,14 +139,14 @@ class Trainer:
         )
 
     def _apply(self, window: Window) -> Update:
-        """Clip and update, unless the step is to be skipped."""
+        """Clip and update, unless the step must be skipped."""
         strategy, divergence, progress = self._strategy, self._state.divergence, self._progress
         will_report = self._triggers.is_due(self._report_every, window, ahead=1)
         if will_report or self._observers:
-            self._learning_rates = self._schedule.learning_rates  # which the schedule changes after the update
+            self._learning_rates = self._schedule.learning_rates  # the schedule changes them after the update
         if will_report:
             self._meter.note_learning_rates(self._learning_rates)
-        if window.weight == 0:  # every target is masked: there is nothing to learn, on any rank
+        if window.weight == 0:  # every target is masked, on all ranks
             strategy.discard()
             return Update(skipped=True)
         spike = divergence.spike(lambda: self._meter.step_loss(window.weight))
@@ -159,14 +159,14 @@ class Trainer:
         return strategy.step(self._max_grad_norm, measure_norm=will_report)
 
     def _is_anything_due(self, window: Window) -> bool:
-        """Whether anything follows the step that was just counted; equal on every rank."""
+        """Whether anything is due after the step just counted; equal on every rank."""
         return not self._saver.prepared or self._triggers.is_anything_due(window)
 
     def _report(self, window: Window) -> Mapping[str, Result]:
-        """Report the meter's figures, if they are due, and return them. Waits for the device."""
+        """Report the meter's figures if due, and return them. Waits for the device."""
         if not self._triggers.is_due(self._report_every, window):
             return _NOT_DUE
-        # The interval that the run's end cuts short goes on if the limit is raised.
+        # An interval cut short by the end of the run continues if the limit is raised.
         values = self._meter.read(forget=self._triggers.is_due_by_interval(self._report_every, window))
         self._services.reporter.log(values, step=self._progress.step, epoch=window.cursor.epoch + 1, split="train")
         straggling = self._stragglers.message(values, self._meter.seconds)
@@ -175,27 +175,27 @@ class Trainer:
         return values
 
     def _evaluate(self, window: Window) -> Mapping[str, Result] | None:
-        """Evaluate, if that is due; return the results if the schedule and early stopping may follow them."""
+        """Evaluate if due; return the results if the schedule and early stopping may use them."""
         self._meter.pause()
         results = self._evaluations.after_step(window)
         self._meter.resume()
         return results
 
     def _save(self, window: Window, reason: StopReason | None) -> None:
-        """Save, if that is due, or the results are among the best, or the run ends before its limit."""
+        """Save if due, or the results are among the best, or the run ends before its limit."""
         self._saver.prepare()
         best, leaving = self._saver.is_best(), reason is not None and reason.before_limit
         if leaving or best or self._triggers.is_due(self._save_every, window):
             self._services.stop_request.restart_grace_time()  # a save has a grace time of its own
             self._meter.pause()
             self._saver.save()
-            self._saver.prove_first(window, leaving=leaving)
+            self._saver.verify_first(window, leaving=leaving)
             self._meter.resume()
 
     def _observe(
         self, window: Window, figures: Mapping[str, Result], *, applied: bool | None, stop_reason: StopReason | None
     ) -> None:
-        """Let observers see the step: plain values that are known here anyway, so nothing waits for the device."""
+        """Call the observers with plain values that are already known here, so nothing waits for the device."""
         progress = self._progress
         report = StepReport(
             step=progress.step,

@@ -1,4 +1,4 @@
-"""The windows that a run trains on, from where it is; before an epoch's first window its parameters are unfrozen."""
+"""Yield the windows that a run trains on, from its cursor; unfreezes parameters before an epoch's first window."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from runtime.training.triggers import Triggers
 
 
 class TrainingWindows:
-    """Reads windows. Collective: every rank calls alike.
+    """Reads windows. Collective: every rank must call its methods.
 
     Attributes:
-        agreement: carries stop requests between steps, and compares what the ranks have drawn.
+        stop_consensus: exchanges stop requests between steps, and compares the samples that the ranks have drawn.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TrainingWindows:
         self._module, self._progress = prepared.state.module, prepared.state.progress
         self._reading: WindowReader | None = None
         self._reader_states: dict[int, ReaderState] = {}
-        self._epoch = -1  # of the step that is being made
+        self._epoch = -1  # of the current step
         self._warmed_up = False
         self.stop_consensus = StopConsensus(
             world_size=strategy.world_size, device=strategy.device, drawn=self._num_drawn
@@ -50,8 +50,8 @@ class TrainingWindows:
         """States of this rank's readers of a stream, by worker."""
         return self._reader_states if self._reading is None else self._reading.reader_states
 
-    def go_on_from(self, training: Mapping[str, Any]) -> None:
-        """Continue where the readers were when a checkpoint was made.
+    def resume_from(self, training: Mapping[str, Any]) -> None:
+        """Restore the readers' states from a checkpoint.
 
         Args:
             training: the checkpoint's training state.
@@ -60,7 +60,7 @@ class TrainingWindows:
         self._reader_states = reader_states_of(training.get("stream", {}), self._strategy.rank)
 
     def begin(self) -> Iterator[Window]:
-        """Begin to read at the run's cursor. The loader's workers live until the next call or :meth:`close`."""
+        """Start reading at the run's cursor. The loader's workers live until the next call or :meth:`close`."""
         self._reading = reading = self._read()
         if not self._warmed_up:
             self._strategy.warm_up(reading.filler)
@@ -73,7 +73,7 @@ class TrainingWindows:
 
     def _read(self) -> WindowReader:
         objective, loader = self._module.objective, self._builder.values.data.loader
-        how = ReadOptions(
+        options = ReadOptions(
             assignment=self._assignment,
             make_loader=self._builder.loader(self._strategy.device),
             num_workers=loader.num_workers,
@@ -84,7 +84,7 @@ class TrainingWindows:
             notify=self._services.reporter.message,
         )
         return self._data.read(
-            how,
+            options,
             start=self._progress.cursor,
             stop=self._triggers.limit_from_here(),
             skipped=self._progress.skipped_batches,
@@ -92,7 +92,7 @@ class TrainingWindows:
         )
 
     def _unfrozen(self, reading: WindowReader) -> Iterator[Window]:
-        """Yield windows, each once the parameters of its epoch can be trained. Collective."""
+        """Yield windows, after unfreezing the parameters of the window's epoch. Collective."""
         self._epoch = -1
         windows = reading.windows
         if self._data.samples.own_batches:
@@ -116,7 +116,7 @@ class TrainingWindows:
         finish = begin_sum_over_ranks(weights, self._strategy.device)
 
         def waited() -> Tensor:
-            self._services.times.enter("weigh", self._progress.step + 1)  # here the ranks wait for the slowest reader
+            self._services.times.enter("weigh", self._progress.step + 1)  # the ranks wait here for the slowest reader
             total = finish()
             self._services.times.enter("data", self._progress.step + 1)
             return total

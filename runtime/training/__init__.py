@@ -1,1 +1,1 @@
-"""The training loop and what it drives."""
+"""Components of the training loop: progress, triggers, divergence, buffers, observers."""

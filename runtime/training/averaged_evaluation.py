@@ -1,4 +1,4 @@
-"""Which weights are evaluated: the raw ones, or their average with BatchNorm statistics of its own."""
+"""Evaluate the raw weights, or their average with recomputed BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from runtime.training.progress import Progress
 
 
 class AveragedEvaluation:
-    """Evaluates the average where there is one and it is asked for, otherwise the raw weights.
+    """Evaluates the average if there is one and it is configured, otherwise the raw weights.
 
     Args:
         average: the run's, if it has one.
-        wanted: whether the average is what is evaluated.
-        may_end: whether any evaluation may turn out to be the run's last (early stopping).
-        statistics: computes what the average lacks; None only if that is nothing.
-        tell: called once, with the step from which on the average is evaluated.
+        wanted: whether to evaluate the average.
+        may_end: whether any evaluation may be the run's last (early stopping).
+        statistics: computes the average's BatchNorm statistics; None if it needs none.
+        log: called once, with a message naming the step from which on the average is evaluated.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class AveragedEvaluation:
         wanted: bool,
         may_end: bool,
         statistics: BatchStatistics | None,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._average = average
         self._wanted, self._may_end = wanted, may_end
         self._statistics = statistics
-        self._tell: Callable[[str], None] | None = tell
+        self._log: Callable[[str], None] | None = log
 
     def evaluate(
         self,
@@ -47,22 +47,22 @@ class AveragedEvaluation:
         last: bool,
         stop_requested: Callable[[], bool],
     ) -> dict[str, Result] | None:
-        """Return an evaluation's results, none without an evaluator; None if it was cut short.
+        """Return an evaluation's results, empty without an evaluator; None if it was interrupted.
 
         Collective: every rank must call this.
 
         Args:
-            extra: nothing may follow from this evaluation. Statistics that the average gets for it are its own for this
-                state only: a run that goes on from here goes on without them.
+            extra: the evaluation decides nothing. Statistics computed for it belong to this state only: a run that resumes
+                from here continues without them.
             last: whether the run ends here; the average then gets its statistics even if it is not evaluated.
-            stop_requested: not asked where nothing is evaluated: there would be no evaluation to catch up with.
+            stop_requested: not called without an evaluator: there would be no evaluation to catch up on.
         """
         if evaluator is None:
             stop_requested = _never
         average = self._average
         if average is None or average.count == 0:
             return evaluator.evaluate(stop_requested) if evaluator is not None else {}
-        always = self._wanted or self._may_end
+        always = self._wanted or self._may_end  # whether every evaluation computes statistics
         if average.lacks_statistics and (always or last):
             statistics = self._computed(average, progress, stop_requested)
             if statistics is None:
@@ -72,9 +72,9 @@ class AveragedEvaluation:
             return {}
         if not self._wanted:
             return evaluator.evaluate(stop_requested)
-        if self._tell is not None:
-            self._tell(f"From step {progress.step} on the averaged weights are evaluated.")
-            self._tell = None
+        if self._log is not None:
+            self._log(f"From step {progress.step} on the averaged weights are evaluated.")
+            self._log = None
         with average.swapped_in():
             return evaluator.evaluate(stop_requested)
 

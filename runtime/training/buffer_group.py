@@ -1,4 +1,4 @@
-"""Buffers of one type as one flat tensor, so that each slot costs a few operations however many buffers there are."""
+"""Buffers of one dtype as one flat tensor, so that each slot needs only a few operations for any number of buffers."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from runtime.training.buffer_values import advanced, base, change, narrow, numbe
 
 
 class BufferGroup:
-    """Buffers of one type that follow the rule.
+    """Buffers of one dtype that are averaged at every step.
 
     Args:
-        places: where they are.
-        likes: tensors of their shapes and type on ``meta``, which all ranks agree to reduce, whatever becomes of a buffer.
+        places: where they are stored.
+        likes: ``meta`` tensors with their shapes and dtype: all ranks reduce these shapes, even if a buffer is replaced.
 
     Attributes:
-        numbers: how many real numbers their change consists of.
-        device: where they are.
+        numbers: how many real numbers their change has.
+        device: their device.
     """
 
     def __init__(self, places: Sequence[BufferPlace], likes: Sequence[Tensor]) -> None:
         self._places, self._likes = places, likes
         self._sizes = [like.numel() for like in likes]
         self.numbers = sum(map(numbers, likes))
-        self._held: list[Tensor] = []  # the buffers themselves, as long as all can be written to in place
+        self._held: list[Tensor] = []  # the buffers; empty unless all can be written in place
         self._start_values: list[Tensor] = []
         self.device = next((held.device for place in places if (held := place.held) is not None), torch.device("cpu"))
 
     def begin_step(self) -> None:
-        """Remember the buffers as they are."""
-        self._look()
+        """Save the buffers' values."""
+        self._find_buffers()
         self._start = self._flat()
         self._base = base(self._start)
         self._start_values = self._values(self._start)
 
     def end_slot(self, change_so_far: Tensor | None) -> None:
-        """Add how far the buffers have come in a slot, and give them back the values that they had when the step began.
+        """Add the buffers' change in a slot, and restore their values at the start of the step.
 
         Args:
-            change_so_far: real numbers that are added to; None after a filler.
+            change_so_far: flat accumulator, updated in place; None after a filler.
         """
-        self._look()
+        self._find_buffers()
         if change_so_far is not None:
             change_so_far += change(self._flat(), self._base)
         self._write(self._start_values)
@@ -54,34 +54,34 @@ class BufferGroup:
         """Advance by the mean change.
 
         Args:
-            skipped: flag on the device: the buffers stay as they were where it is true.
+            skipped: flag on the device: if true, the buffers keep their values.
         """
         values = advanced(self._start, mean)
         if skipped is not None:
             values = torch.where(skipped, self._start, values)
         self._write(self._values(values))
 
-    def _look(self) -> None:
-        """See whether the buffers still are tensors that can be written to in place; a forward pass may have replaced them."""
+    def _find_buffers(self) -> None:
+        """Check whether the buffers can still be written in place; a forward pass may have replaced them."""
         held = [place.owner._buffers.get(place.key) for place in self._places]
         if self._held and all(map(is_, held, self._held)):
             return
-        there = [tensor for tensor in held if tensor is not None]
-        pairs = zip(there, self._likes, strict=False)
-        usable = len(there) == len(held) and all(alike(*pair) and not overlaps(pair[0]) for pair in pairs)
-        self._held = there if usable else []
+        present = [tensor for tensor in held if tensor is not None]
+        pairs = zip(present, self._likes, strict=False)
+        usable = len(present) == len(held) and all(alike(*pair) and not overlaps(pair[0]) for pair in pairs)
+        self._held = present if usable else []
 
     def _flat(self) -> Tensor:
-        """Return all values one after another, in a type to count in; what is of another shape now counts as unchanged."""
+        """Return all values concatenated, in their wide dtype; a buffer whose shape has changed counts as unchanged."""
         values = self._held
         if not values:
             starts = self._start_values or [torch.zeros_like(like, device=self.device) for like in self._likes]
-            found = zip(self._places, self._likes, starts, strict=True)
-            values = [held if (held := p.held) is not None and alike(held, like) else start for p, like, start in found]
+            rows = zip(self._places, self._likes, starts, strict=True)
+            values = [held if (held := p.held) is not None and alike(held, like) else start for p, like, start in rows]
         return torch.cat([wide(value.detach()).reshape(-1) for value in values])
 
     def _values(self, flat: Tensor) -> list[Tensor]:
-        """Return a flat tensor's parts in the buffers' shapes and type."""
+        """Split a flat tensor into the buffers' shapes and dtype."""
         values = narrow(flat, self._likes[0].dtype)
         return [part.view(like.shape) for part, like in zip(torch.split(values, self._sizes), self._likes, strict=True)]
 
@@ -96,5 +96,5 @@ class BufferGroup:
 
 
 def alike(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors have the same shape and type."""
+    """Whether two tensors have the same shape and dtype."""
     return first.shape == second.shape and first.dtype == second.dtype

@@ -1,4 +1,4 @@
-"""The numbers of a buffer, of whatever type, as something that can be subtracted, averaged and added."""
+"""Convert buffers of any dtype to values that can be subtracted, averaged and added."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def addable(dtype: torch.dtype) -> bool:
-    """Tell whether a type holds numbers; packed ones are not."""
+    """Whether a dtype holds numbers; packed types do not."""
     try:
         narrow(wide(torch.zeros((), dtype=torch.uint8).to(dtype)), dtype)
     except (RuntimeError, NotImplementedError):
@@ -20,12 +20,12 @@ def addable(dtype: torch.dtype) -> bool:
 
 
 def numbers(tensor: Tensor) -> int:
-    """Return how many numbers a tensor's change consists of."""
+    """Return how many real numbers a tensor's change has."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in a type that torch adds and subtracts, and in which no change of it is rounded away."""
+    """Return a tensor in a dtype that torch can add and subtract, and in which none of its changes is rounded away."""
     if tensor.dtype in _WIDE:
         return tensor
     if tensor.dtype in _INTEGERS:
@@ -49,18 +49,18 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def base(values: Tensor) -> Tensor:
-    """Return what changes of wide values are counted from: zero where they are infinite or NaN (the least so far, of none)."""
+    """Return the origin for changes of wide values: zero where they are infinite or NaN (such as an initial minimum)."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0) if values.is_floating_point() else values
 
 
 def change(now: Tensor, start: Tensor) -> Tensor:
-    """Return how far a buffer has come from a :func:`base`, flat; real and imaginary parts are numbers of their own."""
+    """Return a buffer's change from a :func:`base`, flat; real and imaginary parts are separate numbers."""
     difference = wide(now.detach()) - start
     return (torch.view_as_real(difference) if difference.is_complex() else difference).flatten()
 
 
 def advanced(start: Tensor, mean: Tensor) -> Tensor:
-    """Return wide values of a buffer that changes by a flat mean; integers change by whole numbers."""
+    """Return the wide values of a buffer after a flat mean change; rounded for integers."""
     values = wide(start)
     if values.is_complex():
         return values + torch.view_as_complex(mean.view(*start.shape, 2).to(values.real.dtype))
@@ -69,7 +69,7 @@ def advanced(start: Tensor, mean: Tensor) -> Tensor:
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors hold the same bits. Waits for the device."""
+    """Whether two tensors are bitwise equal. Waits for the device."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))

@@ -1,14 +1,15 @@
-"""The rule that keeps buffers (BatchNorm statistics and the like) equal on all ranks and independent of their number.
+"""The rule that keeps buffers (BatchNorm statistics and the like) equal on all ranks and independent of the world size.
 
-Every slot starts from the buffers of the step's start. At the step's end they advance by the mean of the real slots'
-changes, in one reduction; so the statistics depend on K alone, and fillers leave no trace. Counters, which every slot
-advances alike, advance once.
+Every slot starts from the buffers at the start of the step. At the end of the step they change by the mean of the real slots'
+changes, in one reduction; so the statistics depend only on K, and fillers have no effect. Counters, which every slot
+increments equally, are incremented once.
 
-Persistent numbers follow the rule from the start. All other buffers (masks, tables, caches, counters that are not saved) are
-mostly constants, which would cost much at every step: they follow it from the step on that first changes one. One process
-sees that at once. Of several, small ones are reduced along with those that follow from the start; if there are none, the ranks
-agree in the 1st, 2nd, 4th, … step and in every 64th. Until then each rank applies the rule to its own slots, and goes on from
-the ranks' mean: a counter is the same on all of them anyway. A buffer that a forward pass makes is rank 0's on every rank.
+Persistent numeric buffers follow the rule from the start. All others (masks, tables, caches, counters that are not saved) are
+mostly constants, for which a reduction at every step would be expensive: they follow the rule from the step that first changes
+them. A single process detects that at once. With several processes, small ones are reduced along with those that follow from
+the start; if there are none, the ranks compare in steps 1, 2, 4, … and in every 64th. Until then each rank applies the rule to
+its own slots, and then continues from the ranks' mean: a counter is equal on all of them anyway. A buffer created by a forward
+pass gets rank 0's value on every rank.
 """
 
 from __future__ import annotations
@@ -38,26 +39,28 @@ def buffer_rule(module: nn.Module, strategy: Strategy, moving: list[str], *, ste
     """Return the rule for a strategy's ranks; see :class:`BufferRule`."""
     if strategy.world_size == 1:
         return BufferRule(module, moving=moving, step=step)
-    return BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, strategy.device), moving, step=step)
+    return BufferRule(
+        module, dist.all_reduce, lambda payload: gather_bytes(payload, strategy.device), moving, step=step
+    )
 
 
 class BufferRule:
     """Applies the rule around the slots of each step.
 
     Args:
-        module: the bare TrainingModule.
-        sum_over_ranks: reduces a tensor on the module's device in place. Default: there is one process. Collective.
+        module: the unwrapped TrainingModule.
+        sum_over_ranks: reduces a tensor on the module's device in place. Default: a single process. Collective.
         exchange: returns every rank's bytes, in rank order. Collective.
-        moving: names of buffers that follow the rule besides those that always do; gets those that begin to. Sums are the
-            same bits after a resumption only if what is summed together is the same.
-        step: how many steps the run has made.
+        moving: names of buffers that follow the rule in addition to those that always do; extended in place. Sums are bitwise
+            equal after a resumption only if the same buffers are summed together.
+        step: number of steps made so far.
     """
 
     def __init__(
         self,
         module: nn.Module,
         sum_over_ranks: Callable[[Tensor], object] | None = None,
-        exchange: Callable[[bytes], list[bytes]] = lambda told: [told],
+        exchange: Callable[[bytes], list[bytes]] = lambda payload: [payload],
         moving: list[str] | None = None,
         *,
         step: int = 0,
@@ -68,24 +71,24 @@ class BufferRule:
         self._known = self._agreed([], [])[0]
         self._moving: list[BufferPlace] = []
         self._groups: list[BufferGroup] = []
-        self._likes: list[Tensor] = []  # what all ranks agree to reduce, whatever becomes of a buffer
+        self._likes: list[Tensor] = []  # the shapes that all ranks reduce, even if a buffer is replaced
         self._move([place for place in self._known.values() if _always_moves(place)])
-        if self._moving and not self._alone:  # there is a reduction at every step, and a little more costs nothing
+        if self._moving and not self._alone:  # there is a reduction at every step anyway
             self._move([place for place in self._known.values() if not _always_moves(place) and _is_small(place)])
         self._names = [] if moving is None else moving
-        there = {place.name for place in self._moving}
-        self._move([self._known[name] for name in self._names if name in self._known and name not in there])
+        moved = {place.name for place in self._moving}
+        self._move([self._known[name] for name in self._names if name in self._known and name not in moved])
         self._still: dict[str, StillBuffer] = {}
-        self._remember()
+        self._watch_others()
         self._step, self._first_step = step, step + 1
         self._own_slots = 0
 
     def begin_step(self) -> None:
-        """Remember the buffers as they are."""
+        """Save the buffers' values."""
         self._step += 1
         self._own_slots = 0
         for still in self._still.values():
-            still.begin_step(compare=self._looks)
+            still.begin_step(compare=self._compares)
         if not self._groups:
             return
         with torch.no_grad():
@@ -94,10 +97,10 @@ class BufferRule:
             self._change.zero_()
 
     def end_slot(self, *, filler: bool) -> None:
-        """Note what a slot changed, and put the buffers back."""
+        """Record a slot's changes, and restore the buffers."""
         self._own_slots += not filler
         for still in self._still.values():
-            still.end_slot(filler=filler, compare=self._looks)
+            still.end_slot(filler=filler, compare=self._compares)
         if not self._groups:
             return
         with torch.no_grad():
@@ -105,7 +108,7 @@ class BufferRule:
                 group.end_slot(None if filler else change_so_far)
 
     def end_step(self, *, real_slots: int, skipped: bool | DeviceFlag) -> None:
-        """Advance by the mean change, or not at all where the update was skipped.
+        """Apply the mean change, or none if the update was skipped.
 
         Collective, unless the host knows that it was skipped.
         """
@@ -114,18 +117,18 @@ class BufferRule:
         if self._groups:
             self._sum_over_ranks(self._change)
             self._advance(self._change / real_slots, skipped)
-        if self._looks:
+        if self._compares:
             self._follow(real_slots, skipped)
             return
-        begun = [still for still in self._still.values() if still.changes is not None]
-        for still in begun:
+        changed = [still for still in self._still.values() if still.changes is not None]
+        for still in changed:
             assert still.changes is not None
             _advance_each([still.place], [still.start], still.changes / self._own_slots, skipped)
-        if self._alone and begun:
-            self._begin([still.place for still in begun])
+        if self._alone and changed:
+            self._begin([still.place for still in changed])
 
     def _move(self, places: list[BufferPlace]) -> None:
-        """Let buffers follow the rule at every step."""
+        """Apply the rule to buffers at every step."""
         self._moving += places
         self._likes += [torch.empty_like(held, device="meta") for p in places if (held := p.held) is not None]
         pairs: dict[torch.dtype, list[tuple[BufferPlace, Tensor]]] = {}
@@ -135,7 +138,7 @@ class BufferRule:
         sizes = [group.numbers for group in self._groups]
         device = self._groups[0].device if self._groups else None
         self._change = torch.zeros(sum(sizes), dtype=_reduced_dtype(self._likes), device=device)
-        self._changes = torch.split(self._change, sizes)  # each group's part of what is reduced
+        self._changes = torch.split(self._change, sizes)  # each group's part of the reduced tensor
 
     @torch.no_grad()
     def _advance(self, means: Tensor, skipped: bool | DeviceFlag) -> None:
@@ -144,29 +147,29 @@ class BufferRule:
             group.advance(mean, flag)
 
     def _begin(self, places: list[BufferPlace]) -> None:
-        """Let buffers that were still follow the rule at every step from the next on."""
+        """Apply the rule to buffers that did not change before, at every step from the next on."""
         self._move(places)
         self._names += [place.name for place in places]
         for place in places:
             del self._still[place.name]
 
-    def _remember(self) -> None:
-        """Watch what does not follow the rule; what is watched already goes on as it is."""
+    def _watch_others(self) -> None:
+        """Watch the buffers that do not follow the rule yet; those already watched keep their state."""
         before, self._still = self._still, {}
         moving = {place.name for place in self._moving}
         for name, place in self._known.items():
             if name not in moving and (held := place.held) is not None:
-                as_it_was = name in before and alike(held, before[name].start)
-                self._still[name] = before[name] if as_it_was else StillBuffer(place)
+                same_kind = name in before and alike(held, before[name].start)
+                self._still[name] = before[name] if same_kind else StillBuffer(place)
 
     @property
-    def _looks(self) -> bool:
-        """Whether this step compares all values and lets the ranks agree; the same on all of them."""
+    def _compares(self) -> bool:
+        """Whether this step compares all values, also between ranks; equal on all of them."""
         step = self._step
         return step & (step - 1) == 0 or step % _STEPS_BETWEEN == 0 or step == self._first_step
 
     def _follow(self, real_slots: int, skipped: bool | DeviceFlag) -> None:
-        """Let what has changed on any rank follow the rule, from one value for all, and share what was made. Collective."""
+        """Apply the rule to buffers that changed on any rank, from a common value, and broadcast new buffers. Collective."""
         still = self._still
         changed = [name for name, buffer in still.items() if buffer.changes is not None]
         self._known, changes = self._agreed(changed, [name for name, buffer in still.items() if buffer.is_private])
@@ -179,35 +182,36 @@ class BufferRule:
             starts = [still[name].agreed if privates else still[name].start for name, privates in begin.items()]
             _advance_each(places, starts, sums, skipped)
             self._begin(places)
-        self._remember()
+        self._watch_others()
 
     def _agreed(self, changed: list[str], private: list[str]) -> tuple[dict[str, BufferPlace], dict[str, int]]:
-        """Return the buffers that all ranks have alike, and of those that any rank saw change how many had before this step.
+        """Return the buffers common to all ranks, and for those that changed on any rank, on how many before this step.
 
-        Buffers that have come since the last time are made rank 0's on every rank. Collective.
+        Buffers created since the last call get rank 0's values on every rank. Collective.
         """
-        there = {place.name: place for place in places_of(self._module) if _follows(place)}
-        known = getattr(self, "_known", there)
-        new = {name: place for name, place in there.items() if name not in known}
-        header = {"all": [[n, *_facts(p)] for n, p in there.items()], "changed": changed, "private": private}
+        present = {place.name: place for place in places_of(self._module) if _follows(place)}
+        known = getattr(self, "_known", present)
+        new = {name: place for name, place in present.items() if name not in known}
+        header = {"all": [[n, *_signature(p)] for n, p in present.items()], "changed": changed, "private": private}
         header |= {"new": {name: place.persistent for name, place in new.items()}}
         text = json.dumps(header).encode()
-        made = save({name: p.held.detach().cpu().contiguous() for name, p in new.items() if p.held is not None})
-        told = self._exchange(len(text).to_bytes(8, "little") + text + made)
-        headers = [json.loads(each[8 : 8 + int.from_bytes(each[:8], "little")]) for each in told]
-        if len(told) > 1:
-            self._take_over(headers[0]["new"], told[0][8 + int.from_bytes(told[0][:8], "little") :])
-            there = {place.name: place for place in places_of(self._module) if _follows(place)}
-        mine = {json.dumps(entry) for entry in headers[0]["all"]}
+        values = save({name: p.held.detach().cpu().contiguous() for name, p in new.items() if p.held is not None})
+        payloads = self._exchange(len(text).to_bytes(8, "little") + text + values)
+        headers = [json.loads(each[8 : 8 + int.from_bytes(each[:8], "little")]) for each in payloads]
+        if len(payloads) > 1:
+            self._create(headers[0]["new"], payloads[0][8 + int.from_bytes(payloads[0][:8], "little") :])
+            present = {place.name: place for place in places_of(self._module) if _follows(place)}
+        common = {json.dumps(entry) for entry in headers[0]["all"]}
         for other in headers[1:]:
-            mine &= {json.dumps(entry) for entry in other["all"]}
-        alike = {json.loads(entry)[0] for entry in mine} | set(headers[0]["new"])
-        known = {name: place for name, place in there.items() if name in alike}
+            common &= {json.dumps(entry) for entry in other["all"]}
+        names = {json.loads(entry)[0] for entry in common} | set(headers[0]["new"])
+        known = {name: place for name, place in present.items() if name in names}
         seen = {name for each in headers for name in [*each["changed"], *each["private"]]}
         return known, {name: sum(name in each["private"] for each in headers) for name in known if name in seen}
 
-    def _take_over(self, persistent: dict[str, bool], made: bytes) -> None:
-        for name, value in load(made).items():
+    def _create(self, persistent: dict[str, bool], values: bytes) -> None:
+        """Create rank 0's new buffers."""
+        for name, value in load(values).items():
             path, _, key = name.rpartition(".")
             owner = self._module.get_submodule(path)
             held = owner._buffers.get(key)
@@ -216,10 +220,10 @@ class BufferRule:
 
 
 def _share(still: StillBuffer, privates: int, real_slots: int) -> Tensor:
-    """Return this rank's share of a buffer's change: of the steps since the ranks agreed, and of the slots of this one."""
+    """Return this rank's share of a buffer's change: in the steps since the ranks agreed, and in the slots of this step."""
     share = torch.zeros(numbers(still.start), dtype=torch.float64, device=still.start.device)
     if privates:
-        share += still.went() / privates
+        share += still.earlier_change() / privates
     if still.changes is not None:
         share += still.changes / real_slots
     return share
@@ -252,20 +256,20 @@ def _is_small(place: BufferPlace) -> bool:
 
 
 def _follows(place: BufferPlace) -> bool:
-    """Tell whether a buffer holds numbers that can be added; packed and sparse ones, and subclasses, are left alone."""
+    """Whether the rule applies to a buffer: it can be added; not for packed and sparse ones, and Tensor subclasses."""
     held = place.held
     plain = held is not None and type(held) is Tensor and held.layout == torch.strided
     return held is not None and plain and held.numel() > 0 and addable(held.dtype)
 
 
-def _facts(place: BufferPlace) -> list[Any]:
+def _signature(place: BufferPlace) -> list[Any]:
     held = place.held
     assert held is not None
     return [str(held.dtype), list(held.shape)]
 
 
 def _reduced_dtype(likes: list[Tensor]) -> torch.dtype:
-    """Return what changes are added up in: those of a counter fit into float32, and lists of integers may not."""
+    """Return the dtype in which changes are summed: a counter's fit into float32, those of integer arrays may not."""
     exact = any(
         b.dtype in (torch.float64, torch.complex128) or not (b.is_floating_point() or b.is_complex() or b.ndim == 0)
         for b in likes

@@ -1,7 +1,7 @@
-"""What becomes of a step that must not be applied: its gradient is not finite, or its loss jumped.
+"""Divergence policies for steps that must not be applied: the gradient is not finite, or the loss jumped.
 
-Judged before the update and from values that are equal on every rank, so all ranks take the same way: stop, leave the
-update out, or return to a checkpoint and go round the batch.
+Decided before the update and from values that are equal on every rank, so all ranks do the same: stop, skip the update, or
+return to a checkpoint and skip the batch.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from runtime.errors import DivergenceError
 Policy = Literal["stop", "skip", "rollback"]
 
 _ADVICE = (
-    "Lower the learning rate, clip (optimizer.max_grad_norm), warm up (schedule.warmup_steps), look at the data, "
+    "Lower the learning rate, clip (optimizer.max_grad_norm), warm up (schedule.warmup_steps), check the data, "
     "or choose another policy (divergence)"
 )
 
 
-class RollbackWanted(Exception):  # noqa: N818  a turn of the run, not an error
-    """A step calls for a return to the last good checkpoint. Raised on every rank alike.
+class RollbackWanted(Exception):  # noqa: N818  control flow, not an error
+    """A step requires a rollback to the last good checkpoint. Raised on every rank.
 
     Args:
-        reason: what went wrong.
-        step: which step it was, counted from 1.
+        reason: why.
+        step: number of the step, counted from 1.
         cursor: its global batch.
     """
 
@@ -38,12 +38,12 @@ class RollbackWanted(Exception):  # noqa: N818  a turn of the run, not an error
 
 
 class Divergence:
-    """Judges steps and applies the configured policies. Its state is part of the run's.
+    """Detects diverged steps and applies the configured policies. Its state is part of the run's.
 
     Args:
         section: the configuration's section.
-        sum_over_ranks: sums one number over the ranks; called where spikes are watched for. Collective.
-        tell: told what was skipped.
+        sum_over_ranks: sums one number over the ranks; called if spike detection is on. Collective.
+        warn: called with a message about each skipped update.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class Divergence:
         section: DivergenceSection,
         *,
         sum_over_ranks: Callable[[float], float],
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self._section = section
         self._sum_over_ranks = sum_over_ranks
-        self._tell = tell
+        self._warn = warn
         self._losses: list[float] = []
-        self._skips: list[int] = []  # steps, an unbroken row of them
+        self._skips: list[int] = []  # the latest consecutive skipped steps
 
     def spike(self, loss_share: Callable[[], float]) -> str | None:
-        """Return what is wrong with a step's loss, or None. Collective where spikes are watched for, and waits for the device.
+        """Return what is wrong with a step's loss, or None. Collective and waits for the device, if spike detection is on.
 
-        The mean and the standard deviation are those of the last ``window`` losses that were accepted; nothing is judged
-        before there are as many.
+        Mean and standard deviation are those of the last ``window`` accepted losses; before there are that many, only a
+        non-finite loss is reported.
 
         Args:
             loss_share: returns this rank's share of the step's mean loss; the ranks' shares are summed.
@@ -84,13 +84,13 @@ class Divergence:
         return None
 
     def decide(self, reason: str, window: Window, step: int, *, spike: bool) -> None:
-        """Return if the step's update is to be left out.
+        """Apply the policy to a diverged step; returns if its update is skipped.
 
         Args:
             step: number of the step, counted from 1.
 
         Raises:
-            DivergenceError: the policy is to stop, or too many updates in a row were left out.
+            DivergenceError: the policy is to stop, or too many updates in a row were skipped.
             RollbackWanted: the policy is to return to a checkpoint.
         """
         section, cursor = self._section, window.cursor
@@ -107,13 +107,13 @@ class Divergence:
             raise DivergenceError(
                 f"{where}; {section.max_skips} updates in a row have been skipped before it (divergence.max_skips). {_ADVICE}"
             )
-        self._tell(f"{where}; the update is skipped")
+        self._warn(f"{where}; the update is skipped")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses that spikes are judged by and the row of skipped steps."""
+        """Return the recent losses and the latest consecutive skipped steps."""
         return {"losses": list(self._losses), "skips": list(self._skips)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         window = self._section.spike.window if self._section.spike is not None else 0
         self._losses, self._skips = list(state["losses"])[-window:] if window else [], list(state["skips"])

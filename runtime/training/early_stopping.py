@@ -1,7 +1,6 @@
 """Early stopping: a run ends once a result of its evaluations no longer improves.
 
-It is judged from results that are equal on every rank, so all ranks decide alike and nothing is sent; what it remembers is
-in the checkpoint.
+Results are equal on every rank, so all ranks decide the same without communication; its state is stored in checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class EarlyStopping:
     """Counts the evaluations since the best one.
 
     Args:
-        section: what is watched, and for how long.
+        section: the watched result, and the patience.
 
     Attributes:
         best: the best value so far.
@@ -34,7 +33,7 @@ class EarlyStopping:
         self.waited = 0
 
     def after_evaluation(self, results: Mapping[str, Result], step: int) -> None:
-        """Judge the validation results of a step.
+        """Update with the validation results of a step.
 
         Raises:
             EvaluationError: there is no such result, or it is not a number.
@@ -43,8 +42,8 @@ class EarlyStopping:
         value = results.get(section.metric)
         if not isinstance(value, float):
             numbers = ", ".join(name for name, other in results.items() if isinstance(other, float))
-            what = "is not one number" if value is not None else "is no result of the evaluation"
-            raise EvaluationError(f"limit.early_stopping.metric: {section.metric!r} {what}; there are: {numbers}")
+            what = "is not a single number" if value is not None else "is not a result of the evaluation"
+            raise EvaluationError(f"limit.early_stopping.metric: {section.metric!r} {what}; choose from: {numbers}")
         if self._improves(value):
             self.best, self.best_step, self.waited = value, step, 0
         else:
@@ -52,16 +51,16 @@ class EarlyStopping:
 
     @property
     def exhausted(self) -> bool:
-        """Tell whether the run is to end."""
+        """Whether the run must end."""
         return self.waited >= self._section.patience
 
     @property
     def reason(self) -> str:
-        """Say why the run ends."""
+        """Why the run ends."""
         section = self._section
         by = f" by more than {section.min_delta:g}" if section.min_delta else ""
         best = (
-            f"its best is {self.best:.6g}, after step {self.best_step}"
+            f"the best value is {self.best:.6g}, after step {self.best_step}"
             if self.best is not None
             else "it was never finite"
         )
@@ -76,7 +75,7 @@ class EarlyStopping:
         return gain > self._section.min_delta
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, and of which result."""
+        """Return the counters, and the result that they belong to."""
         section = self._section
         return {
             "watches": [section.metric, section.mode],
@@ -86,7 +85,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a state; from the beginning where there is none, or where another result was watched."""
+        """Load a state; reset if there is none, or if it belongs to another result."""
         if state is None or list(state["watches"]) != [self._section.metric, self._section.mode]:
             self.best, self.best_step, self.waited = None, 0, 0
         else:

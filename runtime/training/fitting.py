@@ -1,4 +1,4 @@
-"""Memory: what fits on every rank's device, found by trying, and what to do where it did not."""
+"""Find by trial the largest microbatch that fits on every rank's device; advice for out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
 from runtime.strategies.placement import to_device
 
-_STATE_COPIES = 2  # Adam's two moments, which do not exist before the first update
+_STATE_COPIES = 2  # Adam's two moments, allocated only at the first update
 
 
 def out_of_memory(error: BaseException, *, rank: int, where: str, key: str, size: int) -> OutOfMemoryError:
-    """Return the message for a rank whose memory ran out.
+    """Return the error for a rank that ran out of memory.
 
     Args:
         where: phase and step.
-        key: of the configuration, which says how many samples one forward pass takes.
-        size: what it is now.
+        key: the configuration key for the number of samples in one forward pass.
+        size: its current value.
     """
     first_line = str(error).strip().split("\n", maxsplit=1)[0]
     if size == 1:
         advice = (
-            "a single sample (or a single batch of a stream that yields batches) does not fit: take a smaller model, a lower "
+            "a single sample (or a single batch of a stream that yields batches) does not fit: use a smaller model, a lower "
             "precision, or a larger device"
         )
     elif key == "batch.micro_size":
         advice = (
-            f"set {key} to {size // 2} or less (now {size}; the global batch stays the same), or to auto. If this run is to go "
-            "on, K grows with it, which resume.allow_changes=[batch.slots] allows: from there on only models without "
-            "randomness or batch statistics in the forward pass keep the answer"
+            f"set {key} to {size // 2} or less (now {size}; the global batch stays the same), or to auto. To resume this run, "
+            "K must grow, which resume.allow_changes=[batch.slots] allows: from there on results stay the same only for "
+            "models without randomness or batch statistics in the forward pass"
         )
     else:
-        advice = f"set {key} to {size // 2} or less (now {size}), which changes no result"
+        advice = f"set {key} to {size // 2} or less (now {size}), which does not change results"
     return OutOfMemoryError(f"rank {rank} ran out of memory in {where} ({first_line}); {advice}")
 
 
 def fitting_micro_size(
     module: TrainingModule, batch_of: Callable[[int], Any], *, largest: int, strategy: Strategy
 ) -> int:
-    """Return the most samples of ``largest``, its half, its quarter, … that all ranks can run forward and backward with.
+    """Return the largest of ``largest``, its half, its quarter, … samples with which all ranks can run forward and backward.
 
-    Room is left for the optimizer's state. What is tried is the data's first samples, so leave some headroom where samples
-    differ in size. Leaves no gradient, no random number and no buffer changed. Collective: every rank must call this.
+    Memory for the optimizer's state is reserved. The first samples of the data are used, so leave some headroom if samples
+    differ in size. Gradients, random state and buffers are left unchanged. Collective: every rank must call this.
 
     Raises:
         OutOfMemoryError: not even one sample fits.
@@ -64,7 +64,7 @@ def fitting_micro_size(
         if candidate == 1:
             raise OutOfMemoryError(
                 f"batch.micro_size: not even one sample fits into the memory of {int(failed)} of {strategy.world_size} ranks: "
-                "take a smaller model, lower precision, or larger devices"
+                "use a smaller model, lower precision, or larger devices"
             )
         candidate = -(-candidate // 2)
 
@@ -74,7 +74,7 @@ def _tried(module: TrainingModule, batch: Any, strategy: Strategy) -> BaseExcept
     module.train()
     try:
         with preserved_random_state(strategy.device), preserved_buffers(module):
-            # Held while the passes run: an update will need as much besides.
+            # Held during the passes: the optimizer's state will need the same memory in addition.
             state = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(_STATE_COPIES)]
             with strategy.autocast():
                 loss = module(to_device(batch, strategy.device)).sum.sum()  # an objective may have several sums

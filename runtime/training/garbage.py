@@ -1,7 +1,7 @@
-"""Python's garbage collector on a schedule: at the same steps on every rank, where no rank keeps the others waiting.
+"""Run Python's garbage collector on a schedule: at the same steps on every rank, so that ranks do not wait for one another.
 
-Left to itself it runs when a count of allocations says so, on each rank at another moment, and every rank then waits for
-the one that collects; a full collection searches all that was ever imported (0.1 s).
+By default it runs after a number of allocations, at a different time on each rank, and all ranks then wait for the one that
+collects; a full collection searches everything ever imported (0.1 s).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _STEPS_BETWEEN_FULL = 1000
 
 
 class GarbageCollection:
-    """Takes the collector over inside ``with``; what exists on entering is never searched there."""
+    """Controls the collector inside ``with``; objects that exist on entering are never searched there."""
 
     def __enter__(self) -> GarbageCollection:
         self._enabled = gc.isenabled()
@@ -29,13 +29,13 @@ class GarbageCollection:
             gc.enable()
 
     def after_step(self, step: int) -> None:
-        """Collect what has become garbage, if it is time."""
+        """Collect garbage, if due."""
         if step % _STEPS_BETWEEN == 0:
             gc.collect(2 if step % _STEPS_BETWEEN_FULL == 0 else 1)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the collector to itself, for what takes long and counts no steps (an evaluation)."""
+        """Re-enable automatic collection, for long work without steps (an evaluation)."""
         if self._enabled:
             gc.enable()
         try:

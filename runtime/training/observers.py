@@ -1,4 +1,4 @@
-"""Observers: functions of the user's that are called after each step with what is known of it, as plain values."""
+"""Observers: user functions called after each step with a report of plain values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """One step, as it is known at its end without waiting for the device.
+    """One step, as known at its end without waiting for the device.
 
-    All are plain values and copies: whatever an observer does with them, the run goes on as it would without it. Each rank
-    reports its own steps; except for ``rank`` and the times in ``figures`` they are equal on every rank. A step that ends in a
-    rollback or in an error is not reported. After a rollback step numbers come again, with a higher ``attempt``.
+    All fields are plain values and copies, so an observer cannot change the run through them. Each rank reports its own steps;
+    except for ``rank`` and the times in ``figures`` the reports are equal on every rank. A step that ends in a rollback or an
+    error is not reported. After a rollback step numbers repeat, with a higher ``attempt``.
 
     Args:
         step: global batches consumed, this one included.
@@ -29,14 +29,14 @@ class StepReport:
         attempt: how often the run has been rolled back.
         rank: of this process.
         samples: in the whole global batch, over all ranks.
-        weight: what the step's loss sum was divided by; one number for each sum where the objective has several.
+        weight: divisor of the step's loss sum; one for each sum if the objective has several.
         epoch_ends: whether it was the last global batch of its epoch.
-        applied: whether the update was applied; None where the device decided and the host has not heard yet.
+        applied: whether the update was applied; None if the device decided and the host does not know yet.
         learning_rates: of the step's update, one for each parameter group of the optimizer.
-        figures: what ``reporting.every`` reports, if it was due after this step: ``loss`` (mean since the last report),
+        figures: the training report, if ``reporting.every`` was due after this step: ``loss`` (mean since the last report),
             ``grad_norm``, ``samples_per_second`` …; else empty.
         results: of the evaluation of the validation data, if there was one after this step; else empty.
-        stop_reason: why the run ends after this step; None if it goes on.
+        stop_reason: why the run ends after this step; None if it continues.
     """
 
     step: int
@@ -65,12 +65,12 @@ class StepReport:
 
 
 Observer = Callable[[StepReport], object]
-"""What is called with each step's report; what it returns is not looked at."""
+"""Called with each step's report; the return value is ignored."""
 
 
 @dataclass(frozen=True)
 class NamedObserver:
-    """An observer under the name that messages call it by."""
+    """An observer and its name in messages."""
 
     name: str
     call: Observer
@@ -83,10 +83,10 @@ class NamedObserver:
 
 
 def notify(observers: Sequence[NamedObserver], report: StepReport) -> None:
-    """Call observers in their order.
+    """Call observers in order.
 
     Raises:
-        ObserverError: one of them raised. Known on this rank alone, where it ends the run as any failure of one rank does.
+        ObserverError: one of them raised. Only this rank knows; like any failure of one rank, it ends the run.
     """
     for observer in observers:
         try:

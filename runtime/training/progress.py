@@ -1,4 +1,4 @@
-"""How far a run has come: what the checkpoint holds and every rank agrees on."""
+"""Progress counters of a run; stored in checkpoints and equal on every rank."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Progress:
         step: global batches consumed, whether or not their update was applied.
         updates: updates applied.
         samples: samples consumed.
-        epoch: of the last step, counted from 1; the cursor may be past batches of the next that are left out.
+        epoch: of the last step, counted from 1; the cursor may already be past skipped batches of the next epoch.
         skipped_steps: steps whose update was not applied.
-        skipped_batches: global batches that rollbacks have left out.
+        skipped_batches: global batches that rollbacks skip.
         cursor: the next global batch.
-        attempt: which line of history this is; raised by a rollback.
-        evaluation_due: the evaluation after this step was cut short and is still to come.
-        evaluation_extra: only the end of the run asked for that evaluation, so nothing is decided by its results.
+        attempt: number of the attempt; incremented by a rollback.
+        evaluation_due: the evaluation after this step was interrupted and must be repeated.
+        evaluation_extra: that evaluation is due only because the run ended, so its results decide nothing.
     """
 
     step: int = 0
@@ -45,7 +45,7 @@ class Progress:
         self.cursor = window.next_cursor
 
     def settle(self, step: int, *, applied: bool) -> None:
-        """Count what became of a step's update."""
+        """Count a step's update as applied or skipped."""
         if applied:
             self.updates += 1
         else:
@@ -56,7 +56,7 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         for name, value in state.items():
             setattr(self, name, value)
         self.cursor = Cursor(*state["cursor"])

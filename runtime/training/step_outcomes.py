@@ -1,7 +1,7 @@
-"""What follows once it is known whether a step's update was applied: counters, schedule, average, policy.
+"""Bookkeeping after an update is known to be applied or skipped: counters, schedule, average, divergence policy.
 
-On a CPU that is known at once. A GPU skips by itself where the gradient is not finite, and tells later: the verdict of a step
-is then read before the update of the next, when it has long arrived, so the host never waits for the device.
+On a CPU this is known at once. A GPU itself skips the update if the gradient is not finite, and the host learns it later: the
+flag is read before the update of the next step, when it has long arrived, so the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class _OpenStep(NamedTuple):
 
 
 class StepOutcomes:
-    """Settles steps in their order, each before the next update: the parameters are still those that it left.
+    """Settles steps in order, each before the next update, while the parameters are still those after the step.
 
     Attributes:
-        applied: whether the update of the step that was added last was applied; None as long as only the device knows.
+        applied: whether the update of the last added step was applied; None while only the device knows.
 
-    Raises from every method but the constructor:
-        DivergenceError: a gradient was not finite and the policy is to stop; parameters are as they were before it.
+    Raises (all methods but the constructor):
+        DivergenceError: a gradient was not finite and the policy is to stop; parameters are unchanged since before it.
         RollbackWanted: a gradient was not finite and the policy is to return to a checkpoint.
     """
 
@@ -52,7 +52,7 @@ class StepOutcomes:
         self.applied: bool | None = None
 
     def add(self, window: Window, update: Update) -> None:
-        """Take in the step that was just counted; settle it at once if what became of it is known."""
+        """Add the step just counted; settle it at once if its outcome is known."""
         step, losses = self._progress.step, self._meter.end_step()
         if isinstance(update.skipped, bool):
             self._settle(window, update, step, losses)
@@ -61,7 +61,7 @@ class StepOutcomes:
             self.applied = None
 
     def settle(self) -> None:
-        """Let the step's consequences follow, if they have not yet. Waits for the device, for a flag of the step itself."""
+        """Settle the open step, if any. Waits for the device, for the step's flag only."""
         if self._open is not None:
             settled, self._open = self._open, None
             self._settle(*settled)

@@ -1,7 +1,7 @@
-"""Buffers that have not changed so far: masks, tables, caches, counters that begin late.
+"""Buffers that have not changed so far: masks, tables, caches, counters that start late.
 
-Most of them never change, so they cost no reduction and, in each slot, one look at torch's count of the writes to a tensor.
-What writes past that count (``.data``, NumPy) is seen where the values are compared.
+Most of them never change, so they need no reduction and, per slot, only one check of torch's version counter of the tensor.
+Writes that bypass the counter (``.data``, NumPy) are detected when the values are compared.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class StillBuffer:
     """One such buffer.
 
     Args:
-        place: where it is; something is there.
+        place: where it is stored; not empty.
 
     Attributes:
-        agreed: its value when all ranks last had the same.
-        start: its value when the present step began.
-        changes: the sum of its changes in this rank's real slots of the present step, in float64; None without any.
+        agreed: its value when it was last equal on all ranks.
+        start: its value at the start of the current step.
+        changes: the sum of its changes in this rank's real slots of the current step, in float64; None without any.
     """
 
     def __init__(self, place: BufferPlace) -> None:
@@ -35,14 +35,14 @@ class StillBuffer:
 
     @property
     def is_private(self) -> bool:
-        """Whether it has changed on this rank since all ranks had the same."""
+        """Whether it has changed on this rank since it was last equal on all ranks."""
         return self.start is not self.agreed
 
     def begin_step(self, *, compare: bool) -> None:
-        """Take in what changed it between two steps.
+        """Record changes made between two steps.
 
         Args:
-            compare: also look for writes that torch has not counted.
+            compare: also detect writes that bypass torch's version counter.
         """
         self.changes = None
         held = self._written(compare=compare)
@@ -50,7 +50,7 @@ class StillBuffer:
             self.start = held.detach().clone()
 
     def end_slot(self, *, filler: bool, compare: bool) -> None:
-        """Note what a slot changed, and put the buffer back."""
+        """Record a slot's change, and restore the buffer."""
         held = self._written(compare=compare)
         if held is None:
             return
@@ -60,16 +60,16 @@ class StillBuffer:
         self.put(self.start)
 
     def put(self, value: Tensor) -> None:
-        """Let the buffer hold a value."""
+        """Set the buffer's value."""
         self.place.put(value)
         self._note()
 
-    def went(self) -> Tensor:
-        """Return how far it came in the steps since all ranks had the same, the present one left out."""
+    def earlier_change(self) -> Tensor:
+        """Return its change since it was last equal on all ranks, without the current step."""
         return change(self.start, base(wide(self.agreed))).to(torch.float64)
 
     def _written(self, *, compare: bool) -> Tensor | None:
-        """Return the buffer if it holds something else than when the step began; of another shape, it is another buffer."""
+        """Return the buffer if its value changed since the step began, else None, also if its shape or dtype changed."""
         held = self.place.held
         if held is self._held and not compare and self._version == _version(self._held):
             return None

@@ -1,4 +1,4 @@
-"""Why a run ends. :meth:`runtime.training.triggers.Triggers.stop_reason` is the one place that decides it."""
+"""Why a run ends; decided only in :meth:`runtime.training.triggers.Triggers.stop_reason`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Literal
 
 
 class StopReason(StrEnum):
-    """Why a run ended in order; the same on every rank.
+    """Why a run ended without an error; equal on every rank.
 
-    A run that fails has no stop reason, it raises: :class:`runtime.errors.DivergenceError` where a step diverged and the policy
+    A run that fails has no stop reason, it raises: :class:`runtime.errors.DivergenceError` if a step diverged and the policy
     is to stop, another error of :mod:`runtime.errors` for everything else.
     """
 
@@ -29,5 +29,5 @@ class StopReason(StrEnum):
 
     @property
     def before_limit(self) -> bool:
-        """Whether it is not the limit that ends the run; everything is due at the limit, but not here."""
+        """Whether the run ends before its limit, so that not everything is due."""
         return self in (StopReason.EARLY_STOPPING, StopReason.STOP_REQUEST)

@@ -1,4 +1,4 @@
-"""When something is due after a step, and why a run ends; the same answers on every rank."""
+"""When something is due after a step, and why a run ends; equal on every rank."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Triggers:
 
     Args:
         limit: the configuration's section.
-        intervals: of all that may be due after a step and needs to know what became of it.
-        data: tells which global batch comes next.
+        intervals: of all actions that may be due after a step and depend on its outcome.
+        data: determines the next global batch.
     """
 
     def __init__(
@@ -36,33 +36,33 @@ class Triggers:
         self._data, self._progress, self._early_stopping = data, progress, early_stopping
 
     def is_due(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
-        """Tell whether something is due after this window's step, which is counted already unless it lies ahead.
+        """Whether an interval is due after this window's step, which is counted already unless ``ahead``.
 
         At the end of the run everything is due, whatever the interval.
         """
         return window.run_ends or self.is_due_by_interval(every, window, ahead=ahead)
 
     def is_due_by_interval(self, every: Interval, window: Window, *, ahead: int = 0) -> bool:
-        """Tell whether something would be due after this window's step if the run did not end there.
+        """Whether an interval would be due after this window's step if the run did not end there.
 
-        Only what is due so may decide how the run goes on: where a run ends can be changed later.
+        Only what is due by its interval may affect training: the end of a run can be moved later.
         """
         return every.due(step=self._progress.step + ahead, epoch=window.cursor.epoch + 1, epoch_ends=window.epoch_ends)
 
     def is_anything_due(self, window: Window) -> bool:
-        """Tell whether anything at all is due after this window's step, which is counted already."""
+        """Whether anything is due after this window's step, which is counted already."""
         if window.run_ends or window.epoch_ends:
             return any(self.is_due(every, window) for every in self._intervals)
         step = self._progress.step
-        return any(step % count == 0 for count in self._step_counts)  # asked at every step
+        return any(step % count == 0 for count in self._step_counts)  # called at every step
 
     def stop_reason(self, *, asked: bool = False) -> StopReason | None:
-        """Return why the run ends here, between two steps, or None if it goes on; equal on every rank.
+        """Return why the run ends here, between two steps, or None if it continues; equal on every rank.
 
-        The one place that decides it, at a start as after a step. Only a step that diverges ends a run elsewhere: it raises.
+        The only place that decides this, at a start and after a step. Only a diverged step ends a run elsewhere: it raises.
 
         Args:
-            asked: the ranks have agreed to leave, or have left an evaluation early to do so.
+            asked: the ranks have agreed to stop, or interrupted an evaluation in order to stop.
         """
         if self._early_stopping is not None and self._early_stopping.exhausted:
             return StopReason.EARLY_STOPPING
@@ -77,7 +77,7 @@ class Triggers:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to train: the limit is reached, or the run has stopped early."""
+        """Whether no training is left: the limit is reached, or the run stopped early."""
         return self.stop_reason() is not None
 
     @property
@@ -89,14 +89,14 @@ class Triggers:
         return f"stopped early, after step {self._progress.step}: {stopping.reason}"
 
     @property
-    def how_to_go_on(self) -> str:
-        """What to say of a run that is over already when it is started."""
+    def finished_message(self) -> str:
+        """Message for a run that is already finished when it is started."""
         early = self.why_early
         key = "limit.early_stopping.patience" if early else "limit.epochs or limit.steps"
-        return f"This run is finished: {early or f'{self._progress.step} steps'}. To go on, raise {key}."
+        return f"This run is finished: {early or f'{self._progress.step} steps'}. To continue, raise {key}."
 
     def limit_from_here(self) -> Callable[[Cursor, int], bool]:
-        """Return what tells of a cursor, and of the steps from here to it, whether the limit is reached."""
+        """Return a predicate ``(cursor, steps ahead) -> limit reached``."""
         limit, step = self._limit, self._progress.step
         if limit.steps is not None:
             last = limit.steps

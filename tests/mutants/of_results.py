@@ -136,7 +136,7 @@ MUTANTS = (
     Mutant(
         "run folder: a rollback returns to weights that are not finite",
         _FOLDER,
-        "            return _poison(checkpoint)\n",
+        "            return _non_finite(checkpoint)\n",
         "            return None\n",
         ("tests/test_divergence.py::test_a_poisoned_checkpoint_is_never_gone_back_to",),
     ),
