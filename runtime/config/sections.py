@@ -307,7 +307,15 @@ class RunConfiguration(Section):
                 )
                 for number, best in enumerate(self.checkpoint.best)
             ),
-            *sharding_rules(self),
+            *sharding_rules(
+                self.strategy,
+                batch=self.batch,
+                model=self.model,
+                optimizer=self.optimizer,
+                compiled=self.compile,
+                batch_norm=self.batch_norm,
+                precision=self.precision,
+            ),
             *yielded_batches.rules(self.data, self.batch, self.prediction.data, micro_size=self.evaluation.micro_size),
             (
                 self.checkpoint.best and not validated,
