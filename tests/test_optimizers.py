@@ -380,5 +380,5 @@ def test_schedule_free_runs_resume_bitwise_however_often_they_evaluate(
 
 
 def test_schedule_free_beside_an_average_of_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="averaging: AdamWScheduleFree averages by itself"):
+    with pytest.raises(ConfigurationError, match="averaging: AdamWScheduleFree averages the weights itself"):
         groups_of(tmp_path, SCHEDULE_FREE, averaging={"decay": 0.9})

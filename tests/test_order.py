@@ -145,7 +145,7 @@ def test_each_batch_of_a_batch_sampler_is_one_global_batch() -> None:
 
 def test_a_sampler_that_draws_indices_out_of_range_is_refused() -> None:
     order = SamplerOrder([0, 1, 10], num_samples=10, batch_size=2, seed=0, drop_last=False)
-    with pytest.raises(DataError, match="below 10"):
+    with pytest.raises(DataError, match="indices from 0 to 9"):
         order.batch(0, 0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,9 @@ class CompileSection(Section):
     """Compile for dynamic shapes. Default: torch decides."""
     fullgraph: bool = False
     """Raise an error on graph breaks."""
+
+
+StrategyKind = Literal["ddp", "fsdp", "zero"]
 
 
 class DDPSection(Section):
@@ -85,7 +88,7 @@ class FSDPSection(Section):
 class StrategySection(Section):
     """The distribution strategy."""
 
-    kind: Literal["ddp", "fsdp", "zero"] = free("ddp")
+    kind: StrategyKind = free("ddp")
     """``ddp``: every process holds the whole model (also with one process). ``fsdp`` and ``zero`` (DeepSpeed): the model is
     sharded over the processes."""
     world_size: int | None = Field(None, ge=1, json_schema_extra={"resume": "free"})
@@ -99,7 +102,7 @@ class StrategySection(Section):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
-        others = {name for name in ("ddp", "fsdp", "zero") if name != self.kind}
+        others = set(get_args(StrategyKind)) - {self.kind}
         return refuse(
             self,
             *(

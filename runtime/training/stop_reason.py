@@ -16,7 +16,7 @@ class StopReason(StrEnum):
     EARLY_STOPPING = "early stopping"
     """The result that ``limit.early_stopping`` watches no longer improves."""
     STOP_REQUEST = "stop request"
-    """A rank got a signal, found the file STOP, reached ``limit.time``, or could not write a checkpoint."""
+    """A rank got a signal, found the file STOP, reached ``limit.time``, lost its launcher, or could not write a checkpoint."""
     STEP_LIMIT = "step limit"
     """``limit.steps`` is reached."""
     EPOCH_LIMIT = "epoch limit"
