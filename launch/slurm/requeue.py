@@ -112,7 +112,7 @@ def _log(decision: RequeueDecision, ranks: Path, outcome: Mapping[str, Any] | No
 
 
 def _newest_checkpoint(run: Path) -> str:
-    """Return the name of the newest complete checkpoint, or ''. Its contents are not verified: its name alone shows progress."""
+    """Return the name of the newest complete checkpoint, or ''. Contents are not verified: a name shows progress."""
     names = [path.name for path in RunFiles(run).checkpoints.glob("step-*")]
     return max((name for name in names if ".partial-" not in name and ".damaged-" not in name), default="")
 
