@@ -66,8 +66,8 @@ class LimitSection(Section):
     silence_seconds: float = Field(60.0, ge=1, json_schema_extra={"resume": "free"})
     """How long a rank may send no heartbeat before the others exit and name it."""
     stall_seconds: float = Field(1800.0, ge=1, json_schema_extra={"resume": "free"})
-    """How long the run may make no progress (compiling takes minutes) before all ranks exit, naming the one that hangs; also the
-    timeout of the ranks' rendezvous and of each collective."""
+    """How long the run may make no progress (compiling takes minutes) before all ranks exit and name the one that hangs. Also
+    the timeout of the ranks' rendezvous and of each collective."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

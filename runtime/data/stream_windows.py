@@ -32,7 +32,7 @@ from runtime.data.stream_pieces import FIRST, NOTHING, ReaderState, StreamIndex,
 from runtime.data.streams import StreamSamples
 from runtime.errors import DataError
 
-_AHEAD = 4  # most steps between two all-reduces; 1.5 times this number of global batches are held
+_AHEAD = 4  # maximum of steps between two all-reduces; 1.5 times as many global batches are held in memory
 _READ_AGAIN = (
     "data.train: the stream's load_state_dict did not restore its position (its state lacks something, such as the content "
     "of a shuffle buffer), so the stream is read again from its beginning: the same samples, but resuming takes longer"
@@ -64,9 +64,9 @@ class StreamWindows:
 
     Args:
         stop: given the cursor and the number of steps yielded so far, returns whether the run's limit is reached.
-        skipped: global batches to read and leave out.
+        skipped: global batches that are read and discarded.
         weigh: returns the weight of a microbatch, given its batch and number of samples; None: the number of samples.
-        num_weights: weights of a microbatch; None: one, as a number.
+        num_weights: weights of a microbatch; None: a single float.
         sum_over_ranks: sums a float64 tensor over all ranks.
         num_workers: of the loader; 0 reads in this process.
         ahead: steps between two all-reduces, at most four. Default: four.
@@ -104,13 +104,13 @@ class StreamWindows:
         self._samples, self._start, self._stop, self._num_weights = samples, start, stop, num_weights
         self._skipped, self._assignment, self._weigh, self._sum = frozenset(skipped), assignment, weigh, sum_over_ranks
         self._ahead, self._notify, self._notified = ahead, notify, False
-        # If the data set shards itself, readers end at different turns; each has had one after this many rows.
+        # If the data set shards itself, its loader workers run out at different rows; each was asked after this many.
         readers, turns = max(1, num_workers), max(1, assignment.slots // assignment.world_size)
         self._most_empty = 1 if samples.sharded_by == "runtime" else -(-readers // turns)
         self._requests = _Requests(samples, start, assignment, max(1, num_workers))
         self._fetched = read(samples, iter(self._requests), make_loader)
         self.reader_states: dict[int, ReaderState] = {}
-        self._early: deque[list[StreamItem]] = deque()  # read while looking for a filler
+        self._prefetched: deque[list[StreamItem]] = deque()  # read while looking for a filler
         self.filler: Any = None
         if assignment.world_size > 1:
             self.filler = self._read_filler()
@@ -166,8 +166,8 @@ class StreamWindows:
             yield row
 
     def _pieces(self, cursor: Cursor) -> list[StreamItem]:
-        if self._early:
-            return self._early.popleft()
+        if self._prefetched:
+            return self._prefetched.popleft()
         return [self._piece(cursor, slot) for slot in self._requests.requested_slots]
 
     def _piece(self, cursor: Cursor, slot: int) -> StreamItem:
@@ -189,13 +189,13 @@ class StreamWindows:
         epoch, batch = self._start
         early, filler = self._search_filler(self._start)
         if filler is not None:
-            self._early.extend(early)
+            self._prefetched.extend(early)
         elif batch:  # this rank's part of the epoch is at its end
             _, filler = self._search_filler(Cursor(epoch, 0))
         if filler is None:
             raise DataError(
                 f"data.train: rank {self._assignment.rank} has no samples in its part of the stream; "
-                "let the data set give every rank some, or let the runtime shard it (sharded_by: runtime)"
+                "let the data set yield at least one sample on every rank, or let the runtime shard it (sharded_by: runtime)"
             )
         return filler
 
@@ -231,8 +231,8 @@ class StreamWindows:
         mismatch = difference(totals, world_size, "streams")
         if mismatch:
             raise DataError(
-                f"data.train: {mismatch}, but with sharded_by: runtime each must read all of the same stream. If the data set "
-                f"divides itself, set sharded_by: dataset{causes(mismatch)}"
+                f"data.train: {mismatch}, but with sharded_by: runtime every rank must read the whole stream. If the data set "
+                f"shards itself, set sharded_by: dataset{causes(mismatch)}"
             )
         return [
             row._replace(

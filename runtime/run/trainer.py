@@ -25,7 +25,7 @@ from runtime.training.step_outcomes import StepOutcomes
 from runtime.training.stop_reason import StopReason
 from runtime.training.triggers import Triggers
 
-_NOT_DUE: Mapping[str, Result] = MappingProxyType({})
+_NO_VALUES: Mapping[str, Result] = MappingProxyType({})
 
 
 class Trainer:
@@ -36,7 +36,7 @@ class Trainer:
         seed: of the run.
         max_grad_norm: the gradient is clipped to this 2-norm; None does not clip.
         report_every: interval of training reports.
-        save_every: interval of checkpoints, in addition to those for best results and at an early end.
+        save_every: interval of checkpoints, besides those of best results and of a run that stops before its limit.
         observers: called at the end of each step.
     """
 
@@ -107,22 +107,22 @@ class Trainer:
             outcomes.add(window, update)
             self._services.garbage.after_step(progress.step)
 
-            leaving, reason, figures = self._stop_consensus.end(), None, _NOT_DUE
-            if leaving or self._is_anything_due(window):  # not after most steps
+            stopping, reason, values = self._stop_consensus.end(), None, _NO_VALUES
+            if stopping or self._is_anything_due(window):  # not after most steps
                 outcomes.settle()
                 enter("report", step)
-                figures = self._report(window)
+                values = self._report(window)
                 enter("evaluate", step)
                 results = self._evaluate(window)
                 if results is not None:
                     self._schedule.after_evaluation(results)
                     self._evaluations.judge(results)
                 # If the evaluation is still due, all ranks interrupted it in order to stop.
-                reason = self._triggers.stop_reason(asked=leaving or progress.evaluation_due)
+                reason = self._triggers.stop_reason(asked=stopping or progress.evaluation_due)
                 enter("save", step)
                 self._save(window, reason)
             if self._observers:
-                self._observe(window, figures, applied=outcomes.applied, stop_reason=reason)
+                self._observe(window, values, applied=outcomes.applied, stop_reason=reason)
             if reason is not None:
                 return reason
             enter("data", step + 1)
@@ -159,14 +159,14 @@ class Trainer:
         return strategy.step(self._max_grad_norm, measure_norm=will_report)
 
     def _is_anything_due(self, window: Window) -> bool:
-        """Whether anything is due after the step just counted; equal on every rank."""
+        """Whether anything is due after the step just completed; equal on every rank."""
         return not self._saver.prepared or self._triggers.is_anything_due(window)
 
     def _report(self, window: Window) -> Mapping[str, Result]:
         """Report the meter's figures if due, and return them. Waits for the device."""
         if not self._triggers.is_due(self._report_every, window):
-            return _NOT_DUE
-        # An interval cut short by the end of the run continues if the limit is raised.
+            return _NO_VALUES
+        # If the run ends within an interval, the totals stay: a raised limit continues the interval.
         values = self._meter.read(forget=self._triggers.is_due_by_interval(self._report_every, window))
         self._services.reporter.log(values, step=self._progress.step, epoch=window.cursor.epoch + 1, split="train")
         straggling = self._stragglers.message(values, self._meter.seconds)
@@ -175,7 +175,7 @@ class Trainer:
         return values
 
     def _evaluate(self, window: Window) -> Mapping[str, Result] | None:
-        """Evaluate if due; return the results if the schedule and early stopping may use them."""
+        """Evaluate if due; return the results, or None for those that only the end of the run asked for."""
         self._meter.pause()
         results = self._evaluations.after_step(window)
         self._meter.resume()
@@ -193,7 +193,7 @@ class Trainer:
             self._meter.resume()
 
     def _observe(
-        self, window: Window, figures: Mapping[str, Result], *, applied: bool | None, stop_reason: StopReason | None
+        self, window: Window, values: Mapping[str, Result], *, applied: bool | None, stop_reason: StopReason | None
     ) -> None:
         """Call the observers with plain values that are already known here, so nothing waits for the device."""
         progress = self._progress
@@ -208,7 +208,7 @@ class Trainer:
             epoch_ends=window.epoch_ends,
             applied=applied,
             learning_rates=tuple(self._learning_rates),
-            figures=dict(figures),
+            figures=dict(values),
             results=dict(self._evaluations.results_of_this_step),
             stop_reason=stop_reason,
         )
