@@ -240,7 +240,7 @@ def test_the_checkpoint_is_the_newest_the_best_or_the_one_that_is_named(run: Pat
     assert evaluate(config_of(run), checkpoint="step-00000004").step == 4
     assert evaluate(config_of(run), checkpoint=str(best.checkpoint)).results == best.results
     for choice, words in {
-        "best:accuracy": "kept by 'accuracy'.*kept by loss",
+        "best:accuracy": "kept by 'accuracy'.*checkpoint.best: loss",
         "step-9": "there is no checkpoint step-9",
         str(run): "is no checkpoint",
     }.items():
