@@ -351,7 +351,7 @@ def test_each_rank_holds_what_the_formula_says(pool: ProcessPool, tmp_path: Path
         (
             {"model": {"target": "tiny_sharded:HalfHead"}},
             "strategy.kind",
-            "parameters of one type in each sharded part",
+            "parameters of one dtype in each sharded block",
         ),
     ],
 )

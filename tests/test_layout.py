@@ -100,7 +100,7 @@ def test_fsdp_names_what_it_cannot_take_before_it_starts(pool: ProcessPool, tmp_
         pool.run(observe, 1, convolved(tmp_path, layout, strategy=strategy))
     assert ConfigurationError.__name__ in str(refused.value)
     name = "last.weight" if layout == "transposed" else "first.weight"
-    assert f"fsdp takes contiguous parameters only, and {name}" in str(refused.value)
+    assert f"fsdp supports contiguous parameters only, but {name}" in str(refused.value)
 
 
 @pytest.mark.single

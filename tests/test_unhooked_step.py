@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from runtime.strategies.unhooked_step import bare_step
+from runtime.strategies.unhooked_step import unhooked_step
 
 pytestmark = pytest.mark.single
 
@@ -28,7 +28,7 @@ def made(optimizer_class: Any = torch.optim.AdamW, **args: Any) -> tuple[nn.Modu
 )
 def test_it_is_the_same_step(optimizer_class: Any) -> None:
     (usual, optimizer), (bare, other) = made(optimizer_class), made(optimizer_class)
-    step = bare_step(other)
+    step = unhooked_step(other)
     for _ in range(3):
         optimizer.step()
         step()
@@ -38,7 +38,7 @@ def test_it_is_the_same_step(optimizer_class: Any) -> None:
 
 def test_hooks_registered_later_are_called() -> None:
     _, optimizer = made()
-    step, called = bare_step(optimizer), []
+    step, called = unhooked_step(optimizer), []
     step()
     optimizer.register_step_post_hook(lambda *_: called.append(1))
     step()
@@ -48,7 +48,7 @@ def test_hooks_registered_later_are_called() -> None:
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 def test_a_profiler_sees_the_step() -> None:
     _, optimizer = made()
-    step = bare_step(optimizer)
+    step = unhooked_step(optimizer)
     with torch.profiler.profile() as profile:
         step()
     assert any("Optimizer.step#AdamW" in event.key for event in profile.key_averages())
@@ -57,7 +57,7 @@ def test_a_profiler_sees_the_step() -> None:
 def test_schedulers_know_that_there_was_a_step() -> None:
     _, optimizer = made()
     scheduler = StepLR(optimizer, 1)
-    step = bare_step(optimizer)
+    step = unhooked_step(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step()
@@ -74,8 +74,8 @@ def test_a_users_step_is_left_as_it_is() -> None:
             return super().step(closure)
 
     _, optimizer = made(Own)
-    bare_step(optimizer)()
+    unhooked_step(optimizer)()
     _, replaced = made()
     replaced.step = lambda: called.append(2)  # type: ignore[assignment, method-assign]
-    bare_step(replaced)()
+    unhooked_step(replaced)()
     assert called == [1, 2]

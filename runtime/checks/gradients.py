@@ -46,8 +46,8 @@ def check_gradients(
         return
     found = f"{listed(unused.names)} got no gradient from the first samples"
     if unused.refused_key is not None:
-        raise where.error(unused.refused_key, f"is false, and {found}: {unused.cure}")
-    warn(f"model: {found}{unused.cure}")
+        raise where.error(unused.refused_key, f"is false, and {found}: {unused.remedy}")
+    warn(f"model: {found}{unused.remedy}")
 
 
 def first_slot(data: TrainingData, make_loader: MakeLoader, *, slots: int) -> Any:

@@ -93,7 +93,7 @@ class WeightAverage:
             with torch.no_grad():
                 for tensor, value in raw:
                     tensor.copy_(value)
-            self._weights.written()
+            self._weights.refresh()
 
     def set_statistics(self, statistics: Mapping[str, Tensor], *, lasting: bool = True) -> None:
         """Set the BatchNorm statistics of the current average, by buffer name.
@@ -201,7 +201,7 @@ class WeightAverage:
         raw = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
         for tensor, average in pairs:
             tensor.copy_(average)
-        self._weights.written()
+        self._weights.refresh()
         return raw
 
 

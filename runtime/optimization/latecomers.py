@@ -1,7 +1,6 @@
 """Parameters that get their first gradient later than others: unfrozen ones, or a branch that early steps do not use.
 
-Torch's fused SGD kernel (2.11 to 2.13) needs a momentum for all parameters of a group or for none, and raises a TypeError if
-only some have one.
+Torch's fused SGD kernel (2.11 to 2.13) raises a TypeError if only some parameters of a group have a momentum buffer.
 """
 
 from __future__ import annotations
@@ -16,18 +15,14 @@ from runtime.optimization.combined import members
 
 
 class Latecomers:
-    """Makes the first update of such parameters separately from the others' update of the same step.
-
-    Args:
-        optimizer: call :meth:`update` before each of its steps.
-    """
+    """Applies the first update of such parameters separately; call :meth:`update` before each step of the optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         sgds: list[Any] = [member for member in members(optimizer) if type(member).step is SGD.step]
         self._optimizers = [(member, sum(len(group["params"]) for group in member.param_groups)) for member in sgds]
 
     def update(self) -> None:
-        """Apply and clear the first gradients of such parameters, before the optimizer's step."""
+        """Apply and clear the first gradients of such parameters."""
         for optimizer, num_parameters in self._optimizers:
             if len(optimizer.state) < num_parameters:
                 for group in optimizer.param_groups:

@@ -69,7 +69,7 @@ def load_training_weights(weights: Mapping[str, StoredTensor] | None, held: Loca
     for name, weight in (weights or {}).items():
         held.pieces()[name].copy_(held.from_checkpoint(name, weight))
     if weights:
-        held.written()
+        held.refresh()
 
 
 def cloned(state: Mapping[str, Any]) -> dict[str, Any]:

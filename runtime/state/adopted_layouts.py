@@ -1,4 +1,4 @@
-"""A module whose tensors lie in memory as those of a stored state do."""
+"""Giving a module's tensors the strides of a stored state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from runtime.state.memory_layout import is_dense, laid_out, same_layout
 
 @torch.no_grad()
 def adopt_layouts(part: nn.Module, stored: Mapping[str, Any]) -> bool:
-    """Give parameters and buffers the strides of a state dict that was just loaded into them; return whether any had others.
+    """Give parameters and buffers the strides of a state dict that was just loaded into them; return whether any changed.
 
-    A model that converts itself in its first forward pass (``channels_last``) is built otherwise than it was saved.
+    A model that converts itself in its first forward pass (``channels_last``) is built with other strides than saved.
     """
     changed = False
     for name, tensor in part.state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""Files that are being written: hidden beside their target, renamed when they are whole, cleared away after a kill."""
+"""Atomic file output: written in a hidden folder next to the target, renamed when complete, removed after a kill."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from runtime.state.durable_files import sync_folder
 
 @contextmanager
 def hidden_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside a file that is to be written; what killed processes left of earlier ones is removed.
+    """Yield a new hidden folder next to an output file; folders that killed processes left behind are removed.
 
-    A folder, since some libraries make temporary files of their own beside the one they write.
+    A folder, since some libraries create temporary files next to the file they write.
     """
-    _clear_left_behind(out)
+    _remove_stale(out)
     hidden = out.with_name(f"{_prefix(out)}{os.getpid()}")
     hidden.mkdir()
     try:
@@ -27,17 +27,17 @@ def hidden_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def put_in_place(written: Path, out: Path) -> None:
-    """Give a whole and synced file its final name."""
-    os.replace(written, out)
+def put_in_place(complete: Path, out: Path) -> None:
+    """Rename a complete and synced file to its final name, durably."""
+    os.replace(complete, out)
     sync_folder(out.parent)
 
 
-def _clear_left_behind(out: Path) -> None:
-    """Remove what killed processes of this host have left of the same file."""
+def _remove_stale(out: Path) -> None:
+    """Remove the hidden folders of this file that belong to dead processes of this host."""
     for path in out.parent.iterdir():
-        owner = path.name.removeprefix(_prefix(out))
-        if path.name != owner and owner.isdigit() and not _alive(int(owner)):
+        pid = path.name.removeprefix(_prefix(out))
+        if path.name != pid and pid.isdigit() and not _other_process_alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -45,11 +45,11 @@ def _prefix(out: Path) -> str:
     return f".{out.name}.partial-{socket.gethostname()}-"
 
 
-def _alive(pid: int) -> bool:
+def _other_process_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # another user's
-    return pid != os.getpid()  # an earlier process of the same number, then
+        return True  # a process of another user
+    return pid != os.getpid()  # this process has no folder yet: it belonged to an earlier one with the same PID

@@ -1,4 +1,4 @@
-"""Files that are whole, on the disk, once they have their name."""
+"""Durable file writes: a file under its final name is complete and synced to disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_durably(path: Path, *parts: Any) -> tuple[int, str]:
-    """Write buffers to a file and sync it; return its size in bytes and its sha256."""
+    """Write buffers to a file and sync it; return its size in bytes and its SHA-256 as hex."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for part in parts:
@@ -23,7 +23,7 @@ def write_durably(path: Path, *parts: Any) -> tuple[int, str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files within a folder durable."""
+    """Sync a folder, which makes renames and new files in it durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,7 +32,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there, so that they survive a loss of power."""
+    """Create a folder and its missing parents durably."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -41,8 +41,10 @@ def make_folder(path: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    partial = path.with_name(f".{path.name}.{threading.get_native_id()}")  # which is the process's in its main thread
+    """Replace a file atomically and durably."""
+    partial = path.with_name(
+        f".{path.name}.{threading.get_native_id()}"
+    )  # in the main thread, the native ID is the PID
     try:
         write_durably(partial, content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
@@ -52,6 +54,6 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def checksum(path: Path) -> str:
-    """Return a file's sha256."""
+    """Return a file's SHA-256 as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

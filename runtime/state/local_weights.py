@@ -1,4 +1,4 @@
-"""The weights as one rank holds them: whole, or its part of each. What averages weights needs no more than that."""
+"""The weights as one rank holds them: whole, or its part of each. Weight averaging needs nothing else."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from runtime.state.shards import Shard, StoredTensor, whole
 
 
 class LocalWeights(Protocol):
-    """What this rank holds of each parameter; averages are kept in the same pieces.
+    """This rank's piece of each parameter; averages are kept in pieces of the same shapes.
 
-    The pieces are read and written elementwise and in place, under ``no_grad``.
+    Callers read and write pieces elementwise and in place, under ``no_grad``.
     """
 
     def pieces(self) -> Mapping[str, Tensor]:
-        """Return what is held, by parameter name; tensors that share the parameters' memory."""
+        """Return the pieces by parameter name; they share the parameters' memory."""
         ...
 
     def to_checkpoint(self, name: str, piece: Tensor) -> Tensor | Shard:
-        """Return a piece like ``pieces()[name]`` as a checkpoint takes it. Collective, in one order on all ranks."""
+        """Convert a piece shaped like ``pieces()[name]`` for a checkpoint. Collective: same order of names on all ranks."""
         ...
 
     def from_checkpoint(self, name: str, stored: StoredTensor) -> Tensor:
-        """Return the piece of a whole tensor that belongs in the place of ``pieces()[name]``."""
+        """Return the piece of a stored whole tensor that corresponds to ``pieces()[name]``."""
         ...
 
-    def written(self) -> None:
-        """Called after pieces were written to: what is made of them is made anew."""
+    def refresh(self) -> None:
+        """Update copies derived from the pieces (half-precision, gathered); call after writing to pieces. Collective."""
         ...
 
 
 class WholeWeights:
-    """Every rank holds all of every parameter."""
+    """Weights of a module that every rank holds whole."""
 
     def __init__(self, module: nn.Module) -> None:
-        # The parameters, not what they hold now: wrapping the module anew may give them other memory.
+        # Parameters, not their current data: wrapping the module again may give them other memory.
         self._pieces = dict(module.named_parameters())
 
     def pieces(self) -> Mapping[str, Tensor]:
@@ -45,12 +45,12 @@ class WholeWeights:
         return self._pieces
 
     def to_checkpoint(self, name: str, piece: Tensor) -> Tensor | Shard:
-        """Return the piece, which is the whole."""
+        """Return the piece, which is the whole tensor."""
         return piece
 
     def from_checkpoint(self, name: str, stored: StoredTensor) -> Tensor:
-        """Return the whole."""
+        """Return the whole tensor."""
         return whole(stored)
 
-    def written(self) -> None:
+    def refresh(self) -> None:
         """Do nothing: the pieces are the parameters."""

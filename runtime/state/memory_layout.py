@@ -1,8 +1,8 @@
-"""How a tensor lies in memory: its strides, which belong to a run's state.
+"""Tensor strides as part of a run's state.
 
-A convolution in ``channels_last`` and a transposed weight are dense, and not contiguous. Kernels choose their order of
-summation by strides, and fused optimizers walk raw memory, so a resumed run needs the strides that the interrupted one had.
-Files hold values in the order of their indices; the strides are beside them.
+A convolution in ``channels_last`` and a transposed weight are dense but not contiguous. Kernels choose their order of
+summation by strides, and fused optimizers walk raw memory, so a resumed run needs the strides of the interrupted one.
+Files hold values in index order; the strides are stored separately.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Tell whether strides place every element of a shape in memory once, without gaps."""
+    """Return whether strides place every element of a shape in memory exactly once, without gaps."""
     if len(shape) != len(strides):
         return False
     expected = 1
@@ -26,24 +26,23 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def strides_to_keep(tensor: Tensor) -> list[int] | None:
-    """Return the strides of a tensor that is dense and not contiguous; None of any other, which is kept contiguous."""
+    """Return the strides of a tensor that is dense and not contiguous; None for any other, which is stored contiguous."""
     if tensor.layout != torch.strided or tensor.is_contiguous() or not is_dense(tensor.shape, tensor.stride()):
         return None
     return list(tensor.stride())
 
 
 def same_layout(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors of one shape lie in memory alike; the stride of a dimension of size 1 says nothing."""
+    """Return whether two tensors of one shape have the same strides, ignoring dimensions of size 1."""
     return all(a == b for a, b, size in zip(first.stride(), second.stride(), first.shape, strict=True) if size != 1)
 
 
 def laid_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
-    """Return a tensor's values in memory of these strides.
+    """Return a copy of a tensor with these strides.
 
     Raises:
-        ValueError: they are not those of a dense tensor of its shape.
+        ValueError: no dense tensor of its shape has these strides.
     """
     if not all(isinstance(stride, int) and stride >= 0 for stride in strides) or not is_dense(tensor.shape, strides):
         raise ValueError(f"{list(strides)} are not the strides of a dense tensor of shape {tuple(tensor.shape)}")
-    made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    return made.copy_(tensor)
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

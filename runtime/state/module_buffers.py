@@ -1,7 +1,7 @@
-"""Buffers as part of a run's state: where they are, how they are written to, and those that ``state_dict`` leaves out.
+"""Buffers as part of a run's state: finding them, writing to them, and saving those that ``state_dict`` leaves out.
 
-A buffer that is not persistent and changes in the forward pass belongs to the state all the same, and so does one that the
-forward pass makes (a cache). Which of them changed is told by comparing with the module as it was built.
+A non-persistent buffer that the forward pass changes belongs to the state, and so does one that the forward pass creates (a
+cache). Changes are detected by comparison with the module as it was built.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from runtime.state.shards import in_memory
 
 
 class BufferPlace(NamedTuple):
-    """Where a module keeps a buffer.
+    """Location of a buffer.
 
     Args:
-        owner: the module.
-        key: the buffer's name in it.
-        name: the buffer's name in the whole.
-        persistent: whether ``state_dict`` has it.
+        owner: the submodule that registers it.
+        key: the buffer's name in ``owner``.
+        name: the buffer's name in the root module.
+        persistent: whether ``state_dict`` includes it.
     """
 
     owner: nn.Module
@@ -34,12 +34,12 @@ class BufferPlace(NamedTuple):
 
     @property
     def held(self) -> Tensor | None:
-        """The buffer, None where there is none now."""
+        """The current buffer; None if there is none."""
         return self.owner._buffers.get(self.key)
 
     @torch.no_grad()
     def put(self, value: Tensor) -> None:
-        """Let the buffer hold a value; in place, so that it stays the same tensor, where that can be."""
+        """Set the buffer's value; in place where possible, so that it stays the same tensor."""
         held = self.held
         if held is not None and held.shape == value.shape and held.dtype == value.dtype and not overlaps(held):
             held.copy_(value)
@@ -49,7 +49,7 @@ class BufferPlace(NamedTuple):
 
 
 def places_of(module: nn.Module) -> list[BufferPlace]:
-    """Return where a module keeps buffers, in the order of its parts."""
+    """Return the locations of a module's buffers, in the order of ``named_modules``."""
     return [
         BufferPlace(owner, key, f"{prefix}.{key}" if prefix else key, key not in owner._non_persistent_buffers_set)
         for prefix, owner in module.named_modules()
@@ -59,32 +59,32 @@ def places_of(module: nn.Module) -> list[BufferPlace]:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Tell whether several elements share their memory (``expand``), so that the tensor cannot be written to."""
+    """Return whether elements share memory (``expand``), so that the tensor cannot be written to."""
     shape_strides = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
     return tensor.numel() > 0 and any(stride == 0 for stride, _ in shape_strides)
 
 
 @contextmanager
 def preserved_buffers(module: nn.Module) -> Iterator[None]:
-    """Put all buffers back as they were. One that is made meanwhile stays, since the module may remember having made it."""
+    """Restore all buffers on exit. A buffer created meanwhile stays, since the module may remember having created it."""
     before = [(place, held, held.detach().clone()) for place in places_of(module) if (held := place.held) is not None]
     try:
         yield
     finally:
         for place, held, value in before:
             place.owner._buffers[place.key] = held
-            if not overlaps(held):  # which nothing can have written to
+            if not overlaps(held):  # overlapping buffers cannot have been written to
                 place.put(value)
 
 
 class BufferState:
-    """What of a module's buffers belongs in a checkpoint besides its ``state_dict``.
+    """The state of a module's buffers that its ``state_dict`` lacks.
 
     Args:
-        module: as it was built, before its first forward pass.
+        module: as built, before its first forward pass.
 
     Attributes:
-        moving: names of buffers that were seen to change and follow the rule of :mod:`runtime.training.buffers` since.
+        moving: names of buffers that have changed, and since then follow the rule of :mod:`runtime.training.buffers`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -95,7 +95,7 @@ class BufferState:
         self._digests = {p.name: _digest(held) for p in places if not p.persistent and (held := p.held) is not None}
 
     def state(self) -> dict[str, Any]:
-        """Return the buffers that are not persistent and changed, and the names of persistent ones that were not built so."""
+        """Return changed non-persistent buffers, and names of persistent ones that are new or have another shape or dtype."""
         changed, made = {}, []
         for place in places_of(self._module):
             held = place.held
@@ -109,20 +109,20 @@ class BufferState:
 
 
 def make_room(module: nn.Module, prefix: str, state: Mapping[str, Any], made: Sequence[str]) -> None:
-    """Give a built module's part the buffers that a forward pass had made, and memory of their own to those that are expanded.
+    """Create buffers that a forward pass had created before the save, and give expanded buffers separate memory.
 
     Args:
-        module: that ``state`` is to be loaded into.
-        prefix: of its names in the whole.
-        state: its state dict.
-        made: names of buffers in the whole.
+        module: submodule into which ``state`` will be loaded.
+        prefix: of the submodule's names in the root module.
+        state: the submodule's state dict.
+        made: names, in the root module, of buffers to create.
     """
     for name in state:
         path, _, key = name.rpartition(".")
         try:
             owner = module.get_submodule(path)
         except AttributeError:
-            continue  # told when the state is loaded
+            continue  # reported when the state is loaded
         held = owner._buffers.get(key)
         if held is not None and overlaps(held):
             owner._buffers[key] = held.clone(memory_format=torch.contiguous_format)
@@ -131,23 +131,23 @@ def make_room(module: nn.Module, prefix: str, state: Mapping[str, Any], made: Se
 
 
 def load_buffers(module: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Give a built module the buffers that its state dict leaves out.
+    """Load the buffers that a state dict leaves out into a built module.
 
     Raises:
-        KeyError: it has no such part.
+        KeyError: the module lacks a buffer's submodule.
     """
     for name, value in stored.items():
         path, _, key = name.rpartition(".")
         try:
             owner = module.get_submodule(path)
         except AttributeError:
-            raise KeyError(f"the checkpoint has a buffer {name}, and there is no module {path}") from None
+            raise KeyError(f"the checkpoint has a buffer {name}, but the model has no module {path}") from None
         _register(owner, key, in_memory(value), persistent=False, like=owner._buffers.get(key))
 
 
 def _register(owner: nn.Module, key: str, value: Tensor, *, persistent: bool, like: Tensor | None) -> None:
     if like is None:
-        if owner.__dict__.get(key, "") is None:  # what the forward pass finds, and makes a buffer of
+        if owner.__dict__.get(key, "") is None:  # an attribute that the forward pass replaces with a buffer
             del owner.__dict__[key]
         tensors = [*owner.parameters(), *owner.buffers()]
         value = value.to(tensors[0].device, copy=True) if tensors else value
@@ -158,5 +158,5 @@ def _register(owner: nn.Module, key: str, value: Tensor, *, persistent: bool, li
 
 def _digest(buffer: Tensor) -> bytes:
     whole = buffer.detach().cpu().contiguous()
-    facts = f"{tuple(whole.shape)} {whole.dtype}".encode()
-    return sha256(facts + whole.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+    header = f"{tuple(whole.shape)} {whole.dtype}".encode()
+    return sha256(header + whole.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()

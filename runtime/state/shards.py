@@ -1,7 +1,7 @@
-"""A rank's part of a tensor that several ranks hold together, and reading such a tensor back by slices.
+"""Shards of tensors that several ranks hold together, and reading such tensors back by slices.
 
-What a strategy hands to a checkpoint is a plain tensor, which rank 0 writes, or a :class:`Shard`, which its own rank writes.
-What it gets back is :class:`StoredTensor`: whole, or read from several files as it is asked for, whoever wrote it.
+A strategy passes a checkpoint plain tensors, which rank 0 writes, or :class:`Shard` objects, which each rank writes. It gets
+back :class:`StoredTensor` objects: in memory, or read from several files on demand, independent of the saving strategy.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Shard(NamedTuple):
     """One rank's part of a whole tensor: a box of it.
 
     Args:
-        shape: of the whole.
-        offsets: where the part begins, in each dimension.
-        part: the values; None where this rank saves none, since it holds none or another rank saves the same.
+        shape: of the whole tensor.
+        offsets: of the part, in each dimension.
+        part: the values; None if this rank saves none, because it holds none or another rank saves the same.
     """
 
     shape: tuple[int, ...]
@@ -32,16 +32,16 @@ class Shard(NamedTuple):
 
 
 class StoredTensor(Protocol):
-    """A tensor of a checkpoint, of which any box can be had. A tensor in memory is one too."""
+    """A tensor of a checkpoint that can be read by boxes. A ``Tensor`` in memory is one too."""
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its values."""
+        """Dtype of the values."""
         ...
 
     def __getitem__(self, box: tuple[slice, ...], /) -> Tensor:
@@ -50,12 +50,12 @@ class StoredTensor(Protocol):
 
 
 class FileSlice(NamedTuple):
-    """Where a box of a whole tensor lies on disk.
+    """Location on disk of a box of a whole tensor.
 
     Args:
-        file: of safetensors.
-        name: in that file.
-        offsets: where the box begins in the whole, in each dimension.
+        file: in safetensors format.
+        name: of the tensor in that file.
+        offsets: of the box in the whole tensor, in each dimension.
         shape: of the box.
     """
 
@@ -66,7 +66,7 @@ class FileSlice(NamedTuple):
 
 
 class TensorOnDisk:
-    """A tensor in one or several safetensors files, of which no more is read than is asked for."""
+    """A tensor in one or several safetensors files; only the requested part is read."""
 
     def __init__(
         self,
@@ -81,43 +81,43 @@ class TensorOnDisk:
         self._pieces = pieces
 
     def with_strides(self, strides: Sequence[int]) -> TensorOnDisk:
-        """Return the same tensor, which lies in memory in this way once all of it is read.
+        """Return the same tensor, which gets these strides when it is read whole.
 
         Raises:
-            ValueError: no dense tensor of its shape does.
+            ValueError: no dense tensor of its shape has these strides.
         """
         if not is_dense(self.shape, strides):
             raise ValueError(f"{list(strides)} are not the strides of a dense tensor of shape {tuple(self.shape)}")
         return TensorOnDisk(self.shape, self.dtype, self._pieces, strides)
 
     def __getitem__(self, box: tuple[slice, ...], /) -> Tensor:
-        """Return the values within a box, on the CPU; a dimension that is not named is taken whole."""
+        """Return the values within a box, on the CPU; trailing dimensions that the box omits are read whole."""
         bounds = [each.indices(size)[:2] for each, size in zip(box, self.shape, strict=False)]
         bounds += [(0, size) for size in self.shape[len(bounds) :]]
-        found = torch.empty([max(0, stop - start) for start, stop in bounds], dtype=self.dtype)
-        for piece in self._pieces if found.numel() else ():
+        result = torch.empty([max(0, stop - start) for start, stop in bounds], dtype=self.dtype)
+        for piece in self._pieces if result.numel() else ():
             ends = [offset + size for offset, size in zip(piece.offsets, piece.shape, strict=True)]
-            shared = [
+            overlap = [
                 (max(start, first), min(stop, end))
                 for (start, stop), first, end in zip(bounds, piece.offsets, ends, strict=True)
             ]
-            if any(start >= stop for start, stop in shared):
+            if any(start >= stop for start, stop in overlap):
                 continue
-            there = tuple(slice(a - first, b - first) for (a, b), first in zip(shared, piece.offsets, strict=True))
-            here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, bounds, strict=True))
+            source = tuple(slice(a - first, b - first) for (a, b), first in zip(overlap, piece.offsets, strict=True))
+            target = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, bounds, strict=True))
             with safe_open(piece.file, framework="pt") as file:
-                values = file.get_slice(piece.name)[there] if there else file.get_tensor(piece.name)
-            found[here] = values
-        return found
+                values = file.get_slice(piece.name)[source] if source else file.get_tensor(piece.name)
+            result[target] = values
+        return result
 
 
 def is_stored(value: object) -> bool:
-    """Tell whether a value of a checkpoint's state is a tensor."""
+    """Return whether a value of a checkpoint's state is a tensor."""
     return isinstance(value, Tensor | TensorOnDisk)
 
 
 def whole(stored: StoredTensor) -> Tensor:
-    """Return all of a stored tensor, on the CPU if it is on disk."""
+    """Return a stored tensor whole; on the CPU if it is on disk."""
     if isinstance(stored, Tensor):
         return stored
     strides = getattr(stored, "strides", None)
@@ -125,7 +125,7 @@ def whole(stored: StoredTensor) -> Tensor:
 
 
 def in_memory(state: Any) -> Any:
-    """Return nested state with all that is on disk read."""
+    """Return nested state with every tensor on disk read into memory."""
     if isinstance(state, TensorOnDisk):
         return whole(state)
     if isinstance(state, Mapping):

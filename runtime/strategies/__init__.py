@@ -1,11 +1,11 @@
-"""Ways of sharing a model's training over processes, behind one protocol.
+"""Distributed training strategies behind one protocol.
 
 The contract: gradients are *summed* over microbatches and over ranks, so a loss divided by the global batch's weight gives
 the global batch's gradient whichever rank ran which slot. A strategy owns the process group, the wrapped module, autocast and
-the loss scale; the training loop knows none of them.
+the loss scale; the training loop uses none of them directly.
 
 A rank may hold only a part of the model and of the optimizer's state, so both are read and written through
-:attr:`Strategy.state_io`. Nothing outside this folder asks which strategy it has.
+:attr:`Strategy.state_io`. Code outside this folder does not depend on which strategy is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from runtime.strategies.update import Update
 
 
 class Strategy(Protocol):
-    """One way of sharing the work. Every rank calls each method, in the same order."""
+    """A distributed training strategy. Every rank must call each method, in the same order."""
 
     device: torch.device
     world_size: int
@@ -33,49 +33,50 @@ class Strategy(Protocol):
 
     @property
     def state_io(self) -> StateIO:
-        """What reads and writes the state of module and optimizer."""
+        """Reads and writes the state of module and optimizer."""
         ...
 
     @property
     def collective_forward(self) -> bool:
-        """Whether a forward pass of one rank needs one of every other rank.
+        """Whether a forward pass is a collective.
 
-        If so, all ranks run equally many, in evaluation and prediction too; surplus ones are not counted.
+        If so, all ranks run equally many, in evaluation and prediction too; results of the surplus ones are ignored.
         """
         ...
 
     @property
     def unwrapped(self) -> TrainingModule:
-        """The module as the user made it."""
+        """The module without the strategy's wrapper."""
         ...
 
     # Before the first step
 
     def place(self, module: TrainingModule) -> TrainingModule:
-        """Return a module that was built on the CPU where :meth:`prepare` expects it."""
+        """Move a module built on the CPU to where :meth:`prepare` expects it, and return it."""
         ...
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
-        """Wrap module and optimizer, which has not been stepped. Collective.
+        """Wrap module and optimizer; the optimizer must not have been stepped. Collective.
 
-        The module's parameters may be other objects afterwards, under the same names; the optimizer is the same object and
-        holds them.
+        May replace the module's parameters by other objects with the same names; the optimizer stays the same object and
+        holds the new ones.
         """
         ...
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
-        """Take a placed module that is called and not trained. Collective."""
+        """Prepare a placed module for forward passes without training. Collective."""
         ...
 
     def unused_parameters(self, batch: Any) -> UnusedParameters | None:
-        """Run a batch forward and backward; return the parameters that got no gradient, unless that is allowed for.
+        """Run a batch forward and backward; return the parameters without a gradient. Collective.
 
-        Leaves no gradient. Buffers and the random state may change. Collective.
+        Returns None if all have one, or if the strategy is configured for missing ones. Leaves no gradient. Buffers and the
+        random state may change.
         """
         ...
 
     def warm_up(self, filler: Any) -> None:
-        """Run one filler through forward and backward, leaving no trace, so that later steps add in one order. Collective."""
+        """Run one filler forward and backward without side effects, to fix the summation order of later steps. Collective."""
         ...
 
     def rewrap(self) -> None:
@@ -85,7 +86,7 @@ class Strategy(Protocol):
     # A step
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
+        """Return a context for one forward and backward pass; gradients are reduced in a window's last one. Collective."""
         ...
 
     def forward(self, batch: Any, *, filler: bool) -> Loss:
@@ -93,15 +94,15 @@ class Strategy(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, weight: Weight) -> None:
-        """Add the gradient of ``loss / weight`` to the sum over slots and ranks; of several losses, of their sum."""
+        """Add the gradient of ``loss / weight`` to the sum over slots and ranks; with several losses, that of their sum."""
         ...
 
     def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:
-        """Check, clip and apply the gradient, and clear it.
+        """Check, clip and apply the gradient, and clear it. Collective.
 
         Args:
-            max_grad_norm: the gradient is clipped to this 2-norm; None does not clip.
-            measure_norm: whether to measure the norm though nothing is clipped; equal on all ranks.
+            max_grad_norm: clip the gradient to this 2-norm; None does not clip.
+            measure_norm: whether to measure the norm even if nothing is clipped; equal on all ranks.
         """
         ...
 
@@ -112,11 +113,11 @@ class Strategy(Protocol):
     # Passes outside training
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Surround a forward pass outside training."""
+        """Return a context for a forward pass outside training."""
         ...
 
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """Call the model alone, without its objective. Collective if :attr:`collective_forward`."""
+        """Call the model without its objective. Collective if :attr:`collective_forward`."""
         ...
 
     def barrier(self) -> None:

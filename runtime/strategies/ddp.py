@@ -1,7 +1,7 @@
-"""One process, or DistributedDataParallel over several, set up by Accelerate.
+"""DistributedDataParallel, or a single process, set up by Accelerate.
 
-Accelerate makes the process group, chooses the device and wraps the module. Accumulation, autocast, the loss scale,
-clipping and the optimizer's step are driven here: Accelerate's own would average ranks, divide by a fixed number of
+Accelerate creates the process group, chooses the device and wraps the module. Accumulation, autocast, the loss scale,
+clipping and the optimizer's step are implemented here: Accelerate's versions average over ranks, divide by a fixed number of
 microbatches, and cost 0.1 to 0.2 ms a step.
 """
 
@@ -50,12 +50,12 @@ from runtime.strategies.reduction import (
     sum_gradients,
     unreduced,
 )
-from runtime.strategies.unhooked_step import bare_step
+from runtime.strategies.unhooked_step import unhooked_step
 from runtime.strategies.unused_parameters import LEAVE_OUT, UnusedParameters
 from runtime.strategies.update import DeviceFlag, Update
 from runtime.strategies.whole_state import WholeState
 
-_NOTHING: AbstractContextManager[None] = nullcontext()  # one for all: it has no state
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()  # stateless, so it can be shared
 
 
 class DDPStrategy:
@@ -64,14 +64,14 @@ class DDPStrategy:
     Args:
         precision: of forward and backward passes.
         options: of DistributedDataParallel.
-        max_grad_value: what elements of the gradient are clamped to, on either side of zero.
-        timeout_seconds: longest wait for the other ranks, to come together and in a collective.
+        max_grad_value: gradient elements are clamped to plus or minus this value; None does not clamp.
+        timeout_seconds: for the rendezvous and for each collective.
 
     Raises:
-        PeerError: the ranks did not come together in time.
+        PeerError: the rendezvous timed out.
 
     Attributes:
-        skipping_devices: kinds of device whose judgement of a gradient the host would have to wait for.
+        skipping_devices: device types on which the optimizer itself may skip an update, so that the host need not wait.
     """
 
     skipping_devices: tuple[str, ...] = ("cuda",)
@@ -91,7 +91,7 @@ class DDPStrategy:
             precision,
             [
                 DistributedDataParallelKwargs(
-                    broadcast_buffers=False,  # the loop keeps buffers equal by a rule of its own
+                    broadcast_buffers=False,  # the training loop keeps buffers equal in another way
                     bucket_cap_mb=cast(int, options.bucket_mb),
                     find_unused_parameters=options.find_unused_parameters,
                     gradient_as_bucket_view=options.gradient_as_bucket_view,
@@ -112,7 +112,7 @@ class DDPStrategy:
         self._optimizer: Optimizer | None = None
         self._optimizer_step: Callable[[], Any] | None = None
         self._options, self._hook = options, options.communication_hook
-        self.state_io = WholeState(self._scaler, on_new_layout=self._take_new_layout)
+        self.state_io = WholeState(self._scaler, on_new_layout=self._rewrap_for_layout)
         self._max_grad_value = max_grad_value
 
     def place(self, module: TrainingModule) -> TrainingModule:
@@ -123,7 +123,7 @@ class DDPStrategy:
         """Wrap module and optimizer. Collective.
 
         Raises:
-            ConfigurationError: the process group cannot do what the options ask for.
+            ConfigurationError: the process group or the weights' dtypes do not support the options.
         """
         if self.world_size > 1:
             refuse_hook(self._hook, self.device)
@@ -132,28 +132,28 @@ class DDPStrategy:
         self.state_io.attach(module, optimizer)
         module.silent_fillers = True
         self._wrap()
-        # It is on the device already; placing it again would load its state again, and cast it.
+        # The optimizer is on the device already; placing it again would reload its state, and cast it.
         self._optimizer = self._accelerator.prepare_optimizer(optimizer, device_placement=False).optimizer
         assert self._optimizer is not None
-        self._optimizer_step = bare_step(self._optimizer)
+        self._optimizer_step = unhooked_step(self._optimizer)
         self._latecomers = Latecomers(self._optimizer)
 
     def rewrap(self) -> None:
-        """Wrap the module anew, after what is trainable has changed. Collective.
+        """Wrap the module again after the set of trainable parameters has changed. Collective.
 
-        DDP reduces what was trainable when it was made. The one before is collected first, so that its buckets and its hooks on
-        the parameters do not stay.
+        DDP reduces the parameters that were trainable when it was created. The previous wrapper is garbage-collected first, to
+        free its buckets and remove its hooks from the parameters.
         """
         self.discard()
         self._wrapped = None
-        gc.unfreeze()  # what existed when the training loop began would not be searched
+        gc.unfreeze()  # objects frozen at the start of the training loop would not be collected
         self._accelerator.free_memory()
         gc.freeze()
         self._wrap()
 
     def _wrap(self) -> None:
         assert self._module is not None
-        self._keep_trainable(self._module)
+        self._collect_trainable(self._module)
         self._uniform = len({(p.device, p.dtype) for p in self._parameters}) == 1
         self._all_fp32 = self._uniform and self._parameters[0].dtype == torch.float32
         keep_buffers_from_being_sent(self._module)
@@ -164,41 +164,41 @@ class DDPStrategy:
         if isinstance(self._wrapped, WrappedInDDP):
             sum_gradients(self._wrapped, sent_as=None if self._hook is None else HALF[self._hook])
 
-    def _take_new_layout(self) -> None:
-        """Wrap again after parameters took other strides: DDP's buckets are made for those that they had."""
+    def _rewrap_for_layout(self) -> None:
+        """Wrap again after parameters adopted other strides: DDP's buckets depend on the previous ones."""
         if self._wrapped is not None and self.world_size > 1:
             self.rewrap()
 
-    def _keep_trainable(self, module: TrainingModule) -> None:
-        """Keep the trainable parameters and their names: walking the module at each step would cost 50 µs."""
+    def _collect_trainable(self, module: TrainingModule) -> None:
+        """Cache the trainable parameters and their names: walking the module at each step would cost 50 µs."""
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self._names = [name.removeprefix("model.") for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
-        """Take a module that is called and not trained."""
+        """Prepare a module for forward passes without training."""
         self._module = module
         self.state_io.attach(module)
 
     def warm_up(self, filler: Any) -> None:
-        """Run one filler through forward and backward. Collective.
+        """Run one filler forward and backward. Collective.
 
-        DDP rebuilds its buckets after its first backward pass; without this, the first step of a resumed run would add in
+        DDP rebuilds its buckets after its first backward pass; without this, the first step of a resumed run would sum in
         another order than the same step of an uninterrupted one.
         """
         if self.world_size == 1:
             return
         preserved = preserved_random_state(self.device), preserved_buffers(self.unwrapped)
         with preserved[0], preserved[1], self.microbatch(last=True), warnings.catch_warnings():
-            # Of a model that changes its layout in its first pass; the buckets are rebuilt after it.
+            # Raised by models that change their layout in the first pass; the buckets are rebuilt after it.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             self.backward(self.forward(to_device(filler, self.device), filler=True).sum, weight=1.0)
         self.discard()
 
     def unused_parameters(self, batch: Any) -> UnusedParameters | None:
-        """Return the parameters that a batch gives no gradient, unless DDP searches for them in each step.
+        """Return the parameters that a batch gives no gradient; None if all have one, or DDP searches for them in each step.
 
-        The module is called without its wrapper, and nothing accumulates, so that DDP takes no notice.
+        Calls the module without its wrapper and does not accumulate gradients, so DDP's state is unaffected.
         """
         with self.autocast():
             loss = self.unwrapped(to_device(batch, self.device)).sum
@@ -209,15 +209,17 @@ class DDPStrategy:
             return None
         key = "strategy.ddp.find_unused_parameters"
         if self.world_size > 1 and not self._options.static_graph:
-            cure = f"the ranks' gradients cannot be summed then. Set it to true if other steps use them; {LEAVE_OUT}"
-            return UnusedParameters(names, tuple(key.split(".")), cure)
-        cure = f", so these do not train them; {LEAVE_OUT}; several processes need {key}: true"
-        return UnusedParameters(names, None, cure)
+            remedy = (
+                f"the ranks' gradients cannot be summed. Set it to true if other steps use them; otherwise {LEAVE_OUT}"
+            )
+            return UnusedParameters(names, tuple(key.split(".")), remedy)
+        remedy = f", so these do not train them; {LEAVE_OUT}; several processes need {key}: true"
+        return UnusedParameters(names, None, remedy)
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Surround one forward and backward pass; gradients are reduced in the last one of a window. Collective."""
+        """Return a context for one forward and backward pass; gradients are reduced in a window's last one. Collective."""
         if last or self.world_size == 1:
-            return _NOTHING
+            return _NO_CONTEXT
         return cast(AbstractContextManager[None], self._accelerator.no_sync(self._wrapped))
 
     def forward(self, batch: Any, *, filler: bool) -> Loss:
@@ -230,8 +232,8 @@ class DDPStrategy:
     def backward(self, loss: Tensor, *, weight: Weight) -> None:
         """Add the gradient of ``loss / weight``.
 
-        The factor is where the backward pass starts, which costs less than operations of its own. It does not know the number
-        of processes: what overflows or is rounded in half precision is the same for a slot on any number of them.
+        The factor is passed as the starting gradient, which costs less than extra operations. It is independent of the world
+        size, so overflow and rounding of a slot in half precision are the same on any number of processes.
         """
         factor = starting_gradient(loss, weight)
         if self._scaler is not None:
@@ -239,27 +241,27 @@ class DDPStrategy:
         loss.backward(factor)  # type: ignore[no-untyped-call]
 
     def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:
-        """Judge, clip and apply the gradient, and clear it.
+        """Check, clip and apply the gradient, and clear it.
 
-        Reduced gradients are judged, so every rank judges alike. A GPU skips by itself where torch's optimizer can. For all
-        others this waits for the device: the host reads one flag before the update.
+        Reduced gradients are checked, so all ranks decide alike. On a GPU, torch's optimizer skips the update itself where it
+        can. Otherwise this waits for the device: the host reads one flag before the update.
         """
         assert self._optimizer is not None and self._optimizer_step is not None
         self._require_reduced()
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         gradients = self._gradients()
-        # Judged in one way at every step: the norm of finite gradients can overflow, so how often it is reported must not
+        # The check is the same at every step: the norm of finite gradients can overflow, so how often it is reported must not
         # decide whether a step is applied.
-        judged_by_norm = max_grad_norm is not None or not self._all_fp32
-        grad_norm = self._norm(gradients) if judged_by_norm or measure_norm else None
+        check_norm = max_grad_norm is not None or not self._all_fp32
+        grad_norm = self._norm(gradients) if check_norm or measure_norm else None
         if self._skips_on_device():
-            return self._step_on_device(gradients, max_grad_norm, grad_norm, judged_by_norm=judged_by_norm)
-        finite = math.isfinite(grad_norm) if judged_by_norm and grad_norm is not None else all_finite(gradients)
+            return self._step_on_device(gradients, max_grad_norm, grad_norm, check_norm=check_norm)
+        finite = math.isfinite(grad_norm) if check_norm and grad_norm is not None else all_finite(gradients)
         if finite:
             self._clip(gradients, max_grad_norm, grad_norm)
             self._latecomers.update()
-            # Not the scaler's step: it would hand its factors to the kernel once more, which only fused ones take.
+            # Not the scaler's step: it passes its factors to the kernel again, which only fused ones accept.
             self._optimizer_step()
         self._clear()
         if self._scaler is not None:
@@ -268,25 +270,25 @@ class DDPStrategy:
         return Update(skipped=not finite, diverged_if_skipped=self._scaler is None, grad_norm=grad_norm)
 
     def _step_on_device(
-        self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None, *, judged_by_norm: bool
+        self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None, *, check_norm: bool
     ) -> Update:
-        """Queue judgement and update, as :meth:`step` does them, without a look at either."""
+        """Queue the check and the update of :meth:`step` without waiting for either."""
         optimizer: Any = self._optimizer
         assert self._optimizer_step is not None
-        found = gradients[0].new_zeros((), dtype=torch.float32)
-        if judged_by_norm and grad_norm is not None:
-            found += ~torch.isfinite(grad_norm)
+        found_inf = gradients[0].new_zeros((), dtype=torch.float32)
+        if check_norm and grad_norm is not None:
+            found_inf += ~torch.isfinite(grad_norm)
         else:
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, found.new_ones(()))
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, found_inf.new_ones(()))
         self._clip(gradients, max_grad_norm, grad_norm)
-        optimizer.found_inf = found
+        optimizer.found_inf = found_inf
         self._optimizer_step()
         del optimizer.found_inf
         self._clear()
-        return Update(skipped=DeviceFlag(found), diverged_if_skipped=True, grad_norm=grad_norm)
+        return Update(skipped=DeviceFlag(found_inf), diverged_if_skipped=True, grad_norm=grad_norm)
 
     def _gradients(self) -> list[Tensor]:
-        """Return what this rank holds of the reduced gradient."""
+        """Return this rank's part of the reduced gradient."""
         return [grad for p in self._parameters if (grad := p.grad) is not None]
 
     def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
@@ -296,24 +298,24 @@ class DDPStrategy:
             clip_grad_value_(self._parameters, self._max_grad_value)
 
     def _skips_on_device(self) -> bool:
-        """Tell whether the optimizer leaves everything bit for bit as it is when told of a non-finite gradient.
+        """Return whether the optimizer's kernel can skip an update without changing a bit (``found_inf``).
 
-        Torch's fused optimizers do, once their state is there: skipping the very first step, SGD would keep momentum
-        buffers that it never filled (torch 2.13).
+        Torch's fused optimizers can, once their state exists: if the very first step is skipped, SGD keeps momentum buffers
+        that it never filled (torch 2.13).
         """
         optimizer = self._optimizer
         return (
             self.device.type in self.skipping_devices
             and self._scaler is None
             and getattr(optimizer, "_step_supports_amp_scaling", False)
-            and type(optimizer).__module__.startswith("torch.optim.")  # not a subclass with a step of its own
+            and type(optimizer).__module__.startswith("torch.optim.")  # not a subclass, which may override step
             and optimizer is not None
             and len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
         )
 
     def discard(self) -> None:
-        """Clear the gradient unused."""
-        self._require_reduced()  # the next forward pass would fail, in DDP's words
+        """Clear the gradient without applying it."""
+        self._require_reduced()  # otherwise the next forward pass fails with DDP's message
         self._clear()
 
     def _clear(self) -> None:
@@ -321,7 +323,7 @@ class DDPStrategy:
             parameter.grad = None
 
     def _require_reduced(self) -> None:
-        """Refuse to go on from gradients that are not summed over the ranks.
+        """Check that gradients are summed over the ranks.
 
         Raises:
             GradientError: the last microbatch of the window did not use every parameter.
@@ -333,16 +335,16 @@ class DDPStrategy:
 
     @property
     def unwrapped(self) -> TrainingModule:
-        """The module as the user made it."""
+        """The module without DDP's wrapper."""
         assert self._module is not None
         return self._module
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Surround a forward pass."""
+        """Return an autocast context for a forward pass."""
         return cast(AbstractContextManager[None], self._accelerator.autocast())
 
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """Call the model alone."""
+        """Call the model without its objective."""
         return self.unwrapped.model(*positional, **named)
 
     def barrier(self) -> None:
@@ -350,17 +352,17 @@ class DDPStrategy:
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group, if this strategy made it.
+        """Leave the process group if this strategy created it.
 
-        The order matters: a gloo group that is destroyed while DDP's reducer still lives can abort the interpreter at exit,
-        and a finished run would report failure.
+        The order matters: destroying a gloo group while DDP's reducer still exists can abort the interpreter at exit, and a
+        finished run would report failure.
         """
         self._wrapped = self._optimizer = self._optimizer_step = None
         self.state_io.detach_optimizer()
         if self._owns_group and dist.is_initialized():
             self._accelerator.free_memory()  # collects garbage, the reducer included
             dist.destroy_process_group()
-        if self._owns_state:  # the next run in this process may want another world or device
+        if self._owns_state:  # the next run in this process may have another world size or device
             AcceleratorState._reset_state(reset_partial_state=True)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:

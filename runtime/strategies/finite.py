@@ -1,4 +1,4 @@
-"""What a gradient is judged by: whether it is finite, and its norm."""
+"""Checking gradients for non-finite values, and their norm."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch.nn.utils import get_total_norm
 
 
 def all_finite(gradients: list[Tensor]) -> bool:
-    """Tell whether no element is NaN or infinite. Waits for the device.
+    """Return whether no element is NaN or infinite. Waits for the device.
 
-    A sum with such an element is not finite either, and on a CPU sums are the cheapest pass; sums of finite elements can
-    overflow, so what they accuse is looked at element by element, as torch's GradScaler does (a multiplication by one, which
+    A non-finite element makes the sum non-finite, and on a CPU sums are the cheapest check; sums of finite elements can
+    overflow, so a non-finite sum is followed by torch's GradScaler check of every element (which multiplies by one, and
     changes no bit).
     """
     if gradients[0].device.type == "cpu" and math.isfinite(sum([gradient.sum().item() for gradient in gradients])):
         return True
-    found = gradients[0].new_zeros(1)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, gradients[0].new_ones(1))
-    return found.item() == 0
+    found_inf = gradients[0].new_zeros(1)
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, gradients[0].new_ones(1))
+    return found_inf.item() == 0
 
 
 def norm_of(gradients: list[Tensor], *, uniform: bool) -> Tensor:
-    """Return the 2-norm of a whole gradient.
+    """Return the 2-norm over all gradients together.
 
     Args:
-        uniform: all parts are of one type, on one device.
+        uniform: all gradients have one dtype and device.
     """
     if not uniform:
         return get_total_norm(gradients)
-    # What get_total_norm does, without grouping by device and type: half of its cost on small models.
+    # get_total_norm without its grouping by device and dtype, which is half of its cost on small models.
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm

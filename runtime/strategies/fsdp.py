@@ -1,9 +1,9 @@
-"""FSDP2: every rank holds a part of each parameter, of its gradient and of its optimizer state.
+"""FSDP2: every rank holds a shard of each parameter, its gradient and its optimizer state.
 
-Blocks are gathered one at a time for their forward and backward pass. Accelerate makes the process group and chooses the
-device, as for DDP; the sharding is torch's own ``fully_shard``. Accelerate's plugin (1.15) is not used: with a CPU it gives
-plain DDP without a word, it cannot shard on one process, by size it wraps containers that torch refuses, and an optimizer that
-makes its state at once (Adagrad) keeps that of parameters that are gone.
+Blocks are gathered one at a time for their forward and backward pass. Accelerate creates the process group and chooses the
+device, as for DDP; sharding is torch's ``fully_shard``. Accelerate's plugin (1.15) is not used: on CPUs it silently falls back
+to plain DDP, it cannot shard on one process, its size-based policy wraps containers that torch refuses, and an optimizer that
+creates its state eagerly (Adagrad) keeps that of the replaced parameters.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from runtime.strategies.fsdp_state import FSDPState
 from runtime.strategies.fsdp_tensors import local
 from runtime.strategies.mixed_precision import Precision, refuse_weights
 from runtime.strategies.placement import to_device
-from runtime.strategies.unhooked_step import bare_step
+from runtime.strategies.unhooked_step import unhooked_step
 from runtime.strategies.unused_parameters import LEAVE_OUT, UnusedParameters
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
 
 class FSDPStrategy(DDPStrategy):
-    """Data parallelism in which the ranks hold the model together.
+    """Data parallelism in which each rank holds a shard of the model.
 
     Args:
         precision: of forward and backward passes.
         section: the configuration's ``strategy.fsdp``.
-        max_grad_value: what elements of the gradient are clamped to, on either side of zero.
-        timeout_seconds: longest wait for the other ranks.
+        max_grad_value: gradient elements are clamped to plus or minus this value; None does not clamp.
+        timeout_seconds: for the rendezvous and for each collective.
     """
 
     collective_forward = True
-    skipping_devices = ()  # whether a gradient is finite is known after a reduction of the shards' norms
+    skipping_devices = ()  # the check for finite gradients needs a reduction of the shards' norms
 
     def __init__(
         self,
@@ -70,28 +70,28 @@ class FSDPStrategy(DDPStrategy):
         )
         self._section = section
         self.state_io: FSDPState = FSDPState(self._scaler, writers=self.world_size)
-        if not dist.is_initialized():  # FSDP2 wants a process group, of one process too
+        if not dist.is_initialized():  # FSDP2 needs a process group even for one process
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             timeout = timedelta(seconds=timeout_seconds)
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        self._silent = False
+        self._in_filler = False
         self._used: set[str] = set()
-        self._watched: set[nn.Module] = set()
+        self._hooked: set[nn.Module] = set()
         try:
             self._mesh = self._make_mesh()
         except ConfigurationError:
-            self.close()  # the next run in this process may be of another world
+            self.close()  # the next run in this process may have another world size
             raise
 
     def place(self, module: TrainingModule) -> TrainingModule:
-        """Leave a module on the CPU: its blocks are moved one at a time, and each rank keeps its part."""
+        """Leave a module on the CPU: its blocks are moved one at a time, and each rank keeps its shard."""
         return module
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
         """Shard module and optimizer. Collective.
 
         Raises:
-            ConfigurationError: the module cannot be sharded in this way.
+            ConfigurationError: the module cannot be sharded as configured.
         """
         refuse_weights(module, scaled=self._scaler is not None, clamped=self._max_grad_value is not None)
         before = optimizer.state_dict()
@@ -102,62 +102,62 @@ class FSDPStrategy(DDPStrategy):
             group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
         self._optimizer = optimizer
         self.state_io.attach(module, optimizer)
-        if before["state"]:  # made for the parameters that are gone
+        if before["state"]:  # created eagerly, for the parameters that were replaced
             for member in members(optimizer):
                 member.state.clear()
             self.state_io.load_optimizer_state(before)
-        self._optimizer_step = bare_step(optimizer)
+        self._optimizer_step = unhooked_step(optimizer)
         self._latecomers = Latecomers(optimizer)
-        self._keep_trainable(module)
+        self._collect_trainable(module)
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
         """Shard a module. Collective.
 
         Raises:
-            ConfigurationError: it cannot be sharded in this way.
+            ConfigurationError: the module cannot be sharded as configured.
         """
         self._module = module
         self.state_io.attach(module)
         _refuse_scalars(module)
         _refuse_layouts(module)
-        # What the whole module returns is looked at and nothing more; of blocks the warning stands (torch 2.13).
+        # The root module's output is only read, never modified in place; for blocks the warning stays (torch 2.13).
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPTrainingModule\) returned a view", UserWarning)
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": self._policy(), "offload_policy": self._offload()}
         reshard = self._section.reshard_after_forward
         try:
             for block in self._blocks(module):
                 fully_shard(block, reshard_after_forward=reshard, **options)
-            fully_shard(module, **options)  # the rest; kept gathered between forward and backward, which follow at once
+            fully_shard(module, **options)  # the rest; stays gathered, since backward follows forward immediately
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise _wrong("wrap", f"the model cannot be sharded so: {error}") from error
+            raise _error("wrap", f"the model cannot be sharded in these blocks: {error}") from error
         _refuse_mixed_types(module)
         for unit in _units(module):
             _sum_gradients(cast(FSDPModule, unit))
-            unit.register_forward_pre_hook(self._watch)
+            unit.register_forward_pre_hook(self._hook_parameters)
         module.register_forward_hook(_reshard_without_backward)
         self._wrapped = module
 
     def rewrap(self) -> None:
-        """Refuse: what is trainable is fixed when a module is sharded, so the configuration refuses ``model.unfreeze``."""
+        """Not supported: trainability is fixed when a module is sharded, so the configuration refuses ``model.unfreeze``."""
         raise AssertionError
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Surround one forward and backward pass.
+        """Return a context for one forward and backward pass.
 
-        Gradients are reduced in each, or with ``no_sync`` in the last one of a window: that sends less, and keeps a whole
-        gradient on each rank meanwhile.
+        Gradients are reduced in each pass, or with ``no_sync`` in a window's last one: that sends less, but keeps an unsharded
+        gradient on each rank until then.
         """
         if self._section.no_sync and self.world_size > 1:
             cast(FSDPModule, self._module).set_requires_gradient_sync(last)
         return nullcontext()
 
     def forward(self, batch: Any, *, filler: bool) -> Loss:
-        """Call the module under autocast.
+        """Call the module under autocast. Collective.
 
-        A filler's pass runs as any other, since the ranks gather and reduce together; its gradients are replaced by zeros
-        where they reach the parameters, whatever the loss is.
+        A filler runs a real pass, since gathering and reduction are collective; its gradients are replaced by zeros where they
+        reach the parameters, whatever the loss is.
         """
-        self._silent = filler
+        self._in_filler = filler
         return super().forward(batch, filler=False)
 
     def unused_parameters(self, batch: Any) -> UnusedParameters | None:
@@ -170,7 +170,7 @@ class FSDPStrategy(DDPStrategy):
         return UnusedParameters(names, None, f", so these do not train them; {LEAVE_OUT}") if names else None
 
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """Call the model through the whole module, which gathers what lies in no block."""
+        """Call the model through the root module, which gathers parameters outside the blocks. Collective."""
         return self.unwrapped(ModelCall(positional, dict(named)))
 
     def _gradients(self) -> list[Tensor]:
@@ -191,14 +191,11 @@ class FSDPStrategy(DDPStrategy):
         else:
             unused = sums[1]
         if unused.item():
-            self._leave_unused_alone()
+            self._drop_unused_gradients()
         return sums[0].sqrt()
 
-    def _leave_unused_alone(self) -> None:
-        """Take the gradient away from parameters that no real slot of any rank has used: theirs are zeros, or a filler's.
-
-        Collective.
-        """
+    def _drop_unused_gradients(self) -> None:
+        """Drop the gradients (zeros) of parameters that no real slot of any rank used. Collective."""
         uses = torch.tensor([float(name in self._used) for name in self._names], device=self.device)
         dist.all_reduce(uses)
         for parameter, count in zip(self._parameters, uses.tolist(), strict=True):
@@ -211,7 +208,7 @@ class FSDPStrategy(DDPStrategy):
 
     def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
         if max_grad_norm is not None and grad_norm is not None:
-            # As torch's clip_grads_with_norm_ does it, which does not take a shard and a number of all ranks together.
+            # Like torch's clip_grads_with_norm_, which does not accept local shards with a global norm.
             factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
                 gradient.mul_(factor.to(gradient))
@@ -222,11 +219,11 @@ class FSDPStrategy(DDPStrategy):
     def _make_mesh(self) -> DeviceMesh:
         replicas = self._section.replicas
         if self.world_size % replicas or (replicas > 1 and replicas == self.world_size):
-            raise _wrong(
+            raise _error(
                 "replicas",
                 f"{replicas} replicas of a sharded model need a multiple of {replicas} processes, and more than one each; "
                 f"there are {self.world_size}"
-                + (" (strategy.kind: ddp is that)" if replicas == self.world_size else ""),
+                + (" (for one process per replica, use strategy.kind: ddp)" if replicas == self.world_size else ""),
             )
         if replicas == 1:
             return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
@@ -239,13 +236,13 @@ class FSDPStrategy(DDPStrategy):
         try:
             return blocks_of_classes(module, self._section.wrap)
         except ComponentError as error:
-            raise _wrong("wrap", str(error)) from error
+            raise _error("wrap", str(error)) from error
 
     def _policy(self) -> MixedPrecisionPolicy:
         section = self._section.mixed_precision
         if section is None:
             return MixedPrecisionPolicy()
-        # Inputs are left to autocast, which casts what each operation wants.
+        # Inputs are left to autocast, which casts per operation.
         return MixedPrecisionPolicy(
             param_dtype=_DTYPES[section.parameters], reduce_dtype=_DTYPES[section.gradients], cast_forward_inputs=False
         )
@@ -255,20 +252,20 @@ class FSDPStrategy(DDPStrategy):
             return OffloadPolicy()
         return CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
 
-    def _watch(self, unit: nn.Module, arguments: Any) -> None:
+    def _hook_parameters(self, unit: nn.Module, arguments: Any) -> None:
         """Hook the gathered parameters of a unit, which are the same objects from its first forward pass on."""
-        if unit in self._watched:
+        if unit in self._hooked:
             return
-        self._watched.add(unit)
+        self._hooked.add(unit)
         names = {id(parameter): name for name, parameter in self.unwrapped.named_parameters()}
         for parameter in unit.parameters():
             if parameter.requires_grad and local(parameter) is parameter:
                 name = names[id(parameter)].removeprefix("model.")
-                parameter.register_hook(partial(self._noted, name))  # type: ignore[no-untyped-call]
+                parameter.register_hook(partial(self._record_use, name))  # type: ignore[no-untyped-call]
 
-    def _noted(self, name: str, gradient: Tensor) -> Tensor:
-        """Note that a real slot used a parameter; turn a filler's gradient into zeros."""
-        if self._silent:
+    def _record_use(self, name: str, gradient: Tensor) -> Tensor:
+        """Record that a real slot used a parameter; replace a filler's gradient by zeros."""
+        if self._in_filler:
             return torch.zeros_like(gradient)
         self._used.add(name)
         return gradient
@@ -279,9 +276,9 @@ def _units(module: nn.Module) -> list[nn.Module]:
 
 
 def _sum_gradients(unit: FSDPModule) -> None:
-    """Let gradients be summed over the ranks, as :mod:`runtime.strategies.reduction` says, and of all parameters on each rank.
+    """Sum gradients over the ranks instead of averaging (why: :mod:`runtime.strategies.reduction`), unused parameters included.
 
-    By itself FSDP2 leaves out those that have none on a rank, and what the ranks send no longer fits together.
+    By default FSDP2 leaves out parameters without a gradient on a rank, and the ranks' reductions no longer match.
     """
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
@@ -290,7 +287,7 @@ def _sum_gradients(unit: FSDPModule) -> None:
 
 
 def _reshard_without_backward(module: nn.Module, arguments: Any, output: Any) -> None:
-    """Let go of what was gathered for a forward pass that no backward pass follows: the weights may change before the next."""
+    """Free gathered parameters after a forward pass without backward: the weights may change before the next pass."""
     if not torch.is_grad_enabled():
         for unit in _units(module):
             cast(FSDPModule, unit).reshard()
@@ -299,24 +296,22 @@ def _reshard_without_backward(module: nn.Module, arguments: Any, output: Any) ->
 def _refuse_scalars(module: nn.Module) -> None:
     names = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
     if names:
-        raise _wrong(
-            "wrap", f"{', '.join(names)}: a parameter without dimensions cannot be cut; give it the shape (1,)"
-        )
+        raise _error("wrap", f"{', '.join(names)}: a scalar parameter cannot be sharded; give it the shape (1,)")
 
 
 def _refuse_mixed_types(module: nn.Module) -> None:
-    """Refuse units whose parameters have several types: FSDP2 puts a unit's parameters into one buffer (torch 2.13)."""
+    """Refuse units whose parameters have several dtypes: FSDP2 puts a unit's parameters into one buffer (torch 2.13)."""
     units = set(_units(module))
     for unit in units:
         inner = {id(p) for other in unit.modules() if other in units and other is not unit for p in other.parameters()}
         first = {p.dtype: name for name, p in reversed(list(unit.named_parameters())) if id(p) not in inner}
         if len(first) > 1:
-            found = ", ".join(
+            examples = ", ".join(
                 f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in reversed(first.items())
             )
             what = (
-                f"fsdp takes parameters of one type in each sharded part, and {type(unit).__name__} has {found}: build it in "
-                "one type, or use strategy.kind: ddp"
+                f"fsdp needs parameters of one dtype in each sharded block, but {type(unit).__name__} has {examples}: use one "
+                "dtype, or strategy.kind: ddp"
             )
             raise ConfigurationError([Problem("configuration", "strategy.kind", what)])
 
@@ -332,7 +327,7 @@ def _refuse_layouts(module: nn.Module) -> None:
             Problem(
                 "configuration",
                 "strategy.kind",
-                f"fsdp takes contiguous parameters only, and {name.removeprefix('model.')}{more} has strides "
+                f"fsdp supports contiguous parameters only, but {name.removeprefix('model.')}{more} has strides "
                 f"{tuple(parameter.stride())} for shape {tuple(parameter.shape)} (channels_last, or a transposed weight): use "
                 "strategy.kind: ddp, or build the model without memory_format and with .contiguous() weights",
             )
@@ -340,5 +335,5 @@ def _refuse_layouts(module: nn.Module) -> None:
     )
 
 
-def _wrong(key: str, what: str) -> ConfigurationError:
+def _error(key: str, what: str) -> ConfigurationError:
     return ConfigurationError([Problem("configuration", f"strategy.fsdp.{key}", what)])

@@ -1,4 +1,4 @@
-"""State of a module that FSDP2 has sharded: each rank reads and writes its part of every tensor."""
+"""State of a module sharded by FSDP2: each rank reads and writes its shard of every tensor."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class FSDPState(WholeState):
     """Reads and writes this rank's shards; see :class:`runtime.strategies.state_io.StateIO`.
 
     Args:
-        scaler: of the loss; None without one.
+        scaler: of the loss, if any.
         writers: number of ranks; each writes its shards.
     """
 
     held_whole = False
 
     def __init__(self, scaler: torch.amp.GradScaler | None, *, writers: int) -> None:
-        super().__init__(scaler, on_new_layout=_refused_before)
+        super().__init__(scaler, on_new_layout=_unexpected_layout)
         self.writers = writers
-        self._fused: list[dict[str, Any]] = []
+        self._configured_fused: list[dict[str, Any]] = []
 
     def attach(self, module: TrainingModule, optimizer: Optimizer | None = None) -> None:
-        """Set the sharded module, and the optimizer of its sharded parameters, if it is trained."""
+        """Set the sharded module, and the optimizer of its sharded parameters if it is trained."""
         super().attach(module, optimizer)
         if optimizer is not None:
-            self._fused = _leave_fused_kernels(optimizer)
+            self._configured_fused = _disable_fused_kernels(optimizer)
 
     def module_state(self, part: nn.Module) -> dict[str, Any]:
-        """Return a part's state dict as this rank's shards."""
+        """Return the state dict of the module or a submodule as this rank's shards."""
         return {name: state_to_checkpoint(value) for name, value in part.state_dict().items()}
 
     def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
@@ -61,33 +61,33 @@ class FSDPState(WholeState):
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state as this rank's shards."""
-        state: dict[str, Any] = state_to_checkpoint(self._of_optimizer().state_dict())
-        for group, fused in zip(state["param_groups"], self._fused, strict=True):
-            group |= fused  # as any other strategy would save it
+        state: dict[str, Any] = state_to_checkpoint(self._attached_optimizer().state_dict())
+        for group, fused in zip(state["param_groups"], self._configured_fused, strict=True):
+            group |= fused  # as other strategies save it
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Load this rank's shards of a whole optimizer state."""
-        optimizer = self._of_optimizer()
+        optimizer = self._attached_optimizer()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         load_exactly(optimizer, optimizer_state_from_checkpoint(state, parameters))
-        self._fused = _leave_fused_kernels(optimizer)
+        self._configured_fused = _disable_fused_kernels(optimizer)
 
     def weights(self) -> LocalWeights:
-        """Return this rank's part of each weight."""
-        return FSDPWeights(self._of_module())
+        """Return this rank's shard of each weight."""
+        return FSDPWeights(self._attached_module())
 
 
-def _refused_before() -> None:
-    raise AssertionError("parameters that are not contiguous are refused before they are sharded")
+def _unexpected_layout() -> None:
+    raise AssertionError("non-contiguous parameters are refused before sharding")
 
 
-def _leave_fused_kernels(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Turn off the fused kernels that do not take sharded tensors (torch 2.13: all but Adam's); return what was chosen."""
-    chosen = []
+def _disable_fused_kernels(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Disable fused kernels that do not support sharded tensors (torch 2.13: all but Adam's); return the previous settings."""
+    previous = []
     for member in members(optimizer):
         for group in member.param_groups:
-            chosen.append({"fused": group["fused"]} if "fused" in group else {})
+            previous.append({"fused": group["fused"]} if "fused" in group else {})
             if group.get("fused") and type(member) not in (torch.optim.Adam, torch.optim.AdamW):
                 group["fused"] = False
-    return chosen
+    return previous

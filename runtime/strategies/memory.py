@@ -1,6 +1,6 @@
-"""How many bytes of state each process will hold, by formula: known before anything is allocated.
+"""Predicted bytes of state per process, computed before anything is allocated.
 
-Activations are not in it: they depend on the microbatch.
+Activations are not included: they depend on the microbatch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def state_bytes(
     *,
     zero_json: Callable[[], Mapping[str, Any]],
 ) -> StateBytes:
-    """Return what each of the processes will hold of a module that was not prepared.
+    """Return the state's size on the process that will hold most, for a module that was not prepared.
 
     Args:
-        zero_json: returns the backend's JSON; called only for ``strategy.kind: zero``.
+        zero_json: returns DeepSpeed's JSON; called only for ``strategy.kind: zero``.
     """
     if section.kind == "zero":
         return state_bytes_of_zero(zero_json(), module, optimizer, world_size)
@@ -50,15 +50,15 @@ def state_bytes(
 
 
 def _gathered(section: StrategySection, module: nn.Module, trained: list[nn.Parameter]) -> int:
-    """Return what is whole at one time: the block at work, the next one, and what lies in no block; and their gradients."""
+    """Return the peak bytes of gathered parameters (current block, next block, rest outside blocks) and their gradients."""
     fsdp = section.fsdp
     blocks = (
         blocks_of_size(module, fsdp.min_parameters)
         if fsdp.min_parameters is not None
         else blocks_of_classes(module, fsdp.wrap)
     )
-    within = {id(parameter) for block in blocks for parameter in block.parameters()}
-    rest = sum(parameter.nbytes for parameter in module.parameters() if id(parameter) not in within)
+    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+    rest = sum(parameter.nbytes for parameter in module.parameters() if id(parameter) not in in_blocks)
     sizes = sorted((sum(p.nbytes for p in block.parameters()) for block in blocks), reverse=True)
     parameters = rest + (sum(sizes[:2]) if fsdp.reshard_after_forward else sum(sizes))
     return parameters + (sum(p.nbytes for p in trained) if fsdp.no_sync else rest + sum(sizes[:1]))

@@ -1,4 +1,4 @@
-"""Accelerate's mixed precision: its autocast and its gradient scaler, for a step that is not Accelerate's."""
+"""Accelerate's autocast and gradient scaler, for a training step that does not use Accelerate's own."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from runtime.errors import ConfigurationError, DivergenceError, Problem
 Precision = Literal["fp32", "bf16", "fp16"]
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LEAST_LOSS_SCALE = 2.0**-14  # below it no finite gradient can be what the scale is searching for
+_LEAST_LOSS_SCALE = 2.0**-14  # below it the search for a scale with finite gradients cannot succeed
 
 
 def make_accelerator(precision: Precision, handlers: Sequence[Any]) -> Accelerator:
-    """Join the process group and return the Accelerator that does the mixed precision. Collective.
+    """Join the process group and return an Accelerator with this mixed precision. Collective.
 
     Raises:
-        ConfigurationError: this device has no such precision.
+        ConfigurationError: this device does not support the precision.
     """
-    name = "no" if precision == "fp32" else precision  # given explicitly: Accelerate would read the environment
+    name = "no" if precision == "fp32" else precision  # explicit, or Accelerate reads the environment
     try:
         with launch_variables_kept():
             accelerator = Accelerator(mixed_precision=name, dynamo_backend="no", kwargs_handlers=list(handlers))
@@ -34,28 +34,28 @@ def make_accelerator(precision: Precision, handlers: Sequence[Any]) -> Accelerat
         if "mixed precision" not in str(error):
             raise
         raise ConfigurationError(
-            [Problem("configuration", "precision", f"cannot be {precision} here: {error}")]
+            [Problem("configuration", "precision", f"{precision} is not supported on this device: {error}")]
         ) from error
     if precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate (1.15) silently computes in float32 there.
+        # Accelerate (1.15) silently computes in float32 on CPUs.
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     return accelerator
 
 
 def forward_context(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """Return what ``accelerator.autocast()`` enters, to be entered again and again, but not within itself.
+    """Return the context of ``accelerator.autocast()`` for repeated use; it must not be nested in itself.
 
-    Making it takes Accelerate 20 µs, ten times as long as entering it.
+    Creating it takes Accelerate 20 µs, ten times as long as entering it.
     """
     context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
     return cast(AbstractContextManager[None], context)
 
 
 def wrapped_module(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Return the module as Accelerate wraps it, whose forward method stays as it is. Collective.
+    """Return the module as Accelerate wraps it, without Accelerate's wrapper of the forward method. Collective.
 
-    Around the method, Accelerate would convert all that a model returns to float32: a second copy of the logits, for nothing.
-    To take that back with ``unwrap_model`` would import the zero backend where it is installed (1.15): over a second.
+    That wrapper converts all outputs to float32: a needless second copy of the logits. Undoing it with ``unwrap_model`` would
+    import DeepSpeed where installed (1.15), which takes over a second.
     """
     native_amp, accelerator.native_amp = accelerator.native_amp, False
     try:
@@ -65,11 +65,11 @@ def wrapped_module(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
 
 def refuse_weights(module: nn.Module, *, scaled: bool, clamped: bool) -> None:
-    """Refuse weights with whose gradients torch cannot do what is asked for.
+    """Refuse trainable weights whose gradients torch cannot unscale or clamp.
 
     Args:
-        scaled: fp16, whose loss scale cannot be taken out of float16 gradients, nor out of complex ones.
-        clamped: ``optimizer.max_grad_value``, and complex numbers have no order.
+        scaled: whether the loss is scaled (fp16): torch cannot unscale float16 or complex gradients.
+        clamped: whether ``optimizer.max_grad_value`` is set: complex numbers have no order.
 
     Raises:
         ConfigurationError: naming a weight.
@@ -80,20 +80,20 @@ def refuse_weights(module: nn.Module, *, scaled: bool, clamped: bool) -> None:
             continue
         if scaled and parameter.dtype == torch.float16:
             what = (
-                f"fp16 scales the loss, and the gradients of float16 weights ({name}) cannot be scaled back: build the model "
-                "in float32, which fp16 computes with in half precision, or take precision: bf16"
+                f"fp16 scales the loss, and the gradients of float16 weights ({name}) cannot be unscaled: build the model "
+                "in float32 (fp16 still computes in half precision), or use precision: bf16"
             )
             raise ConfigurationError([Problem("configuration", "precision", what)])
         if scaled and parameter.is_complex():
-            what = f"fp16 scales the loss, and torch cannot scale complex gradients ({name}) back: take bf16 or fp32"
+            what = f"fp16 scales the loss, and torch cannot unscale complex gradients ({name}): use bf16 or fp32"
             raise ConfigurationError([Problem("configuration", "precision", what)])
         if clamped and parameter.is_complex():
-            what = f"complex gradients ({name}) cannot be clamped to a value: take optimizer.max_grad_norm"
+            what = f"complex gradients ({name}) cannot be clamped to a value: use optimizer.max_grad_norm"
             raise ConfigurationError([Problem("configuration", "optimizer.max_grad_value", what)])
 
 
 def refuse_lost_scale(scaler: torch.amp.GradScaler) -> None:
-    """Refuse to go on searching for a loss scale. Waits for the device, as the search does anyway.
+    """Fail if the loss scale has fallen too low. Waits for the device, as updating the scale does anyway.
 
     Raises:
         DivergenceError: no scale gives a finite gradient.

@@ -1,4 +1,4 @@
-"""Moving batches to the device that computes with them."""
+"""Moving batches to a device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch whose tensors are on a device; copies from pinned memory are queued without waiting.
+    """Return a batch with its tensors on a device; copies from pinned memory are asynchronous.
 
-    On a CPU the batch itself is returned.
+    For a CPU, returns the batch itself.
     """
     return batch if device.type == "cpu" else moved(batch, device)
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """Return a batch whose tensors, nested as they are, were moved to a device."""
+    """Return a batch with its nested tensors moved to a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

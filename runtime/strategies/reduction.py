@@ -1,8 +1,8 @@
-"""How DistributedDataParallel reduces gradients: as a sum over the ranks, and whether it has finished.
+"""Making DistributedDataParallel sum gradients over the ranks, and checking that its reduction has finished.
 
-DDP divides by the number of processes before it sums. Multiplying the loss by that number would undo it, but then what is
-scaled in half precision would depend on how many processes there are: two processes would overflow where one does not, and a
-factor of three would round every gradient. So backward passes know nothing of the number of processes, and nothing is divided.
+DDP divides by the world size before it sums. Multiplying the loss by the world size would undo it, but half-precision values
+would then depend on the world size: two processes would overflow where one does not, and a factor of three would round every
+gradient. So backward passes are independent of the world size, and nothing is divided.
 """
 
 from __future__ import annotations
@@ -20,18 +20,28 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime.errors import ConfigurationError, Problem
 from runtime.state.module_buffers import overlaps, places_of
 
-_SENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+# Dtypes that gloo can send.
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 _WITHOUT_GRADIENT = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
 
 
 def sum_gradients(wrapped: DistributedDataParallel, *, sent_as: torch.dtype | None = None) -> None:
-    """Let DDP sum gradients over the ranks.
+    """Make DDP sum gradients over the ranks instead of averaging.
 
-    In their own type, DDP divides by one: the divisor is what it takes for uneven inputs (torch 2.11 to 2.13). A communication
-    hook that sums would run Python for each bucket, which costs up to a third of a small model's backward pass.
+    Sets DDP's divisor for uneven inputs to one (torch 2.11 to 2.13). A communication hook that sums would run Python for each
+    bucket, which costs up to a third of a small model's backward pass; one is used only with ``sent_as``.
 
     Args:
-        sent_as: half precision in which gradients travel; the sum is rounded to it.
+        sent_as: half-precision dtype in which gradients are sent and summed; None keeps their dtype.
     """
     if sent_as is None:
         divisor: Any = torch.futures.Future()
@@ -42,20 +52,20 @@ def sum_gradients(wrapped: DistributedDataParallel, *, sent_as: torch.dtype | No
     def summed_in_half(state: Any, bucket: Any) -> Any:
         buffer = bucket.buffer()
 
-        def in_full(future: Any) -> torch.Tensor:
+        def copied_back(future: Any) -> torch.Tensor:
             return buffer.copy_(future.value()[0])  # type: ignore[no-any-return]
 
-        return dist.all_reduce(buffer.to(sent_as), async_op=True).get_future().then(in_full)
+        return dist.all_reduce(buffer.to(sent_as), async_op=True).get_future().then(copied_back)
 
-    summed_in_half.__annotations__.clear()  # DDP wants the classes, not their names
+    summed_in_half.__annotations__.clear()  # DDP checks annotations, and rejects these strings
     wrapped.register_comm_hook(None, summed_in_half)
 
 
 def refuse_hook(hook: str | None, device: torch.device) -> None:
-    """Refuse a type that the process group cannot reduce.
+    """Refuse a communication hook whose dtype the process group cannot reduce.
 
     Raises:
-        ConfigurationError: naming one that it can.
+        ConfigurationError: naming a supported one.
     """
     if hook == "bf16" and device.type == "cpu":
         what = "gloo cannot reduce bf16; use fp16 or none"
@@ -63,42 +73,42 @@ def refuse_hook(hook: str | None, device: torch.device) -> None:
 
 
 def keep_buffers_from_being_sent(module: nn.Module) -> None:
-    """Let DDP not send buffers that gloo or a write in place cannot take: by itself it sends rank 0's when it is made.
+    """Exclude buffers from DDP's initial broadcast of rank 0's that gloo cannot send, or that cannot be written in place.
 
-    They are built alike on every rank.
+    They are built equal on every rank.
     """
     module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         place.name
         for place in places_of(module)
-        if (held := place.held) is not None and (overlaps(held) or held.dtype not in _SENT)
+        if (held := place.held) is not None and (overlaps(held) or held.dtype not in _DTYPES)
     ]
 
 
 def unreduced(wrapped: DistributedDataParallel, names: Sequence[str]) -> list[str]:
-    """Return which parameters kept this rank's gradients from being reduced after a window; none if the reduction is complete.
+    """Return the parameters whose missing gradients kept this rank's reduction from finishing; empty if it is complete.
 
     Args:
-        names: of the trainable parameters, in the module's order.
+        names: of the trainable parameters, in the module's order; all are returned if DDP does not name the missing ones.
     """
     try:
         wrapped._check_reducer_finalized()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        found = _WITHOUT_GRADIENT.search(str(error))
-        return [names[int(number)] for number in found[1].split()] if found else list(names)
+        match = _WITHOUT_GRADIENT.search(str(error))
+        return [names[int(number)] for number in match[1].split()] if match else list(names)
     return []
 
 
 def not_reduced(names: Sequence[str]) -> str:
-    """Return the message for a window after which gradients were not reduced, because these parameters got none."""
+    """Return the error message for gradients that were not reduced because these parameters got none."""
     return (
-        f"{listed(names)} got no gradient in the last forward pass of a step, so the ranks' gradients were not summed, and "
-        "nothing was changed. Where that is meant, set strategy.ddp.find_unused_parameters: true; parameters that no step uses "
-        "are frozen by model.freeze, or left out of the model"
+        f"{listed(names)} got no gradient in the last forward pass of a step, so the ranks' gradients were not summed; "
+        "no parameter was changed. If this is intended, set strategy.ddp.find_unused_parameters: true. Freeze parameters that "
+        "no step uses (model.freeze), or remove them from the model"
     )
 
 
 def refuse_sparse(names: Sequence[str], gradients: Sequence[torch.Tensor | None]) -> None:
-    """Refuse gradients that are sparse, which are neither judged, clipped nor reduced here.
+    """Refuse sparse gradients, which this package cannot check, clip or reduce.
 
     Raises:
         ConfigurationError: naming the parameters.
@@ -107,10 +117,10 @@ def refuse_sparse(names: Sequence[str], gradients: Sequence[torch.Tensor | None]
         name for name, gradient in zip(names, gradients, strict=True) if gradient is not None and gradient.is_sparse
     ]
     if sparse:
-        what = f"{listed(sparse)}: the gradient is sparse (an embedding with sparse=True); build it with sparse=False"
+        what = f"{listed(sparse)}: sparse gradients (embeddings with sparse=True) are not supported; use sparse=False"
         raise ConfigurationError([Problem("configuration", "model", what)])
 
 
 def listed(names: Sequence[str], *, most: int = 6) -> str:
-    """Return the first of many names, and how many more there are."""
+    """Join up to ``most`` names, followed by the number of omitted ones."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

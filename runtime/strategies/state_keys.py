@@ -1,4 +1,4 @@
-"""What an optimizer keeps of each parameter, found out by a step of one like it over a small matrix."""
+"""Keys of an optimizer's state per parameter, determined by a trial step on a small matrix."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from runtime.optimization.trial_steps import trial_copy, trial_step
 
 
 def missing_keys(optimizer: Optimizer, state: Mapping[str, Any]) -> set[str]:
-    """Return what the optimizer's next step would look for in a state and not find.
+    """Return the keys that the optimizer's next step needs and a loaded state lacks.
 
     Args:
-        state: in torch's form, for an optimizer of the same groups.
+        state: an optimizer state dict in torch's format, with the same groups.
     """
     groups = iter(state["param_groups"])
     missing: set[str] = set()
     for member in members(optimizer):
         for group in [next(groups) for _ in member.param_groups]:
             entries = [entry for number in group["params"] if (entry := state["state"].get(number))]
-            if entries and type(member) is not SGD:  # which begins a momentum whenever there is none
-                missing |= _kept_by(member, group) - set().union(*entries)
+            if entries and type(member) is not SGD:  # SGD creates a missing momentum buffer at any step
+                missing |= _state_keys(member, group) - set().union(*entries)
     return missing
 
 
-def _kept_by(optimizer: Optimizer, group: Mapping[str, Any]) -> set[str]:
+def _state_keys(optimizer: Optimizer, group: Mapping[str, Any]) -> set[str]:
     parameter = nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones(2, 2)
     kernels = {key: False for key in ("fused", "foreach") if key in group}

@@ -1,4 +1,4 @@
-"""The bytes of a run's state: what is counted apart, and how large an optimizer's is, which only a step of it tells."""
+"""Sizes of a run's state per process; an optimizer's is determined by a trial step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from runtime.wording import in_units
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of the process that holds most.
+    """Bytes of state on the process that holds most.
 
     Args:
-        parameters: that passes run on, as they are held between steps.
-        gradients: of what is trained, as they are held between two microbatches of a window.
-        optimizer: state that is as large as the parameters, and weights of its own; None where it cannot be told.
+        parameters: used in forward passes, as held between steps.
+        gradients: of trained parameters, as held between two microbatches of a window.
+        optimizer: parameter-sized state, and master weights; None if unknown.
         buffers: whole on every process.
-        gathered: besides, for a while: what a pass has whole of others' parts, and what is on its way between processes.
+        gathered: additional temporary peak: gathered parameters and communication buffers.
     """
 
     parameters: int
@@ -36,7 +36,7 @@ class StateBytes:
 
     def __str__(self) -> str:
         optimizer = "unknown" if self.optimizer is None else in_units(self.optimizer)
-        gathered = f"; gathered for a while: {in_units(self.gathered)}" if self.gathered else ""
+        gathered = f"; gathered temporarily: {in_units(self.gathered)}" if self.gathered else ""
         return (
             f"{in_units(self.parameters)} parameters, {in_units(self.gradients)} gradients, {in_units(self.buffers)} buffers, "
             f"{optimizer} optimizer, on each process{gathered}"
@@ -44,10 +44,10 @@ class StateBytes:
 
 
 def optimizer_bytes(optimizer: Optimizer, held: Callable[[Tensor], float]) -> int | None:
-    """Return the size of the state that an optimizer keeps for its parameters, or None where it cannot be told.
+    """Return the bytes of parameter-sized state that an optimizer keeps, or None if a trial step fails.
 
     Args:
-        held: bytes of a parameter that this process updates.
+        held: returns the bytes of a parameter that this process updates.
     """
     per_byte_of = cache(_state_per_byte)
     try:
@@ -57,12 +57,12 @@ def optimizer_bytes(optimizer: Optimizer, held: Callable[[Tensor], float]) -> in
                 for parameter in group["params"]:
                     total += per_byte_of(member, number, parameter.dtype, parameter.ndim) * held(parameter)
         return round(total)
-    except Exception:  # an optimizer of the user's may want a closure, or more than one matrix
+    except Exception:  # a user's optimizer may need a closure, or more than one matrix
         return None
 
 
 def _state_per_byte(member: Optimizer, number: int, dtype: torch.dtype, ndim: int) -> float:
-    """Return the state's size over the parameter's, found by a step of an optimizer like this one on a small parameter."""
+    """Return the ratio of state bytes to parameter bytes, from a step of a similar optimizer on a small parameter."""
     probe = nn.Parameter(torch.ones((2,) * ndim, dtype=dtype))
     known = set(inspect.signature(type(member)).parameters) - {"params", "fused", "foreach", "capturable"}
     group = {key: value for key, value in member.param_groups[number].items() if key in known}

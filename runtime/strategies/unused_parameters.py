@@ -1,4 +1,4 @@
-"""Parameters that a step does not use, and what that means under a strategy."""
+"""Parameters that a step does not use, and the consequence under a strategy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class UnusedParameters(NamedTuple):
 
     Args:
         names: of the parameters.
-        refused_key: the key whose setting cannot train such a model; None if it trains without them.
-        cure: what it means and what to do, as the end of a sentence that names the parameters.
+        refused_key: configuration key whose value cannot train such a model; None if training works without them.
+        remedy: consequence and remedy, to follow the parameters' names in a message.
     """
 
     names: Sequence[str]
     refused_key: tuple[str, ...] | None
-    cure: str
+    remedy: str
 
 
-LEAVE_OUT = "freeze what no step uses (model.freeze), or leave it out of the model"
+LEAVE_OUT = "freeze parameters that no step uses (model.freeze), or remove them from the model"

@@ -1,4 +1,4 @@
-"""What a strategy's step reports: whether the update was applied, and the gradient's norm."""
+"""Result of a strategy's step: whether the update was applied, and the gradient's norm."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from torch import Tensor
 
 
 class Update(NamedTuple):
-    """What a step did with the gradient; equal on all ranks.
+    """Result of a step; equal on all ranks.
 
     Args:
-        skipped: whether the parameters are unchanged; a flag on the device where the device decides and the host reads it
-            later.
-        diverged_if_skipped: whether a skip means that training diverged: the gradient was not finite, and no search for a
-            loss scale explains it.
-        grad_norm: 2-norm of the whole gradient before clipping, on the device; None where it was not measured.
+        skipped: whether the parameters are unchanged; a :class:`DeviceFlag` if the device decides and the host reads it later.
+        diverged_if_skipped: whether a skip means divergence: a non-finite gradient that is not part of a loss scale's search.
+        grad_norm: 2-norm of the whole gradient before clipping, on the device; None if not measured.
     """
 
     skipped: bool | DeviceFlag
@@ -25,10 +23,10 @@ class Update(NamedTuple):
 
 
 class DeviceFlag:
-    """A flag on the device, on its way to the host.
+    """A flag on the device with an asynchronous copy to the host.
 
-    The copy is queued behind what sets the flag. Read a step later, it has long arrived: only what was queued before the
-    copy is waited for, not the forward and backward passes after it.
+    The copy is queued after the kernels that set the flag. Reading it waits only for work queued before the copy, not for
+    later forward and backward passes; a step later it has usually arrived.
     """
 
     def __init__(self, flag: Tensor) -> None:

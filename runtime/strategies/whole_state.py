@@ -1,4 +1,4 @@
-"""State that every rank holds whole: a :class:`runtime.strategies.state_io.StateIO` over torch's own state dicts."""
+"""State that every rank holds whole: a :class:`runtime.strategies.state_io.StateIO` over torch's state dicts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class WholeState:
     """Reads and writes the state of an ordinary module and optimizer; see :class:`runtime.strategies.state_io.StateIO`.
 
     Args:
-        scaler: of the loss; None without one.
-        on_new_layout: called after parameters have taken other strides from a checkpoint.
+        scaler: of the loss, if any.
+        on_new_layout: called after parameters have adopted other strides from a checkpoint.
     """
 
     writers = 1
@@ -33,7 +33,7 @@ class WholeState:
         self._optimizer: Optimizer | None = None
 
     def attach(self, module: TrainingModule, optimizer: Optimizer | None = None) -> None:
-        """Set the module whose state this is, and the optimizer, if the module is trained."""
+        """Set the module, and its optimizer if it is trained."""
         self._module, self._optimizer = module, optimizer
 
     def detach_optimizer(self) -> None:
@@ -41,11 +41,11 @@ class WholeState:
         self._optimizer = None
 
     def module_state(self, part: nn.Module) -> dict[str, Any]:
-        """Return a part's state dict."""
+        """Return the state dict of the module or a submodule."""
         return part.state_dict()
 
     def load_module_state(self, part: nn.Module, state: Mapping[str, Any]) -> None:
-        """Load a part's state dict; its tensors take the memory layouts of the stored ones."""
+        """Load a state dict; the module's tensors adopt the stored strides."""
         loaded = in_memory(state)
         part.load_state_dict(loaded)
         if adopt_layouts(part, loaded):
@@ -53,15 +53,15 @@ class WholeState:
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state."""
-        return self._of_optimizer().state_dict()
+        return self._attached_optimizer().state_dict()
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Load the optimizer's state without casting it to the parameters' types."""
-        load_exactly(self._of_optimizer(), in_memory(state))
+        """Load the optimizer's state without casting it to the parameters' dtypes."""
+        load_exactly(self._attached_optimizer(), in_memory(state))
 
     def weights(self) -> LocalWeights:
         """Return all weights."""
-        return WholeWeights(self._of_module())
+        return WholeWeights(self._attached_module())
 
     def scaler_state(self) -> Mapping[str, Any]:
         """Return the loss scale's state."""
@@ -72,10 +72,10 @@ class WholeState:
         if self._scaler is not None and "scaler" in state:
             self._scaler.load_state_dict(dict(state["scaler"]))
 
-    def _of_module(self) -> TrainingModule:
+    def _attached_module(self) -> TrainingModule:
         assert self._module is not None
         return self._module
 
-    def _of_optimizer(self) -> Optimizer:
+    def _attached_optimizer(self) -> Optimizer:
         assert self._optimizer is not None
         return self._optimizer

@@ -1,7 +1,7 @@
-"""Which optimizers may be sharded: those that treat each element of a parameter for itself.
+"""Which optimizers DeepSpeed can shard: elementwise ones.
 
-DeepSpeed cuts all parameters of a group into one flat tensor and gives each rank a part of it. An optimizer that looks at a
-whole matrix (Muon) or at a parameter's size (Adafactor, LAMB) would go on without a word, and compute something else.
+DeepSpeed flattens a group's parameters into one tensor and gives each rank a part of it. An optimizer that uses a whole matrix
+(Muon) or a parameter's size (Adafactor, LAMB) would silently compute wrong updates.
 """
 
 from __future__ import annotations
@@ -21,29 +21,24 @@ _ROWS, _COLUMNS = 4, 6
 
 
 def unshardable(optimizer: Optimizer) -> str | None:
-    """Return why an optimizer cannot be sharded, or None if it can."""
+    """Return why DeepSpeed cannot shard an optimizer, or None if it can."""
     name = type(optimizer).__name__
     if isinstance(optimizer, CombinedOptimizer):
-        return (
-            "groups with optimizers of their own cannot be sharded together; use one optimizer, or strategy.kind: ddp"
-        )
+        return "groups with separate optimizers cannot be sharded together; use one optimizer, or strategy.kind: ddp"
     if isinstance(optimizer, Adagrad):
         return (
-            f"DeepSpeed builds {name} anew with its default arguments, so groups and schedule would have no effect; take "
-            "RMSprop or AdamW, or strategy.kind: ddp"
+            f"DeepSpeed recreates {name} with default arguments, so groups and schedule would have no effect; use RMSprop or "
+            "AdamW, or strategy.kind: ddp"
         )
     if switches(optimizer):
-        return f"{name} has other weights for evaluation, which DeepSpeed does not know of; use strategy.kind: ddp"
+        return f"{name} has other weights for evaluation, which DeepSpeed does not support; use strategy.kind: ddp"
     if not _is_elementwise(optimizer):
-        return (
-            f"{name} does not treat each element of a parameter for itself, and DeepSpeed hands it flat parts of parameters; "
-            "take AdamW, or strategy.kind: ddp"
-        )
+        return f"{name} is not elementwise, but DeepSpeed gives it flat parts of parameters; use AdamW, or strategy.kind: ddp"
     return None
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
-    """Tell whether updating a small matrix is the same as updating its flat halves: tried out, with every group's arguments."""
+    """Return whether trial updates of a small matrix and of its flat halves agree, with every group's arguments."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(_ROWS, _COLUMNS, generator=generator)
     gradients = [torch.randn(_ROWS, _COLUMNS, generator=generator) for _ in range(_STEPS)]
@@ -53,7 +48,7 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
             halves = _updated(
                 optimizer, group, list(start.flatten().chunk(2)), [list(g.flatten().chunk(2)) for g in gradients]
             )
-        except (RuntimeError, ValueError, IndexError):  # it refuses what is not a matrix
+        except (RuntimeError, ValueError, IndexError):  # it requires a matrix
             return False
         if not torch.allclose(whole.flatten(), halves, rtol=1e-5, atol=1e-7):
             return False

@@ -1,4 +1,4 @@
-"""What a strategy needs to be installed, checked before processes are started."""
+"""Check of a strategy's optional dependency, before processes are started."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_requirements(section: StrategySection) -> None:
     """Refuse a strategy whose package is missing.
 
     Raises:
-        MissingDependencyError: deepspeed is asked for and not installed.
+        MissingDependencyError: ``strategy.kind: zero`` without deepspeed installed.
     """
     if section.kind == "zero" and importlib.util.find_spec("deepspeed") is None:
         raise MissingDependencyError("deepspeed", "strategy.kind: zero", "deepspeed")

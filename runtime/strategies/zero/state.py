@@ -1,7 +1,7 @@
-"""The state of DeepSpeed's engine as a checkpoint of any strategy holds it: whole tensors by the model's own names, no pickle.
+"""The state of DeepSpeed's engine in the checkpoint format of all strategies: whole tensors by the model's names, no pickle.
 
-What is gathered and set goes through DeepSpeed's own functions for one parameter at a time (``safe_get_full_…``,
-``safe_set_full_…``). Private names of version 0.19 that are used besides, each under test: ``_hp_mapping``,
+State is gathered and set one parameter at a time with DeepSpeed's functions (``safe_get_full_…``, ``safe_set_full_…``).
+Private names of version 0.19 also used here, each covered by a test: ``_hp_mapping``,
 ``_hp_optimizer_states_linked`` and ``_lazy_init_hp_params_optimizer_state`` (stages 1 and 2); ``_partition_all_parameters``,
 ``_unflatten_partitioned_parameters`` and ``_partitioned_params_swap_out`` (stage 3).
 """
@@ -21,14 +21,14 @@ from runtime.state.shards import StoredTensor, whole
 
 
 class ZeroState:
-    """Reads and writes weights and optimizer state of an engine. Every method is collective, in one order on all ranks.
+    """Reads and writes weights and optimizer state of an engine. Every rank must call each method, in the same order.
 
     Args:
         engine: DeepSpeed's.
-        groups: the parameters of each of the optimizer's groups, as they were before the engine took them over.
-        group_keys: what the optimizer's groups held besides, then.
+        groups: the parameters of each optimizer group, before the engine took over.
+        group_keys: keys of the optimizer's groups at that time, without ``params``.
         stage: 1, 2 or 3.
-        layouts: strides of parameters that were not contiguous, by identity: checkpoints have them, for other strategies.
+        layouts: original strides of non-contiguous parameters, by ``id``; applied in checkpoints, for other strategies.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class ZeroState:
         self._utils = utils
 
     def keep_frozen(self, originals: Mapping[int, Tensor]) -> None:
-        """Keep the weights that are not trained, which the engine may have rounded; by the parameter's identity."""
+        """Keep the original weights (by parameter ``id``) that are not trained; the engine may have rounded them."""
         self._frozen = {key: value for key, value in originals.items() if key not in self._trained}
 
     # Weights
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """Return a whole parameter for rank 0 to save, in float32 where it is trained."""
+        """Return a whole parameter for rank 0 to save (meta on other ranks); float32 if it is trained."""
         if id(parameter) in self._frozen:
             weight = self._frozen[id(parameter)]
         else:
@@ -65,7 +65,7 @@ class ZeroState:
         return weight if strides is None or weight.is_meta else laid_out(weight, strides)
 
     def set_weights(self, weights: Mapping[nn.Parameter, Tensor]) -> None:
-        """Put whole tensors in the place of parameters."""
+        """Set parameters from whole tensors."""
         for parameter, weight in weights.items():
             if id(parameter) in self._trained:
                 self._set(parameter, weight, None)
@@ -75,7 +75,7 @@ class ZeroState:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make what passes run on (copies in half precision, parameters that stay gathered) anew from the float32 weights."""
+        """Update the weights used in passes (half-precision copies, persistent parameters) from the float32 master weights."""
         zero = self._zero
         if self._stage < 3:
             zero.update_lp_params()
@@ -91,11 +91,11 @@ class ZeroState:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def frozen(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the weights of a parameter that is not trained, whole and on the CPU; None of any other."""
+        """Return the original weights, whole and on the CPU, of a parameter that is not trained; None for any other."""
         return self._frozen.get(id(parameter))
 
     def piece(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        """Return this rank's part of a trained parameter's float32 weights, flat and in place, and where it begins."""
+        """Return this rank's flat part of a trained parameter's float32 weights (shares memory), and its offset."""
         if self._stage < 3:
             mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
@@ -106,7 +106,7 @@ class ZeroState:
         return self._zero.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, size), start
 
     def gathered(self, parameter: nn.Parameter, piece: Tensor) -> Tensor:
-        """Return the whole of pieces like :meth:`piece`'s, for rank 0 to save."""
+        """Gather the ranks' pieces, shaped like :meth:`piece`'s, into a whole tensor for rank 0 to save (meta elsewhere)."""
         start = self.piece(parameter)[1]
         full = torch.zeros(shape_of(parameter).numel(), dtype=piece.dtype, device=self._engine.device)
         full[start : start + piece.numel()] = piece.to(full.device)
@@ -114,7 +114,7 @@ class ZeroState:
         return _for_rank_0(full.view(shape_of(parameter)))
 
     def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Put a whole tensor in the place of a parameter's weights, or of its optimizer state of one key."""
+        """Set a parameter's weights, or one key of its optimizer state, from a whole tensor."""
         value = value.to(self._engine.device, torch.float32)
         if self._stage < 3:
             if key is None:
@@ -122,7 +122,7 @@ class ZeroState:
             else:
                 self._utils.safe_set_full_optimizer_state(parameter, value, key)
             return
-        # The counterparts for stage 3 cut the last rank's part out of what is not padded, and fail (0.19.8).
+        # For stage 3, the full setters slice the last rank's part from an unpadded tensor, and fail (0.19.8).
         part = padded_part(parameter, value)
         if key is None:
             self._utils.safe_set_local_fp32_param(parameter, part)
@@ -133,17 +133,17 @@ class ZeroState:
         import deepspeed
 
         if id(parameter) in self._frozen:
-            self._frozen[id(parameter)].copy_(weight)  # in place: what averages weights holds it
+            self._frozen[id(parameter)].copy_(weight)  # in place: weight averaging holds this tensor
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3), torch.no_grad():
             parameter.copy_(weight)
 
     # The optimizer
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Return what the optimizer's own ``state_dict`` would be, had nothing been sharded, for rank 0 to save."""
+        """Return the optimizer's ``state_dict`` as it would be without sharding, for rank 0 to save (meta elsewhere)."""
         self._link_states()
         state: dict[int, dict[str, Any]] = {}
-        for number, (parameter, flat) in enumerate(self._each()):
+        for number, (parameter, flat) in enumerate(self._trained_with_flat()):
             entry = self._optimizer.state.get(flat, {})
             state[number] = {
                 key: _for_rank_0(self._utils.safe_get_full_optimizer_state(parameter, key))
@@ -159,30 +159,30 @@ class ZeroState:
         return {"state": {number: entry for number, entry in state.items() if entry}, "param_groups": groups}
 
     def load_optimizer_state(self, stored: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict`` of the same optimizer, of any strategy.
+        """Load a ``state_dict`` of the same optimizer, saved by any strategy.
 
         Raises:
-            ValueError: it does not fit the groups, or parameters of one group were updated unequally often.
+            ValueError: it does not fit the groups, or parameters of one group have different step counts.
         """
-        theirs = stored["param_groups"]
-        if [len(group["params"]) for group in theirs] != [len(group) for group in self._groups]:
+        stored_groups = stored["param_groups"]
+        if [len(group["params"]) for group in stored_groups] != [len(group) for group in self._groups]:
             raise ValueError("the state has other parameter groups")
-        for group, other in zip(self._optimizer.param_groups, theirs, strict=True):
+        for group, other in zip(self._optimizer.param_groups, stored_groups, strict=True):
             group.update({key: value for key, value in other.items() if key != "params"})
-        numbers = [number for group in theirs for number in group["params"]]
+        numbers = [number for group in stored_groups for number in group["params"]]
         entries = [stored["state"].get(number, {}) for number in numbers]
         self._optimizer.state.clear()
-        self._begin_states(entries)
+        self._initialize_states(entries)
         self._link_states()
-        for (parameter, _), entry in zip(self._each(), entries, strict=True):
+        for (parameter, _), entry in zip(self._trained_with_flat(), entries, strict=True):
             for key, value in entry.items():
                 if isinstance(value, Tensor) and value.shape == shape_of(parameter) and value.ndim:
                     self._set(parameter, value, key)
 
-    def _begin_states(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Give each flat tensor a state of zeros, with the counters that its parameters share."""
+    def _initialize_states(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Initialize each flat tensor's state with zeros and the counters that its parameters share."""
         shared: dict[int, dict[str, Any]] = {}
-        for (parameter, flat), entry in zip(self._each(), entries, strict=True):
+        for (parameter, flat), entry in zip(self._trained_with_flat(), entries, strict=True):
             if not entry:
                 continue
             sharded = {
@@ -191,10 +191,10 @@ class ZeroState:
                 if isinstance(v, Tensor) and v.ndim and v.shape == shape_of(parameter)
             }
             counters = {key: value for key, value in entry.items() if key not in sharded}
-            known = shared.setdefault(id(flat), counters)
-            if not _equal(known, counters):
+            if not _equal(shared.setdefault(id(flat), counters), counters):
                 raise ValueError(
-                    "parameters of one group were updated unequally often, and DeepSpeed counts them together: go on with ddp"
+                    "parameters of one group have different step counts, but DeepSpeed keeps one per group: resume with "
+                    "strategy.kind: ddp"
                 )
             state = self._optimizer.state[flat]
             if not state:
@@ -203,9 +203,9 @@ class ZeroState:
                 state.update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in counters.items()})
 
     def _link_states(self) -> None:
-        """Let parameters know their part of the flat state.
+        """Link parameters to their part of the flat state.
 
-        DeepSpeed does it itself after the first group's first update, when the other groups have no state yet (0.19.8).
+        DeepSpeed does so only after the first group's first update, when the other groups have no state yet (0.19.8).
         """
         if self._stage < 3:
             self._zero._hp_optimizer_states_linked = False
@@ -220,8 +220,8 @@ class ZeroState:
     def _counts_on_device(self) -> bool:
         return any(group.get("fused") or group.get("capturable") for group in self._optimizer.param_groups)
 
-    def _each(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield each trained parameter in the optimizer's order, and the flat tensor that holds its part of this rank."""
+    def _trained_with_flat(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each trained parameter, in the optimizer's order, with the flat tensor that holds this rank's part of it."""
         zero = self._zero
         for number, group in enumerate(self._groups):
             for parameter in group:
@@ -233,9 +233,9 @@ class ZeroState:
 
 
 class ZeroWeights:
-    """This rank's pieces of the float32 weights, for averages of them (:class:`LocalWeights`).
+    """This rank's pieces of the float32 master weights; a :class:`runtime.state.local_weights.LocalWeights`.
 
-    What is not trained is there whole, so that the average has every name that it has under other strategies.
+    Parameters that are not trained are included whole, so that averages have the same names under all strategies.
     """
 
     def __init__(self, module: nn.Module, state: ZeroState) -> None:
@@ -246,11 +246,11 @@ class ZeroWeights:
         self._pieces = {name: state.piece(parameter) for name, parameter in self._parameters.items()}
 
     def pieces(self) -> Mapping[str, Tensor]:
-        """Return what is held, by parameter name: flat parts of what is trained."""
+        """Return the pieces by parameter name: flat parts of trained parameters, the others whole."""
         return {**{name: piece for name, (piece, _) in self._pieces.items()}, **self._frozen}
 
     def to_checkpoint(self, name: str, piece: Tensor) -> Tensor:
-        """Return the whole tensor. Collective."""
+        """Return the whole tensor for rank 0 to save. Collective."""
         return piece if name in self._frozen else self._state.gathered(self._parameters[name], piece)
 
     def from_checkpoint(self, name: str, stored: StoredTensor) -> Tensor:
@@ -260,25 +260,25 @@ class ZeroWeights:
         piece, start = self._pieces[name]
         return whole(stored).flatten()[start : start + piece.numel()]
 
-    def written(self) -> None:
-        """Let passes run on what the pieces hold now."""
+    def refresh(self) -> None:
+        """Update the weights used in passes from the pieces. Collective."""
         self._state.refresh()
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
-    """Return a parameter's whole shape; stage 3 leaves an empty tensor in its place."""
+    """Return a parameter's whole shape; in stage 3 the parameter itself is an empty tensor."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def own_range(parameter: Any) -> tuple[int, int]:
-    """Return where this rank's part of a parameter begins in stage 3, and how much of it is not padding."""
+    """Return the offset of this rank's part of a parameter in stage 3, and its size without padding."""
     padded = parameter.ds_tensor.numel()
     start = min(dist.get_rank() * padded, parameter.ds_numel)
     return start, min(padded, parameter.ds_numel - start)
 
 
 def padded_part(parameter: Any, value: Tensor) -> Tensor:
-    """Return this rank's part of a whole tensor in stage 3, filled up with zeros to the length that all ranks have."""
+    """Return this rank's part of a whole tensor in stage 3, padded with zeros to the length that all ranks have."""
     start, size = own_range(parameter)
     part = value.new_zeros(parameter.ds_tensor.numel())
     part[:size] = value.flatten()[start : start + size]
@@ -286,7 +286,7 @@ def padded_part(parameter: Any, value: Tensor) -> Tensor:
 
 
 def _for_rank_0(gathered: Tensor) -> Tensor:
-    """Return a gathered tensor on the CPU of rank 0; a host of eight ranks would hold it eight times, for nothing."""
+    """Return a gathered tensor, on the CPU on rank 0 and as a meta tensor elsewhere: a host would hold a copy per rank."""
     return gathered.cpu() if dist.get_rank() == 0 else gathered.to("meta")
 
 

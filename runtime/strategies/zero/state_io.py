@@ -1,4 +1,4 @@
-"""State of a module that DeepSpeed has taken over: gathered whole for rank 0, which saves it as it would under DDP."""
+"""State of a module that DeepSpeed manages: gathered whole for rank 0, which saves it as under DDP."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class ZeroStateIO:
         """Set the module.
 
         Args:
-            state: of the engine; None of a module that is not trained, and whole on every rank.
-            scaler: DeepSpeed's loss scaler; None without one.
+            state: of the engine; None for a module that is not trained, and whole on every rank.
+            scaler: DeepSpeed's loss scaler, if any.
         """
         self._module, self._state, self._scaler = module, state, scaler
 
@@ -40,9 +40,9 @@ class ZeroStateIO:
         self._state = self._scaler = None
 
     def module_state(self, part: nn.Module) -> dict[str, Any]:
-        """Return the state dict of the model or the objective; on rank 0, which saves it, with whole tensors. Collective."""
+        """Return the state dict of the model or the objective; parameters are whole on rank 0, meta elsewhere. Collective."""
         assert self._state is not None
-        gathered: dict[int, Tensor] = {}  # tied weights once, and they stay one
+        gathered: dict[int, Tensor] = {}  # tied weights are gathered once, and stay tied
         state = {}
         for name, value in part.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter):
@@ -61,15 +61,15 @@ class ZeroStateIO:
         if self._state is None:
             part.load_state_dict(in_memory(state))
             return
-        ours = part.state_dict(keep_vars=True)
-        if ours.keys() != state.keys():
-            raise RuntimeError(f"other names of weights: {sorted(ours.keys() ^ state.keys())[:8]}")
+        present = part.state_dict(keep_vars=True)
+        if present.keys() != state.keys():
+            raise RuntimeError(f"names of weights differ: {sorted(present.keys() ^ state.keys())[:8]}")
         weights = {}
-        for name, value in ours.items():
+        for name, value in present.items():
             stored = state[name]
             shape = tuple(shape_of(value)) if isinstance(value, Tensor) else ()
             if isinstance(value, Tensor) and shape != tuple(stored.shape):
-                raise RuntimeError(f"{name} is {tuple(stored.shape)} there and {shape} here")
+                raise RuntimeError(f"{name} has shape {tuple(stored.shape)} in the checkpoint, {shape} in the model")
             if isinstance(value, nn.Parameter):
                 weights[value] = whole(stored)
             elif isinstance(value, Tensor):
@@ -89,7 +89,7 @@ class ZeroStateIO:
         self._state.load_optimizer_state(in_memory(state))
 
     def weights(self) -> LocalWeights:
-        """Return this rank's part of the weights; all of a module that is not trained."""
+        """Return this rank's part of the weights; whole weights for a module that is not trained."""
         assert self._module is not None
         if self._state is None:
             return WholeWeights(self._module)

@@ -1,15 +1,15 @@
 """ZeRO: optimizer state, gradients and parameters sharded over the processes by DeepSpeed, set up by Accelerate.
 
-Accelerate makes the process group and the engine; the engine is then driven directly, because Accelerate's own wrapper steps
-within ``backward`` and divides by a fixed number of microbatches. Here each window says where it ends
-(``set_gradient_accumulation_boundary``), and nothing divides but the mean over ranks, which the world size undoes; stages 1
-and 2 sum instead where passes are in half precision, which the world size is then no part of.
+Accelerate creates the process group and the engine; the engine is then called directly, because Accelerate's wrapper steps
+within ``backward`` and divides by a fixed number of microbatches. Here the end of a window is set explicitly
+(``set_gradient_accumulation_boundary``), and the only division is the mean over ranks, which multiplying by the world size
+undoes. With half-precision passes, stages 1 and 2 sum instead, so that values are independent of the world size.
 
 What differs from DDP, and why:
 
-- Masters, optimizer state and gradient norms are float32, always. With ``precision: bf16`` or ``fp16`` passes work on
+- Master weights, optimizer state and gradient norms are always float32. With ``precision: bf16`` or ``fp16`` passes use
   half-precision copies of the weights, under autocast.
-- A gradient whose norm is not finite is skipped by DeepSpeed itself, on all ranks alike, before anything has changed.
+- DeepSpeed itself skips a gradient whose norm is not finite, on all ranks alike, before anything has changed.
 - A filler runs through the whole graph, since every rank must gather the same parameters; its gradients become zeros.
 """
 
@@ -38,10 +38,10 @@ from runtime.strategies.unused_parameters import UnusedParameters
 from runtime.strategies.update import Update
 from runtime.strategies.zero.engine import (
     check_machine,
-    chose_cpu,
     environment,
     leave_process_group,
     make_accelerator,
+    uses_cpu,
 )
 from runtime.strategies.zero.optimizers import unshardable
 from runtime.strategies.zero.state import ZeroState, padded_part, shape_of
@@ -50,8 +50,8 @@ from runtime.strategies.zero.state_io import ZeroStateIO
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_NOTHING: AbstractContextManager[None] = nullcontext()
-_DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own default, allocated whatever the model's size
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+_DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's default, which it allocates for a model of any size
 
 
 class ZeroStrategy:
@@ -59,31 +59,32 @@ class ZeroStrategy:
 
     Args:
         precision: of forward and backward passes.
-        generated: DeepSpeed's JSON, as :func:`runtime.config.zero_json.generate` makes it.
-        timeout_seconds: longest wait for the other ranks, to come together and in a collective.
+        generated: DeepSpeed's JSON, from :func:`runtime.config.zero_json.generate`.
+        timeout_seconds: for the rendezvous and for each collective.
 
     Raises:
-        ConfigurationError: this machine cannot do what is asked for.
-        PeerError: the ranks did not come together in time.
+        ConfigurationError: this machine does not support a setting.
+        PeerError: the rendezvous timed out.
     """
 
     def __init__(self, *, precision: Precision, generated: Mapping[str, Any], timeout_seconds: float = 1800.0) -> None:
         self._json = deepcopy(dict(generated))
         self._stage: int = self._json["zero_optimization"]["stage"]
-        on_cpu = chose_cpu()
+        on_cpu = uses_cpu()
         check_machine(self._json, on_cpu=on_cpu)
         self._owns_state = not PartialState._shared_state
         self._owns_group = not dist.is_initialized()
-        self._told_rank = "LOCAL_RANK" not in os.environ
-        os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 looks for it in its passes
+        self._set_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")  # stage 3 reads it in its passes
         with environment(on_cpu=on_cpu):
             self._accelerator = make_accelerator(self._json, on_cpu=on_cpu, timeout_seconds=timeout_seconds)
-        # Accelerate's copy of the JSON, which is the one that is read.
-        self._told: dict[str, Any] = self._accelerator.state.deepspeed_plugin.deepspeed_config
+        # Accelerate's copy of the JSON, the one that DeepSpeed reads.
+        self._engine_json: dict[str, Any] = self._accelerator.state.deepspeed_plugin.deepspeed_config
         self.device: torch.device = self._accelerator.device
         self.world_size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
-        self._undone = 1.0 if self._json.get("gradient_allreduce_op") == "sum" else float(self.world_size)
+        sums = self._json.get("gradient_allreduce_op") == "sum"
+        self._gradient_factor = 1.0 if sums else float(self.world_size)  # undoes DeepSpeed's mean over ranks
         self._autocast_dtype = _HALF.get(precision)
         self._scales = precision == "fp16"
         self._module: TrainingModule | None = None
@@ -94,55 +95,55 @@ class ZeroStrategy:
 
     @property
     def collective_forward(self) -> bool:
-        """Whether a forward pass gathers parameters: in stage 3, where the module is trained."""
+        """Whether a forward pass gathers parameters: in stage 3, if the module is trained."""
         return self._stage == 3 and self._engine is not None
 
     def place(self, module: TrainingModule) -> TrainingModule:
-        """Move a module to this rank's device; for stage 3, leave it on the CPU, from where it is cut up weight by weight."""
+        """Move a module to this rank's device; in stage 3, leave it on the CPU, to be partitioned weight by weight."""
         return module if self._stage == 3 else module.to(self.device)
 
     def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
-        """Let DeepSpeed take over module and optimizer, which has not been stepped. Collective.
+        """Let DeepSpeed take over module and optimizer, which must not have been stepped. Collective.
 
         Raises:
-            ConfigurationError: the optimizer or a weight's type cannot be sharded.
+            ConfigurationError: DeepSpeed does not support the optimizer or a weight's dtype.
         """
-        why = unshardable(optimizer)
-        if why is not None:
-            raise ConfigurationError([Problem("configuration", "optimizer.target", why)])
+        reason = unshardable(optimizer)
+        if reason is not None:
+            raise ConfigurationError([Problem("configuration", "optimizer.target", reason)])
         self._refuse_module(module)
         self._module = module
-        layouts = _made_contiguous(module)
+        layouts = _make_contiguous(module)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         groups = [list(group["params"]) for group in optimizer.param_groups]
         keys = sorted({key for group in optimizer.param_groups for key in group} - {"params"})
-        originals = {id(p): p.detach().cpu().clone() for p in self._kept(module)}
+        originals = {id(p): p.detach().cpu().clone() for p in self._to_preserve(module)}
         if self._autocast_dtype is not None:
             self._run_under_autocast(module)
         bucket = min(_DEFAULT_BUCKET, sum(p.numel() for p in self._parameters))
-        self._told["zero_optimization"].setdefault("reduce_bucket_size", bucket)
-        self._linear = torch.nn.functional.linear  # stage 3 puts its own in place, for all later runs of this process
+        self._engine_json["zero_optimization"].setdefault("reduce_bucket_size", bucket)
+        self._linear = torch.nn.functional.linear  # stage 3 replaces it for the whole process; close() restores it
         with environment(on_cpu=self.device.type == "cpu"):
             if self._stage == 3:
-                self._cut_up(module)
+                self._partition(module)
             self._engine, _ = self._accelerator.prepare(module, optimizer)
         state = ZeroState(self._engine, groups, keys, self._stage, layouts)
         state.keep_frozen(originals)
-        if self._autocast_dtype is not None:  # the float32 weights were made of the rounded ones
+        if self._autocast_dtype is not None:  # DeepSpeed made the float32 weights from rounded ones
             state.set_weights({p: originals[id(p)] for p in self._parameters})
         self.state_io.attach(module, state, scaler=self._engine.optimizer.loss_scaler if self._scales else None)
 
     def prepare_evaluation(self, module: TrainingModule) -> None:
-        """Take a module that is called and not trained: it is whole on every rank."""
+        """Prepare a module for forward passes without training: it is whole on every rank."""
         self._module = module.to(self.device)
         self.state_io.attach(self._module)
 
     def rewrap(self) -> None:
-        """Refuse: what is trainable is decided when DeepSpeed cuts the parameters up."""
+        """Not supported: trainability is fixed when DeepSpeed partitions the parameters."""
         raise AssertionError("model.unfreeze is refused with strategy.kind: zero")
 
     def warm_up(self, filler: Any) -> None:
-        """Do nothing: DeepSpeed adds in one order from the first step on."""
+        """Do nothing: DeepSpeed's summation order is the same from the first step on."""
 
     def unused_parameters(self, batch: Any) -> UnusedParameters | None:
         """Return the parameters that a batch gives no gradient. Collective."""
@@ -160,28 +161,28 @@ class ZeroStrategy:
         return UnusedParameters(unused, None, f"; {UNUSED_PARAMETERS}") if unused else None
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Say whether the window ends with this forward and backward pass."""
+        """Set whether the window ends with this forward and backward pass."""
         self._engine.set_gradient_accumulation_boundary(last)
-        return _NOTHING
+        return _NO_CONTEXT
 
     def forward(self, batch: Any, *, filler: bool) -> Loss:
-        """Call the engine. A filler's loss is the real one, whose gradients ``backward`` turns into zeros. Collective."""
+        """Call the engine. A filler's loss is a real one; ``backward`` replaces its gradients by zeros. Collective."""
         loss: Loss = self._engine(batch)
         self._filler = filler
         return loss
 
     def backward(self, loss: Tensor, *, weight: Weight) -> None:
-        """Add the gradient of ``loss / weight``. Where DeepSpeed averages over ranks, the world size is multiplied back in.
+        """Add the gradient of ``loss / weight``, times the world size if DeepSpeed averages over ranks.
 
-        Collective: from stage 2 on, each microbatch is reduced to the ranks that keep its parts.
+        Collective: from stage 2 on, each microbatch's gradient is reduced to the ranks that keep its parts.
         """
-        scaled = (loss * starting_gradient(loss, weight, scale=self._undone)).sum()
+        scaled = (loss * starting_gradient(loss, weight, scale=self._gradient_factor)).sum()
         self._pending = True
-        with self._zeros() if self._filler else _NOTHING:
+        with self._zeroed_gradients() if self._filler else _NO_CONTEXT:
             self._engine.backward(scaled, scale_wrt_gas=False)
 
     def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:
-        """Let DeepSpeed judge, clip, apply and clear the gradient. Waits for the device, and is collective."""
+        """Let DeepSpeed check, clip, apply and clear the gradient. Waits for the device. Collective."""
         assert (max_grad_norm or 0.0) == self._json["gradient_clipping"]
         self._pending = False
         self._engine.step()
@@ -191,7 +192,7 @@ class ZeroStrategy:
     def discard(self) -> None:
         """Clear the gradient without applying it. Collective.
 
-        DeepSpeed skips a step only if the gradient is not finite, so one element of it is made NaN.
+        DeepSpeed skips a step only if the gradient is not finite, so NaN is written into it.
         """
         if not self._pending:
             return
@@ -200,7 +201,7 @@ class ZeroStrategy:
         self._pending = False
         self._engine.step()
         assert not self._engine.was_step_applied()
-        self.state_io.load_scaler_state(scale)  # the gradient was finite, and the scale must not follow from this step
+        self.state_io.load_scaler_state(scale)  # the NaN was artificial, so it must not change the scale
 
     def _make_nan(self) -> None:
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
@@ -210,7 +211,7 @@ class ZeroStrategy:
         if self._stage == 3:
             safe_set_local_grad(smallest, padded_part(smallest, nan))
         elif self._engine.optimizer.cpu_offload:
-            # Norms of offloaded gradients are measured in the backward pass, as they are copied to the host (DeepSpeed 0.19).
+            # Norms of offloaded gradients are computed during backward, as they are copied to the host (DeepSpeed 0.19).
             norms = self._engine.optimizer.norm_for_param_grads
             norms.update(dict.fromkeys(norms, torch.tensor(torch.nan)))
         else:
@@ -218,18 +219,18 @@ class ZeroStrategy:
 
     @property
     def unwrapped(self) -> TrainingModule:
-        """The module as the user made it; in stage 3 its parameters are there during its own passes only."""
+        """The module without the engine; in stage 3 its parameters are gathered only during its own passes."""
         assert self._module is not None
         return self._module
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Surround a forward pass outside training."""
+        """Return a context for a forward pass outside training."""
         if self._autocast_dtype is None:
-            return _NOTHING
+            return _NO_CONTEXT
         return cast(AbstractContextManager[None], torch.autocast(self.device.type, self._autocast_dtype))
 
     def output(self, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """Call the model alone. Collective in stage 3."""
+        """Call the model without its objective. Collective in stage 3."""
         return self.unwrapped.model(*positional, **named)
 
     def barrier(self) -> None:
@@ -237,7 +238,7 @@ class ZeroStrategy:
         dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group, if this strategy made it; DeepSpeed forgets all that it keeps for the whole process."""
+        """Leave the process group if this strategy created it, and reset DeepSpeed's global state."""
         if self._engine is not None:
             self._engine.destroy()
             torch.nn.functional.linear = self._linear
@@ -248,7 +249,7 @@ class ZeroStrategy:
             gc.unfreeze()
             self._accelerator.free_memory()
             leave_process_group()
-        if self._told_rank:
+        if self._set_local_rank:
             os.environ.pop("LOCAL_RANK", None)
         if self._owns_state:
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -258,21 +259,21 @@ class ZeroStrategy:
         other = next(((name, p.dtype) for name, p in named if p.dtype != torch.float32), None)
         if other is not None:
             what = (
-                f"{other[0]} is {other[1]}, and DeepSpeed trains in float32 only; build the model in float32"
-                + (", and say precision: bf16 for half-precision passes" if other[1].itemsize < 4 else "")
+                f"{other[0]} is {other[1]}, but DeepSpeed trains in float32 only; build the model in float32"
+                + (", with precision: bf16 for half-precision passes" if other[1].itemsize < 4 else "")
                 + ", or use strategy.kind: ddp"
             )
             raise ConfigurationError([Problem("configuration", "model", what)])
 
-    def _kept(self, module: TrainingModule) -> list[nn.Parameter]:
-        """Return the parameters whose float32 values DeepSpeed would lose: rounded, or not trained and cut up."""
+    def _to_preserve(self, module: TrainingModule) -> list[nn.Parameter]:
+        """Return the parameters whose values DeepSpeed would lose: rounded ones, or untrained partitioned ones."""
         half = self._autocast_dtype is not None
         return [p for p in module.parameters() if half or not p.requires_grad]
 
-    def _cut_up(self, module: TrainingModule) -> None:
-        """Leave on each rank its part of each weight, one weight after the other: no device ever holds the whole model.
+    def _partition(self, module: TrainingModule) -> None:
+        """Partition the weights over the ranks one by one, so that no device ever holds the whole model.
 
-        What DeepSpeed finds cut up it takes as it is; by itself it would first move the module to the device as a whole.
+        DeepSpeed accepts a partitioned module; otherwise it would first move the whole module to the device.
         """
         import deepspeed
 
@@ -285,7 +286,7 @@ class ZeroStrategy:
         deepspeed.zero.Init(module=module, config_dict_or_path=self._json)
 
     def _run_under_autocast(self, module: TrainingModule) -> None:
-        """Let the module's own passes run under autocast, within which DeepSpeed would switch one around it off."""
+        """Run the module's forward under autocast; DeepSpeed disables an autocast around the engine's call."""
         forward = module.forward
 
         def under_autocast(batch: Any, filler: bool = False) -> Loss:
@@ -295,8 +296,8 @@ class ZeroStrategy:
         module.forward = under_autocast  # type: ignore[method-assign]
 
     @contextmanager
-    def _zeros(self) -> Iterator[None]:
-        """Turn gradients into zeros, whatever they are: zero times infinity would be NaN."""
+    def _zeroed_gradients(self) -> Iterator[None]:
+        """Replace all gradients by zeros; scaling the loss by zero would turn infinity into NaN."""
         hooks = [p.register_hook(torch.zeros_like) for p in self._parameters]  # type: ignore[no-untyped-call]
         try:
             yield
@@ -310,8 +311,8 @@ def _note(used: set[int], number: int, gradient: Tensor) -> None:
 
 
 @torch.no_grad()
-def _made_contiguous(module: nn.Module) -> dict[int, Sequence[int]]:
-    """Make parameters contiguous, as DeepSpeed takes them alone; return the strides they had, by identity."""
+def _make_contiguous(module: nn.Module) -> dict[int, Sequence[int]]:
+    """Make parameters contiguous, which DeepSpeed requires; return the strides of those that were not, by ``id``."""
     layouts: dict[int, Sequence[int]] = {}
     for parameter in module.parameters():
         strides = strides_to_keep(parameter)
