@@ -87,7 +87,7 @@ def test_all_ranks_tell_the_same(pool: ProcessPool, tmp_path: Path) -> None:
         ({"limit": {"steps": 2, "early_stopping": {"metric": "marg", "mode": "min"}}}, "early_stopping.metric: .*'marg'"),
         (
             {"schedule": {"target": "ReduceLROnPlateau", "monitor": "nothing"}},
-            "schedule.monitor: there is no result 'nothing'",
+            "schedule.monitor: no result is called 'nothing'",
         ),
         ({"checkpoint": {"best": [{"metric": "f1", "mode": "max"}]}}, "'f1' is not a single number; choose from: .*loss"),
         ({"limit": {"steps": 2, "early_stopping": {"metric": "f1", "mode": "max"}}}, "'f1' is not a single number"),

@@ -248,7 +248,7 @@ def named_points(classes: list[str]) -> Any:
 def test_evaluation_data_that_numbers_its_classes_otherwise_is_refused(tmp_path: Path) -> None:
     names = {"target": "tests.test_class_names:named_points", "args": {"classes": ["a", "b", "c"]}}
     other = {**names, "args": {"classes": ["a", "c", "b"]}}
-    with pytest.raises(DataError, match=r"data.validation: class 1 is 'c', and 'b' in data.train"):
+    with pytest.raises(DataError, match=r"data.validation: class 1 is 'c', but 'b' in data.train"):
         train(configuration(tmp_path / "run", data={"train": names, "validation": other}))
 
 
