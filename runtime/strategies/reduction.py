@@ -21,16 +21,7 @@ from runtime.errors import ConfigurationError, Problem
 from runtime.state.module_buffers import overlaps, places_of
 
 # Dtypes that gloo can send.
-_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.bool,
-)
+_GLOO = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _WITHOUT_GRADIENT = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
 
 
@@ -80,7 +71,7 @@ def keep_buffers_from_being_sent(module: nn.Module) -> None:
     module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         place.name
         for place in places_of(module)
-        if (held := place.held) is not None and (overlaps(held) or held.dtype not in _DTYPES)
+        if (held := place.held) is not None and (overlaps(held) or held.dtype not in _GLOO)
     ]
 
 
