@@ -129,7 +129,7 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"optimizer": section("RMSprop", momentum=1.5)}, "optimizer.args.momentum", ["1.5"]),
     ({"optimizer": section("AdamW", lr=0.1, weight_decay=10.0)}, "optimizer.args.weight_decay", ["times the learning rate"]),
     ({"optimizer": section("SGD", lr=0.1) | {"groups": [{"match": ["*"]}, {"match": ["bias"], "args": {"lr": 0.2}}]}},
-     "optimizer.groups.1.match", ["optimizer.groups.0 already"]),
+     "optimizer.groups.1.match", ["already in optimizer.groups.0"]),
     ({"optimizer": section("SGD", lr=0.1) | {"groups": [{"match": ["bias"], "args": {"lr": -0.1}}]}},
      "optimizer.groups.0.args.lr", ["must not be negative"]),
     ({"optimizer": section("SGD", lr=True)}, "optimizer.args.lr", ["takes float", "not true"]),

@@ -225,8 +225,8 @@ def test_every_report_names_the_rank_that_reads_slowly(
     assert [report["step"] for report in reports] == list(range(every, 16, every))
     assert {report["slowest_rank"] for report in reports} == {slow_on}
     assert all(report["slowest_rank_excess"] > 0.2 for report in reports)
-    messages = [record["text"] for record in told(tmp_path, "message") if " holds " in record["text"]]
-    assert [text.partition(" holds")[0] for text in messages] == [f"rank {slow_on}"]
+    messages = [record["text"] for record in told(tmp_path, "message") if " is the slowest" in record["text"]]
+    assert [text.partition(" is the slowest")[0] for text in messages] == [f"rank {slow_on}"]
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.single), 2])
