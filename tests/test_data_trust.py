@@ -226,7 +226,7 @@ def test_a_sampler_that_draws_otherwise_after_a_restart_does_not_resume(tmp_path
     observe_stopping(config, 1)
     (tmp_path / "order").write_text("2")
     message = failure(config)
-    assert "data.sampler: what is drawn for the first epoch changed since the first start" in message
+    assert "data.sampler: the sequence drawn for the first epoch changed since the first start" in message
     assert observe({**config, "resume": {"allow_changes": ["data.sampler"]}})["step"] == 2
 
 
