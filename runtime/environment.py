@@ -201,8 +201,8 @@ def take_over_mpi() -> None:
         return
     if "MASTER_ADDR" not in os.environ and local_size != size:
         raise WorldSizeError(
-            f"mpirun started {size} processes on several machines without MASTER_ADDR; start them with "
-            "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 …, where HOST is the machine of rank 0"
+            f"mpirun started {size} processes without MASTER_ADDR, and not all of them are known to be on one machine; start "
+            "them with mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 …, where HOST is the machine of rank 0"
         )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")

@@ -127,7 +127,8 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     # optimizer
     ({"optimizer": section("SGD", lr=0.1, momentum=1.0)}, "optimizer.args.momentum", ["grows without bound"]),
     ({"optimizer": section("RMSprop", momentum=1.5)}, "optimizer.args.momentum", ["1.5"]),
-    ({"optimizer": section("AdamW", lr=0.1, weight_decay=10.0)}, "optimizer.args.weight_decay", ["times the learning rate"]),
+    ({"optimizer": section("AdamW", lr=0.1, weight_decay=10.0)}, "optimizer.args.weight_decay",
+     ["times the learning rate 0.1 this"]),
     ({"optimizer": section("SGD", lr=0.1) | {"groups": [{"match": ["*"]}, {"match": ["bias"], "args": {"lr": 0.2}}]}},
      "optimizer.groups.1.match", ["already in optimizer.groups.0"]),
     ({"optimizer": section("SGD", lr=0.1) | {"groups": [{"match": ["bias"], "args": {"lr": -0.1}}]}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +293,22 @@ def test_how_often_is_reported_does_not_decide_whether_a_step_is_applied(tmp_pat
     config["reporting"]["every"] = every
     assert observe(config)["step"] == 5
     assert saved(tmp_path, 5)["progress"]["updates"] == 5
+
+
+def test_a_closed_strategy_and_its_model_are_freed_without_a_garbage_collection() -> None:
+    """Several runs in one Python process follow one another on one device."""
+    from runtime.config.strategy import DDPSection
+    from runtime.objective import Objective, TrainingModule
+    from runtime.strategies.ddp import DDPStrategy
+
+    strategy = DDPStrategy(precision="fp32", options=DDPSection())
+    module = TrainingModule(torch.nn.Linear(2, 2), Objective())
+    strategy.prepare_evaluation(module)
+    strategy.close()
+    left = weakref.ref(strategy), weakref.ref(module)
+    gc.disable()
+    try:
+        del strategy, module
+        assert [reference() for reference in left] == [None, None]
+    finally:
+        gc.enable()

@@ -212,7 +212,8 @@ def test_a_lost_store_is_named(tmp_path: Path, act: Callable[[Watchdog], None], 
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
     with world(tmp_path, 3, scene(1, hang)) as ranks:
         assert ranks.end() == [1, 1, 1]
-        message = "lockstep: the run hangs (no progress for 1 s) at rank 1 (host h1), in data at step 3; the others wait: rank"
+        hangs = "the run hangs (no progress for 1 s) at rank 1 (host h1), in data at step 3"
+        message = f"lockstep: {hangs}; the others wait: rank 0"
         for rank in (0, 2):
             assert_told(ranks.told(rank), rank, message)
         assert "in hang\n    threading.Event().wait()" in ranks.told(1)

@@ -239,7 +239,7 @@ def _optimizer(optimizer: Component) -> Iterator[SettingProblem]:
             ("eps", args.get("eps") == 0, "is 0: a parameter whose gradient is zero becomes NaN", False),
             ("maximize", args.get("maximize") is True, "is true: the loss is maximized", False),
             ("weight_decay", class_name(target) == "AdamW" and _number(rate) * _number(decay) >= 1,
-             "is {}, times the learning rate " + f"{rate} is at least 1: each update removes the whole weight or more", True),
+             "is {}; times the learning rate " + f"{rate} this is at least 1: each update removes the whole weight", True),
         ):  # fmt: skip
             if wrong and name not in named:
                 named.add(name)

@@ -113,7 +113,7 @@ class StateSaver:
 
     def _collector(self) -> Callable[[], dict[str, dict[str, Any]]]:
         """Return a function that collects the state. If rank 0 writes sharded state, all ranks collect it here already."""
-        if self._strategy.state_io.held_whole or self._strategy.state_io.writers > 1:
+        if self._strategy.state_io.held_whole or self._strategy.state_io.writers == self._strategy.world_size:
             return self._collected
         collected = self._collected()
         return lambda: collected

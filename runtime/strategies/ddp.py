@@ -358,7 +358,7 @@ class DDPStrategy:
         finished run would report failure.
         """
         self._wrapped = self._optimizer = self._optimizer_step = None
-        self.state_io.detach_optimizer()
+        self.state_io.detach()
         if self._owns_group and dist.is_initialized():
             self._accelerator.free_memory()  # collects garbage, the reducer included
             dist.destroy_process_group()

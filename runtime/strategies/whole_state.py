@@ -36,9 +36,10 @@ class WholeState:
         """Set the module, and its optimizer if it is trained."""
         self._module, self._optimizer = module, optimizer
 
-    def detach_optimizer(self) -> None:
-        """Drop the optimizer: the run is over."""
-        self._optimizer = None
+    def detach(self) -> None:
+        """Drop module, optimizer and callback at the end of a run, so that no reference cycle keeps them alive."""
+        self._module = self._optimizer = None
+        self._on_new_layout = _nothing
 
     def module_state(self, part: nn.Module) -> dict[str, Any]:
         """Return the state dict of the module or a submodule."""
@@ -79,3 +80,7 @@ class WholeState:
     def _attached_optimizer(self) -> Optimizer:
         assert self._optimizer is not None
         return self._optimizer
+
+
+def _nothing() -> None:
+    """Stand for the callback of a strategy that is closed."""
