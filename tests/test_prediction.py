@@ -242,7 +242,7 @@ def test_the_checkpoint_is_the_newest_the_best_or_the_one_that_is_named(run: Pat
     for choice, words in {
         "best:accuracy": "kept by 'accuracy'.*checkpoint.best: loss",
         "step-9": "there is no checkpoint step-9",
-        str(run): "is no checkpoint",
+        str(run): "is not a checkpoint",
     }.items():
         with pytest.raises(LockstepError, match=words):
             evaluate(run, checkpoint=choice)
