@@ -268,5 +268,5 @@ def test_evaluation_data_with_targets_in_another_order_is_refused(tmp_path: Path
         data={"train": table, "validation": other},
         objective="MSELoss",
     )
-    with pytest.raises(DataError, match=r"data.validation: .* is 'b', and 'a' in data.train"):
+    with pytest.raises(DataError, match=r"data.validation: .* is 'b', but 'a' in data.train"):
         train(config)
