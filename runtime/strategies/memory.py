@@ -28,7 +28,7 @@ def state_bytes(
     """Return the state's size on the process that will hold most, for a module that was not prepared.
 
     Args:
-        zero_json: returns DeepSpeed's JSON; called only for ``strategy.kind: zero``.
+        zero_json: returns the backend's JSON; called only for ``strategy.kind: zero``.
     """
     if section.kind == "zero":
         return state_bytes_of_zero(zero_json(), module, optimizer, world_size)

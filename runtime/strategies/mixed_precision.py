@@ -55,7 +55,7 @@ def wrapped_module(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Return the module as Accelerate wraps it, without Accelerate's wrapper of the forward method. Collective.
 
     That wrapper converts all outputs to float32: a needless second copy of the logits. Undoing it with ``unwrap_model`` would
-    import DeepSpeed where installed (1.15), which takes over a second.
+    import the zero backend where installed (1.15), which takes over a second.
     """
     native_amp, accelerator.native_amp = accelerator.native_amp, False
     try:
