@@ -45,7 +45,8 @@ def act_after_act(config: dict[str, Any], output: str, agent_port: int | None) -
     if agent_port is not None:  # as torchrun and accelerate launch do
         told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(agent_port)}
     before = dict(os.environ)
-    os.environ.pop("LOCAL_WORLD_SIZE", None)  # not every launcher sets it
+    if agent_port is None:
+        os.environ.pop("LOCAL_WORLD_SIZE", None)  # hand-written launchers may not set it; launch agents do
     os.environ.update(told)
     Watchdog.stop = noted  # type: ignore[method-assign]
     try:

@@ -18,7 +18,7 @@ def build_strategy(loaded: LoadedConfiguration) -> Strategy:
     return _STRATEGIES[loaded.values.strategy.kind](loaded)
 
 
-# Each imports its own: the package of another may be missing, and imports take time.
+# Each function imports its own strategy: packages of the others may be missing, and imports take time.
 
 
 def _ddp(loaded: LoadedConfiguration) -> Strategy:
