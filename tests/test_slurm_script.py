@@ -118,7 +118,7 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path: Path) -> None:
     )
     options = SlurmOptions(interface=HOSTILE)
     code, told, variables = run_by_bash(tmp_path, job, options)
-    assert code == 9  # what the judge of the job's end said
+    assert code == 9  # the exit code of the requeue decision
     assert not [path for path in tmp_path.rglob("*") if path.name == "pwned"]
     assert f"srun: name={HOSTILE}\n" in told
     assert f"srun: {folder}/x.yaml\n" in told
@@ -160,7 +160,7 @@ def test_the_ranks_get_what_they_need_and_nothing_of_another_launch(tmp_path: Pa
     assert not {"RANK", "ACCELERATE_USE_FSDP"} & found.keys()
     assert "python: 41234-2\n" in told
     assert "python: --code\npython: 3\n" in told
-    assert not secrets.exists()  # the judge said that it does not go on
+    assert not secrets.exists()  # the decision was not to requeue
 
 
 def test_a_job_that_slurm_itself_started_too_often_trains_no_more(tmp_path: Path) -> None:

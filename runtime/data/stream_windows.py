@@ -106,7 +106,7 @@ class StreamWindows:
         self._ahead, self._notify, self._notified = ahead, notify, False
         # If the data set shards itself, its loader workers run out at different rows; each was asked after this many.
         readers, turns = max(1, num_workers), max(1, assignment.slots // assignment.world_size)
-        self._most_empty = 1 if samples.sharded_by == "runtime" else -(-readers // turns)
+        self._max_empty_rounds = 1 if samples.sharded_by == "runtime" else -(-readers // turns)
         self._requests = _Requests(samples, start, assignment, max(1, num_workers))
         self._fetched = read(samples, iter(self._requests), make_loader)
         self.reader_states: dict[int, ReaderState] = {}
@@ -136,7 +136,7 @@ class StreamWindows:
 
     def _rows(self, start: Cursor) -> Iterator[_Row]:
         """Yield the global batches of an epoch, with the totals over all ranks."""
-        self._requests.turn_to(start)
+        self._requests.request_from(start)
         empty, any_samples = 0, start.batch > 0
         for row in summed_ahead(
             self._own_rows(start),
@@ -148,7 +148,7 @@ class StreamWindows:
                 yield row
                 continue
             empty += 1
-            if empty == self._most_empty:
+            if empty == self._max_empty_rounds:
                 if not any_samples:
                     raise DataError(_EMPTY)
                 return
@@ -201,9 +201,9 @@ class StreamWindows:
 
     def _search_filler(self, start: Cursor) -> tuple[list[list[StreamItem]], Any]:
         """Read from a cursor on until a reader has samples, or all have had a turn; return the pieces read, and a batch."""
-        self._requests.turn_to(start)
+        self._requests.request_from(start)
         read_so_far: list[list[StreamItem]] = []
-        for number in range(self._most_empty):
+        for number in range(self._max_empty_rounds):
             read_so_far.append(self._pieces(Cursor(start.epoch, start.batch + number)))
             filler = next((piece.batch for piece in read_so_far[-1] if piece.samples), None)
             if filler is not None:
@@ -277,7 +277,7 @@ class StreamWindows:
 
 
 class _Requests:
-    """Endless requests to the loader; ``turn_to`` moves on to the next epoch."""
+    """Endless requests to the loader; ``request_from`` moves on to another epoch."""
 
     def __init__(self, samples: StreamSamples, start: Cursor, assignment: SlotAssignment, workers: int) -> None:
         self.workers = workers
@@ -288,7 +288,7 @@ class _Requests:
         self._filler_first = assignment.world_size > 1 and not self._dataset_shards
         self._from, self._turns = start, 0
 
-    def turn_to(self, cursor: Cursor) -> None:
+    def request_from(self, cursor: Cursor) -> None:
         """Request the global batches from a cursor on, from the next request on."""
         if cursor != self._from:
             self._from = cursor

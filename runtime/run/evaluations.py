@@ -99,7 +99,7 @@ class Evaluations:
             self._report("validation", results)
         return results
 
-    def judge(self, results: Mapping[str, Result]) -> None:
+    def update_early_stopping(self, results: Mapping[str, Result]) -> None:
         """Update early stopping with results; they are equal on every rank."""
         if self._state.early_stopping is not None:
             self._state.early_stopping.after_evaluation(results, self._progress.step)
@@ -112,7 +112,7 @@ class Evaluations:
             return False
         if judged:
             self._state.schedule.after_evaluation(results)
-            self.judge(results)
+            self.update_early_stopping(results)
         return True
 
     def test(self) -> bool:

@@ -116,7 +116,7 @@ class Trainer:
                 results = self._evaluate(window)
                 if results is not None:
                     self._schedule.after_evaluation(results)
-                    self._evaluations.judge(results)
+                    self._evaluations.update_early_stopping(results)
                 # If the evaluation is still due, all ranks interrupted it in order to stop.
                 reason = self._triggers.stop_reason(asked=stopping or progress.evaluation_due)
                 enter("save", step)
