@@ -204,7 +204,7 @@ def test_a_saved_hugging_face_data_set_trains_by_target(tmp_path: Path) -> None:
     result = observe(config, "evaluation.every=1 epoch")
     assert result["results"]["samples"] == 8
     loaded = load({**config, "data": {"train": {**train, "args": {"dataset_path": str(tmp_path / "all")}}}})
-    with pytest.raises(LockstepError, match="splits train; name one"):
+    with pytest.raises(LockstepError, match="splits train; choose one"):
         samples_of(Builder(loaded), "train")
 
 
