@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from runtime.distributed.slot_reduction import RankReduction
 from runtime.state.module_buffers import overlaps, preserved_buffers
 from runtime.training.buffers import BufferRule
 from tests.observed import assert_bitwise_equal, configuration, largest_difference, observe
@@ -134,7 +135,7 @@ def test_a_buffer_that_begins_to_change_later_follows_the_rule_from_then_on(begi
     module: Any = nn.Module()
     module.register_buffer("late", torch.zeros(2), persistent=False)
     names: list[str] = []
-    rule = BufferRule(module, moving=names)
+    rule = BufferRule(module, RankReduction(range(2), world_size=1), moving=names)
     for step in range(1, 13):
         rule.begin_step()
         seen = module.late.tolist()
@@ -142,7 +143,7 @@ def test_a_buffer_that_begins_to_change_later_follows_the_rule_from_then_on(begi
             if step >= begins:
                 assert module.late.tolist() == seen or not counted
                 (module.late if counted else module.late.data).add_(1 + slot)
-            rule.end_slot(filler=False)
+            rule.end_slot(slot)
         rule.end_step(real_slots=2, skipped=False)
     free = 8 - begins if not counted and begins > 4 else 0  # steps in which both slots' changes stayed
     assert module.late.tolist() == [1.5 * (13 - begins - free) + 3 * free] * 2
@@ -160,15 +161,18 @@ def late_values(steps: int) -> tuple[list[float], list[float]]:
         module: Any = nn.Module()
         module.register_buffer("late", torch.zeros(1), persistent=False)
         module.register_buffer("calls", torch.zeros(1), persistent=False)
-        rule = BufferRule(module, dist.all_reduce, lambda told: gather_bytes(told, torch.device("cpu")))
+        own = range(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        rule = BufferRule(
+            module, RankReduction(own, world_size=2), lambda told: gather_bytes(told, torch.device("cpu"))
+        )
         values = []
         for step in range(1, steps + 1):
             rule.begin_step()
-            for _ in range(2):
+            for slot in own:
                 if step >= 5:
                     module.late += 1 + dist.get_rank()
                     module.calls += 1
-                rule.end_slot(filler=False)
+                rule.end_slot(slot)
             rule.end_step(real_slots=4, skipped=step == 6)
             values.append(float(module.late))
         return values, module.calls.tolist()
@@ -187,12 +191,12 @@ def test_ranks_agree_on_a_buffer_that_begins_to_change_later(pool: ProcessPool) 
 def test_what_was_infinite_becomes_a_number_and_a_skipped_step_changes_nothing() -> None:
     module: Any = nn.Module()
     module.register_buffer("least", torch.tensor([torch.inf, torch.nan, 1.0]))
-    rule = BufferRule(module)
+    rule = BufferRule(module, RankReduction(range(2), world_size=1))
     for skipped, expected in ((True, [torch.inf, torch.nan, 1.0]), (False, [4.0, 4.0, 4.0])):
         rule.begin_step()
-        for value in (3.0, 5.0):
+        for slot, value in enumerate((3.0, 5.0)):
             module.least.fill_(value)
-            rule.end_slot(filler=False)
+            rule.end_slot(slot)
         rule.end_step(real_slots=2, skipped=skipped)
         torch.testing.assert_close(module.least, torch.tensor(expected), equal_nan=True, rtol=0, atol=0)
 
@@ -202,12 +206,12 @@ def test_large_whole_numbers_and_half_precision_are_not_rounded() -> None:
     module: Any = nn.Module()
     module.register_buffer("ids", torch.zeros(2, dtype=torch.int64))
     module.register_buffer("brief", torch.tensor([1.0], dtype=torch.bfloat16))
-    rule = BufferRule(module)
+    rule = BufferRule(module, RankReduction(range(1), world_size=1))
     rule.begin_step()
     module.ids.fill_(2**40 + 1)
     module.brief.fill_(257.0 * 2**-15)
     expected = module.brief.clone()
-    rule.end_slot(filler=False)
+    rule.end_slot(0)
     rule.end_step(real_slots=1, skipped=False)
     assert module.ids.tolist() == [2**40 + 1] * 2
     assert torch.equal(module.brief, expected)

@@ -12,6 +12,7 @@ import pytest
 import runtime.evaluation.metrics
 from runtime.build.builder import Builder
 from runtime.evaluation.metric_inputs import signature_of
+from runtime.evaluation.metric_states import encoded
 from runtime.evaluation.metrics import MetricSet
 from tests.measured_metrics import CPU, data, load_task
 
@@ -70,7 +71,7 @@ def measured(found: type[Any], task: str, cuts: list[list[slice]], monkeypatch: 
     for rank, batches in zip(ranks, cuts, strict=True):
         for ids in batches:
             rank.update(objective, output[ids], {key: value[ids] for key, value in batch.items()})
-    payloads = [rank._encoded() for rank in ranks]
+    payloads = [encoded(rank._own()) for rank in ranks]
     monkeypatch.setattr(runtime.evaluation.metrics, "gather_bytes", lambda *_: payloads)
     return {name: _flat(value) for name, value in ranks[-1].compute().items()}
 

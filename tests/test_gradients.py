@@ -82,8 +82,8 @@ def incomplete(config: dict[str, Any]) -> tuple[str, int]:
     updates: list[bool] = []
     prepare = DDPStrategy.prepare
 
-    def noting(self: Any, module: Any, optimizer: Any) -> None:
-        prepare(self, module, optimizer)
+    def noting(self: Any, module: Any, optimizer: Any, *, slots: int) -> None:
+        prepare(self, module, optimizer, slots=slots)
         step = self._optimizer_step
 
         def counted() -> None:

@@ -45,7 +45,7 @@ def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
         now[0] = keys[1:]  # step and slot
         return derive(seed, *keys)
 
-    def hooked(self: Any, module: Any, optimizer: Any) -> None:
+    def hooked(self: Any, module: Any, optimizer: Any, *, slots: int) -> None:
         for parameter in module.parameters():
 
             def note(gradient: Any) -> None:
@@ -53,7 +53,7 @@ def slot_gradients(config: dict[str, Any]) -> dict[tuple[int, int], str]:
                     found.setdefault(now[0], hashlib.sha256()).update(gradient.numpy().tobytes())
 
             parameter.register_hook(note)
-        prepare(self, module, optimizer)
+        prepare(self, module, optimizer, slots=slots)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.run.trainer.derive", noting)

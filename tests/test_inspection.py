@@ -254,12 +254,13 @@ def test_the_table_fits_the_terminal_and_every_name_is_whole(mixed: Path, width:
 
 def test_a_wide_terminal_takes_one_line_for_each(mixed: Path) -> None:
     heading, _, *rows = shown(inspect(mixed), 200)
-    columns = ["checkpoint", "step", "epoch", "attempt", "loss", "accuracy", "size", "age", "state"]
+    columns = ["checkpoint", "step", "epoch", "attempt", "loss", "accuracy", "size", "age", "digest", "state"]
     assert heading.split() == columns
     (row,) = [row for row in rows if row.startswith("step-00000005")]
     cells = row.split()
     assert cells[1:7] == ["5", "5", "1", "0.2", "#1", "0.6"]
     assert cells[-1] == "whole"
+    assert re.fullmatch("[0-9a-f]{16}", cells[-2])
 
 
 def test_results_without_a_best_are_all_shown(tmp_path: Path) -> None:
@@ -273,6 +274,7 @@ def test_results_without_a_best_are_all_shown(tmp_path: Path) -> None:
         "f1",
         "size",
         "age",
+        "digest",
         "state",
     ]
 

@@ -128,7 +128,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         module = TrainingModule(builder.model(), builder.objective())
         samples, strategy = builder.samples("train", batch_size=16), new_strategy()
         assert isinstance(samples, Samples)
-        strategy.prepare(module, builder.optimizer(module))
+        strategy.prepare(module, builder.optimizer(module), slots=loaded.values.batch.slots or 1)
         how = ReadOptions(
             assignment=SlotAssignment(loaded.values.batch.slots or 1, strategy.world_size, strategy.rank),
             make_loader=read_here,
@@ -141,7 +141,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         stop = lambda cursor, steps: steps >= 3  # noqa: E731
         for window in data.read(how, start=Cursor(), stop=stop, skipped=(), reader_states={}).windows:
             for number, microbatch in enumerate(window.microbatches, start=1):
-                with strategy.microbatch(last=number == len(window.microbatches)):
+                with strategy.microbatch(slot=microbatch.slot, last=number == len(window.microbatches)):
                     loss = strategy.forward(microbatch.batch, filler=microbatch.filler)
                     strategy.backward(loss.sum, weight=window.weight or 1.0)
             strategy.step(None, measure_norm=False)

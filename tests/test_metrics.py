@@ -19,6 +19,7 @@ from runtime.build.builder import Builder
 from runtime.config.file import load
 from runtime.errors import ConfigurationError, EvaluationError
 from runtime.evaluation.class_results import MOST_POINTS
+from runtime.evaluation.metric_states import encoded
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.by_name import torch_loss
 from tests.measured_metrics import CPU, MANY, SIZE, TASKS, data, load_task, measure, metric
@@ -249,7 +250,7 @@ def test_states_that_are_equal_after_the_first_batch_only_are_not_shared() -> No
 def test_a_look_at_the_figures_changes_nothing_and_an_evaluation_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_task("many", accuracy=TASKS["many"][1]["accuracy"])
     objective, ranks = Builder(loaded).objective(), [MetricSet(Builder(loaded).metrics(), CPU) for _ in range(2)]
-    monkeypatch.setattr("runtime.evaluation.metrics.gather_bytes", lambda *_: [rank._encoded() for rank in ranks])
+    monkeypatch.setattr("runtime.evaluation.metrics.gather_bytes", lambda *_: [encoded(rank._own()) for rank in ranks])
     right, wrong = torch.eye(5), torch.eye(5).roll(1, 0)
 
     def accuracy_after(output: torch.Tensor) -> Any:

@@ -48,8 +48,8 @@ def count_traffic(config: dict[str, Any]) -> dict[str, Any]:
 
     hook.__annotations__.clear()  # DDP wants the classes, not their names
 
-    def hooked(self: Any, module: Any, optimizer: Any) -> None:
-        prepare(self, module, optimizer)
+    def hooked(self: Any, module: Any, optimizer: Any, *, slots: int) -> None:
+        prepare(self, module, optimizer, slots=slots)
         self._wrapped.register_comm_hook(None, hook)
 
     def warmed(self: Any, filler: Any) -> None:

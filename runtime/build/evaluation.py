@@ -52,7 +52,7 @@ def evaluator_of(
         samples,
         micro_size=builder.evaluation_micro_size(slots),
         strategy=strategy,
-        metrics=MetricSet(builder.metrics(), strategy.device),
+        metrics=MetricSet(builder.metrics(), strategy.device, ordered=builder.values.determinism == "exact"),
         make_loader=builder.loader(strategy.device, closing),
         seed=builder.values.seed,
     )

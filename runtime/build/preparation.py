@@ -27,7 +27,7 @@ from runtime.config.file import LoadedConfiguration, flatten
 from runtime.config.locations import Locations
 from runtime.data.batches import SlotAssignment, default_slots
 from runtime.data.training_data import MappedData, TrainingData
-from runtime.distributed.collectives import sum_over_ranks
+from runtime.distributed.collectives import sum_by_name
 from runtime.distributed.rank_consistency import code_digest, compare, shapes
 from runtime.errors import DataError
 from runtime.objective import TrainingModule
@@ -125,11 +125,11 @@ def prepare(
     freezing.apply(progress.cursor.epoch)
     memory = builder.state_bytes(module, optimizer, strategy.world_size)
     parameters = _trained_and_frozen(module)  # before the strategy shards them
-    strategy.prepare(module, optimizer)
+    strategy.prepare(module, optimizer, slots=assignment.slots)
     averaging = builder.averaging(strategy)
     divergence = Divergence(
         values.divergence,
-        sum_over_ranks=lambda value: float(sum_over_ranks(torch.tensor(value, dtype=torch.float64), strategy.device)),
+        sum_over_ranks=lambda losses: sum_by_name({"loss": losses}, strategy.device)["loss"],
         warn=warn,
     )
     stopping = values.limit.early_stopping

@@ -23,9 +23,11 @@ def build_strategy(loaded: LoadedConfiguration) -> Strategy:
 
 def _ddp(loaded: LoadedConfiguration) -> Strategy:
     from runtime.strategies.ddp import DDPStrategy
+    from runtime.strategies.exact_ddp import ExactDDPStrategy
 
     values = loaded.values
-    return DDPStrategy(
+    kind = ExactDDPStrategy if values.determinism == "exact" else DDPStrategy
+    return kind(
         precision=values.precision,
         options=values.strategy.ddp,
         max_grad_value=values.optimizer.max_grad_value,

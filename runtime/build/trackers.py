@@ -34,7 +34,13 @@ def build_meter(builder: Builder, state: RunState, *, times: PhaseTimes, groups:
     """
     metrics = builder.metrics() if builder.values.evaluation.metrics_on_train else {}
     device = state.strategy.device
-    return TrainingMeter(device, state.module.objective, MetricSet(metrics, device), times, groups)
+    return TrainingMeter(
+        device,
+        state.module.objective,
+        MetricSet(metrics, device, ordered=builder.values.determinism == "exact"),
+        times,
+        groups,
+    )
 
 
 def restore_meter(
@@ -52,7 +58,7 @@ def restore_meter(
     stored = in_memory(training["meter"])
     if training["identity"]["configuration"]["evaluation"] != configuration["evaluation"]:
         stored["metrics"] = []  # the metrics may have changed
-    meter.load_state(stored, rank=strategy.rank, world_size=strategy.world_size)
+    meter.load_state(stored)
 
 
 def open_trackers(

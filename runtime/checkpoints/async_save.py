@@ -27,6 +27,7 @@ class AsyncSaver:
     Attributes:
         problem: why the last checkpoint could not be written, once known.
         saved: the last checkpoint written, on rank 0.
+        unreported: the same until the caller sets it to None.
         longest_seconds: longest save so far, from the copy to the final rename.
     """
 
@@ -38,6 +39,7 @@ class AsyncSaver:
         self.problem: str | None = None
         self.longest_seconds = 0.0
         self.saved: Path | None = None
+        self.unreported: Path | None = None
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Start allocating host buffers for a state like this one."""
@@ -72,7 +74,7 @@ class AsyncSaver:
     def _write(self, snapshot: Snapshot, started: float) -> None:
         try:
             if self._checkpoints is not None:
-                self.saved = self._checkpoints.write(snapshot, self._writers)
+                self.saved = self.unreported = self._checkpoints.write(snapshot, self._writers)
             else:
                 write_own_shard(snapshot, self._writers)
         except LockstepError as error:

@@ -8,7 +8,7 @@ newest valid one. Checksums guard against damage, not malice: therefore nothing 
         model.safetensors       the model's own names; loads with safetensors and load_state_dict
         training.safetensors    optimizer, objective, averages
         state.json              progress, cursor, schedule, everything that is not a tensor
-        manifest.json           written last
+        manifest.json           written last: sizes and checksums of the files, and the digest of the state
     checkpoints/step-00001600/                          of a sharded strategy:
         model-00000-of-00002.safetensors, …, shards.json    instead of the first two (sharded_files.py)
     checkpoints/step-00001600-epoch-4-loss-0.2171/      one of the best when it was saved
@@ -33,13 +33,15 @@ from runtime import json_files
 from runtime.checkpoints.best import ranked
 from runtime.checkpoints.load import damage_of
 from runtime.checkpoints.rollback_history import RollbackHistory
-from runtime.checkpoints.serialization import write_tensors
-from runtime.checkpoints.sharded_files import INDEX, WrittenShards, index_of, write_pieces
+from runtime.checkpoints.serialization import dtype_name, write_tensors
+from runtime.checkpoints.sharded_files import INDEX, WrittenShards, digest_of_written, index_of, write_pieces
 from runtime.checkpoints.snapshot import Snapshot
 from runtime.checkpoints.writer_group import SINGLE_WRITER, WriterGroup
 from runtime.config.sections import BestSection
 from runtime.errors import CheckpointError
+from runtime.state.digest import TensorSum, digest_of, is_state, sum_of
 from runtime.state.durable_files import make_folder, replace_file, sync_folder, write_durably
+from runtime.state.shards import Shard
 
 _NAME = re.compile(r"step-(\d{8,})(?:-attempt-(\d+))?(-epoch-.*|-evaluated)?")
 _UNFINISHED = re.compile(r"\.(partial|damaged)-[0-9a-f]+$")
@@ -65,6 +67,14 @@ class Checkpoint:
     epoch: int
     results: Mapping[str, Any]
     judged: bool = True
+
+    @property
+    def digest(self) -> str:
+        """The digest of its state (:mod:`runtime.state.digest`); empty if it has none, or cannot be read."""
+        try:
+            return str(json_files.read(self.path / "manifest.json").get("digest", ""))
+        except (OSError, ValueError):
+            return ""
 
 
 class CheckpointFolder:
@@ -121,6 +131,10 @@ class CheckpointFolder:
                 writers.broadcast(None)
         self._finish(partial, final, snapshot, writers)
         return final
+
+    def at(self, path: Path) -> Checkpoint | None:
+        """Return the checkpoint of a folder, None if it has been removed."""
+        return next((checkpoint for checkpoint in self._checkpoints() if checkpoint.path == path), None)
 
     def _finish(self, partial: Path, final: Path, snapshot: Snapshot, writers: WriterGroup) -> None:
         try:
@@ -276,20 +290,34 @@ def _write_files(folder: Path, snapshot: Snapshot, writers: WriterGroup) -> None
     if together or snapshot.shards:
         own = write_pieces(folder, snapshot, rank=0, world_size=writers.world_size)
         receipts = [WrittenShards.read(payload) for payload in writers.gather(own.as_bytes())]
-        index = index_of(receipts, folder)
+        index, digest = index_of(receipts, folder), digest_of_written(receipts)
         for receipt in receipts:
             files |= receipt.files
         files[INDEX] = write_durably(folder / INDEX, json.dumps(index, indent=1).encode())
     else:
         for file, tensors in snapshot.tensors.items():
             files[f"{file}.safetensors"] = write_tensors(folder / f"{file}.safetensors", tensors)
+        digest = _digest(snapshot)
     files["state.json"] = write_durably(folder / "state.json", json.dumps(tree, indent=1).encode())
     manifest = {
         "version": version,
+        "digest": digest,
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
     }
     write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
+
+
+def _digest(snapshot: Snapshot) -> str:
+    """Return the digest of a state of which this process holds all."""
+    tensors = {f"{part}/{name}": t for part, held in snapshot.tensors.items() for name, t in held.items()}
+    return digest_of(
+        {
+            name: TensorSum(dtype_name(t.dtype), tuple(t.shape), sum_of(Shard(tuple(t.shape), (0,) * t.ndim, t)))
+            for name, t in tensors.items()
+            if is_state(name)
+        }
+    )
 
 
 def _opened(path: Path, *, step: int, attempt: int) -> Checkpoint:

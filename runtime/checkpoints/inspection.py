@@ -48,6 +48,7 @@ class CheckpointInfo:
         problem: why it is not whole.
         abandoned: whether a rollback returned to an earlier step, so that it is never resumed from.
         best_of: its rank, counted from 1, by metric, if it is among the best of it.
+        digest: of its state (:mod:`runtime.state.digest`); empty if it is not whole, or older than digests.
     """
 
     name: str
@@ -61,6 +62,7 @@ class CheckpointInfo:
     problem: str | None
     abandoned: bool
     best_of: Mapping[str, int] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def in_use(self) -> bool:
@@ -252,6 +254,7 @@ def _inspected(checkpoint: Checkpoint, abandoned: bool, *, size_bytes: int) -> C
         state=state,
         problem=problem,
         abandoned=abandoned,
+        digest=checkpoint.digest if state == "whole" else "",
     )
 
 

@@ -188,6 +188,14 @@ class RunFolder:
         """Longest save so far; 0 on ranks other than 0."""
         return self._saving.longest_seconds if self._saving is not None else 0.0
 
+    def take_written(self) -> Checkpoint | None:
+        """Wait for the current save, and return the last checkpoint written unless it was returned before; on rank 0 only."""
+        if self._checkpoints is None or self._saving is None:
+            return None
+        self._saving.wait()
+        written, self._saving.unreported = self._saving.unreported, None
+        return self._checkpoints.at(written) if written is not None else None
+
     def finish_saving(self) -> None:
         """Wait until everything is on disk. Collective: every rank must call this.
 

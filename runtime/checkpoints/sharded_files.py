@@ -22,6 +22,7 @@ from runtime import json_files
 from runtime.checkpoints.serialization import dtype_called, dtype_name, write_tensors
 from runtime.checkpoints.snapshot import Snapshot
 from runtime.errors import CheckpointError
+from runtime.state.digest import TensorSum, digest_of, is_state, sum_of
 from runtime.state.shards import FileSlice, Shard, TensorOnDisk
 
 INDEX = "shards.json"
@@ -33,7 +34,8 @@ class WrittenShards:
 
     Args:
         files: name to size in bytes and sha256.
-        pieces: by part (``model``, ``training``) and tensor: ``file``, ``dtype``, ``whole`` shape, ``offsets`` and ``shape``.
+        pieces: by part (``model``, ``training``) and tensor: ``file``, ``dtype``, ``whole`` shape, ``offsets``, ``shape``, and
+            the ``sum`` of :func:`runtime.state.digest.sum_of`.
         problem: why writing failed.
     """
 
@@ -74,6 +76,7 @@ def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int
                     "whole": list(shard.shape),
                     "offsets": list(shard.offsets),
                     "shape": list(values[name].shape),
+                    "sum": sum_of(shard),
                 }
                 for name, shard in held.items()
             }
@@ -82,6 +85,17 @@ def write_pieces(folder: Path, snapshot: Snapshot, *, rank: int, world_size: int
     except CheckpointError as error:
         return WrittenShards(problem=str(error))
     return WrittenShards(files, pieces)
+
+
+def digest_of_written(receipts: Sequence[WrittenShards]) -> str:
+    """Return the digest of the state that the ranks have written together."""
+    sums: dict[str, TensorSum] = {}
+    for receipt in receipts:
+        for part, pieces in receipt.pieces.items():
+            for name, piece in pieces.items():
+                before = sums.get(f"{part}/{name}", TensorSum(piece["dtype"], tuple(piece["whole"]), 0))
+                sums[f"{part}/{name}"] = before._replace(sum=(before.sum + piece["sum"]) % 2**64)
+    return digest_of({name: total for name, total in sums.items() if is_state(name)})
 
 
 def index_of(receipts: Sequence[WrittenShards], folder: Path) -> dict[str, Any]:

@@ -33,10 +33,11 @@ def _print_table(listing: CheckpointListing, console: Console) -> None:
     if _width(table, console) <= console.width:
         console.print(table)
         return
-    table = _table(listing, metrics, with_names=False)
-    while metrics and _width(table, console) > console.width:
-        hidden.insert(0, metrics.pop())
-        table = _table(listing, metrics, with_names=False)
+    table, digests = _table(listing, metrics, with_names=False), True
+    while (metrics or digests) and _width(table, console) > console.width:
+        hidden.insert(0, "digest" if digests else metrics.pop())
+        digests = False
+        table = _table(listing, metrics, with_names=False, digests=False)
     heading, rule, *rows = ([*line, Segment.line()] for line in console.render_lines(table, pad=False))
     console.print(Segments([*heading, *rule]), end="")
     for i, line in zip(listing.checkpoints, rows, strict=True):
@@ -52,12 +53,20 @@ def _width(table: Table, console: Console) -> int:
     return console.measure(table, options=console.options.update(width=10_000)).maximum
 
 
-def _table(listing: CheckpointListing, metrics: Sequence[str], *, with_names: bool) -> Table:
+def _table(listing: CheckpointListing, metrics: Sequence[str], *, with_names: bool, digests: bool = True) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     attempts = any(i.attempt for i in listing.checkpoints)
     if with_names:
         table.add_column("checkpoint", no_wrap=True)
-    for heading in ("step", "epoch", *(["attempt"] if attempts else []), *metrics, "size", "age"):
+    for heading in (
+        "step",
+        "epoch",
+        *(["attempt"] if attempts else []),
+        *metrics,
+        "size",
+        "age",
+        *(["digest"] if digests else []),
+    ):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for i in listing.checkpoints:
@@ -70,6 +79,7 @@ def _table(listing: CheckpointListing, metrics: Sequence[str], *, with_names: bo
             *(_result(i, metric) for metric in metrics),
             in_units(i.size_bytes),
             _age(i.age_seconds),
+            *([i.digest] if digests else []),
             Text(state, style=_STYLES.get(state, "")),
             style="" if i.in_use else "dim",
         )

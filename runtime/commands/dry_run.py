@@ -27,9 +27,10 @@ from runtime.config.data import BatchSection, DataSection
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import AnnealSection, AveragingSection, ObjectiveSection
 from runtime.config.sections import LimitSection, RunConfiguration
-from runtime.data.batches import default_slots
+from runtime.data.batches import default_slots, slots_of_rank
 from runtime.data.training_data import TrainingData
 from runtime.determinism import default_determinism
+from runtime.distributed.slot_tree import cover, most_held
 from runtime.errors import ConfigurationError, DataError, ForwardError, ObjectiveError, Problem
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.weighted_sum import WeightedSum
@@ -42,6 +43,7 @@ from runtime.optimization.planned_rates import PlannedRates, simulate
 from runtime.optimization.rehearsal import StandIn
 from runtime.randomness import preserved_random_state
 from runtime.reporting.facts import inexact_choices
+from runtime.strategies.state_size import StateBytes
 from runtime.wording import in_units
 
 _CPU = torch.device("cpu")
@@ -114,7 +116,10 @@ def show(
                 )
             ),
         ),
-        ("exactness", "\n".join(_exactness(values, module, freezing))),
+        (
+            "exactness",
+            "\n".join([*_any_processes(values, state, slots, processes), *_exactness(values, module, freezing)]),
+        ),
         *([("warnings", "\n".join(remarks))] if remarks else []),
     ):
         table.add_row(f"[bold]{label}[/]", text)
@@ -330,6 +335,23 @@ def _parameters(
         since = freezing.trained_from(name)
         until = "" if math.isinf(since) else f" until epoch {since:g}"
         yield f"  {name}  {shape}" + ("" if parameter.requires_grad else f"  (frozen{until})")
+
+
+def _any_processes(values: RunConfiguration, state: StateBytes, slots: int, processes: int) -> Iterator[str]:
+    """Yield what ``determinism: exact`` promises and what it costs."""
+    if values.determinism != "exact":
+        return
+    ranks = [slots_of_rank(slots, processes, rank) for rank in range(processes)]
+    held = (
+        max(most_held(range(-(-len(rank) // 2))) for rank in ranks) - 1
+    )  # autograd adds pairs; the last is the gradient
+    text = f"determinism exact: the same bits on any number of processes with batch.slots: {slots}"
+    if held:
+        text += f"; up to {in_units(held * state.gradients)} for sums of gradients per process"
+    if processes > 1:
+        sent = max(len(cover(rank)) for rank in ranks) + 1
+        text += f"; a step sends {in_units(sent * state.gradients * (processes - 1) // processes)} per process"
+    yield text
 
 
 def _exactness(values: RunConfiguration, module: TrainingModule, freezing: Freezing) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from runtime.config import yielded_batches
 from runtime.config.data import BatchSection, DataSection, SplitSection
+from runtime.config.exact_rules import exact_rules
 from runtime.config.learning import AveragingSection, ModelSection, ObjectiveSection, OptimizerSection, ScheduleSection
 from runtime.config.reporting import ReportingSection
 from runtime.config.sharding_rules import sharding_rules
@@ -232,8 +233,9 @@ class RunConfiguration(Section):
     """Action on a step that must not be applied."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the forward and backward pass (autocast; fp16 with a loss scale). Weights keep their own type."""
-    determinism: Literal["strict", "fast"] | None = free(None)
-    """``strict``: deterministic algorithms only, so that a resumed run is equal bit for bit. Default: strict on a CPU,
+    determinism: Literal["exact", "strict", "fast"] | None = free(None)
+    """``exact``: every sum over slots has one order, so that any number of processes gives the same bits. ``strict``:
+    deterministic algorithms only, so that a run resumed on as many processes is equal bit for bit. Default: strict on a CPU,
     fast on a GPU."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products on devices that support lower ones (TF32, bfloat16)."""
@@ -317,6 +319,7 @@ class RunConfiguration(Section):
                 batch_norm=self.batch_norm,
                 precision=self.precision,
             ),
+            *exact_rules(self.determinism, self.strategy, self.data, batch_norm=self.batch_norm),
             *yielded_batches.rules(self.data, self.batch, self.prediction.data, micro_size=self.evaluation.micro_size),
             (
                 self.checkpoint.best and not validated,

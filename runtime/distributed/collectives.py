@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from runtime.errors import (
     RanksDifferError,
     RunFolderError,
 )
+from runtime.exact_sum import exact_sums
 
 _SECONDS_BETWEEN = 0.25  # longest delay of a stop request; at this interval the all-reduce costs next to nothing
 _MOST_STEPS_BETWEEN = 64
@@ -238,15 +239,13 @@ def gather_on_rank_0(payload: bytes, device: torch.device) -> list[bytes]:
     return [buffer[: int(n)].cpu().numpy().tobytes() for buffer, n in zip(buffers or [], lengths, strict=False)]
 
 
-def sum_by_name(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Sum named numbers over all ranks, in rank order; ranks may lack names. Collective: every rank must call this."""
-    return sum_in_order([json.loads(payload) for payload in gather_bytes(json.dumps(values).encode(), device)])
+def sum_by_name(terms: Mapping[str, Sequence[float]], device: torch.device) -> dict[str, float]:
+    """Return the exact sum of each name's terms over all ranks, rounded once. Collective: every rank must call this.
 
-
-def sum_in_order(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sum the named numbers of the ranks, in rank order."""
-    total: dict[str, float] = {}
-    for values in numbers:
-        for name, value in values.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
+    Args:
+        terms: of this rank; ranks may lack names.
+        device: of the kind that the process group uses.
+    """
+    own = {name: total.parts for name, total in exact_sums([terms]).items()}
+    ranks = [json.loads(payload) for payload in gather_bytes(json.dumps(own).encode(), device)]
+    return {name: total.value for name, total in exact_sums(ranks).items()}

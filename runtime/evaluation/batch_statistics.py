@@ -18,7 +18,8 @@ from runtime.data.batches import Cursor, SlotAssignment, Windows
 from runtime.data.loading import MakeLoader
 from runtime.data.order import Order
 from runtime.data.samples import Samples
-from runtime.distributed.collectives import StopConsensus, sum_over_ranks
+from runtime.distributed.collectives import StopConsensus
+from runtime.distributed.slot_tree import Node, RunningSum
 from runtime.optimization.averaging import batch_norms
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.state.module_buffers import preserved_buffers
@@ -71,7 +72,8 @@ class BatchStatistics:
         """
         module, device = self._strategy.unwrapped, self._strategy.device
         norms = list(batch_norms(module).items())
-        totals = [torch.zeros(_length(norm), dtype=torch.float64, device=device) for _, norm in norms]
+        sizes = [2 * norm.num_features + 1 for _, norm in norms]
+        by_slot: dict[int, Tensor] = {}
         stop_consensus = StopConsensus(world_size=self._assignment.world_size, device=device)
         windows = Windows(
             self._samples,
@@ -98,15 +100,24 @@ class BatchStatistics:
                     )
                     with self._strategy.autocast():
                         module(to_device(microbatch.batch, device))
-                    for total, (_, norm) in zip(totals, norms, strict=True):
-                        total += 0 if microbatch.filler else _weighted(norm)
-        summed = sum_over_ranks(torch.cat(totals).cpu(), device)
-        parts = torch.split(summed, [len(total) for total in totals])
+                    if not microbatch.filler:
+                        weighted = torch.cat([_weighted(norm) for _, norm in norms])
+                        before = by_slot.get(microbatch.slot)
+                        by_slot[microbatch.slot] = weighted if before is None else before.add_(weighted)
+        parts = torch.split(self._summed(by_slot, sum(sizes)).cpu(), sizes)
         return {
             f"{name}.{key}": value.to(device)
             for (name, norm), part in zip(norms, parts, strict=True)
             for key, value in _mean(norm, part).items()
         }
+
+    def _summed(self, by_slot: dict[int, Tensor], size: int) -> Tensor:
+        """Sum tensors (size,) over the slots of all ranks. Collective."""
+        reduction = self._strategy.slot_reduction
+        sums = RunningSum[Tensor](reduction.own_slots, Tensor.add_)
+        for slot, value in sorted(by_slot.items()):
+            sums.put(Node(0, slot), value)
+        return reduction.sum(sums.take(), torch.empty(size, dtype=torch.float64, device=self._strategy.device))
 
 
 @contextmanager
@@ -125,10 +136,6 @@ def _cumulative(module: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
             norm.momentum = momentum
         for part, training in modes:
             part.training = training
-
-
-def _length(norm: _BatchNorm) -> int:
-    return 2 * norm.num_features + 1
 
 
 def _weighted(norm: _BatchNorm) -> Tensor:

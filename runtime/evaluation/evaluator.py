@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runtime.data.batches import slots_of_rank
 from runtime.data.loading import MakeLoader, read
@@ -23,7 +24,6 @@ from runtime.distributed.collectives import StopConsensus, sum_by_name, sum_over
 from runtime.errors import EvaluationError
 from runtime.evaluation.metrics import MetricSet, Result
 from runtime.losses.rows import row_mismatch
-from runtime.objective import Weight, add_weights
 from runtime.randomness import Purpose, derive, preserved_random_state, seed_everything
 from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
@@ -129,21 +129,20 @@ class Evaluator:
         module = self._strategy.unwrapped
         was_training = module.training
         module.eval()
-        self._metrics.reset()
+        self._metrics.reset(None if isinstance(self._samples, StreamSamples) else self._own(len(self._samples)))
         try:
             # A module may update buffers in evaluation mode too, and each rank would see only a part of the data.
             with preserved_random_state(self._strategy.device), preserved_buffers(module):
-                totals = self._run_share(stop_requested)
+                terms = self._run_share(stop_requested)
         finally:
             module.train(was_training)
-        return self._reduced(totals) if totals is not None else None
+        return self._reduced(terms) if terms is not None else None
 
-    def _run_share(self, stop_requested: Callable[[], bool]) -> dict[str, Any] | None:
+    def _run_share(self, stop_requested: Callable[[], bool]) -> dict[str, list[float]] | None:
         strategy, device = self._strategy, self._strategy.device
         objective = strategy.unwrapped.objective
         stop_consensus = StopConsensus(world_size=strategy.world_size, device=device)
-        totals: dict[str, Any] = {"samples": 0.0}
-        weight: Weight = 0.0
+        terms: dict[str, list[Any]] = {"samples": []}
         placeholder: Any = None  # an earlier batch, on its device
         rounds, self._started_rounds = self._started_rounds or self._rounds(), None
         for microbatch in rounds:  # the same number on every rank
@@ -154,10 +153,13 @@ class Evaluator:
                 self._run_placeholder(placeholder)
                 continue
             number, count, batch = microbatch
-            totals["samples"] += count
+            terms["samples"].append(count)
             if count and self._samples.own_batches:
                 row_mismatch(objective, batch, count)
-            weight = add_weights(weight, objective.checked_weight(batch, count)) if count else weight
+            if count:
+                weight = objective.checked_weight(batch, count)
+                for place, part in enumerate(weight if isinstance(weight, tuple) else (weight,)):
+                    terms.setdefault(f"{_WEIGHT}{place}", []).append(part)
             seed_everything(derive(self._seed, Purpose.EVALUATION, 0, number), device)
             batch = to_device(batch, strategy.device)
             placeholder = batch if strategy.collective_forward else None
@@ -169,11 +171,11 @@ class Evaluator:
             # Of an objective with several sums, each is also a part by itself.
             sums = loss.parts if loss.sum.ndim else {"loss": loss.sum, **loss.parts}
             for name, part in sums.items():
-                totals[name] = totals.get(name, 0) + part.double()
+                terms.setdefault(name, []).append(part)
             if self._metrics:
-                self._metrics.update(objective, loss.output, batch)
-        weights = weight if isinstance(weight, tuple) else (weight,)
-        return totals | {f"{_WEIGHT}{number}": part for number, part in enumerate(weights)}
+                self._metrics.update(objective, loss.output, batch, number=number)
+        # Synchronises with the device: an evaluation is over when its sums are read.
+        return {name: _floats(values) for name, values in terms.items()}
 
     def _rounds(self) -> Iterator[tuple[int, int, Any] | None]:
         """Yield once per round a microbatch's number, number of samples and batch, or None if this rank has none."""
@@ -188,14 +190,17 @@ class Evaluator:
             )
             return
         size = len(self._samples)
-        microbatches = -(-size // self._micro_size)
-        own = slots_of_rank(microbatches, strategy.world_size, strategy.rank)
+        microbatches, own = -(-size // self._micro_size), self._own(size)
         if not own and strategy.collective_forward:
             yield from self._placeholders(self._samples, rounds=-(-microbatches // strategy.world_size))
             return
         batches = read(self._samples, (self._share(number, size) for number in own), self._make_loader)
         for n in range(-(-microbatches // strategy.world_size)):
             yield (own[n], len(self._share(own[n], size).ids), next(batches)) if n < len(own) else None
+
+    def _own(self, size: int) -> range:
+        """Return the numbers of this rank's microbatches."""
+        return slots_of_rank(-(-size // self._micro_size), self._strategy.world_size, self._strategy.rank)
 
     def _placeholders(self, samples: Samples, *, rounds: int) -> Iterator[tuple[int, int, Any]]:
         """Yield the first microbatch in every round, counted as no samples, for a rank without microbatches."""
@@ -224,12 +229,11 @@ class Evaluator:
         start = number * self._micro_size
         return SlotIndex(0, np.arange(start, min(start + self._micro_size, size), dtype=np.int64))
 
-    def _reduced(self, totals: dict[str, Any]) -> dict[str, Result]:
-        # Synchronises with the device: an evaluation is over when its sums are read.
-        summed = sum_by_name({name: float(total) for name, total in totals.items()}, self._strategy.device)
+    def _reduced(self, terms: dict[str, list[float]]) -> dict[str, Result]:
+        summed = sum_by_name(terms, self._strategy.device)
         samples = int(summed.pop("samples"))
         objective = self._strategy.unwrapped.objective
-        weights = tuple(summed.pop(f"{_WEIGHT}{number}") for number in range(objective.num_weights or 1))
+        weights = tuple(summed.pop(f"{_WEIGHT}{number}", 0.0) for number in range(objective.num_weights or 1))
         if not isinstance(self._samples, StreamSamples) and samples != len(self._samples):
             raise EvaluationError(
                 f"{self._split}: {samples} samples were evaluated, the data set has {len(self._samples)}"
@@ -238,3 +242,11 @@ class Evaluator:
             raise EvaluationError(f"{self._split}: no sample carries weight, so there is no mean loss")
         means = objective.means(summed, weights[0] if objective.num_weights is None else weights)
         return {"samples": float(samples), **means, **self._metrics.compute()}
+
+
+def _floats(values: list[Any]) -> list[float]:
+    """Return numbers, some of which may be tensors on a device, as floats; waits for the device once."""
+    if not values or not isinstance(values[0], Tensor):
+        return values
+    floats: list[float] = torch.stack(values).double().tolist()
+    return floats

@@ -1,35 +1,45 @@
 """torchmetrics with Lockstep's own reduction: exact on any number of ranks, including ranks without data.
 
 torchmetrics' synchronisation aborts when a rank has no data, and sums in float32. Here every rank's states are gathered as
-safetensors bytes (no pickle) and merged in rank order, without those of ranks that have no data. Importing torchmetrics takes
-seconds, so it is imported only if a metric is configured.
+safetensors bytes (no pickle) and merged in rank order, without those of ranks that have no data; or, so that the result does
+not depend on the ranks, each microbatch's state is added in the order of :mod:`runtime.distributed.slot_tree`. Importing
+torchmetrics takes seconds, so it is imported only if a metric is configured.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from runtime.config.component import described
 from runtime.distributed.collectives import gather_bytes
+from runtime.distributed.slot_tree import Node, RunningSum
 from runtime.errors import EvaluationError, LockstepError, MetricError
 from runtime.evaluation.class_results import kind_of, thinned
 from runtime.evaluation.compute_groups import sharing_state
 from runtime.evaluation.metric_inputs import MetricInputs, parts_of, signature_of
+from runtime.evaluation.metric_states import (
+    GatheredStates,
+    MetricState,
+    added,
+    decoded,
+    encoded,
+    gathered_of,
+    merged,
+    state_of,
+)
 from runtime.objective import Objective, describe
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 Result = float | list[Any]
+States = dict[str, MetricState]
+"""The states of the metrics that are updated, by key."""
 
 
 class MetricSet:
@@ -38,13 +48,14 @@ class MetricSet:
     Args:
         metrics: name to metric; they are moved to the device, and their states are kept in float64.
         device: of the predictions.
+        ordered: whether sums are the same bits on any number of ranks.
 
     Raises:
         EvaluationError: a metric's ``update`` is not supported.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], device: torch.device) -> None:
-        self._device = device
+    def __init__(self, metrics: Mapping[str, Metric], device: torch.device, *, ordered: bool = False) -> None:
+        self._device, self._ordered = device, ordered
         self._metrics = dict(metrics)
         self._signatures = {name: signature_of(metric) for name, metric in self._metrics.items()}
         self._kinds = {name: kind_of(metric) for name, metric in self._metrics.items()}
@@ -54,7 +65,10 @@ class MetricSet:
             part.to(device)
             part.set_dtype(torch.float64)
         self._groups = sharing_state(self._metrics)
-        self._carried: list[_Gathered] = []  # states of the ranks of earlier starts; equal on every rank
+        self._carried: list[GatheredStates] = []  # of earlier starts; equal on every rank
+        # Ordered: of microbatches with these numbers, each summed over steps; or of an evaluation's, summed as they come.
+        self._by_number: dict[int, States] = {}
+        self._running: RunningSum[States] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._metrics)
@@ -73,15 +87,23 @@ class MetricSet:
             if any(isinstance(default, list) for part in parts_of(metric) for default in part._defaults.values())
         }
 
-    def reset(self) -> None:
-        """Reset all metrics."""
-        self._carried = []
+    def reset(self, own: range | None = None) -> None:
+        """Reset all metrics.
+
+        Args:
+            own: numbers of this rank's microbatches, if each comes once and from the first to the last.
+        """
+        self._carried, self._by_number = [], {}
+        self._running = RunningSum(own, self._added) if self._ordered and own is not None else None
         for metric in self._metrics.values():
             metric.reset()
 
     @torch.no_grad()
-    def update(self, objective: Objective, output: Any, batch: Any) -> None:
+    def update(self, objective: Objective, output: Any, batch: Any, *, number: int = 0) -> None:
         """Update with one microbatch: the model's output, and the batch.
+
+        Args:
+            number: of the microbatch, over all ranks.
 
         Raises:
             EvaluationError: a metric refused its input, or the objective's ``metric_inputs`` raised.
@@ -99,6 +121,16 @@ class MetricSet:
             ) from error
         if inputs.empty:
             return
+        if self._ordered:
+            self._put(self._by_number.get(number) or self._carried_of(number) or self._fresh())
+        self._update(inputs)
+        if self._ordered:
+            if self._running is not None:
+                self._running.put(Node(0, number), self._taken())
+            else:
+                self._by_number[number] = self._taken()
+
+    def _update(self, inputs: MetricInputs) -> None:
         for name, *_ in self._groups:
             metric = self._metrics[name]
             try:
@@ -132,26 +164,44 @@ class MetricSet:
         return {key: value for name in self._metrics for key, value in results.items() if _belongs(key, name)}
 
     def state(self) -> list[dict[str, Any]]:
-        """Return the states of each rank, for a checkpoint. Collective: every rank must call this."""
+        """Return the states of each rank, or of each microbatch's number, for a checkpoint. Collective."""
         if not self._metrics:
             return []
-        return [{"updates": dict(rank.updates), "states": dict(rank.states)} for rank in self._gathered()]
+        return [
+            {"updates": dict(each.updates), "states": dict(each.states), "node": each.node} for each in self._gathered()
+        ]
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Reset, and restore the same metrics' states from any world size. Call with the same state on every rank."""
         self.reset()
-        self._carried = [_Gathered(rank["updates"], rank["states"]) for rank in state]
+        self._carried = [
+            GatheredStates(each["updates"], each["states"], node and Node(*node))
+            for each in state
+            for node in [each.get("node")]
+        ]
 
-    def _gathered(self) -> list[_Gathered]:
-        ranks = [_decoded(payload) for payload in gather_bytes(self._encoded(), self._device)]
-        return [*self._carried, *ranks]
+    def _gathered(self) -> list[GatheredStates]:
+        replies = gather_bytes(encoded(self._own()), self._device)
+        gathered = [each for payload in replies for each in decoded(payload)]
+        if not self._ordered:
+            return [*self._carried, *gathered]
+        continued = {each.node for each in gathered}
+        gathered += [each for each in self._carried if each.node is None or each.node not in continued]
+        return sorted(gathered, key=lambda each: each.node.slots.start if each.node else -1)
 
-    def _computed(self, name: str, merged: Sequence[_Merged]) -> dict[str, Result]:
+    def _own(self) -> list[GatheredStates]:
+        """Return this rank's states: one, or in order one for each node or number."""
+        if not self._ordered:
+            return [gathered_of(self._taken())]
+        if self._running is None:
+            return [gathered_of(states, Node(0, number)) for number, states in self._by_number.items()]
+        nodes = zip(self._running.nodes, self._running.take(), strict=True)
+        return [gathered_of(states, node) for node, states in nodes if states is not None]
+
+    def _computed(self, name: str, merged: Sequence[MetricState]) -> dict[str, Result]:
         metric = self._metrics[name]
         parts = parts_of(metric)
-        before = [
-            _Merged({state: getattr(part, state) for state in part._defaults}, part._update_count) for part in parts
-        ]
+        before = [MetricState.of(part) for part in parts]
         try:
             for part, state in zip(parts, merged, strict=True):
                 state.put_into(part)
@@ -167,21 +217,32 @@ class MetricSet:
             return {name: thinned(value)}
         return _flattened(name, value)
 
-    def _merged(self, part: Metric, key: str, gathered: Sequence[_Gathered]) -> _Merged:
-        ranks_with_data = [rank.states for rank in gathered if rank.updates[key]]
-        states: dict[str, Any] = {}
-        for state, default in part._defaults.items() if ranks_with_data else ():
-            listed = [_of_state(states, f"{key}/{state}") for states in ranks_with_data]
-            on_device = [[tensor.to(self._device) for tensor in tensors] for tensors in listed]
-            if isinstance(default, list):
-                states[state] = [tensor for tensors in on_device for tensor in tensors]
-            else:
-                stacked = torch.stack([tensors[0] for tensors in on_device])
-                reduction: Any = part._reductions[state]
-                states[state] = stacked if reduction is None else reduction(stacked)
-        if _is_retrieval(part) and states:  # it counts queries in an array as long as their largest index
-            states["indexes"] = [torch.unique(torch.cat(states["indexes"]), return_inverse=True)[1]]
-        return _Merged(states, sum(rank.updates[key] for rank in gathered))
+    def _merged(self, part: Metric, key: str, gathered: Sequence[GatheredStates]) -> MetricState:
+        state = merged(part, key, gathered, self._device)
+        if _is_retrieval(part) and state.states:  # it counts queries in an array as long as their largest index
+            indexes = torch.unique(torch.cat(list(state.states["indexes"])), return_inverse=True)[1]
+            state = MetricState({**state.states, "indexes": [indexes]}, state.updates)
+        return state
+
+    def _taken(self) -> States:
+        return {key: MetricState.of(part) for key, part in self._leading_parts()}
+
+    def _put(self, states: States) -> None:
+        for key, part in self._leading_parts():
+            states[key].put_into(part)
+
+    def _carried_of(self, number: int) -> States | None:
+        """Return what an earlier start knew of a microbatch's number."""
+        held = next((each for each in self._carried if each.node == Node(0, number)), None)
+        return held and {key: state_of(part, key, held, self._device) for key, part in self._leading_parts()}
+
+    def _fresh(self) -> States:
+        for _, part in self._leading_parts():
+            part.reset()
+        return self._taken()
+
+    def _added(self, left: States, right: States) -> States:
+        return {key: added(part, left[key], right[key]) for key, part in self._leading_parts()}
 
     def _leading_parts(self) -> Iterator[tuple[str, Metric]]:
         """Yield key and metric of each group's updated metric, and of those that it wraps."""
@@ -196,48 +257,6 @@ class MetricSet:
                 value = getattr(part, state)
                 states[f"{key}/{state}"] = list(value) if isinstance(value, list) else [value]
         return states
-
-    def _encoded(self) -> bytes:
-        tensors = {
-            f"{key}/{index}": tensor.detach().cpu().contiguous().clone()
-            for key, listed in self._states().items()
-            for index, tensor in enumerate(listed)
-        }
-        updates = {key: part._update_count for key, part in self._leading_parts()}
-        return safetensors_save(tensors, metadata={"updates": json.dumps(updates)})
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """The state of one metric, and its number of updates."""
-
-    states: Mapping[str, Any]
-    updates: int
-
-    def put_into(self, part: Metric) -> None:
-        for state, value in self.states.items():
-            setattr(part, state, value)
-        part._update_count = self.updates
-        part._computed = None
-
-
-class _Gathered(NamedTuple):
-    """Update counts and states of one rank's metrics."""
-
-    updates: Mapping[str, int]
-    states: Mapping[str, Tensor]
-
-
-def _decoded(payload: bytes) -> _Gathered:
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    return _Gathered(json.loads(header["__metadata__"]["updates"]), safetensors_load(payload))
-
-
-def _of_state(states: Mapping[str, Tensor], key: str) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    while f"{key}/{len(tensors)}" in states:
-        tensors.append(states[f"{key}/{len(tensors)}"])
-    return tensors
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def start_facts(
     slots = f"{assignment.slots} slot{'s' * (assignment.slots > 1)}"
     return {
         "name": loaded.name,
-        "where": f"{processes} on {device}, {loaded.values.precision}",
+        "where": f"{processes} on {device}, {loaded.values.precision}"
+        + (", the same bits on any number of processes" if loaded.values.determinism == "exact" else ""),
         "data": f"a stream of training {'samples' if unit == 'samples' else 'batches'}"
         if data.num_samples is None
         else f"{data.num_samples:,} training samples, {steps_per_epoch:,} steps per epoch",
@@ -90,7 +91,7 @@ def inexact_choices(values: RunConfiguration, objective: Objective) -> list[str]
         which = ", ".join(name for name, part in parts.items() if part.couples_samples) or values.objective.target
         choices.append(f"objective: {which} couples the samples of a slot, so the result depends on K (batch.slots)")
     targets = [values.optimizer.target, *(group.target for group in values.optimizer.groups)]
-    if any(class_name(target) == "Muon" for target in targets):
+    if values.determinism != "exact" and any(class_name(target) == "Muon" for target in targets):
         choices.append(
             "optimizer: Muon computes in bfloat16, which amplifies rounding: other world sizes agree to 1e-2"
         )

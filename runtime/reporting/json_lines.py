@@ -49,6 +49,10 @@ class JsonLines(Tracker):
         kind = {"event": "train"} if split == "train" else {"event": "evaluation", "split": split}
         self._write({**kind, "step": step, "epoch": epoch, **values})
 
+    def log_checkpoint(self, name: str, *, step: int, digest: str) -> None:
+        """Write the digest of a checkpoint's state."""
+        self._write({"event": "checkpoint", "step": step, "name": name, "digest": digest})
+
     def rewind(self, step: int) -> None:
         """Drop the records of later steps, which the run will repeat."""
         with suppress(OSError):

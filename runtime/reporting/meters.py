@@ -11,16 +11,17 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.data.batches import Window
-from runtime.distributed.collectives import gather_bytes, sum_in_order
+from runtime.distributed.collectives import gather_bytes
 from runtime.distributed.watchdog import CurrentPhase
 from runtime.evaluation.metrics import MetricSet, Result
+from runtime.exact_sum import ExactSum, exact_sums
 from runtime.objective import Loss, Objective, Weight, add_weights, starting_gradient
 
 _HELD = 64
@@ -47,7 +48,8 @@ class TrainingMeter:
     """The training loss and its parts since the last report, the throughput, and norm and learning rates of the last update.
 
     Losses of steps whose update was not applied are left out. The sums since the last report are part of the run's state, so
-    the report after a resumption also covers the steps before it. Times are those of this start.
+    the report after a resumption also covers the steps before it. Times are those of this start. Losses are added up exactly
+    and rounded once, so a report does not depend on which rank ran which slot.
 
     Args:
         device: of the losses.
@@ -76,10 +78,10 @@ class TrainingMeter:
         self._times = times
         self._groups = groups
         self._weight: Weight
-        self._held: dict[str, list[Tensor]]  # steps not yet in the sums: one addition per step would cost 5 µs
-        self._sums: dict[str, Tensor]  # float64
-        self._carried: dict[str, float]  # sums of earlier starts with another world size; equal on all ranks
-        self._step: dict[str, Tensor] = {}
+        self._held: dict[str, list[Tensor]]  # of slots, on the device: a report waits for it, a step does not
+        self._packed: dict[str, list[Tensor]]  # the same, many in one tensor
+        self._carried: dict[str, ExactSum]  # of earlier starts; equal on all ranks
+        self._step: dict[str, list[Tensor]] = {}
         self._paused_at: float | None = None
         self._grad_norm: Tensor | None = None
         self._learning_rates: dict[str, Result] = {}
@@ -90,28 +92,24 @@ class TrainingMeter:
         self._start_clock()
         self._paused_at = None
 
-    def add(self, loss: Loss, batch: Any) -> None:
+    def add(self, loss: Loss, batch: Any, *, slot: int) -> None:
         """Add one non-filler slot of the current step."""
         self._add("loss", loss.sum)
         for name, part in loss.parts.items():
             self._add(name, part)
         if self._metrics:
-            self._metrics.update(self._objective, _detached(loss.output), batch)
+            self._metrics.update(self._objective, _detached(loss.output), batch, number=slot)
 
     def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self._step[name] = self._step[name] + value if name in self._step else value
+        self._step.setdefault(name, []).append(value.detach())
 
-    def step_loss(self, weight: Weight) -> float:
-        """Return this rank's share of the current step's mean loss. Synchronises with the device.
+    def slot_losses(self, weight: Weight) -> list[float]:
+        """Return the share of each of this rank's slots in the current step's mean loss. Synchronises with the device.
 
         Args:
             weight: of the whole step.
         """
-        if not self._step:
-            return 0.0
-        loss_sum = self._step["loss"]
-        return float((loss_sum * starting_gradient(loss_sum, weight)).sum())
+        return [float((loss * starting_gradient(loss, weight)).sum()) for loss in self._step.get("loss", [])]
 
     def note_learning_rates(self, rates: Sequence[float]) -> None:
         """Record all groups' rates for the next update, if it will be reported."""
@@ -121,22 +119,26 @@ class TrainingMeter:
                 f"learning_rate/{name}": rate for name, rate in zip(self._groups, rates, strict=True)
             }
 
-    def end_step(self) -> dict[str, Tensor]:
-        """Return the step's sums, and start the next step."""
+    def end_step(self) -> dict[str, list[Tensor]]:
+        """Return the loss and its parts in each slot of the step, and start the next step."""
         sums, self._step = self._step, {}
         return sums
 
-    def settle(self, window: Window, sums: Mapping[str, Tensor], *, applied: bool, grad_norm: Tensor | None) -> None:
+    def settle(
+        self, window: Window, losses: Mapping[str, list[Tensor]], *, applied: bool, grad_norm: Tensor | None
+    ) -> None:
         """Record a finished step; its losses and gradient norm only if its update was applied."""
         self._samples += window.samples
         self._grad_norm = grad_norm if applied else None
         if not applied:
             return
-        for name, value in sums.items():
+        for name, values in losses.items():
+            if values[0].ndim:
+                continue  # of an objective with several sums, each is also a part by itself
             held = self._held.setdefault(name, [])
-            held.append(value)
-            if len(held) == _HELD:
-                self._sums[name] = self._sum(name)
+            held += values
+            if len(held) >= _HELD:
+                self._packed.setdefault(name, []).append(torch.stack(held))
                 held.clear()
         self._weight = add_weights(self._weight, window.weight)
 
@@ -157,12 +159,10 @@ class TrainingMeter:
             forget: whether the next report begins here.
         """
         # Synchronises with the device once per report.
-        # Of an objective with several sums, each is also a part by itself.
-        sums = {name: float(total) for name in self._held if (total := self._sum(name)).ndim == 0}
         busy = {phase: self._times.seconds.get(phase, 0.0) for phase in _INDEPENDENT_PHASES}
-        payload = json.dumps([sums, busy, peak_memory_bytes(self._device)]).encode()
+        payload = json.dumps([self._parts(), busy, peak_memory_bytes(self._device)]).encode()
         ranks = [json.loads(reply) for reply in gather_bytes(payload, self._device)]
-        summed = sum_in_order([self._carried, *(sums for sums, _, _ in ranks)])
+        summed = {name: total.value for name, total in self._totals(parts for parts, _, _ in ranks).items()}
         self.seconds = seconds = max(time.monotonic() - self._since, 1e-9)
         report: dict[str, Result] = {}
         report |= self._objective.means(summed, self._weight)
@@ -181,31 +181,20 @@ class TrainingMeter:
 
     def state(self) -> dict[str, Any]:
         """Return the sums since the last report. Synchronises with the device. Collective: every rank must call this."""
-        own = {
-            name: {
-                "sum": self._sums[name].item() if name in self._sums else None,
-                "held": torch.stack(held).double().tolist() if held else [],
-            }
-            for name, held in self._held.items()
-            if self._sum(name).ndim == 0
-        }
-        ranks = [json.loads(reply) for reply in gather_bytes(json.dumps(own).encode(), self._device)]
-        return {"ranks": ranks, "carried": self._carried, "weight": self._weight, "metrics": self._metrics.state()}
+        ranks = [json.loads(reply) for reply in gather_bytes(json.dumps(self._parts()).encode(), self._device)]
+        sums = {name: total.parts for name, total in self._totals(ranks).items()}
+        return {"sums": sums, "weight": self._weight, "metrics": self._metrics.state()}
 
-    def load_state(self, state: Mapping[str, Any], *, rank: int, world_size: int) -> None:
-        """Restore a state from any world size; from the same world size the next report is equal bit for bit."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore a state from any world size; the next report is equal bit for bit."""
         self.forget()
-        ranks: list[Mapping[str, Any]] = state["ranks"]
-        self._carried = dict(state["carried"])
-        if len(ranks) == world_size:
-            self._sums, self._held = {}, {}
-            for name, stored in ranks[rank].items():
-                if stored["sum"] is not None:
-                    self._sums[name] = self._on_device(stored["sum"])
-                self._held[name] = [self._on_device(value) for value in stored["held"]]
-        else:
-            totals = [{name: (part["sum"] or 0.0) + sum(part["held"]) for name, part in own.items()} for own in ranks]
-            self._carried = sum_in_order([self._carried, *totals])
+        if "sums" in state:
+            self._carried = exact_sums([state["sums"]])
+        else:  # of a version that stored each rank's sum
+            ranks = [
+                {name: [part["sum"] or 0.0, *part["held"]] for name, part in own.items()} for own in state["ranks"]
+            ]
+            self._carried = exact_sums([{name: [value] for name, value in state["carried"].items()}, *ranks])
         weight = state["weight"]
         self._weight = tuple(weight) if isinstance(weight, list | tuple) else float(weight)
         self._metrics.load_state(state["metrics"])
@@ -215,20 +204,19 @@ class TrainingMeter:
         self._step = {}
         self._reset()
 
-    def _on_device(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self._device)
+    def _parts(self) -> dict[str, list[float]]:
+        """Return the exact sums over this rank's slots since the last report or start. Synchronises with the device."""
+        parts = {}
+        for name, held in self._held.items():
+            packed = [*self._packed.get(name, []), *([torch.stack(held)] if held else [])]
+            parts[name] = ExactSum(torch.cat(packed).double().tolist()).parts
+        return parts
 
-    def _sum(self, name: str) -> Tensor:
-        held = self._held[name]
-        total = self._sums.get(name)
-        if held:
-            added = torch.stack(held).double().sum(0)
-            total = added if total is None else total + added
-        assert total is not None
-        return total
+    def _totals(self, ranks: Iterable[Mapping[str, list[float]]]) -> dict[str, ExactSum]:
+        return exact_sums([{name: total.parts for name, total in self._carried.items()}, *ranks])
 
     def _reset(self) -> None:
-        self._held, self._sums, self._carried = {}, {}, {}
+        self._held, self._packed, self._carried = {}, {}, {}
         self._weight = 0.0
         self._grad_norm = None
         self._metrics.reset()

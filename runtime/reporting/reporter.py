@@ -55,6 +55,10 @@ class Reporter(Tracker):
         """See :class:`Tracker`."""
         self._each(lambda tracker: tracker.log_artifact(name, path, step=step))
 
+    def log_checkpoint(self, name: str, *, step: int, digest: str) -> None:
+        """See :class:`Tracker`."""
+        self._each(lambda tracker: tracker.log_checkpoint(name, step=step, digest=digest))
+
     def log_message(self, text: str) -> None:
         """See :class:`Tracker`."""
         self._each(lambda tracker: tracker.log_message(text))

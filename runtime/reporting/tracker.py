@@ -60,6 +60,15 @@ class Tracker:
     def log_artifact(self, name: str, path: Path, *, step: int) -> None:
         """Log a complete file of the run folder, such as ``config.yaml``, made after ``step`` steps."""
 
+    def log_checkpoint(self, name: str, *, step: int, digest: str) -> None:
+        """Log that a checkpoint is on disk.
+
+        Args:
+            name: of its folder.
+            step: steps completed when it was saved; later ones may be completed by now.
+            digest: of its state; equal digests mean equal weights, optimizer state and buffers, bit for bit.
+        """
+
     def log_message(self, text: str) -> None:
         """Log one line of text; a warning begins with ``warning:``. It is also printed, not by trackers."""
 

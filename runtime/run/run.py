@@ -239,6 +239,7 @@ class Run:
         stop_request = self._services.stop_request
         stop_request.restart_grace_time()
         self._folder.finish_saving()
+        self._saver.report_written()
         end_training(self._state.optimizer)
         if reason is StopReason.STOP_REQUEST:
             self._reporter.message(

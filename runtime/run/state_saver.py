@@ -50,7 +50,7 @@ class StateSaver:
         self._builder, self._strategy, self._folder = builder, strategy, services.folder
         self._data, self._identity, self._state = prepared.data, prepared.fingerprint, prepared.state
         self._meter, self._evaluations, self._windows = meter, evaluations, windows
-        self._log, self._warn = services.reporter.message, services.reporter.warn
+        self._reporter = services.reporter
         self._of_reading: dict[str, Any] = {"stream": {}, "meter": {}}
         self._compares = builder.values.checks == "on" and strategy.world_size > 1 and strategy.state_io.held_whole
         self._verify_next = verify
@@ -85,9 +85,16 @@ class StateSaver:
                 self._windows.reader_states, self._data.samples.sharded_by, self._strategy.device
             )
         self._of_reading["meter"] = self._meter.state()
+        self.report_written()
         counters: dict[str, Any] = {"step": progress.step, "attempt": progress.attempt, "epoch": progress.epoch}
         judged = self._evaluations.judged or not results
         self._folder.save(self._collector(), results=results, judged=judged, **counters)
+
+    def report_written(self) -> None:
+        """Report the digest of the checkpoint that was written last, unless it was reported."""
+        written = self._folder.take_written()
+        if written is not None and written.digest:
+            self._reporter.log_checkpoint(written.path.name, step=written.step, digest=written.digest)
 
     def verify_first(self, window: Window, *, leaving: bool) -> None:
         """Compare the run's first checkpoint with the running state, unless already done or the process is about to exit.
@@ -99,7 +106,7 @@ class StateSaver:
             return
         self._verify_next = False
         if leaving:
-            self._log("The first checkpoint was not verified (the run is being stopped).")
+            self._reporter.message("The first checkpoint was not verified (the run is being stopped).")
             return
 
         def saved() -> Path | None:
@@ -108,7 +115,13 @@ class StateSaver:
 
         batch = window.microbatches[0].batch
         verify_checkpoint(
-            self._builder, self._strategy, self._state, saved=saved, batch=batch, warn=self._warn, log=self._log
+            self._builder,
+            self._strategy,
+            self._state,
+            saved=saved,
+            batch=batch,
+            warn=self._reporter.warn,
+            log=self._reporter.message,
         )
 
     def _collector(self) -> Callable[[], dict[str, dict[str, Any]]]:

@@ -89,14 +89,14 @@ class Trainer:
             for number, microbatch in enumerate(window.microbatches, start=1):
                 seed_everything(derive(self._seed, Purpose.SLOT, progress.step, microbatch.slot), strategy.device)
                 batch, filler = to_device(microbatch.batch, strategy.device), microbatch.filler
-                with strategy.microbatch(last=number == len(window.microbatches)):
+                with strategy.microbatch(slot=microbatch.slot, last=number == len(window.microbatches)):
                     enter("forward", step)
                     loss = strategy.forward(batch, filler=filler)
                     enter("backward", step)
                     strategy.backward(loss.sum, weight=window.weight or 1.0)
-                buffers.end_slot(filler=filler)
+                buffers.end_slot(microbatch.slot)
                 if not filler:
-                    meter.add(loss, batch)
+                    meter.add(loss, batch, slot=microbatch.slot)
                 del loss, batch  # the next forward pass needs the memory
 
             enter("step", step)
@@ -149,7 +149,7 @@ class Trainer:
         if window.weight == 0:  # every target is masked, on all ranks
             strategy.discard()
             return Update(skipped=True)
-        spike = divergence.spike(lambda: self._meter.step_loss(window.weight))
+        spike = divergence.spike(lambda: self._meter.slot_losses(window.weight))
         if spike is not None:
             strategy.discard()
             divergence.decide(spike, window, progress.step + 1, spike=True)

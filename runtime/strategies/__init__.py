@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from runtime.distributed.slot_reduction import SlotReduction
 from runtime.objective import Loss, TrainingModule, Weight
 from runtime.strategies.state_io import StateIO
 from runtime.strategies.unused_parameters import UnusedParameters
@@ -34,6 +35,11 @@ class Strategy(Protocol):
     @property
     def state_io(self) -> StateIO:
         """Reads and writes the state of module and optimizer."""
+        ...
+
+    @property
+    def slot_reduction(self) -> SlotReduction:
+        """Sums other tensors over the slots of a step; from :meth:`prepare` on."""
         ...
 
     @property
@@ -55,11 +61,14 @@ class Strategy(Protocol):
         """Move a module built on the CPU to where :meth:`prepare` expects it, and return it."""
         ...
 
-    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
+    def prepare(self, module: TrainingModule, optimizer: Optimizer, *, slots: int) -> None:
         """Wrap module and optimizer; the optimizer must not have been stepped. Collective.
 
         May replace the module's parameters by other objects with the same names; the optimizer stays the same object and
         holds the new ones.
+
+        Args:
+            slots: K, microbatches of a step over all ranks.
         """
         ...
 
@@ -85,8 +94,13 @@ class Strategy(Protocol):
 
     # A step
 
-    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Return a context for one forward and backward pass; gradients are reduced in a window's last one. Collective."""
+    def microbatch(self, *, slot: int, last: bool) -> AbstractContextManager[None]:
+        """Return a context for one forward and backward pass; gradients are reduced in a window's last one. Collective.
+
+        Args:
+            slot: number in the step; negative for a filler.
+            last: whether it is the last one of this rank's window.
+        """
         ...
 
     def forward(self, batch: Any, *, filler: bool) -> Loss:

@@ -25,7 +25,9 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from runtime.config.strategy import DDPSection
+from runtime.data.batches import slots_of_rank
 from runtime.distributed.process_groups import init_method
+from runtime.distributed.slot_reduction import RankReduction, SlotReduction
 from runtime.errors import GradientError
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.optimization.latecomers import Latecomers
@@ -119,7 +121,7 @@ class DDPStrategy:
         """Move a module to this rank's device."""
         return module.to(self.device)
 
-    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
+    def prepare(self, module: TrainingModule, optimizer: Optimizer, *, slots: int) -> None:
         """Wrap module and optimizer. Collective.
 
         Raises:
@@ -127,6 +129,7 @@ class DDPStrategy:
         """
         if self.world_size > 1:
             refuse_hook(self._hook, self.device)
+        self.slot_reduction = self._reduction(slots)
         refuse_weights(module, scaled=self._scaler is not None, clamped=self._max_grad_value is not None)
         self._module = module
         self.state_io.attach(module, optimizer)
@@ -137,6 +140,9 @@ class DDPStrategy:
         assert self._optimizer is not None
         self._optimizer_step = unhooked_step(self._optimizer)
         self._latecomers = Latecomers(self._optimizer)
+
+    def _reduction(self, slots: int) -> SlotReduction:
+        return RankReduction(slots_of_rank(slots, self.world_size, self.rank), world_size=self.world_size)
 
     def rewrap(self) -> None:
         """Wrap the module again after the set of trainable parameters has changed. Collective.
@@ -189,7 +195,7 @@ class DDPStrategy:
         if self.world_size == 1:
             return
         preserved = preserved_random_state(self.device), preserved_buffers(self.unwrapped)
-        with preserved[0], preserved[1], self.microbatch(last=True), warnings.catch_warnings():
+        with preserved[0], preserved[1], self.microbatch(slot=-1, last=True), warnings.catch_warnings():
             # Raised by models that change their layout in the first pass; the buckets are rebuilt after it.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             self.backward(self.forward(to_device(filler, self.device), filler=True).sum, weight=1.0)
@@ -216,7 +222,7 @@ class DDPStrategy:
         remedy = f", so these do not train them; {LEAVE_OUT}; several processes need {key}: true"
         return UnusedParameters(names, None, remedy)
 
-    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+    def microbatch(self, *, slot: int, last: bool) -> AbstractContextManager[None]:
         """Return a context for one forward and backward pass; gradients are reduced in a window's last one. Collective."""
         if last or self.world_size == 1:
             return _NO_CONTEXT

@@ -87,12 +87,13 @@ class FSDPStrategy(DDPStrategy):
         """Leave a module on the CPU: its blocks are moved one at a time, and each rank keeps its shard."""
         return module
 
-    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
+    def prepare(self, module: TrainingModule, optimizer: Optimizer, *, slots: int) -> None:
         """Shard module and optimizer. Collective.
 
         Raises:
             ConfigurationError: the module cannot be sharded as configured.
         """
+        self.slot_reduction = self._reduction(slots)
         refuse_weights(module, scaled=self._scaler is not None, clamped=self._max_grad_value is not None)
         before = optimizer.state_dict()
         names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -141,7 +142,7 @@ class FSDPStrategy(DDPStrategy):
         """Not supported: trainability is fixed when a module is sharded, so the configuration refuses ``model.unfreeze``."""
         raise AssertionError
 
-    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+    def microbatch(self, *, slot: int, last: bool) -> AbstractContextManager[None]:
         """Return a context for one forward and backward pass.
 
         Gradients are reduced in each pass, or with ``no_sync`` in a window's last one: that sends less, but keeps an unsharded
@@ -163,7 +164,7 @@ class FSDPStrategy(DDPStrategy):
     def unused_parameters(self, batch: Any) -> UnusedParameters | None:
         """Return the parameters that a batch gives no gradient. Collective."""
         self._clear()
-        with self.microbatch(last=True):
+        with self.microbatch(slot=-1, last=True):
             self.backward(self.forward(to_device(batch, self.device), filler=False).sum, weight=1.0)
         names = [name for name in self._names if name not in self._used]
         self._clear()

@@ -39,15 +39,14 @@ class BufferGroup:
         self._base = base(self._start)
         self._start_values = self._values(self._start)
 
-    def end_slot(self, change_so_far: Tensor | None) -> None:
-        """Add the buffers' change in a slot, and restore their values at the start of the step.
-
-        Args:
-            change_so_far: flat accumulator, updated in place; None after a filler.
-        """
+    def change(self) -> Tensor:
+        """Return the buffers' change in a slot, flat."""
         self._find_buffers()
-        if change_so_far is not None:
-            change_so_far += change(self._flat(), self._base)
+        return change(self._flat(), self._base)
+
+    def restore(self) -> None:
+        """Restore the buffers' values at the start of the step."""
+        self._find_buffers()
         self._write(self._start_values)
 
     def advance(self, mean: Tensor, skipped: Tensor | None) -> None:

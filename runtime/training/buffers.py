@@ -24,6 +24,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from runtime.distributed.collectives import gather_bytes
+from runtime.distributed.slot_reduction import SlotReduction
+from runtime.distributed.slot_tree import Node, RunningSum, cover, total
 from runtime.state.module_buffers import BufferPlace, places_of
 from runtime.strategies import Strategy
 from runtime.strategies.update import DeviceFlag
@@ -37,10 +39,12 @@ _STEPS_BETWEEN = 64  # a millisecond or two each, on several processes
 
 def buffer_rule(module: nn.Module, strategy: Strategy, moving: list[str], *, step: int) -> BufferRule:
     """Return the rule for a strategy's ranks; see :class:`BufferRule`."""
-    if strategy.world_size == 1:
-        return BufferRule(module, moving=moving, step=step)
     return BufferRule(
-        module, dist.all_reduce, lambda payload: gather_bytes(payload, strategy.device), moving, step=step
+        module,
+        strategy.slot_reduction,
+        lambda payload: gather_bytes(payload, strategy.device),
+        moving,
+        step=step,
     )
 
 
@@ -49,7 +53,7 @@ class BufferRule:
 
     Args:
         module: the unwrapped TrainingModule.
-        sum_over_ranks: reduces a tensor on the module's device in place. Default: a single process. Collective.
+        reduction: sums changes over the slots.
         exchange: returns every rank's bytes, in rank order. Collective.
         moving: names of buffers that follow the rule in addition to those that always do; extended in place. Sums are bitwise
             equal after a resumption only if the same buffers are summed together.
@@ -59,26 +63,25 @@ class BufferRule:
     def __init__(
         self,
         module: nn.Module,
-        sum_over_ranks: Callable[[Tensor], object] | None = None,
+        reduction: SlotReduction,
         exchange: Callable[[bytes], list[bytes]] = lambda payload: [payload],
         moving: list[str] | None = None,
         *,
         step: int = 0,
     ) -> None:
-        self._module, self._exchange = module, exchange
-        self._alone = sum_over_ranks is None
-        self._sum_over_ranks = sum_over_ranks or (lambda change: None)
+        self._module, self._reduction, self._exchange = module, reduction, exchange
+        self._sums = RunningSum[Tensor](reduction.own_slots, Tensor.add_)
         self._known = self._agreed([], [])[0]
+        self._still: dict[str, StillBuffer] = {}
         self._moving: list[BufferPlace] = []
         self._groups: list[BufferGroup] = []
         self._likes: list[Tensor] = []  # the shapes that all ranks reduce, even if a buffer is replaced
         self._move([place for place in self._known.values() if _always_moves(place)])
-        if self._moving and not self._alone:  # there is a reduction at every step anyway
+        if self._moving and (reduction.ordered or not reduction.alone):  # there is a reduction at every step anyway
             self._move([place for place in self._known.values() if not _always_moves(place) and _is_small(place)])
         self._names = [] if moving is None else moving
         moved = {place.name for place in self._moving}
         self._move([self._known[name] for name in self._names if name in self._known and name not in moved])
-        self._still: dict[str, StillBuffer] = {}
         self._watch_others()
         self._step, self._first_step = step, step + 1
         self._own_slots = 0
@@ -87,25 +90,29 @@ class BufferRule:
         """Save the buffers' values."""
         self._step += 1
         self._own_slots = 0
+        self._sums.take()
         for still in self._still.values():
             still.begin_step(compare=self._compares)
-        if not self._groups:
-            return
         with torch.no_grad():
             for group in self._groups:
                 group.begin_step()
-            self._change.zero_()
 
-    def end_slot(self, *, filler: bool) -> None:
-        """Record a slot's changes, and restore the buffers."""
-        self._own_slots += not filler
+    def end_slot(self, slot: int) -> None:
+        """Record a slot's changes, and restore the buffers.
+
+        Args:
+            slot: number in the step; negative for a filler, whose changes are dropped.
+        """
+        self._own_slots += slot >= 0
         for still in self._still.values():
-            still.end_slot(filler=filler, compare=self._compares)
-        if not self._groups:
+            still.end_slot(slot, compare=self._compares)
+        if not self._groups and not self._tells:
             return
         with torch.no_grad():
-            for group, change_so_far in zip(self._groups, self._changes, strict=True):
-                group.end_slot(None if filler else change_so_far)
+            if slot >= 0:
+                self._sums.put(Node(0, slot), self._slot_change())
+            for group in self._groups:
+                group.restore()
 
     def end_step(self, *, real_slots: int, skipped: bool | DeviceFlag) -> None:
         """Apply the mean change, or none if the update was skipped.
@@ -114,18 +121,36 @@ class BufferRule:
         """
         if skipped is True:
             return
-        if self._groups:
-            self._sum_over_ranks(self._change)
-            self._advance(self._change / real_slots, skipped)
-        if self._compares:
+        follows = self._compares
+        if self._groups or self._tells:
+            change = self._reduction.sum(self._sums.take(), self._change)
+            if self._tells:
+                follows = change[-1].item() != 0
+                change = change[:-1]
+            self._advance(change / real_slots, skipped)
+        if follows:
             self._follow(real_slots, skipped)
             return
-        changed = [still for still in self._still.values() if still.changes is not None]
+        changed = [still for still in self._still.values() if still.changed]
         for still in changed:
-            assert still.changes is not None
-            _advance_each([still.place], [still.start], still.changes / self._own_slots, skipped)
-        if self._alone and changed:
+            own = total(zip(cover(self._reduction.own_slots), still.changes.take(), strict=True), Tensor.add_)
+            assert own is not None
+            _advance_each([still.place], [still.start], own / self._own_slots, skipped)
+        if self._reduction.alone and changed:
             self._begin([still.place for still in changed])
+
+    @property
+    def _tells(self) -> bool:
+        """Whether ranks tell each other in every step if a buffer began to change, so that the order of sums is always kept."""
+        return self._reduction.ordered and not self._reduction.alone and bool(self._still)
+
+    def _slot_change(self) -> Tensor:
+        """Return the change of all moving buffers in a slot, and whether another one changed."""
+        parts = [group.change().to(self._change.dtype) for group in self._groups]
+        if self._tells:
+            changed = any(still.changed or still.is_private for still in self._still.values())
+            parts.append(self._change.new_full((1,), float(changed)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _move(self, places: list[BufferPlace]) -> None:
         """Apply the rule to buffers at every step."""
@@ -135,10 +160,14 @@ class BufferRule:
         for place, like in zip(self._moving, self._likes, strict=True):
             pairs.setdefault(like.dtype, []).append((place, like))
         self._groups = [BufferGroup(*map(list, zip(*group, strict=True))) for group in pairs.values()]
-        sizes = [group.numbers for group in self._groups]
-        device = self._groups[0].device if self._groups else None
-        self._change = torch.zeros(sum(sizes), dtype=_reduced_dtype(self._likes), device=device)
-        self._changes = torch.split(self._change, sizes)  # each group's part of the reduced tensor
+        self._size_change()
+
+    def _size_change(self) -> None:
+        """Allocate what :meth:`SlotReduction.sum` takes shape, dtype and device from."""
+        held = next(iter(self._still.values())).start if self._still else torch.empty(0)
+        device = self._groups[0].device if self._groups else held.device
+        numbers = sum(group.numbers for group in self._groups) + self._tells
+        self._change = torch.empty(numbers, dtype=_reduced_dtype(self._likes), device=device)
 
     @torch.no_grad()
     def _advance(self, means: Tensor, skipped: bool | DeviceFlag) -> None:
@@ -152,6 +181,7 @@ class BufferRule:
         self._names += [place.name for place in places]
         for place in places:
             del self._still[place.name]
+        self._size_change()
 
     def _watch_others(self) -> None:
         """Watch the buffers that do not follow the rule yet; those already watched keep their state."""
@@ -160,7 +190,8 @@ class BufferRule:
         for name, place in self._known.items():
             if name not in moving and (held := place.held) is not None:
                 same_kind = name in before and alike(held, before[name].start)
-                self._still[name] = before[name] if same_kind else StillBuffer(place)
+                self._still[name] = before[name] if same_kind else StillBuffer(place, self._reduction.own_slots)
+        self._size_change()
 
     @property
     def _compares(self) -> bool:
@@ -171,18 +202,36 @@ class BufferRule:
     def _follow(self, real_slots: int, skipped: bool | DeviceFlag) -> None:
         """Apply the rule to buffers that changed on any rank, from a common value, and broadcast new buffers. Collective."""
         still = self._still
-        changed = [name for name, buffer in still.items() if buffer.changes is not None]
+        changed = [name for name, buffer in still.items() if buffer.changed]
         self._known, changes = self._agreed(changed, [name for name, buffer in still.items() if buffer.is_private])
         begin = {name: privates for name, privates in changes.items() if name in still and name in self._known}
         if begin:
-            parts = [_share(still[name], privates, real_slots) for name, privates in begin.items()]
-            sums = torch.cat(parts)
-            self._sum_over_ranks(sums)
+            means = self._mean_changes([still[name] for name in begin], real_slots)
+            if any(begin.values()):
+                earlier = torch.cat([_earlier(still[name], privates) for name, privates in begin.items()])
+                if not self._reduction.alone:
+                    dist.all_reduce(earlier)
+                means += earlier
             places = [still[name].place for name in begin]
             starts = [still[name].agreed if privates else still[name].start for name, privates in begin.items()]
-            _advance_each(places, starts, sums, skipped)
+            _advance_each(places, starts, means, skipped)
             self._begin(places)
         self._watch_others()
+
+    def _mean_changes(self, still: list[StillBuffer], real_slots: int) -> Tensor:
+        """Return the mean change of each buffer in the slots of this step, one after another, in float64. Collective."""
+        sizes, device = [numbers(buffer.start) for buffer in still], still[0].start.device
+        nodes = zip(*(buffer.changes.take() for buffer in still), strict=True)
+        values = [
+            torch.cat(
+                [
+                    torch.full((size,), -0.0, dtype=torch.float64, device=device) if value is None else value
+                    for size, value in zip(sizes, node, strict=True)
+                ]
+            )
+            for node in nodes
+        ]
+        return self._reduction.sum(values, torch.empty(sum(sizes), dtype=torch.float64, device=device)) / real_slots
 
     def _agreed(self, changed: list[str], private: list[str]) -> tuple[dict[str, BufferPlace], dict[str, int]]:
         """Return the buffers common to all ranks, and for those that changed on any rank, on how many before this step.
@@ -219,14 +268,11 @@ class BufferRule:
             BufferPlace(owner, key, name, persistent[name]).put(value.to(device))
 
 
-def _share(still: StillBuffer, privates: int, real_slots: int) -> Tensor:
-    """Return this rank's share of a buffer's change: in the steps since the ranks agreed, and in the slots of this step."""
-    share = torch.zeros(numbers(still.start), dtype=torch.float64, device=still.start.device)
-    if privates:
-        share += still.earlier_change() / privates
-    if still.changes is not None:
-        share += still.changes / real_slots
-    return share
+def _earlier(still: StillBuffer, privates: int) -> Tensor:
+    """Return this rank's share of a buffer's change in the steps since the ranks agreed."""
+    if not privates:
+        return torch.zeros(numbers(still.start), dtype=torch.float64, device=still.start.device)
+    return still.earlier_change() / privates
 
 
 @torch.no_grad()

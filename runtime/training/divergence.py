@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from runtime.config.sections import DivergenceSection
@@ -42,7 +42,7 @@ class Divergence:
 
     Args:
         section: the configuration's section.
-        sum_over_ranks: sums one number over the ranks; called if spike detection is on. Collective.
+        sum_over_ranks: sums numbers of all ranks; called if spike detection is on. Collective.
         warn: called with a message about each skipped update.
     """
 
@@ -50,7 +50,7 @@ class Divergence:
         self,
         section: DivergenceSection,
         *,
-        sum_over_ranks: Callable[[float], float],
+        sum_over_ranks: Callable[[Sequence[float]], float],
         warn: Callable[[str], None],
     ) -> None:
         self._section = section
@@ -59,19 +59,19 @@ class Divergence:
         self._losses: list[float] = []
         self._skips: list[int] = []  # the latest consecutive skipped steps
 
-    def spike(self, loss_share: Callable[[], float]) -> str | None:
+    def spike(self, losses: Callable[[], Sequence[float]]) -> str | None:
         """Return what is wrong with a step's loss, or None. Collective and waits for the device, if spike detection is on.
 
         Mean and standard deviation are those of the last ``window`` accepted losses; before there are that many, only a
         non-finite loss is reported.
 
         Args:
-            loss_share: returns this rank's share of the step's mean loss; the ranks' shares are summed.
+            losses: returns the share of each of this rank's slots in the step's mean loss.
         """
         spike = self._section.spike
         if spike is None:
             return None
-        loss = self._sum_over_ranks(loss_share())
+        loss = self._sum_over_ranks(losses())
         if len(self._losses) >= spike.window or not math.isfinite(loss):
             mean = statistics.fmean(self._losses) if self._losses else math.nan
             sigma = statistics.pstdev(self._losses) if self._losses else math.nan

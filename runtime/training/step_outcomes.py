@@ -23,7 +23,7 @@ class _OpenStep(NamedTuple):
     window: Window
     update: Update
     step: int
-    losses: dict[str, Tensor]
+    losses: dict[str, list[Tensor]]
 
 
 class StepOutcomes:
@@ -66,7 +66,7 @@ class StepOutcomes:
             settled, self._open = self._open, None
             self._settle(*settled)
 
-    def _settle(self, window: Window, update: Update, step: int, losses: dict[str, Tensor]) -> None:
+    def _settle(self, window: Window, update: Update, step: int, losses: dict[str, list[Tensor]]) -> None:
         self.applied = applied = not update.skipped
         if not applied and update.diverged_if_skipped:
             self._divergence.decide("the gradient is NaN or infinite", window, step, spike=False)

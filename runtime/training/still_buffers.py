@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.distributed.slot_tree import Node, RunningSum
 from runtime.state.module_buffers import BufferPlace
 from runtime.training.buffer_values import base, change, same_bits, wide
 
@@ -18,19 +19,22 @@ class StillBuffer:
 
     Args:
         place: where it is stored; not empty.
+        slots: of this rank.
 
     Attributes:
         agreed: its value when it was last equal on all ranks.
         start: its value at the start of the current step.
-        changes: the sum of its changes in this rank's real slots of the current step, in float64; None without any.
+        changes: the sum of its changes in this rank's real slots of the current step, in float64.
+        changed: whether there is any.
     """
 
-    def __init__(self, place: BufferPlace) -> None:
+    def __init__(self, place: BufferPlace, slots: range) -> None:
         held = place.held
         assert held is not None
         self.place = place
         self.agreed = self.start = held.detach().clone()
-        self.changes: Tensor | None = None
+        self.changes = RunningSum[Tensor](slots, Tensor.add_)
+        self.changed = False
         self._note()
 
     @property
@@ -44,19 +48,26 @@ class StillBuffer:
         Args:
             compare: also detect writes that bypass torch's version counter.
         """
-        self.changes = None
+        if self.changed:
+            self.changes.take()
+            self.changed = False
         held = self._written(compare=compare)
         if held is not None:
             self.start = held.detach().clone()
 
-    def end_slot(self, *, filler: bool, compare: bool) -> None:
-        """Record a slot's change, and restore the buffer."""
+    def end_slot(self, slot: int, *, compare: bool) -> None:
+        """Record a slot's change, and restore the buffer.
+
+        Args:
+            slot: number in the step; negative for a filler, whose change is dropped.
+            compare: also detect writes that bypass torch's version counter.
+        """
         held = self._written(compare=compare)
         if held is None:
             return
-        if not filler:
-            changed = change(held, base(wide(self.start))).to(torch.float64)
-            self.changes = changed if self.changes is None else self.changes + changed
+        if slot >= 0:
+            self.changes.put(Node(0, slot), change(held, base(wide(self.start))).to(torch.float64))
+            self.changed = True
         self.put(self.start)
 
     def put(self, value: Tensor) -> None:

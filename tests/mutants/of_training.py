@@ -181,8 +181,8 @@ MUTANTS = (
     Mutant(
         "strategy: the pass before the first step leaves its statistics",
         _STRATEGY,
-        "with preserved[0], preserved[1], self.microbatch(last=True)",
-        "with preserved[0], self.microbatch(last=True)",
+        "with preserved[0], preserved[1], self.microbatch(slot=-1, last=True)",
+        "with preserved[0], self.microbatch(slot=-1, last=True)",
         (
             "tests/test_accumulation.py::test_dropout_and_batch_norm_give_the_same_run_for_any_world_size",
             "tests/test_accumulation.py",

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.config.zero_rules import UNUSED_PARAMETERS
+from runtime.data.batches import slots_of_rank
+from runtime.distributed.slot_reduction import RankReduction
 from runtime.errors import ConfigurationError, Problem
 from runtime.objective import Loss, TrainingModule, Weight, starting_gradient
 from runtime.state.memory_layout import strides_to_keep
@@ -102,7 +104,7 @@ class ZeroStrategy:
         """Move a module to this rank's device; in stage 3, leave it on the CPU, to be partitioned weight by weight."""
         return module if self._stage == 3 else module.to(self.device)
 
-    def prepare(self, module: TrainingModule, optimizer: Optimizer) -> None:
+    def prepare(self, module: TrainingModule, optimizer: Optimizer, *, slots: int) -> None:
         """Let DeepSpeed take over module and optimizer, which must not have been stepped. Collective.
 
         Raises:
@@ -112,6 +114,9 @@ class ZeroStrategy:
         if reason is not None:
             raise ConfigurationError([Problem("configuration", "optimizer.target", reason)])
         self._refuse_module(module)
+        self.slot_reduction = RankReduction(
+            slots_of_rank(slots, self.world_size, self.rank), world_size=self.world_size
+        )
         self._module = module
         layouts = _make_contiguous(module)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,7 +156,7 @@ class ZeroStrategy:
         used: set[int] = set()
         hooks = [p.register_hook(partial(_note, used, id(p))) for p in self._parameters]  # type: ignore[no-untyped-call]
         try:
-            with self.microbatch(last=True):
+            with self.microbatch(slot=-1, last=True):
                 self.backward(self.forward(to_device(batch, self.device), filler=False).sum, weight=1.0)
         finally:
             for hook in hooks:
@@ -160,7 +165,7 @@ class ZeroStrategy:
         unused = [name for number, name in names.items() if number not in used]
         return UnusedParameters(unused, None, f"; {UNUSED_PARAMETERS}") if unused else None
 
-    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+    def microbatch(self, *, slot: int, last: bool) -> AbstractContextManager[None]:
         """Set whether the window ends with this forward and backward pass."""
         self._engine.set_gradient_accumulation_boundary(last)
         return _NO_CONTEXT

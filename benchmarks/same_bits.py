@@ -1,0 +1,61 @@
+"""The digest of a run's state after some steps, on 1, 2 and 4 processes, with ``determinism: exact`` and ``strict``.
+
+    python benchmarks/same_bits.py [--steps 50] [--processes 1 2 4] configs/digits.yaml configs/gpt_stdlib.yaml
+
+Prints a row for each YAML and mode. Equal digests mean equal weights, optimizer state and buffers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def digest(yaml: Path, mode: str, processes: int, *, steps: int, slots: int, overrides: list[str]) -> str:
+    """Train in processes of its own, and return the digest of the last checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = [
+            f"output={folder}/run",
+            f"determinism={mode}",
+            f"batch.slots={slots}",
+            f"limit={{steps: {steps}}}",
+            "checkpoint={every: 1000000 steps}",
+            "reporting={progress: false}",
+            *overrides,
+        ]
+        line = [sys.executable, "-m", "runtime.cli", "train", str(yaml), "--processes", str(processes), *options]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            sys.exit(f"{' '.join(line)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        (checkpoint,) = Path(folder, "run", "checkpoints").glob(f"step-{steps:08d}*")
+        found: str = json.loads((checkpoint / "manifest.json").read_text())["digest"]
+        return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("yaml", nargs="+", type=Path)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further key of every YAML")
+    options = parser.parse_args()
+    print("| run | determinism | " + " | ".join(f"{n} process{'es' * (n > 1)}" for n in options.processes) + " |")
+    print("|---|---|" + "---|" * len(options.processes))
+    for yaml in options.yaml:
+        for mode in ("exact", "strict"):
+            digests = [
+                digest(yaml, mode, n, steps=options.steps, slots=options.slots, overrides=options.set)
+                for n in options.processes
+            ]
+            print(f"| `{yaml}` | {mode} | " + " | ".join(f"`{each}`" for each in digests) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

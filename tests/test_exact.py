@@ -1,0 +1,103 @@
+"""``determinism: exact``: the same bits on any number of processes, in the whole record and in the digests of all states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.determinism import determinism
+from runtime.errors import ConfigurationError
+from tests.observed import configuration
+from tests.process_pool import ProcessPool
+from tests.random_runs import random_run, record_of
+
+RUNS = 60
+
+
+def train_all(configs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Train runs one after another, and return their records."""
+    from runtime.session import train
+
+    return [record_of(train(config).folder) for config in configs]
+
+
+def records(pool: ProcessPool, folder: Path, seeds: range, world_size: int) -> list[list[dict[str, Any]]]:
+    configs = [random_run(seed, folder / f"{world_size}-{seed}") for seed in seeds]
+    return pool.run(train_all, world_size, configs)[0]
+
+
+@pytest.mark.parametrize("first", range(0, RUNS, 10))
+def test_random_runs_are_the_same_bits_on_1_to_4_processes(pool: ProcessPool, tmp_path: Path, first: int) -> None:
+    seeds = range(first, first + 10)
+    alone = records(pool, tmp_path, seeds, 1)
+    assert all(sorted(digests(record)) == [4, 8, 12] for record in alone)
+    for world_size in (2, 3, 4):
+        for seed, expected, found in zip(seeds, alone, records(pool, tmp_path, seeds, world_size), strict=True):
+            same = (figures(found), digests(found)) == (figures(expected), digests(expected))
+            assert same, f"seed {seed} on {world_size}: {json.dumps(random_run(seed, tmp_path))}"
+
+
+def train_until(config: dict[str, Any], after: int | None) -> Any:
+    """Train, asked to stop after a step, and return the record so far."""
+    from tests.test_resumption import observe_stopping
+
+    observe_stopping(config, after)
+    return record_of(Path(config["output"]))
+
+
+@pytest.mark.parametrize("seed", range(200, 212))
+def test_a_run_that_goes_on_with_other_numbers_of_processes_is_the_same_bits(
+    pool: ProcessPool, tmp_path: Path, seed: int
+) -> None:
+    expected = pool.run(train_until, 1, random_run(seed, tmp_path / "alone"), None)[0]
+    config = random_run(seed, tmp_path / "moved")
+    pool.run(train_until, 2, config, 2 + seed % 5)
+    pool.run(train_until, 1 + 2 * (seed % 2), config, 8)
+    found = pool.run(train_until, 2, config, None)[0]
+    assert figures(found) == figures(expected)
+    assert digests(expected).items() <= digests(found).items()
+
+
+def figures(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in record if line["event"] != "checkpoint"]
+
+
+def digests(record: list[dict[str, Any]]) -> dict[int, str]:
+    """By step; a checkpoint's line follows when it is on disk, so its place among the others is not fixed."""
+    return {line["step"]: line["digest"] for line in record if line["event"] == "checkpoint"}
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"strategy": {"kind": "fsdp"}}, "determinism"),
+        ({"strategy": {"kind": "zero"}}, "determinism"),
+        ({"strategy": {"ddp": {"communication_hook": "fp16"}}}, "strategy.ddp.communication_hook"),
+        ({"batch_norm": "sync"}, "batch_norm"),
+        ({"data": {"train": {"target": "tiny_exact:Stream", "sharded_by": "dataset"}}}, "data.train.sharded_by"),
+    ],
+)
+def test_what_depends_on_the_number_of_processes_is_refused(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    from runtime.config.file import load
+
+    with pytest.raises(ConfigurationError, match=key.replace(".", r"\.")):
+        load(configuration(tmp_path, determinism="exact", **changes))
+
+
+@pytest.mark.single
+def test_exact_runs_on_one_thread_and_gives_the_others_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with determinism("exact", "highest"):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with determinism("strict", "highest"):
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
