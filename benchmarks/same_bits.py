@@ -29,7 +29,9 @@ def digest(yaml: Path, mode: str, processes: int, *, steps: int, slots: int, ove
             *overrides,
         ]
         line = [sys.executable, "-m", "runtime.cli", "train", str(yaml), "--processes", str(processes), *options]
-        done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            line, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         if done.returncode:
             sys.exit(f"{' '.join(line)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         (checkpoint,) = Path(folder, "run", "checkpoints").glob(f"step-{steps:08d}*")
