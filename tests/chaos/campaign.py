@@ -193,7 +193,9 @@ class Campaign:
         last = max((r["step"] for r in records(self.run) if r.get("event") == "train"), default=0)
         for path in checkpoints(self.run):
             step = step_of(path)
-            if step % SAVED_EVERY == 0 or step in best or step == STEPS or path.name in self._saved_on_leaving:
+            # A start that makes up for an evaluation that was cut short saves its step once more, with the results.
+            on_leaving = path.name.removesuffix("-evaluated") in self._saved_on_leaving
+            if step % SAVED_EVERY == 0 or step in best or step == STEPS or on_leaving:
                 continue
             if alone and not self.lossy and step != last:
                 raise BrokenPromiseError(f"{path.name} was saved, which was neither due nor of one of the best results")

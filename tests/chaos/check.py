@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +135,7 @@ def final(run: Path, setting: Setting) -> Final:
     del tree["training"]["made_by"], fingerprint["tracker_id"], fingerprint["configuration"]
     # A run that lost all its checkpoints meets the infinite sample again.
     del tree["attempt"], tree["training"]["progress"]["attempt"]
-    tree["training"]["meter"] = _of_all_ranks(tree["training"]["meter"])
+    tree["training"]["meter"] = _summed(tree["training"]["meter"])
     skipped = tree["training"]["progress"]["skipped_batches"]
     tree["training"]["progress"]["skipped_batches"] = sorted({repr(batch) for batch in skipped})
     if len(tree["training"]["progress"]["skipped_batches"]) != setting.rollbacks:
@@ -148,13 +147,9 @@ def final(run: Path, setting: Setting) -> Final:
     return Final(tensors, tree, figures_of(run), best, len(rollbacks(run)))
 
 
-def _of_all_ranks(meter: dict[str, Any]) -> dict[str, Any]:
-    """Return what was summed since the last report, which each rank of any number has a part of."""
-    total = defaultdict(float, meter["carried"])
-    for of_rank in meter["ranks"]:
-        for name, told in of_rank.items():
-            total[name] += (told["sum"] or 0.0) + sum(told["held"])
-    return {**meter, "ranks": None, "carried": dict(total)}
+def _summed(meter: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures since the last report with each sum as one number."""
+    return {**meter, "sums": {name: math.fsum(parts) for name, parts in meter["sums"].items()}}
 
 
 def best_so_far(found: Final, setting: Setting) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,14 @@ def meddling(report: Any) -> None:
 def failing(report: lockstep.StepReport) -> None:
     if report.step == 2 and report.rank == 1:
         raise KeyError("no such column")
+
+
+class Hold:
+    """Waits after a step while a file exists."""
+
+    def __init__(self, file: str, step: int) -> None:
+        self._file, self._step = Path(file), step
+
+    def __call__(self, report: lockstep.StepReport) -> None:
+        while report.step == self._step and self._file.exists():
+            time.sleep(0.05)

@@ -191,6 +191,8 @@ class ZeroStrategy:
         assert (max_grad_norm or 0.0) == self._json["gradient_clipping"]
         self._pending = False
         self._engine.step()
+        if not self._engine.was_step_applied():
+            self._gather_small()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         return Update(not self._engine.was_step_applied(), diverged_if_skipped=not self._scales, grad_norm=norm)
 
@@ -206,7 +208,18 @@ class ZeroStrategy:
         self._pending = False
         self._engine.step()
         assert not self._engine.was_step_applied()
+        self._gather_small()
         self.state_io.load_scaler_state(scale)  # the NaN was artificial, so it must not change the scale
+
+    def _gather_small(self) -> None:
+        """Gather the parameters that stage 3 keeps whole: DeepSpeed (0.19) does so after an applied step only. Collective.
+
+        A module that reads such a weight of another one would otherwise be recorded as another order of modules, which ends the
+        next forward pass with a tracing error.
+        """
+        small = self._engine.optimizer.persistent_parameters if self._stage == 3 else []
+        if small:
+            small[0].all_gather(small)
 
     def _make_nan(self) -> None:
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
