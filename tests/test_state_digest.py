@@ -53,6 +53,8 @@ def test_one_bit_an_exchange_and_the_sign_of_zero_are_seen() -> None:
     sums = {sum_of(whole(tensor))}
     for change in (lambda t: t.index_fill_(0, torch.tensor([69_999]), 0.0), lambda t: t.roll(1), lambda t: t.flip(0)):
         sums.add(sum_of(whole(change(tensor.clone()))))
+    blocks = torch.randn(4, 65_536)
+    assert sum_of(whole(blocks.flatten())) != sum_of(whole(blocks.roll(1, 0).flatten()))
     for bit in range(32):
         changed = tensor.clone()
         changed.view(torch.int32)[123] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)

@@ -8,6 +8,7 @@ _FOLDER, _ATTEMPTS, _BEST = (
     "runtime/checkpoints/rollback_history.py",
     "runtime/checkpoints/best.py",
 )
+_METRIC_STATES = "runtime/evaluation/metric_states.py"
 _METRICS, _EVALUATOR = "runtime/evaluation/metrics.py", "runtime/evaluation/evaluator.py"
 _EVALUATIONS = "runtime/run/evaluations.py"
 
@@ -149,9 +150,9 @@ MUTANTS = (
     ),
     Mutant(
         "metrics: a rank's update count is taken for everybody's",
-        _METRICS,
-        "return _Merged(states, sum(rank.updates[key] for rank in gathered))",
-        "return _Merged(states, gathered[0].updates[key])",
+        _METRIC_STATES,
+        "return MetricState(states, sum(each.updates[key] for each in held))",
+        "return MetricState(states, next(iter(several)).updates[key])",
         (
             "tests/test_evaluation.py::test_fewer_samples_than_ranks_work_with_every_kind_of_state",
             "tests/test_metrics.py",
@@ -159,9 +160,9 @@ MUTANTS = (
     ),
     Mutant(
         "metrics: ranks without data are merged, too",
-        _METRICS,
-        "[rank.states for rank in gathered if rank.updates[key]]",
-        "[rank.states for rank in gathered]",
+        _METRIC_STATES,
+        "held = [each for each in several if each.updates[key]]",
+        "held = list(several)",
         (
             "tests/test_evaluation.py::test_fewer_samples_than_ranks_work_with_every_kind_of_state",
             "tests/test_metrics.py",
@@ -184,8 +185,8 @@ MUTANTS = (
     Mutant(
         "evaluation: a mean of the microbatches' means",
         _EVALUATOR,
-        "add_weights(weight, objective.checked_weight(batch, count)) if count",
-        "add_weights(weight, 1.0 * self._micro_size) if count",
+        "weight = objective.checked_weight(batch, count)\n                for place",
+        "weight = 1.0 * self._micro_size\n                for place",
         ("tests/test_evaluation.py::test_masked_tokens_are_in_no_metric_and_in_no_loss",),
     ),
     Mutant(

@@ -15,8 +15,8 @@ MUTANTS = (
     Mutant(
         "buffers: fillers change the statistics",
         _BUFFERS,
-        "group.end_slot(None if filler else change_so_far)",
-        "group.end_slot(change_so_far)",
+        "            if slot >= 0:\n                self._sums.put(Node(0, slot), self._slot_change())\n",
+        "            self._sums.put(Node(0, max(slot, self._reduction.own_slots.start)), self._slot_change())\n",
         (
             "tests/test_accumulation.py::test_dropout_and_batch_norm_give_the_same_run_for_any_world_size",
             "tests/test_accumulation.py",
@@ -32,8 +32,8 @@ MUTANTS = (
     Mutant(
         "buffers: ranks keep statistics of their own",
         _BUFFERS,
-        "        self._sum_over_ranks(self._change)\n",
-        "",
+        "            change = self._reduction.sum(self._sums.take(), self._change)\n",
+        "            change = total(zip(self._sums.nodes, self._sums.take(), strict=True), Tensor.add_)\n",
         ("tests/test_accumulation.py::test_dropout_and_batch_norm_give_the_same_run_for_any_world_size",),
     ),
     Mutant(
