@@ -11,7 +11,7 @@ import torch
 
 from runtime.determinism import determinism
 from runtime.errors import ConfigurationError
-from tests.observed import configuration
+from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool
 from tests.random_runs import random_run, record_of
 
@@ -69,6 +69,16 @@ def figures(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def digests(record: list[dict[str, Any]]) -> dict[int, str]:
     """By step; a checkpoint's line follows when it is on disk, so its place among the others is not fixed."""
     return {line["step"]: line["digest"] for line in record if line["event"] == "checkpoint"}
+
+
+def test_ranks_whose_models_are_built_differently_begin_with_rank_0s(pool: ProcessPool, tmp_path: Path) -> None:
+    config = random_run(1, tmp_path / "run")
+    config["model"] = {"target": "tiny_exact:Unseeded"}
+    config["data"] = {"train": {"target": "tiny_exact:samples", "args": {"kind": "classes"}}}
+    config |= {"objective": "CrossEntropyLoss", "evaluation": {}, "checks": "on"}
+    config.pop("schedule", None)
+    first, second = pool.run(observe, 2, config)
+    assert_bitwise_equal(first, second)
 
 
 @pytest.mark.single

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ from runtime.distributed.slot_reduction import OrderedReduction, SlotReduction
 from runtime.distributed.slot_tree import Node, RunningSum, cover, total
 from runtime.objective import TrainingModule
 from runtime.strategies.ddp import DDPStrategy
+from runtime.strategies.reduction import keep_buffers_from_being_sent
 from runtime.strategies.unused_parameters import LEAVE_OUT, UnusedParameters
 from runtime.strategies.update import Update
 
@@ -45,6 +47,8 @@ class ExactDDPStrategy(DDPStrategy):
     def _wrap(self) -> None:
         assert self._module is not None
         self._wrapped = self._module
+        if self.world_size > 1:
+            _send_from_rank_0(self._module)
         self._collect_trainable(self._module)
         self._buckets = _buckets(self._parameters, int(self._options.bucket_mb * 2**20))
 
@@ -108,6 +112,17 @@ class ExactDDPStrategy(DDPStrategy):
             parameter.grad = torch.empty_like(parameter) if use else None
             if parameter.grad is not None:
                 _real(parameter.grad).copy_(_shaped(part, template))
+
+
+def _send_from_rank_0(module: TrainingModule) -> None:
+    """Give every rank rank 0's parameters and buffers, as DistributedDataParallel does when it is created. Collective."""
+    keep_buffers_from_being_sent(module)
+    kept = cast(list[str], module._ddp_params_and_buffers_to_ignore)
+    buffers = [buffer for name, buffer in module.named_buffers() if name not in kept]
+    for tensor in (*module.parameters(), *buffers):
+        value = tensor.detach().contiguous()
+        dist.broadcast(value, 0)
+        tensor.detach().copy_(value)
 
 
 def _added(left: Gradients, right: Gradients) -> Gradients:

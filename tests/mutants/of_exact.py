@@ -15,13 +15,6 @@ MUTANTS = (
         ("tests/test_slot_reduction.py",),
     ),
     Mutant(
-        "exact: a rank joins nodes before all of their slots have come",
-        _TREE,
-        "above.start < self._slots.start or above.stop > before",
-        "above.start < self._slots.start",
-        ("tests/test_slot_tree.py",),
-    ),
-    Mutant(
         "exact: a rank joins nodes of which another rank has a part",
         _TREE,
         "above.start < self._slots.start or above.stop > before",

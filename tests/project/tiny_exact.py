@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -43,6 +44,16 @@ class Normed(nn.Module):
         if self.branch is not None and inputs[0, 0] > 0:
             values = values + self.branch(values)
         return self.last(values)
+
+
+class Unseeded(Normed):
+    """Its first weights come from the system's randomness, so each process builds another model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = [byte / 256 for byte in os.urandom(self.first.weight.numel())]
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor(values).view_as(self.first.weight))
 
 
 class Words(nn.Module):
