@@ -20,8 +20,14 @@ class ExactSum:
 
     @property
     def parts(self) -> list[float]:
-        """Floats whose exact sum it is."""
-        return self._parts + ([self._not_finite] if self._not_finite else [])
+        """Floats whose exact sum it is: the nearest one, the one nearest to the rest, and so on; equal for equal sums."""
+        if self._not_finite:
+            return [self._not_finite]
+        parts, rest = list[float](), list(self._parts)
+        while nearest := math.fsum(rest):
+            parts.append(nearest)
+            rest.append(-nearest)
+        return parts
 
     @property
     def value(self) -> float:

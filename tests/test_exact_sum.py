@@ -27,6 +27,7 @@ def test_the_value_is_the_float_nearest_to_the_sum(terms: list[float], chance: r
     parts = [json.loads(json.dumps(ExactSum(share).parts)) for share in (terms[:cut], terms[cut:])]
     total = exact_sums([{"loss": share} for share in parts])["loss"]
     assert total.value == expected
+    assert total.parts == ExactSum(terms).parts
     assert len(total.parts) < 45  # as many as 2100 bits need, however many terms there are
 
 

@@ -37,7 +37,8 @@ def test_records_name_what_they_are_and_rank_0_alone_writes_them(pool: ProcessPo
     pool.run(observe, 2, reported(tmp_path))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["event"], r.get("step")) for r in records] == [
-        ("start", 0), ("train", 2), ("evaluation", 2), ("train", 4), ("evaluation", 4), ("end", None),
+        ("start", 0), ("train", 2), ("evaluation", 2), ("train", 4), ("evaluation", 4),
+        ("checkpoint", 4), ("end", None),
     ]  # fmt: skip
     assert (records[0]["world_size"], records[0]["slots"], records[0]["inexact"]) == (2, 4, [])
     assert {"loss", "grad_norm", "learning_rate", "samples_per_second", "epoch", "time"} <= set(records[1])

@@ -90,7 +90,6 @@ class BufferRule:
         """Save the buffers' values."""
         self._step += 1
         self._own_slots = 0
-        self._sums.take()
         for still in self._still.values():
             still.begin_step(compare=self._compares)
         with torch.no_grad():
@@ -120,6 +119,7 @@ class BufferRule:
         Collective, unless the host knows that it was skipped.
         """
         if skipped is True:
+            self._sums.take()
             return
         follows = self._compares
         if self._groups or self._tells:
