@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def train_all(configs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [record_of(train(config).folder) for config in configs]
 
 
-def records(pool: ProcessPool, folder: Path, seeds: range, world_size: int) -> list[list[dict[str, Any]]]:
+def records(pool: ProcessPool, folder: Path, seeds: Sequence[int], world_size: int) -> list[list[dict[str, Any]]]:
     configs = [random_run(seed, folder / f"{world_size}-{seed}") for seed in seeds]
     return pool.run(train_all, world_size, configs)[0]
 
@@ -36,7 +37,11 @@ def test_random_runs_are_the_same_bits_on_1_to_4_processes(pool: ProcessPool, tm
     alone = records(pool, tmp_path, seeds, 1)
     assert all(sorted(digests(record)) == [4, 8, 12] for record in alone)
     for world_size in (2, 3, 4):
-        for seed, expected, found in zip(seeds, alone, records(pool, tmp_path, seeds, world_size), strict=True):
+        of_this = [
+            seed for seed in seeds if seed % 3 != world_size - 2
+        ]  # each run on one process and on two other numbers
+        for seed, found in zip(of_this, records(pool, tmp_path, of_this, world_size), strict=True):
+            expected = alone[seed - first]
             same = (figures(found), digests(found)) == (figures(expected), digests(expected))
             assert same, f"seed {seed} on {world_size}: {json.dumps(random_run(seed, tmp_path))}"
 
@@ -49,7 +54,7 @@ def train_until(config: dict[str, Any], after: int | None) -> Any:
     return record_of(Path(config["output"]))
 
 
-@pytest.mark.parametrize("seed", range(200, 212))
+@pytest.mark.parametrize("seed", range(200, 206))
 def test_a_run_that_goes_on_with_other_numbers_of_processes_is_the_same_bits(
     pool: ProcessPool, tmp_path: Path, seed: int
 ) -> None:
