@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def digest(yaml: Path, mode: str, processes: int, *, steps: int, slots: int, overrides: list[str]) -> str:
-    """Train in processes of its own, and return the digest of the last checkpoint."""
+    """Train in separate processes, and return the digest of the last checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
             f"output={folder}/run",

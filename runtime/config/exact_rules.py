@@ -18,7 +18,7 @@ def exact_rules(
         (
             strategy.kind != "ddp",
             "determinism",
-            f"exact needs strategy.kind: ddp: {strategy.kind} adds up gradients in an order of its own, which depends on the "
+            f"exact needs strategy.kind: ddp: {strategy.kind} adds up gradients in an order that depends on the "
             "number of processes; use ddp, or determinism: strict",
         ),
         (

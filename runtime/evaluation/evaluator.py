@@ -29,6 +29,7 @@ from runtime.state.module_buffers import preserved_buffers
 from runtime.strategies import Strategy
 from runtime.strategies.placement import to_device
 
+_HELD = 64
 _WEIGHT = "weight/"  # no loss may be called "weight"
 
 
@@ -171,7 +172,7 @@ class Evaluator:
             # Of an objective with several sums, each is also a part by itself.
             sums = loss.parts if loss.sum.ndim else {"loss": loss.sum, **loss.parts}
             for name, part in sums.items():
-                terms.setdefault(name, []).append(part)
+                _hold(terms.setdefault(name, []), part)
             if self._metrics:
                 self._metrics.update(objective, loss.output, batch, number=number)
         # Synchronises with the device: an evaluation is over when its sums are read.
@@ -244,9 +245,16 @@ class Evaluator:
         return {"samples": float(samples), **means, **self._metrics.compute()}
 
 
+def _hold(held: list[Tensor], value: Tensor) -> None:
+    """Append a number, and join many numbers into one tensor: on a GPU each tensor takes half a KiB."""
+    held.append(value.double().reshape(1))
+    if len(held) >= _HELD and held[-_HELD].numel() == 1:
+        held[-_HELD:] = [torch.cat(held[-_HELD:])]
+
+
 def _floats(values: list[Any]) -> list[float]:
     """Return numbers, some of which may be tensors on a device, as floats; waits for the device once."""
     if not values or not isinstance(values[0], Tensor):
         return values
-    floats: list[float] = torch.stack(values).double().tolist()
+    floats: list[float] = torch.cat(values).tolist()
     return floats

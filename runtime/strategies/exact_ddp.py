@@ -92,8 +92,9 @@ class ExactDDPStrategy(DDPStrategy):
     def _sum_over_slots(self) -> None:
         sums = self._sums.take()
         if self.world_size == 1:
-            gradients = total(zip(self._cover, sums, strict=True), _added) or []
-            for parameter, gradient in zip(self._parameters, gradients, strict=bool(gradients)):
+            gradients = total(zip(self._cover, sums, strict=True), _added)
+            assert gradients is not None
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
             return
         for bucket in self._buckets:
@@ -107,7 +108,7 @@ class ExactDDPStrategy(DDPStrategy):
         summed = self.slot_reduction.sum(flat, parameters[0].new_empty(sum(sizes) + len(bucket)))
         *parts, uses = torch.split(summed, [*sizes, len(bucket)])
         for index, template, part, use in zip(bucket, parameters, parts, uses.tolist(), strict=True):
-            # Memory of its own, as on one process.
+            # A separate allocation, as on one process.
             parameter = self._parameters[index]
             parameter.grad = torch.empty_like(parameter) if use else None
             if parameter.grad is not None:
