@@ -118,6 +118,19 @@ def random_run(seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def can_be_sharded(run: dict[str, Any]) -> bool:
+    """Whether the run's optimizer treats all elements alike."""
+    return run["optimizer"]["target"] != "Adafactor"
+
+
+def sharded(run: dict[str, Any], *, replicas: int = 1) -> dict[str, Any]:
+    """The same run with FSDP2; in blocks if each is called once in every forward pass, and returns no view."""
+    args = run["model"].get("args", {})
+    together = run["model"]["target"] == "tiny_exact:Words" or args.get("shared") or args.get("sometimes")
+    fsdp = {"wrap": [] if together else ["Linear"], "replicas": replicas}
+    return {**run, "strategy": {"kind": "fsdp", "fsdp": fsdp}}
+
+
 def record_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's record, without what is the machine's, and without starts and messages."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

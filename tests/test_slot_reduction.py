@@ -44,8 +44,26 @@ def reduced_on(rank: int, world_size: int, slots: int, size: int, dtype: torch.d
     for slot in reduction.own_slots:
         if (value := of_slot(slot, size, dtype)) is not None:
             running.put(Node(0, slot), value)
-    result: list[int] = reduction.sum(running.take(), torch.empty(size, dtype=dtype)).view(torch.uint8).tolist()
+    values = running.take()
+    own = of_owner(reduction, [None if value is None else value.clone() for value in values], size, dtype)
+    whole = reduction.sum(values, torch.empty(size, dtype=dtype))
+    assert torch.equal(own.view(torch.uint8), _part(whole, rank, world_size).view(torch.uint8))
+    result: list[int] = whole.view(torch.uint8).tolist()
     return result
+
+
+def of_owner(reduction: OrderedReduction, values: list[Tensor | None], size: int, dtype: torch.dtype) -> Tensor:
+    """What a rank that needs only its part of the sum gets, of values padded to equal parts."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    padded = -(-size // world_size) * world_size
+    parts = [None if v is None else torch.cat([v, v.new_full((padded - size,), -0.0)]) for v in values]
+    return reduction.sum_of_own_part(parts, torch.empty(padded, dtype=dtype))
+
+
+def _part(whole: Tensor, rank: int, world_size: int) -> Tensor:
+    length = -(-whole.numel() // world_size)
+    padded = torch.cat([whole, whole.new_full((length * world_size - whole.numel(),), -0.0)])
+    return padded[rank * length : (rank + 1) * length]
 
 
 CASES = [

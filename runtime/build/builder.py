@@ -103,9 +103,10 @@ class Builder:
         return build_objective(single, losses, fields=fields, seed=self.values.seed)
 
     def optimizer(self, module: nn.Module) -> Optimizer:
-        """Build the optimizer over a module's trainable parameters, fused where torch supports it."""
+        """Build the optimizer over a module's trainable parameters."""
         averages = self.values.averaging is not None
-        return build_optimizer(self.components.of("optimizer"), module, averages=averages)
+        exact = self.values.determinism == "exact"
+        return build_optimizer(self.components.of("optimizer"), module, averages=averages, exact=exact)
 
     def freezing(self, module: TrainingModule) -> Freezing:
         """Build the freezing of parameters, without applying it."""

@@ -26,16 +26,17 @@ def checked_with_optimizer(group: Component) -> list[ComponentError]:
     return []
 
 
-def build_optimizer(optimizer: Component, module: nn.Module, *, averages: bool) -> Optimizer:
-    """Build the optimizer over a TrainingModule's trainable parameters, fused where torch supports it.
+def build_optimizer(optimizer: Component, module: nn.Module, *, averages: bool, exact: bool) -> Optimizer:
+    """Build the optimizer over a TrainingModule's trainable parameters.
 
     Args:
         averages: whether a running average of the weights is configured.
+        exact: whether ``determinism`` is exact.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise optimizer.where.error(("model",), "has no trainable parameters")
     with optimizer.errors_at_key():
-        built = optimizer_building.build(optimizer.section, module, optimizer.code)
+        built = optimizer_building.build(optimizer.section, module, optimizer.code, elementwise=exact)
     if switches(built) and averages:
         what = f"{type(built).__name__} averages the weights itself; leave 'averaging' out"
         raise optimizer.where.error(("averaging",), what)

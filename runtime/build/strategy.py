@@ -36,10 +36,12 @@ def _ddp(loaded: LoadedConfiguration) -> Strategy:
 
 
 def _fsdp(loaded: LoadedConfiguration) -> Strategy:
+    from runtime.strategies.exact_fsdp import ExactFSDPStrategy
     from runtime.strategies.fsdp import FSDPStrategy
 
     values = loaded.values
-    return FSDPStrategy(
+    kind = ExactFSDPStrategy if values.determinism == "exact" else FSDPStrategy
+    return kind(
         precision=values.precision,
         section=values.strategy.fsdp,
         max_grad_value=values.optimizer.max_grad_value,

@@ -16,10 +16,10 @@ def exact_rules(
         return []
     return [
         (
-            strategy.kind != "ddp",
+            strategy.kind == "zero",
             "determinism",
-            f"exact needs strategy.kind: ddp: {strategy.kind} adds up gradients in an order that depends on the "
-            "number of processes; use ddp, or determinism: strict",
+            "exact needs strategy.kind: ddp or fsdp: DeepSpeed adds up gradients in an order that depends on the number of "
+            "processes; use one of these, or determinism: strict",
         ),
         (
             strategy.ddp.communication_hook is not None,

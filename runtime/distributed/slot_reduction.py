@@ -76,7 +76,7 @@ class OrderedReduction:
 
     def __init__(self, slots: Sequence[range], *, rank: int) -> None:
         self.own_slots, self.alone = slots[rank], len(slots) == 1
-        self._world_size = len(slots)
+        self._world_size, self.rank = len(slots), rank
         self._covers = [cover(of_rank) for of_rank in slots]
 
     def sum(self, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
@@ -91,10 +91,20 @@ class OrderedReduction:
             dist.all_reduce(result)  # one addition, whose operands may be exchanged
         return result
 
-    def _sum_by_owners(self, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        size = -(-like.numel() // self._world_size)
-        padded = [_padded(value, like, size * self._world_size) for value in values]
-        parts = [value[owner * size : (owner + 1) * size] for owner in range(self._world_size) for value in padded]
+    def sum_of_own_part(self, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        """Return this rank's part of the sum over all slots, -0.0 without any value; may reuse the values' memory. Collective.
+
+        Args:
+            values: as for :meth:`sum`; each consists of as many equal parts as there are ranks, in their order.
+            like: a tensor of the values' shape, dtype and device.
+        """
+        size, own = like.numel() // self._world_size, self._covers[self.rank]
+        present = [torch.full_like(like, _ABSENT) if value is None else value for value in values]
+        if self.alone:
+            result = total(zip(own, present, strict=True), _add)
+            assert result is not None
+            return result
+        parts = [value[owner * size : (owner + 1) * size] for owner in range(self._world_size) for value in present]
         sent = torch.cat(parts) if parts else like.new_empty(0)
         nodes = [node for nodes in self._covers for node in nodes]
         received = like.new_empty(len(nodes) * size)
@@ -104,17 +114,21 @@ class OrderedReduction:
             output_split_sizes=[len(nodes) * size for nodes in self._covers],
             input_split_sizes=[len(values) * size] * self._world_size,
         )
-        own = total(zip(nodes, torch.split(received, size), strict=True), _add)
-        assert own is not None
+        result = total(zip(nodes, torch.split(received, size), strict=True), _add)
+        assert result is not None
+        return result
+
+    def _sum_by_owners(self, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        size = -(-like.numel() // self._world_size)
         result = like.new_empty(size * self._world_size)
-        dist.all_gather(list(torch.split(result, size)), own)
+        padded = [None if value is None else _padded(value, result.numel()) for value in values]
+        dist.all_gather(list(torch.split(result, size)), self.sum_of_own_part(padded, result))
         return result[: like.numel()]
 
 
-def _padded(value: Tensor | None, like: Tensor, size: int) -> Tensor:
-    padded = like.new_full((size,), _ABSENT)
-    if value is not None:
-        padded[: value.numel()] = value
+def _padded(value: Tensor, size: int) -> Tensor:
+    padded = value.new_full((size,), _ABSENT)
+    padded[: value.numel()] = value
     return padded
 
 

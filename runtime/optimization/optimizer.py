@@ -14,7 +14,7 @@ from runtime.config.component import ComponentError
 from runtime.config.learning import OptimizerSection
 from runtime.config.signatures import class_name
 from runtime.optimization.combined import CombinedOptimizer
-from runtime.optimization.fused import fused_arguments
+from runtime.optimization.kernels import kernel_arguments
 from runtime.optimization.parameter_groups import ParameterGroup, default_of, parameter_groups
 from runtime.optimization.rehearsal import try_optimizer
 
@@ -61,8 +61,11 @@ def groups_of(section: OptimizerSection, module: nn.Module, code: Path) -> list[
     return parameter_groups(module, section, [*_classes(section, code)])
 
 
-def build(section: OptimizerSection, module: nn.Module, code: Path) -> Optimizer:
-    """Build the optimizer over a TrainingModule's trainable parameters, fused where torch supports it.
+def build(section: OptimizerSection, module: nn.Module, code: Path, *, elementwise: bool) -> Optimizer:
+    """Build the optimizer over a TrainingModule's trainable parameters.
+
+    Args:
+        elementwise: see :func:`runtime.optimization.kernels.kernel_arguments`.
 
     Raises:
         ComponentError: see :func:`groups_of`; or the optimizer refuses its arguments.
@@ -77,12 +80,19 @@ def build(section: OptimizerSection, module: nn.Module, code: Path) -> Optimizer
             raise ComponentError(
                 f"no parameter is left for {section.target}: groups with their own target match all of them"
             )
-        optimizers.append(_member(section, owner, classes[-1 if owner is None else owner], own, code))
+        member = _member(section, owner, classes[-1 if owner is None else owner], own, code, elementwise=elementwise)
+        optimizers.append(member)
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
 def _member(
-    section: OptimizerSection, owner: int | None, optimizer_class: type, groups: Sequence[ParameterGroup], code: Path
+    section: OptimizerSection,
+    owner: int | None,
+    optimizer_class: type,
+    groups: Sequence[ParameterGroup],
+    code: Path,
+    *,
+    elementwise: bool,
 ) -> Optimizer:
     chosen = section if owner is None else section.groups[owner]
     target, path = chosen.target or section.target, () if owner is None else ("groups", str(owner))
@@ -91,7 +101,7 @@ def _member(
         _refuse_for_muon(groups, path)
     param_groups = [_torch_group(group, {} if owner is None else chosen.args) for group in groups]
     try:
-        extra = fused_arguments(optimizer_class, chosen.args, parameters)
+        extra = kernel_arguments(optimizer_class, chosen.args, parameters, elementwise=elementwise)
         optimizer = component.build(target, {**chosen.args, **extra}, param_groups, namespaces=NAMESPACES, code=code)
     except ComponentError as mistake:
         raise ComponentError(mistake.what, path + mistake.path) from mistake

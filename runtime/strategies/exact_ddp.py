@@ -22,6 +22,8 @@ from runtime.distributed.slot_reduction import OrderedReduction, SlotReduction
 from runtime.distributed.slot_tree import Node, RunningSum, cover, total
 from runtime.objective import TrainingModule
 from runtime.strategies.ddp import DDPStrategy
+from runtime.strategies.finite import clip_to_norm
+from runtime.strategies.ordered_norm import sums_of_squares
 from runtime.strategies.reduction import keep_buffers_from_being_sent
 from runtime.strategies.unused_parameters import LEAVE_OUT, UnusedParameters
 from runtime.strategies.update import Update
@@ -75,6 +77,9 @@ class ExactDDPStrategy(DDPStrategy):
         """Sum the gradient over all slots, check, clip and apply it, and clear it. Waits for the device. Collective."""
         self._take()
         self._sum_over_slots()
+        torch._foreach_add_(
+            self._gradients(), 0.0
+        )  # -0.0 becomes 0.0, as it does where a shard's sum holds other slots' zeros
         return super().step(max_grad_norm, measure_norm=measure_norm)
 
     def discard(self) -> None:
@@ -82,6 +87,17 @@ class ExactDDPStrategy(DDPStrategy):
         self._held = None
         self._sums.take()
         super().discard()
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        shapes = [parameter.shape for parameter in self._parameters]
+        rows = [slice(0, shape[0] if shape else 1) for shape in shapes]
+        return sums_of_squares(shapes, rows, [parameter.grad for parameter in self._parameters]).sum().sqrt()
+
+    def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
+        if max_grad_norm is not None and grad_norm is not None:
+            clip_to_norm(gradients, max_grad_norm, grad_norm)
+        else:
+            super()._clip(gradients, max_grad_norm, grad_norm)
 
     def _take(self) -> None:
         if self._held is not None:

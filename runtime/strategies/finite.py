@@ -1,4 +1,4 @@
-"""Checking gradients for non-finite values, and their norm."""
+"""Checking gradients for non-finite values, their norm, and clipping by it."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def norm_of(gradients: list[Tensor], *, uniform: bool) -> Tensor:
     # get_total_norm without its grouping by device and dtype, which is half of its cost on small models.
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm
+
+
+def clip_to_norm(gradients: list[Tensor], max_grad_norm: float, grad_norm: Tensor) -> None:
+    """Scale gradients in place like torch's ``clip_grads_with_norm_``, which takes no shards with the norm of the whole."""
+    factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient))

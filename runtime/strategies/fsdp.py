@@ -31,6 +31,7 @@ from runtime.optimization.combined import members
 from runtime.optimization.latecomers import Latecomers
 from runtime.strategies.blocks import blocks_of_classes, blocks_of_size
 from runtime.strategies.ddp import DDPStrategy
+from runtime.strategies.finite import clip_to_norm
 from runtime.strategies.fsdp_state import FSDPState
 from runtime.strategies.fsdp_tensors import local
 from runtime.strategies.mixed_precision import Precision, refuse_weights
@@ -179,21 +180,26 @@ class FSDPStrategy(DDPStrategy):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the norm of the whole gradient. Collective."""
-        squared, unused = torch.zeros(2, dtype=torch.float64, device=self.device).unbind()
-        unused += sum(name not in self._used for name in self._names)
+        squares = self._squares(gradients)
+        unused = squares.new_tensor([sum(name not in self._used for name in self._names)])
+        sums = torch.cat([squares, unused])
+        dist.all_reduce(sums, group=self._mesh.get_group(self._mesh.ndim - 1))
+        unused = sums[-1:]
+        if self._mesh.ndim > 1:
+            unused = unused.clone()
+            dist.all_reduce(unused, group=self._mesh.get_group(0))
+        if unused.item():
+            self._drop_unused_gradients()
+        return sums[:-1].sum().sqrt()
+
+    def _squares(self, gradients: list[Tensor]) -> Tensor:
+        """Return sums of squares in float64, whose sum over the ranks of a replica is the gradient's."""
+        squared = torch.zeros(1, dtype=torch.float64, device=self.device)
         held = [gradient for gradient in gradients if gradient.numel()]
         if held:
             norms = torch.stack(torch._foreach_norm(held))
             squared += norms.double().square().sum().to(self.device)
-        sums = torch.stack([squared, unused])
-        dist.all_reduce(sums, group=self._mesh.get_group(self._mesh.ndim - 1))
-        if self._mesh.ndim > 1:
-            dist.all_reduce(unused := sums[1].clone(), group=self._mesh.get_group(0))
-        else:
-            unused = sums[1]
-        if unused.item():
-            self._drop_unused_gradients()
-        return sums[0].sqrt()
+        return squared
 
     def _drop_unused_gradients(self) -> None:
         """Drop the gradients (zeros) of parameters that no real slot of any rank used. Collective."""
@@ -209,10 +215,7 @@ class FSDPStrategy(DDPStrategy):
 
     def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
         if max_grad_norm is not None and grad_norm is not None:
-            # Like torch's clip_grads_with_norm_, which does not accept local shards with a global norm.
-            factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-            for gradient in gradients:
-                gradient.mul_(factor.to(gradient))
+            clip_to_norm(gradients, max_grad_norm, grad_norm)
         elif self._max_grad_value is not None:
             for gradient in gradients:
                 gradient.clamp_(-self._max_grad_value, self._max_grad_value)

@@ -33,6 +33,12 @@ def box_of(tensor: DTensor) -> tuple[slice, ...]:
     return tuple(box)
 
 
+def rows_of(tensor: Tensor) -> slice:
+    """Return the rows, along the first dimension, that this rank holds of a sharded tensor."""
+    assert isinstance(tensor, DTensor)
+    return box_of(tensor)[0]
+
+
 def to_checkpoint(tensor: Tensor, values: Tensor | None = None) -> Tensor | Shard:
     """Convert a tensor for a checkpoint: to this rank's ``Shard`` if it is sharded.
 
@@ -53,7 +59,12 @@ def from_checkpoint(like: Tensor, stored: StoredTensor) -> Tensor:
     """Return a stored tensor sharded like ``like``, on its device; whole if ``like`` is not sharded or the shapes differ."""
     if not isinstance(like, DTensor) or tuple(like.shape) != tuple(stored.shape):
         return torch.as_tensor(in_memory(stored))
-    part = stored[box_of(like)].to(local(like).device, copy=True)
+    return sharded_like(like, stored[box_of(like)].to(local(like).device, copy=True))
+
+
+def sharded_like(like: Tensor, part: Tensor) -> Tensor:
+    """Return the tensor, sharded like another one, of which this rank holds ``part``."""
+    assert isinstance(like, DTensor)
     sharded: Tensor = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -1,4 +1,4 @@
-"""Selection of torch's fused optimizer kernels."""
+"""Selection of torch's optimizer kernels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from runtime.state.memory_layout import is_dense
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def fused_arguments(
-    optimizer_class: type[Optimizer], args: Mapping[str, Any], parameters: Sequence[nn.Parameter]
+def kernel_arguments(
+    optimizer_class: type[Optimizer], args: Mapping[str, Any], parameters: Sequence[nn.Parameter], *, elementwise: bool
 ) -> dict[str, Any]:
     """Return ``{"fused": True}`` if torch has a fused kernel for all parameters and the user did not choose.
+
+    Args:
+        elementwise: choose ``{"foreach": True}`` instead, which rounds an element alike wherever a tensor is cut between ranks.
+            Fused kernels for CPUs do not (torch 2.13).
 
     Raises:
         ComponentError: the user chose ``fused``, and a parameter has gaps in memory: the kernels walk raw memory, and would
@@ -32,7 +36,12 @@ def fused_arguments(
             "fused kernels update wrongly: make it with .contiguous(), or leave fused out",
             ("args", "fused"),
         )
-    if {"fused", "foreach", "differentiable"} & set(args) or "fused" not in _parameters_of(optimizer_class):
+    known = _parameters_of(optimizer_class)
+    if {"fused", "foreach", "differentiable"} & set(args):
+        return {}
+    if elementwise:
+        return {"foreach": True} if "foreach" in known else {}
+    if "fused" not in known:
         return {}
     supported = torch.utils._foreach_utils._get_fused_kernels_supported_devices()
     if gaps is None and all(p.dtype in _FUSED_DTYPES and p.device.type in supported for p in parameters):
