@@ -1,8 +1,9 @@
-"""The digest of a run's state after some steps, on 1, 2 and 4 processes, with ``determinism: exact`` and ``strict``.
+"""The digest of a run's state after some steps, on 1, 2 and 4 processes: ``exact`` with ddp and fsdp, and ``strict``.
 
     python benchmarks/same_bits.py [--steps 50] [--processes 1 2 4] configs/digits.yaml configs/gpt_stdlib.yaml
 
-Prints a row for each YAML and mode. Equal digests mean equal weights, optimizer state and buffers, bit for bit.
+Prints a row for each YAML, ``determinism`` and ``strategy.kind``. Equal digests mean equal
+weights, optimizer state and buffers, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+_ROWS = (("exact", "ddp"), ("exact", "fsdp"), ("strict", "ddp"))
 
-def digest(yaml: Path, mode: str, processes: int, *, steps: int, slots: int, overrides: list[str]) -> str:
+
+def digest(yaml: Path, mode: str, kind: str, processes: int, *, steps: int, slots: int, overrides: list[str]) -> str:
     """Train in separate processes, and return the digest of the last checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
             f"output={folder}/run",
             f"determinism={mode}",
+            f"strategy={{kind: {kind}}}",
             f"batch.slots={slots}",
             f"limit={{steps: {steps}}}",
             "checkpoint={every: 1000000 steps}",
@@ -48,15 +52,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further key of every YAML")
     options = parser.parse_args()
-    print("| run | determinism | " + " | ".join(f"{n} process{'es' * (n > 1)}" for n in options.processes) + " |")
-    print("|---|---|" + "---|" * len(options.processes))
+    print(
+        "| run | determinism | strategy | "
+        + " | ".join(f"{n} process{'es' * (n > 1)}" for n in options.processes)
+        + " |"
+    )
+    print("|---|---|---|" + "---|" * len(options.processes))
     for yaml in options.yaml:
-        for mode in ("exact", "strict"):
+        for mode, kind in _ROWS:
             digests = [
-                digest(yaml, mode, n, steps=options.steps, slots=options.slots, overrides=options.set)
+                digest(yaml, mode, kind, n, steps=options.steps, slots=options.slots, overrides=options.set)
                 for n in options.processes
             ]
-            print(f"| `{yaml}` | {mode} | " + " | ".join(f"`{each}`" for each in digests) + " |", flush=True)
+            print(f"| `{yaml}` | {mode} | {kind} | " + " | ".join(f"`{each}`" for each in digests) + " |", flush=True)
 
 
 if __name__ == "__main__":

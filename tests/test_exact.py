@@ -74,6 +74,33 @@ def test_a_run_that_goes_on_with_other_numbers_of_processes_is_the_same_bits(
     assert digests(expected).items() <= digests(found).items()
 
 
+@pytest.mark.single
+@pytest.mark.parametrize(
+    ("before", "after", "warning"),
+    [
+        ("strict", "exact", "the first 8 steps were not made with determinism: exact"),
+        ("exact", "strict", "the first 8 steps were made with determinism: exact, the next are not"),
+        ("exact", "exact", None),
+    ],
+)
+def test_a_run_that_changes_between_exact_and_strict_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, warning: str | None
+) -> None:
+    config = random_run(3, tmp_path / "run") | {"data": {"train": {"target": "tiny_exact:samples"}}}
+    config |= {
+        "model": {"target": "tiny_exact:Normed"},
+        "objective": "CrossEntropyLoss",
+        "evaluation": {},
+        "schedule": None,
+    }
+    train_all([config | {"determinism": before, "limit": {"steps": 8}}])
+    capsys.readouterr()
+    train_all([config | {"determinism": after}])
+    told = " ".join(capsys.readouterr().out.split())
+    assert (warning or "run 1 process") in told
+    assert ("made with determinism" in told) == (warning is not None)
+
+
 def figures(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in record if line["event"] != "checkpoint"]
 

@@ -252,6 +252,21 @@ def check_identity(
         )
 
 
+def determinism_on_resumption(training: Mapping[str, Any], now: str | None) -> str | None:
+    """Return a warning if only some of a run's steps are made with ``determinism: exact``; None otherwise.
+
+    Args:
+        now: this start's ``determinism``.
+    """
+    step, before = training["progress"]["step"], training["identity"]["configuration"].get("determinism")
+    if not step or (before == "exact") == (now == "exact"):
+        return None
+    made = "the first step was" if step == 1 else f"the first {step:,} steps were"
+    if now == "exact":
+        return f"{made} not made with determinism: exact, so this run's bits depend on the number of processes that made them"
+    return f"{made} made with determinism: exact, the next are not: from here on the bits depend on the number of processes"
+
+
 def cursor_on_resumption(
     training: Mapping[str, Any], batch_size: int, data: DataSection, *, allowed: Sequence[str], folder: Path
 ) -> list[int]:

@@ -27,10 +27,9 @@ from runtime.config.data import BatchSection, DataSection
 from runtime.config.file import LoadedConfiguration
 from runtime.config.learning import AnnealSection, AveragingSection, ObjectiveSection
 from runtime.config.sections import LimitSection, RunConfiguration
-from runtime.data.batches import default_slots, slots_of_rank
+from runtime.data.batches import default_slots
 from runtime.data.training_data import TrainingData
 from runtime.determinism import default_determinism
-from runtime.distributed.slot_tree import cover, most_held
 from runtime.errors import ConfigurationError, DataError, ForwardError, ObjectiveError, Problem
 from runtime.evaluation.metrics import MetricSet
 from runtime.losses.weighted_sum import WeightedSum
@@ -43,7 +42,7 @@ from runtime.optimization.planned_rates import PlannedRates, simulate
 from runtime.optimization.rehearsal import StandIn
 from runtime.randomness import preserved_random_state
 from runtime.reporting.facts import inexact_choices
-from runtime.strategies.state_size import StateBytes
+from runtime.strategies.exact_cost import exact_cost
 from runtime.wording import in_units
 
 _CPU = torch.device("cpu")
@@ -118,7 +117,7 @@ def show(
         ),
         (
             "exactness",
-            "\n".join([*_any_processes(values, state, slots, processes), *_exactness(values, module, freezing)]),
+            "\n".join([*_any_processes(values, module, slots, processes), *_exactness(values, module, freezing)]),
         ),
         *([("warnings", "\n".join(remarks))] if remarks else []),
     ):
@@ -337,20 +336,16 @@ def _parameters(
         yield f"  {name}  {shape}" + ("" if parameter.requires_grad else f"  (frozen{until})")
 
 
-def _any_processes(values: RunConfiguration, state: StateBytes, slots: int, processes: int) -> Iterator[str]:
+def _any_processes(values: RunConfiguration, module: nn.Module, slots: int, processes: int) -> Iterator[str]:
     """Yield what ``determinism: exact`` promises and what it costs."""
     if values.determinism != "exact":
         return
-    ranks = [slots_of_rank(slots, processes, rank) for rank in range(processes)]
-    held = (
-        max(most_held(range(-(-len(rank) // 2))) for rank in ranks) - 1
-    )  # autograd adds pairs; the last is the gradient
+    cost = exact_cost(values.strategy, module, slots=slots, processes=processes)
     text = f"determinism exact: the same bits on any number of processes with batch.slots: {slots}"
-    if held:
-        text += f"; up to {in_units(held * state.gradients)} for sums of gradients per process"
-    if processes > 1:
-        sent = max(len(cover(rank)) for rank in ranks) + 1
-        text += f"; a step sends {in_units(sent * state.gradients * (processes - 1) // processes)} per process"
+    if cost.held:
+        text += f"; up to {in_units(cost.held)} for sums of gradients per process"
+    if cost.sent:
+        text += f"; a step sends {in_units(cost.sent)} of gradients per process"
     yield text
 
 

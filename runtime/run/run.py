@@ -11,7 +11,7 @@ from runtime.build.preparation import raise_component_error
 from runtime.build.trackers import open_trackers, restore_meter
 from runtime.checkpoints.load import load_state, open_state
 from runtime.checkpoints.run_folder import ResumePoint, RunFolder
-from runtime.checkpoints.run_state import check_training_state, cursor_on_resumption
+from runtime.checkpoints.run_state import check_training_state, cursor_on_resumption, determinism_on_resumption
 from runtime.checks.first_start import FirstStart, check_first_start
 from runtime.checks.objective import mark_coupled
 from runtime.code_digests import changes_of, explained_by, warning_of
@@ -78,6 +78,7 @@ class Run:
             self._folder, stop_request, self._reporter, PhaseTimes(position), GarbageCollection()
         )
         self._changed_code: list[str] = []
+        self._changed_determinism: str | None = None
 
     def train(self) -> RunResult:
         """Train until the limit or an agreed stop. Collective: every rank must call this."""
@@ -137,6 +138,7 @@ class Run:
         )
         if "code" in before:
             self._changed_code = changes_of(before["code"], self._loaded.code, self._loaded.resolved())
+        self._changed_determinism = determinism_on_resumption(before, self._values.determinism)
         self._resume_from(point, stored)
 
     def _set_parts(self, parts: RunParts) -> None:
@@ -164,6 +166,8 @@ class Run:
         was_over = self._triggers.over and not progress.evaluation_due
         if self._changed_code:
             self._reporter.warn(warning_of(self._changed_code, finished=was_over))
+        if self._changed_determinism and not was_over:
+            self._reporter.warn(self._changed_determinism)
         if was_over:
             self._reporter.message(self._triggers.finished_message)
         elif self._values.divergence.rolls_back and progress.step == 0:
