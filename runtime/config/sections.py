@@ -234,9 +234,9 @@ class RunConfiguration(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the forward and backward pass (autocast; fp16 with a loss scale). Weights keep their own type."""
     determinism: Literal["exact", "strict", "fast"] | None = free(None)
-    """``exact``: every sum over slots has one order, so that any number of processes gives the same bits. ``strict``:
-    deterministic algorithms only, so that a run resumed on as many processes is equal bit for bit. Default: strict on a CPU,
-    fast on a GPU."""
+    """``exact``: every sum over slots has one order, so that any number of processes gives the same bits, with ``ddp`` and
+    ``fsdp``. ``strict``: deterministic algorithms only, so that a run resumed on as many processes is equal bit for bit.
+    Default: strict on a CPU, fast on a GPU."""
     matmul: Literal["highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products on devices that support lower ones (TF32, bfloat16)."""
     batch_norm: Literal["local", "sync"] = "local"

@@ -75,7 +75,8 @@ class FSDPSection(Section):
     cpu_offload: bool = free(False)
     """Keep parameters, gradients and optimizer state in host memory; the optimizer steps there."""
     no_sync: bool = free(False)
-    """Reduce gradients once per step rather than per microbatch: less communication, but memory for a whole gradient."""
+    """Reduce gradients once per step rather than per microbatch: less communication, but memory for a whole gradient.
+    ``determinism: exact`` always does."""
     replicas: int = Field(1, ge=1, json_schema_extra={"resume": "free"})
     """HSDP: number of process groups that each hold a sharded copy, such as one per host. Must divide the world size."""
 
