@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tests.observed import assert_bitwise_equal, configuration, observe
 from tests.process_pool import ProcessPool
 from tests.random_runs import can_be_sharded, random_run, record_of, sharded
 
-RUNS = 60
+RUNS, LONG_RUNS = 60, 500
 
 
 def train_all(configs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -26,30 +26,47 @@ def train_all(configs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [record_of(train(config).folder) for config in configs]
 
 
-def records(pool: ProcessPool, folder: Path, seeds: Sequence[int], world_size: int) -> list[list[dict[str, Any]]]:
-    """Train with ddp on one process; every second run on several with fsdp, and on four with two replicas."""
-    configs = [random_run(seed, folder / f"{world_size}-{seed}") for seed in seeds]
-    replicas = 2 if world_size == 4 else 1
-    configs = [
-        sharded(config, replicas=replicas) if world_size > 1 and seed % 2 and can_be_sharded(config) else config
-        for seed, config in zip(seeds, configs, strict=True)
-    ]
+def records(
+    pool: ProcessPool, folder: Path, seeds: Sequence[int], world_size: int, *, kind: str
+) -> list[list[dict[str, Any]]]:
+    """Train each run with ddp or fsdp, and with fsdp on four processes as two replicas."""
+    configs = [random_run(seed, folder / f"{kind}-{world_size}-{seed}") for seed in seeds]
+    if kind == "fsdp":
+        configs = [sharded(config, replicas=2 if world_size == 4 else 1) for config in configs]
     return pool.run(train_all, world_size, configs)[0]
+
+
+def compare(
+    pool: ProcessPool, folder: Path, seeds: Sequence[int], others: Mapping[tuple[str, int], Sequence[int]]
+) -> None:
+    """Compare runs on one process with the same runs elsewhere.
+
+    Args:
+        others: strategy and number of processes to the seeds of the runs there.
+    """
+    alone = dict(zip(seeds, records(pool, folder, seeds, 1, kind="ddp"), strict=True))
+    assert all(sorted(digests(record)) == [4, 8, 12] for record in alone.values())
+    for (kind, world_size), chosen in others.items():
+        possible = [seed for seed in chosen if kind == "ddp" or can_be_sharded(random_run(seed, folder))]
+        for seed, found in zip(possible, records(pool, folder, possible, world_size, kind=kind), strict=True):
+            same = (figures(found), digests(found)) == (figures(alone[seed]), digests(alone[seed]))
+            assert same, f"seed {seed} with {kind} on {world_size}: {json.dumps(random_run(seed, folder))}"
 
 
 @pytest.mark.parametrize("first", range(0, RUNS, 10))
 def test_random_runs_are_the_same_bits_on_1_to_4_processes(pool: ProcessPool, tmp_path: Path, first: int) -> None:
+    """Each run on one process and in one of six other ways; the long test has all ways."""
     seeds = range(first, first + 10)
-    alone = records(pool, tmp_path, seeds, 1)
-    assert all(sorted(digests(record)) == [4, 8, 12] for record in alone)
-    for world_size in (2, 3, 4):
-        of_this = [
-            seed for seed in seeds if seed % 3 != world_size - 2
-        ]  # each run on one process and on two other numbers
-        for seed, found in zip(of_this, records(pool, tmp_path, of_this, world_size), strict=True):
-            expected = alone[seed - first]
-            same = (figures(found), digests(found)) == (figures(expected), digests(expected))
-            assert same, f"seed {seed} on {world_size}: {json.dumps(random_run(seed, tmp_path))}"
+    ways = [(kind, world_size) for world_size in (2, 3, 4) for kind in ("ddp", "fsdp")]
+    compare(pool, tmp_path, seeds, {way: [s for s in seeds if ways[s % 6] == way] for way in ways})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(1000, 1000 + LONG_RUNS, 20))
+def test_many_random_runs_are_the_same_bits_in_every_way(pool: ProcessPool, tmp_path: Path, first: int) -> None:
+    seeds = range(first, first + 20)
+    ways = [("fsdp", 1), *((kind, world_size) for world_size in (2, 3, 4) for kind in ("ddp", "fsdp"))]
+    compare(pool, tmp_path, seeds, dict.fromkeys(ways, seeds))
 
 
 def train_until(config: dict[str, Any], after: int | None) -> Any:

@@ -55,6 +55,24 @@ def test_options_are_the_same_bits_on_1_to_3_processes(pool: ProcessPool, tmp_pa
         assert (figures(record), digests(record)) == (figures(expected), digests(expected)), options
 
 
+def test_a_gradient_of_negative_zero_is_the_same_with_ddp(pool: ProcessPool, tmp_path: Path) -> None:
+    changes = {
+        "model": {"target": "tiny_exact:NegativeZero"},
+        "objective": "L1Loss",
+        "evaluation": {},
+        "schedule": None,
+    }
+    data = {"train": {"target": "tiny_exact:samples", "args": {"kind": "labels"}}}
+    optimizer = {"target": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
+
+    def run(name: str) -> dict[str, Any]:
+        return plain(tmp_path / name, **changes, data=data, optimizer=optimizer, batch={"global_size": 20, "slots": 2})
+
+    ddp = pool.run(train_all, 1, [run("ddp")])[0][0]
+    fsdp = pool.run(train_all, 2, [with_options(run("fsdp"), wrap=[])])[0][0]
+    assert digests(fsdp) == digests(ddp)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_block_that_is_called_twice_is_named(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     run = plain(tmp_path / "run", model={"target": "tiny_exact:Normed", "args": {"shared": True}})

@@ -79,7 +79,7 @@ class ExactDDPStrategy(DDPStrategy):
         self._sum_over_slots()
         torch._foreach_add_(
             self._gradients(), 0.0
-        )  # -0.0 becomes 0.0, as it does where a shard's sum holds other slots' zeros
+        )  # -0.0 becomes 0.0, as under fsdp, where an unused parameter gives 0.0
         return super().step(max_grad_norm, measure_norm=measure_norm)
 
     def discard(self) -> None:

@@ -46,6 +46,21 @@ class Normed(nn.Module):
         return self.last(values)
 
 
+class NegativeZero(nn.Module):
+    """A weight whose gradient is -0.0 in batches with a positive first number, while others do not use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+        self.weight = nn.Parameter(torch.ones(1, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        values = self.linear(inputs)
+        if inputs[0, 0] > 0:
+            values = torch.cat([values[:1] + self.weight * -0.0, values[1:]])
+        return values + 100.0  # above every target, so the loss rises with each
+
+
 class Unseeded(Normed):
     """Its first weights come from the system's randomness, so each process builds another model."""
 
