@@ -1,6 +1,6 @@
 """Time per step over hand-written PyTorch loops, in the same run, in turns: ratios, since absolute times do not carry over.
 
-    python benchmarks/step_time.py [--pairs 100] [--only mlp|gpt]
+    python benchmarks/step_time.py [--pairs 100] [--only mlp|gpt] [--determinism exact]
 
 Two bare loops are compared with. ``usual``: torch's default DataLoader over a TensorDataset and the default optimizer.
 ``careful``: whole-batch indexing and the fused optimizer as well. Both are DDP loops with two processes, accumulate with
@@ -113,7 +113,7 @@ class Bare:
                 yield self._samples[order[start + self._rank * self._local : start + (self._rank + 1) * self._local]]
 
 
-def measure(kind: str, pairs: int, world_size: int) -> None:
+def measure(kind: str, pairs: int, world_size: int, determinism: str) -> None:
     """Print one JSON line of medians and ratios from rank 0.
 
     The machine's speed drifts within seconds, so the ways take turns every few steps: Lockstep trains, and at the end of
@@ -163,6 +163,7 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
             "limit": {"steps": steps * (pairs + 1)},
             "checkpoint": {"every": "1000000 steps"},
             "reporting": {"every": "50 steps", "progress": False},
+            "determinism": determinism,
         }
         with Path(os.devnull).open("w") as nowhere:
             stdout, sys.stdout = sys.stdout, nowhere
@@ -179,7 +180,8 @@ def measure(kind: str, pairs: int, world_size: int) -> None:
             low, median, high = statistics.quantiles(of_pairs, n=4)
             ratios[f"over_{name}"] = [round(value, 3) for value in (median, low, high)]
         medians = {name: round(1e3 * statistics.median(values) / steps, 3) for name, values in seconds.items()}
-        print(json.dumps({"model": kind, "processes": world_size, "pairs": pairs, "ms": medians, **ratios}), flush=True)
+        run = {"model": kind, "processes": world_size, "determinism": determinism, "pairs": pairs}
+        print(json.dumps({**run, "ms": medians, **ratios}), flush=True)
     os._exit(0)  # a gloo thread may abort an interpreter that shuts down in order
 
 
@@ -188,14 +190,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=100, help="blocks of each way")
     parser.add_argument("--only", choices=sorted(SIZES))
+    parser.add_argument("--determinism", choices=["exact", "strict"], default="strict")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure[0], options.pairs, int(options.measure[1]))
+        measure(options.measure[0], options.pairs, int(options.measure[1]), options.determinism)
     print(f"# torch {torch.__version__}, python {platform.python_version()}, {os.cpu_count()} cores", flush=True)
     for kind in [options.only] if options.only else ["mlp", "gpt"]:
         for world_size in (1, 2):
-            line = [sys.executable, __file__, "--pairs", str(options.pairs), "--measure", kind, str(world_size)]
+            asked = ["--pairs", str(options.pairs), "--determinism", options.determinism]
+            line = [sys.executable, __file__, *asked, "--measure", kind, str(world_size)]
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])

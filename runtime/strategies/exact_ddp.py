@@ -77,9 +77,8 @@ class ExactDDPStrategy(DDPStrategy):
         """Sum the gradient over all slots, check, clip and apply it, and clear it. Waits for the device. Collective."""
         self._take()
         self._sum_over_slots()
-        torch._foreach_add_(
-            self._gradients(), 0.0
-        )  # -0.0 becomes 0.0, as under fsdp, where an unused parameter gives 0.0
+        # -0.0 becomes 0.0, as it does under fsdp, where a slot that does not use a parameter contributes 0.0.
+        torch._foreach_add_(self._gradients(), 0.0)
         return super().step(max_grad_norm, measure_norm=measure_norm)
 
     def discard(self) -> None:

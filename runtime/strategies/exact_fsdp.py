@@ -77,7 +77,7 @@ class ExactFSDPStrategy(FSDPStrategy):
 
     def step(self, max_grad_norm: float | None, *, measure_norm: bool) -> Update:
         """Check, clip and apply the gradient, and clear it. Waits for the device. Collective."""
-        # A slot that does not use a parameter gives 0.0 here, and nothing under ddp: -0.0 would stay -0.0 there.
+        # -0.0 becomes 0.0: a slot that does not use a parameter contributes 0.0 here, and nothing under ddp.
         torch._foreach_add_(self._gradients(), 0.0)
         return super().step(max_grad_norm, measure_norm=measure_norm)
 
