@@ -44,6 +44,7 @@ class BlockReduction:
         self._replicas, self._shards = replicas, shards
         self._sums = RunningSum[Tensor](reduction.own_slots, Tensor.add_)
         self._reduced_in = 0
+        self._numbers: int | None = None  # in the block's gradient
 
     def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return memory for FSDP2."""
@@ -55,7 +56,7 @@ class BlockReduction:
         """Take a pass's gradient (shards of each rank of a replica, one after another), and give this rank's shard. Collective.
 
         Raises:
-            GradientError: the block's gradient comes in parts.
+            GradientError: the block's gradient comes in parts, or lacks parameters of other passes.
         """
         self._put(input_tensor)
         output_tensor.fill_(_ABSENT)
@@ -87,7 +88,12 @@ class BlockReduction:
                 "whose sum would depend on the number of processes: name a block that contains all calls in "
                 "strategy.fsdp.wrap, or leave it out; or use determinism: strict"
             )
-        self._reduced_in = self._current.number
+        if self._numbers not in (None, gradient.numel()):  # torch 2.11's FSDP2 leaves unused parameters out
+            raise GradientError(
+                f"{self._name or 'the model'} uses other parameters in this slot than in others: determinism: exact with fsdp "
+                f"needs a newer torch for that (this is {torch.__version__}); use strategy.kind: ddp, or determinism: strict"
+            )
+        self._reduced_in, self._numbers = self._current.number, gradient.numel()
         if self._current.slot >= 0 and not self._current.filler:
             # FSDP2 reuses the memory after the step's other passes.
             self._sums.put(Node(0, self._current.slot), gradient if self._current.last else gradient.clone())
