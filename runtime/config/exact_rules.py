@@ -18,7 +18,7 @@ def exact_rules(
         (
             strategy.kind == "zero",
             "determinism",
-            "exact needs strategy.kind: ddp or fsdp: DeepSpeed adds up gradients in an order that depends on the number of "
+            "exact needs strategy.kind: ddp or fsdp: zero adds up gradients in an order that depends on the number of "
             "processes; use one of these, or determinism: strict",
         ),
         (
