@@ -112,6 +112,7 @@ def weights(*shape: int) -> list[nn.Parameter]:
             torch.optim.SGD(weights(4), lr=0.1, momentum=0.9, fused=True),
             r"SGD with fused kernels .* leave optimizer\.args\.fused out",
         ),
+        (torch.optim.AdamW(weights(4), lr=1e-3, fused=True), "AdamW with fused kernels"),
         (Normalised(weights(4)), "Normalised updates a row"),
         (Failing(weights(4)), "Failing cannot be tried .* KeyError"),
     ],

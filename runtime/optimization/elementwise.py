@@ -15,7 +15,10 @@ from runtime.errors import ConfigurationError, Problem
 from runtime.optimization.combined import members
 from runtime.optimization.trial_steps import trial_copy, trial_step
 
-_SHAPE, _CUTS, _STEPS = (37, 5), (0, 13, 26, 37), 3
+_SHAPE, _STEPS = (72, 5), 4
+_CUTS = tuple(
+    range(0, 73, 3)
+)  # parts shorter than a vector register, of which kernels treat the rest of a tensor apart
 
 
 def refuse_coupled_rows(optimizer: Optimizer, device: torch.device) -> None:
