@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from runtime.errors import ConfigurationError
 from runtime.optimization.elementwise import refuse_coupled_rows
@@ -76,8 +77,11 @@ def test_a_gradient_of_negative_zero_is_the_same_with_ddp(pool: ProcessPool, tmp
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_block_that_is_called_twice_is_named(pool: ProcessPool, tmp_path: Path, world_size: int) -> None:
     run = plain(tmp_path / "run", model={"target": "tiny_exact:Normed", "args": {"shared": True}})
-    with pytest.raises(RemoteError, match=r"hidden is called more than once in a forward pass.*strategy\.fsdp\.wrap"):
-        pool.run(train_all, world_size, [with_options(run)])
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # torch 2.11 reduces once, when the gradient is whole
+        with pytest.raises(
+            RemoteError, match=r"hidden is called more than once in a forward pass.*strategy\.fsdp\.wrap"
+        ):
+            pool.run(train_all, world_size, [with_options(run)])
     pool.run(train_all, world_size, [with_options(run, wrap=[])])
 
 

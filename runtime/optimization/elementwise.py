@@ -53,7 +53,12 @@ def _updated(optimizer: Optimizer, group: dict[str, Any], cuts: tuple[int, ...],
     parts = [slice(*ends) for ends in pairwise(cuts)]
     parameters = [nn.Parameter(start[part].to(device, copy=True)) for part in parts]
     options = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
-    twin = trial_copy(optimizer, options, parameters)
+    if type(optimizer).__module__.startswith(
+        "torch.optim."
+    ):  # some create their state at once (Adagrad before torch 2.13)
+        twin: Optimizer = type(optimizer)([{**options, "params": parameters}])  # type: ignore[call-arg]
+    else:
+        twin = trial_copy(optimizer, options, parameters)
     for gradient in gradients:
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = gradient[part].to(device, copy=True)
