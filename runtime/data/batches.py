@@ -86,6 +86,11 @@ def slots_of_rank(slots: int, world_size: int, rank: int) -> range:
     return range(slots * rank // world_size, slots * (rank + 1) // world_size)
 
 
+def slots_of_ranks(slots: int, world_size: int) -> list[range]:
+    """Return the slots of each rank."""
+    return [slots_of_rank(slots, world_size, rank) for rank in range(world_size)]
+
+
 def slot_slice(ids: Ids, slots: int, slot: int) -> Ids:
     """Return the ids of one slot; slot sizes differ by at most one, and some slots are empty if there are fewer ids."""
     return ids[len(ids) * slot // slots : len(ids) * (slot + 1) // slots]

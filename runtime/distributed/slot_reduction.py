@@ -17,7 +17,8 @@ from torch import Tensor
 
 from runtime.distributed.slot_tree import cover, total
 
-_ABSENT = -0.0  # added to any number, -0.0 included, it leaves the number as it is
+ABSENT = -0.0
+"""Added to any number, -0.0 included, it leaves the number as it is."""
 
 
 class SlotReduction(Protocol):
@@ -58,7 +59,7 @@ class RankReduction:
     def sum(self, values: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """See :class:`SlotReduction`."""
         result = total(zip(self._cover, values, strict=True), _add)
-        result = torch.full_like(like, _ABSENT) if result is None else result
+        result = torch.full_like(like, ABSENT) if result is None else result
         if not self.alone:
             dist.all_reduce(result)
         return result
@@ -86,7 +87,7 @@ class OrderedReduction:
             result = total(zip(self._covers[0], values, strict=True), _add)
         elif any(len(nodes) > 1 for nodes in self._covers) or sum(map(len, self._covers)) > 2:
             return self._sum_by_owners(values, like)
-        result = torch.full_like(like, _ABSENT) if result is None else result
+        result = torch.full_like(like, ABSENT) if result is None else result
         if not self.alone:
             dist.all_reduce(result)  # one addition, whose operands may be exchanged
         return result
@@ -99,7 +100,7 @@ class OrderedReduction:
             like: a tensor of the values' shape, dtype and device.
         """
         size, own = like.numel() // self._world_size, self._covers[self.rank]
-        present = [torch.full_like(like, _ABSENT) if value is None else value for value in values]
+        present = [torch.full_like(like, ABSENT) if value is None else value for value in values]
         if self.alone:
             result = total(zip(own, present, strict=True), _add)
             assert result is not None
@@ -127,7 +128,7 @@ class OrderedReduction:
 
 
 def _padded(value: Tensor, size: int) -> Tensor:
-    padded = value.new_full((size,), _ABSENT)
+    padded = value.new_full((size,), ABSENT)
     padded[: value.numel()] = value
     return padded
 

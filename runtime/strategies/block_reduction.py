@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.distributed.slot_reduction import OrderedReduction
+from runtime.distributed.slot_reduction import ABSENT, OrderedReduction
 from runtime.distributed.slot_tree import Node, RunningSum
 from runtime.errors import GradientError
-
-_ABSENT = -0.0  # added to any number, it leaves the number as it is
 
 
 class Pass:
@@ -59,13 +57,13 @@ class BlockReduction:
             GradientError: the block's gradient comes in parts, or lacks parameters of other passes.
         """
         self._put(input_tensor)
-        output_tensor.fill_(_ABSENT)
+        output_tensor.fill_(ABSENT)
         if not self._current.last:
             return
         values = [None if value is None else self._by_owner(value) for value in self._sums.take()]
         part = self._reduction.sum_of_own_part(values, self._by_owner(input_tensor))
         # Each replica owns a part of the shard; FSDP2's all-reduce over the replicas puts them together.
-        replica, _ = divmod(self._reduction.rank, self._shards)
+        replica = self._reduction.rank // self._shards
         own = output_tensor[replica * len(part) : (replica + 1) * len(part)]
         own.copy_(part[: len(own)])
 
@@ -73,7 +71,7 @@ class BlockReduction:
         """Do the same in place, on one process: FSDP2 calls no reduce-scatter there, but its hook."""
         self._put(gradient)
         if not self._current.last:
-            gradient.fill_(_ABSENT)
+            gradient.fill_(ABSENT)
             return
         gradient.copy_(self._reduction.sum_of_own_part(self._sums.take(), gradient))
 
@@ -104,6 +102,6 @@ class BlockReduction:
             return gradient
         shards = gradient.view(self._shards, -1)
         part = -(-shards.shape[1] // self._replicas)
-        padded = shards.new_full((self._shards, self._replicas * part), _ABSENT)
+        padded = shards.new_full((self._shards, self._replicas * part), ABSENT)
         padded[:, : shards.shape[1]] = shards
         return padded.view(self._shards, self._replicas, part).transpose(0, 1).reshape(-1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from runtime.config.strategy import StrategySection
-from runtime.data.batches import slots_of_rank
+from runtime.data.batches import slots_of_ranks
 from runtime.distributed.slot_tree import cover, most_held
 
 
@@ -26,7 +26,7 @@ class ExactCost(NamedTuple):
 def exact_cost(section: StrategySection, module: nn.Module, *, slots: int, processes: int) -> ExactCost:
     """Return the cost for a module that was not prepared."""
     whole = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    ranks = [slots_of_rank(slots, processes, rank) for rank in range(processes)]
+    ranks = slots_of_ranks(slots, processes)
     # To the owners of the gradient's parts; then, without shards, the parts to all.
     parts_sent = max(len(cover(rank)) for rank in ranks) + (section.kind == "ddp")
     sent = parts_sent * whole * (processes - 1) // processes

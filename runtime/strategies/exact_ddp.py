@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.data.batches import slots_of_rank
+from runtime.data.batches import slots_of_ranks
 from runtime.distributed.slot_reduction import OrderedReduction, SlotReduction
 from runtime.distributed.slot_tree import Node, RunningSum, cover, total
 from runtime.objective import TrainingModule
@@ -43,8 +43,7 @@ class ExactDDPStrategy(DDPStrategy):
         self._held: Node | None = None  # the slots whose gradient is in the parameters
 
     def _reduction(self, slots: int) -> SlotReduction:
-        ranks = [slots_of_rank(slots, self.world_size, rank) for rank in range(self.world_size)]
-        return OrderedReduction(ranks, rank=self.rank)
+        return OrderedReduction(slots_of_ranks(slots, self.world_size), rank=self.rank)
 
     def _wrap(self) -> None:
         assert self._module is not None
@@ -52,6 +51,8 @@ class ExactDDPStrategy(DDPStrategy):
         if self.world_size > 1:
             _send_from_rank_0(self._module)
         self._collect_trainable(self._module)
+        self._shapes = [parameter.shape for parameter in self._parameters]
+        self._rows = [slice(0, shape[0] if shape else 1) for shape in self._shapes]
         self._buckets = _buckets(self._parameters, int(self._options.bucket_mb * 2**20))
 
     def warm_up(self, filler: Any) -> None:
@@ -88,9 +89,9 @@ class ExactDDPStrategy(DDPStrategy):
         super().discard()
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        shapes = [parameter.shape for parameter in self._parameters]
-        rows = [slice(0, shape[0] if shape else 1) for shape in shapes]
-        return sums_of_squares(shapes, rows, [parameter.grad for parameter in self._parameters]).sum().sqrt()
+        return (
+            sums_of_squares(self._shapes, self._rows, [parameter.grad for parameter in self._parameters]).sum().sqrt()
+        )
 
     def _clip(self, gradients: list[Tensor], max_grad_norm: float | None, grad_norm: Tensor | None) -> None:
         if max_grad_norm is not None and grad_norm is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from runtime.data.batches import slots_of_rank
+from runtime.data.batches import slots_of_ranks
 from runtime.distributed.slot_reduction import OrderedReduction, SlotReduction
 from runtime.objective import Loss, TrainingModule
 from runtime.optimization.elementwise import refuse_coupled_rows
@@ -41,6 +41,8 @@ class ExactFSDPStrategy(FSDPStrategy):
         super().prepare(module, optimizer, slots=slots)
         assert self._optimizer_step is not None
         self._optimizer_step = LocalStep(optimizer, self._optimizer_step)
+        self._shapes = [parameter.shape for parameter in self._parameters]
+        self._rows = [rows_of(parameter) for parameter in self._parameters]
         replicas = self._section.replicas
         self._pass = Pass()
         self._reductions: list[BlockReduction] = []
@@ -59,8 +61,7 @@ class ExactFSDPStrategy(FSDPStrategy):
                 self._reductions.append(reduction)
 
     def _reduction(self, slots: int) -> SlotReduction:
-        ranks = [slots_of_rank(slots, self.world_size, rank) for rank in range(self.world_size)]
-        self._ordered = OrderedReduction(ranks, rank=self.rank)
+        self._ordered = OrderedReduction(slots_of_ranks(slots, self.world_size), rank=self.rank)
         return self._ordered
 
     def microbatch(self, *, slot: int, last: bool) -> AbstractContextManager[None]:
@@ -89,7 +90,7 @@ class ExactFSDPStrategy(FSDPStrategy):
 
     def _squares(self, gradients: list[Tensor]) -> Tensor:
         return sums_of_squares(
-            [parameter.shape for parameter in self._parameters],
-            [rows_of(parameter) for parameter in self._parameters],
+            self._shapes,
+            self._rows,
             [None if parameter.grad is None else local(parameter.grad) for parameter in self._parameters],
         ).to(self.device)
